@@ -1,0 +1,17 @@
+"""Mixture of Activations: one feedforward layer for the whole family of arXiv:2605.26647."""
+
+from moa_ffn.activations import ACTIVATIONS, Activation, register_activation
+from moa_ffn.layers import BACKENDS, FFN, Coefficients
+from moa_ffn.spec import GATES, VARIANTS, FFNSpec
+
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "FFN",
+    "GATES",
+    "VARIANTS",
+    "Activation",
+    "Coefficients",
+    "FFNSpec",
+    "register_activation",
+]

@@ -1,0 +1,108 @@
+"""The table of activations: one entry gives a name, the paper's abbreviation, the function and its derivative."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LEAKY_SLOPE = 0.01
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise activation.
+
+    Args:
+        name: full name, such as `gelu`.
+        abbreviation: the paper's short name, such as `g`.
+        function: x -> sigma(x), any shape and floating dtype, elementwise.
+        derivative: x -> sigma'(x), same shape and dtype.
+        backward: (grad, x) -> grad * sigma'(x). Give it where torch has one kernel for the product; otherwise it
+            follows from `derivative`.
+    """
+
+    name: str
+    abbreviation: str
+    function: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def vjp(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Vector-Jacobian product grad * sigma'(x), same shape as `x`."""
+        return grad * self.derivative(x) if self.backward is None else self.backward(grad, x)
+
+
+def _through(backward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: backward(torch.ones_like(x), x)
+
+
+def _gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad, x)
+
+
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward(grad, x)
+
+
+def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(grad, x, 0)
+
+
+def _leaky_relu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.leaky_relu_backward(grad, x, LEAKY_SLOPE, False)
+
+
+ACTIVATIONS: dict[str, Activation] = {}
+_BY_ABBREVIATION: dict[str, str] = {}
+
+
+def register_activation(activation: Activation) -> Activation:
+    """Add an activation to the table, after which every variant takes it by name or abbreviation.
+
+    Raises:
+        ValueError: the name or the abbreviation is taken.
+    """
+    taken = set(ACTIVATIONS) | set(_BY_ABBREVIATION)
+    for label in (activation.name, activation.abbreviation):
+        if label in taken:
+            raise ValueError(f"activation {label!r} is already in the table; taken: {', '.join(sorted(taken))}")
+    ACTIVATIONS[activation.name] = activation
+    _BY_ABBREVIATION[activation.abbreviation] = activation.name
+    return activation
+
+
+def resolve_activations(labels: str | Iterable[str], field: str) -> tuple[str, ...]:
+    """Full names of a dictionary given by names or abbreviations, as a sequence or as text such as "g,s,r2".
+
+    Raises:
+        ValueError: a label is unknown, repeated, or there is none. `field` names the setting in the message.
+    """
+    given = [label.strip() for label in labels.split(",")] if isinstance(labels, str) else list(labels)
+    names = tuple(_BY_ABBREVIATION.get(label, label) for label in given)
+    unknown = [label for label, name in zip(given, names, strict=True) if name not in ACTIVATIONS]
+    if unknown:
+        known = ", ".join(f"{a.name} ({a.abbreviation})" for a in ACTIVATIONS.values())
+        raise ValueError(f"{field}: unknown activation {unknown[0]!r}; known: {known}")
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"{field}={tuple(given)!r}: needs at least one activation and none twice")
+    return names
+
+
+for _activation in (
+    Activation("identity", "id", lambda x: x, torch.ones_like, lambda grad, x: grad),
+    Activation("gelu", "g", F.gelu, _through(_gelu_backward), _gelu_backward),
+    Activation("silu", "s", F.silu, _through(_silu_backward), _silu_backward),
+    Activation("relu", "r", F.relu, _through(_relu_backward), _relu_backward),
+    Activation("relu2", "r2", lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x)),
+    Activation(
+        "leaky_relu",
+        "l",
+        lambda x: F.leaky_relu(x, LEAKY_SLOPE),
+        _through(_leaky_relu_backward),
+        _leaky_relu_backward,
+    ),
+    Activation("tanh", "t", torch.tanh, lambda x: 1 - torch.tanh(x).square()),
+):
+    register_activation(_activation)

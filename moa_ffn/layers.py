@@ -1,0 +1,187 @@
+"""FFN: the layer. Weights, initialization, mixing coefficients, choice of backend."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moa_ffn import eager
+from moa_ffn.activations import resolve_activations
+from moa_ffn.reference import gate_function
+from moa_ffn.spec import DEFAULT_GATE_ACTIVATIONS, DEFAULT_UP_ACTIVATIONS, FFNSpec
+
+BACKENDS = ("auto", "eager")
+
+
+class Coefficients(NamedTuple):
+    """Mixing coefficients in factored form; a field is None where the variant has no such factor.
+
+    gate (..., K1), up (..., K2), pair (..., K1, K2); the matrix is `pair`, or the outer product of `gate` and `up`.
+    """
+
+    gate: Tensor | None = None
+    up: Tensor | None = None
+    pair: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Coefficients":
+        """The same factors, each through `function`."""
+        return Coefficients(*(None if factor is None else function(factor) for factor in self))
+
+
+class FFN(nn.Module):
+    """Feedforward layer of the MoA family: down(sum_kl C_kl(x) f_k(a) g_l(b)), a = gate_proj(x), b = up_proj(x).
+
+    Type-I variants have no up branch (b = 1). Source of the formulas: arXiv:2605.26647; its open choices are the
+    fields of `FFNSpec` and the three named below.
+
+    Args:
+        dim: width of the input and output.
+        hidden_dim: width H of the hidden layer.
+        variant: one of `moa_ffn.VARIANTS`.
+        gate, gate_activations, up_activations, mixed_branch, mix_bias: see `FFNSpec`. A dictionary
+            may be a sequence or text such as "g,s,r2"; None takes the default one.
+        bias: bias on gate_proj, up_proj and down_proj. Default False, as in the formulas and in Llama.
+        mix_init_std: standard deviation of the normal initialization of the mixing vectors u_k (open in the paper).
+            Default 0.02. With 0, every sigmoid coefficient starts at 1/2 and every tanh coefficient at 0, which
+            passes no signal to the other weights at the first step.
+        coef_init: initial value of every LA coefficient (open). Default 1/2, where a sigmoid MoA starts too.
+        drop: dropout probability after the mixture and after down_proj, as in timm's Mlp.
+        backend: "eager" or "auto", which takes the fastest one that can run.
+
+    Shape:
+        input (..., dim), output (..., dim), in the parameters' dtype or autocast's.
+
+    Raises:
+        ValueError: a setting has a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        variant: str = "qdmoa",
+        *,
+        gate: str = "sigmoid",
+        gate_activations: str | Iterable[str] | None = None,
+        up_activations: str | Iterable[str] | None = None,
+        bias: bool = False,
+        mixed_branch: str = "gate",
+        mix_bias: bool = False,
+        mix_init_std: float = 0.02,
+        coef_init: float = 0.5,
+        drop: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim < 1 or hidden_dim < 1:
+            raise ValueError(f"dim={dim}, hidden_dim={hidden_dim}: both must be at least 1")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+        if mix_init_std < 0:
+            raise ValueError(f"mix_init_std={mix_init_std} must not be negative")
+        self.spec = FFNSpec(
+            variant,
+            gate,
+            resolve_activations(gate_activations or DEFAULT_GATE_ACTIVATIONS, "gate_activations"),
+            resolve_activations(up_activations or DEFAULT_UP_ACTIVATIONS, "up_activations"),
+            mixed_branch,
+            mix_bias,
+        )
+        self.dim, self.hidden_dim, self.backend = dim, hidden_dim, backend
+        self.mix_init_std, self.coef_init = mix_init_std, coef_init
+
+        def linear(fan_in: int, fan_out: int, bias: bool) -> nn.Linear:
+            return nn.Linear(fan_in, fan_out, bias=bias, device=device, dtype=dtype)
+
+        self.gate_proj = linear(dim, hidden_dim, bias)
+        self.up_proj = linear(dim, hidden_dim, bias) if self.spec.type_two else None
+        self.down_proj = linear(hidden_dim, dim, bias)
+        count = self.spec.num_coefficients
+        self.mix_proj = linear(dim, count, mix_bias) if self.spec.token_adaptive else None
+        self.mix_coef = (
+            nn.Parameter(torch.empty(count, device=device, dtype=dtype)) if self.spec.learned_constant else None
+        )
+        self.drop = nn.Dropout(drop)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, linear_init: Callable[[Tensor], object] | None = None) -> None:
+        """Initialize every weight: projections by `linear_init` (default: normal of standard deviation 0.02, cut at
+        two absolute units as in timm), biases zero, mixing as its fields say.
+
+        A model's own initialization must not have the last word on this layer; timm calls this method after its own.
+        """
+        for projection in (self.gate_proj, self.up_proj, self.down_proj):
+            if projection is not None:
+                if linear_init is None:
+                    nn.init.trunc_normal_(projection.weight, std=0.02)
+                else:
+                    linear_init(projection.weight)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+        if self.mix_proj is not None:
+            nn.init.normal_(self.mix_proj.weight, std=self.mix_init_std)
+            if self.mix_proj.bias is not None:
+                nn.init.zeros_(self.mix_proj.bias)
+        if self.mix_coef is not None:
+            nn.init.constant_(self.mix_coef, self.coef_init)
+
+    def coefficients(self, x: Tensor) -> Coefficients:
+        """The token's mixing coefficients in factored form, for x (..., dim)."""
+        if self.mix_proj is not None:
+            return self._split(self.mix_proj(x)).map(self._apply_gate)
+        if self.mix_coef is not None:
+            return self._split(self.mix_coef.expand(*x.shape[:-1], -1))
+        return Coefficients()
+
+    def mixing(self, x: Tensor) -> Tensor:
+        """The coefficient matrix C(x) of each token, x (..., dim) -> (..., K1, K2); K2 is 1 for Type-I.
+
+        A fixed branch contributes the coefficient 1.
+        """
+        gate, up, pair = self.coefficients(x)
+        if pair is not None:
+            return pair
+        one = x.new_ones(*x.shape[:-1], 1)
+        return (one if gate is None else gate).unsqueeze(-1) * (one if up is None else up).unsqueeze(-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x (..., dim)."""
+        a = self.gate_proj(x)
+        b = None if self.up_proj is None else self.up_proj(x)
+        gate, up, pair = self.coefficients(x).map(lambda factor: factor.to(a.dtype))
+        hidden = eager.mixture(a, b, gate, up, pair, self.spec.gate_dictionary, self.spec.up_dictionary)
+        return self.drop(self.down_proj(self.drop(hidden)))
+
+    def mixing_parameters(self) -> int:
+        """Number of parameters that the mixture adds, counted."""
+        mixing = [self.mix_coef, *(() if self.mix_proj is None else self.mix_proj.parameters())]
+        return sum(parameter.numel() for parameter in mixing if parameter is not None)
+
+    def extra_repr(self) -> str:
+        """Settings shown by print(model)."""
+        spec = self.spec
+        parts = [spec.variant, f"f={','.join(spec.gate_dictionary)}"]
+        parts += [f"g={','.join(spec.up_dictionary)}"] if spec.type_two else []
+        parts += [f"mixing={spec.gate}"] if spec.token_adaptive else []
+        return ", ".join(parts)
+
+    def _split(self, flat: Tensor) -> Coefficients:
+        k1, k2 = len(self.spec.gate_dictionary), len(self.spec.up_dictionary)
+        match self.spec.form:
+            case "gate":
+                return Coefficients(gate=flat)
+            case "up":
+                return Coefficients(up=flat)
+            case "separable":
+                return Coefficients(gate=flat[..., :k1], up=flat[..., k1:])
+            case _:
+                return Coefficients(pair=flat.unflatten(-1, (k1, k2)))
+
+    def _apply_gate(self, logits: Tensor) -> Tensor:
+        if self.spec.form == "full":
+            return gate_function(logits.flatten(-2), self.spec.gate).view_as(logits)
+        return gate_function(logits, self.spec.gate)
