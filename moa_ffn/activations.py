@@ -1,5 +1,6 @@
 """The table of activations: one entry gives a name, the paper's abbreviation, the function and its derivative."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -31,27 +32,21 @@ class Activation:
 
     def vjp(self, grad: Tensor, x: Tensor) -> Tensor:
         """Vector-Jacobian product grad * sigma'(x), same shape as `x`."""
-        return grad * self.derivative(x) if self.backward is None else self.backward(grad, x)
+        if (
+            self.backward is None or torch.is_grad_enabled()
+        ):  # torch's backward kernels have no derivative of their own
+            return grad * self.derivative(x)
+        return self.backward(grad, x)
 
 
-def _through(backward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: backward(torch.ones_like(x), x)
+def _gelu_derivative(x: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
+    return torch.special.ndtr(x) + x * density
 
 
-def _gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad, x)
-
-
-def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward(grad, x)
-
-
-def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward(grad, x, 0)
-
-
-def _leaky_relu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.leaky_relu_backward(grad, x, LEAKY_SLOPE, False)
+def _silu_derivative(x: Tensor) -> Tensor:
+    sigmoid = x.sigmoid()
+    return sigmoid * (1 + x * (1 - sigmoid))
 
 
 ACTIVATIONS: dict[str, Activation] = {}
@@ -90,18 +85,22 @@ def resolve_activations(labels: str | Iterable[str], field: str) -> tuple[str, .
     return names
 
 
+_aten = torch.ops.aten
+
 for _activation in (
     Activation("identity", "id", lambda x: x, torch.ones_like, lambda grad, x: grad),
-    Activation("gelu", "g", F.gelu, _through(_gelu_backward), _gelu_backward),
-    Activation("silu", "s", F.silu, _through(_silu_backward), _silu_backward),
-    Activation("relu", "r", F.relu, _through(_relu_backward), _relu_backward),
+    Activation("gelu", "g", F.gelu, _gelu_derivative, lambda grad, x: _aten.gelu_backward(grad, x)),
+    Activation("silu", "s", F.silu, _silu_derivative, lambda grad, x: _aten.silu_backward(grad, x)),
+    Activation(
+        "relu", "r", F.relu, lambda x: (x > 0).to(x.dtype), lambda grad, x: _aten.threshold_backward(grad, x, 0)
+    ),
     Activation("relu2", "r2", lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x)),
     Activation(
         "leaky_relu",
         "l",
         lambda x: F.leaky_relu(x, LEAKY_SLOPE),
-        _through(_leaky_relu_backward),
-        _leaky_relu_backward,
+        lambda x: torch.where(x > 0, 1.0, LEAKY_SLOPE).to(x.dtype),
+        lambda grad, x: _aten.leaky_relu_backward(grad, x, LEAKY_SLOPE, False),
     ),
     Activation("tanh", "t", torch.tanh, lambda x: 1 - torch.tanh(x).square()),
 ):

@@ -4,6 +4,7 @@ Nothing of size K1 * K2 * H is built. Saved for the backward are a, b and the co
 formula would keep every f_k(a), g_l(b) and partial sum. Shapes as in reference.py.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,15 +57,12 @@ def _blend(values: list[Tensor], coef: Tensor | None) -> Tensor:
     return total
 
 
-def _vjp(grads: list[Tensor], x: Tensor, names: Names) -> Tensor:
-    """sum_k grads_k sigma_k'(x), each (..., H)."""
-    return _total([ACTIVATIONS[name].vjp(grad, x) for name, grad in zip(names, grads, strict=True)])
-
-
-def _total(terms: list[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
+def _vjp(grads: Iterable[Tensor], x: Tensor, names: Names) -> Tensor:
+    """sum_k grads_k sigma_k'(x), each (..., H); the grads are temporaries, the sum overwrites the first."""
+    terms = (ACTIVATIONS[name].vjp(grad, x) for name, grad in zip(names, grads, strict=True))
+    total = next(terms)
+    for term in terms:
+        total = total.add_(term)
     return total
 
 
@@ -116,7 +114,7 @@ def _branch_backward(grad: Tensor, x: Tensor, names: Names, coef: Tensor | None)
         return ACTIVATIONS[names[0]].vjp(grad, x), None
     coef_grad = torch.stack([(grad * value).sum(-1) for value in _evaluate(x, names)], dim=-1)
     weights = coef.unsqueeze(-1).unbind(-2)
-    return _vjp([grad * weight for weight in weights], x, names), coef_grad
+    return _vjp((grad * weight for weight in weights), x, names), coef_grad
 
 
 def _separable_backward(
@@ -133,9 +131,9 @@ def _full_backward(
     grad: Tensor, a: Tensor, b: Tensor, pair_coef: Tensor, f: Names, g: Names
 ) -> tuple[Tensor | None, ...]:
     rows, columns = _evaluate(a, f), _evaluate(b, g)
-    grad_a = _vjp([grad * _blend(columns, coef) for coef in pair_coef.unbind(-2)], a, f)
-    grad_b = _vjp([grad * _blend(rows, coef) for coef in pair_coef.unbind(-1)], b, g)
-    return grad_a, grad_b, None, None, _pair_grad([grad * row for row in rows], columns)
+    grad_a = _vjp((grad * _blend(columns, coef) for coef in pair_coef.unbind(-2)), a, f)
+    grad_b = _vjp((grad * _blend(rows, coef) for coef in pair_coef.unbind(-1)), b, g)
+    return grad_a, grad_b, None, None, _pair_grad(rows, [grad * column for column in columns])
 
 
 def _pair_grad(rows: list[Tensor], columns: list[Tensor]) -> Tensor:

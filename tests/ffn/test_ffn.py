@@ -64,6 +64,13 @@ def test_gradcheck(variant, gate, settings):
     assert torch.autograd.gradcheck(call, (x, *ffn.parameters()))
 
 
+@pytest.mark.parametrize("variant", ["moa", "bimoa", "qdmoa"])
+def test_second_derivatives(variant):
+    ffn = make(variant)
+    x = torch.randn(2, DIM, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(ffn, (x,))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3), (0, 4)], ids=str)
 def test_equals_the_written_out_formula(variant, shape):
@@ -298,7 +305,9 @@ def test_table_entries_agree_with_autograd(name):
     (slope,) = torch.autograd.grad(entry.function(x).sum(), x)
     torch.testing.assert_close(entry.derivative(x.detach()), slope)
     upstream = torch.randn_like(x)
-    torch.testing.assert_close(entry.vjp(upstream, x.detach()), upstream * slope)
+    for enabled in (True, False):  # the differentiable form and torch's backward kernel
+        with torch.set_grad_enabled(enabled):
+            torch.testing.assert_close(entry.vjp(upstream, x.detach()), upstream * slope)
     torch.testing.assert_close(entry.function(x), FUNCTIONS[name](x))
 
 

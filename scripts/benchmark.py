@@ -1,0 +1,229 @@
+"""Benchmarks: every figure is a median over alternating rounds of one run, with its 20th and 80th percentile.
+
+Ratios are taken round by round, so that a machine whose speed drifts does not decide them.
+"""
+
+import argparse
+import csv
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from moa_ffn import FFN, VARIANTS, FFNSpec
+
+Step = Callable[[], object]
+MIB = 2**20
+
+
+@dataclass
+class Row:
+    """One line of a result table: seconds of every round, and what else is known."""
+
+    labels: dict[str, str]
+    seconds: list[float]
+    items: int
+    peak_mib: float | None = None
+
+
+def percentile(values: list[float], percent: int) -> float:
+    """Inclusive percentile; a single value is its own."""
+    return values[0] if len(values) == 1 else statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternate(steps: list[Step], device: torch.device, rounds: int, warmup: int = 1) -> list[list[float]]:
+    """Seconds of each step in each round, the steps taking turns."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for round_index in range(warmup + rounds):
+        for step, times in zip(steps, seconds, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            if round_index >= warmup:
+                times.append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_memory_mib(step: Step, device: torch.device) -> float:
+    """Largest tensor memory that the step holds beyond what was held before it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    results: Any = profiler.profiler.kineto_results if profiler.profiler else None
+    held = peak = 0
+    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / MIB
+
+
+def report(title: str, rows: list[Row], baseline: int | list[int], unit: str, out: Path, note: str = "") -> None:
+    """Print a Markdown table and write it as CSV. `baseline` is the row (or a row for each row) ratios refer to."""
+    references = [baseline] * len(rows) if isinstance(baseline, int) else baseline
+    names = list(rows[0].labels)
+    head = [*names, "median s", "p20", "p80", f"{unit}/s", "time ratio", "p20-p80"]
+    head += ["peak MiB", "memory ratio"] if rows[0].peak_mib is not None else []
+    lines = []
+    for row, reference in zip(rows, (rows[i] for i in references), strict=True):
+        ratios = [own / other for own, other in zip(row.seconds, reference.seconds, strict=True)]
+        median = statistics.median(row.seconds)
+        line = [row.labels[name] for name in names]
+        line += [f"{value:.4g}" for value in (median, percentile(row.seconds, 20), percentile(row.seconds, 80))]
+        line += [f"{row.items / median:,.4g}", f"{statistics.median(ratios):.3f}"]
+        line += [f"{percentile(ratios, 20):.3f}-{percentile(ratios, 80):.3f}"]
+        if row.peak_mib is not None and reference.peak_mib:
+            line += [f"{row.peak_mib:,.1f}", f"{row.peak_mib / reference.peak_mib:.3f}"]
+        lines.append(line)
+    print(f"\n### {title}\n\n{environment()}. {note}\n")
+    for line in (head, ["---"] * len(head), *lines):
+        print(f"| {' | '.join(line)} |")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / f"{title.split(':')[0].strip().lower()}.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([head, *lines])
+
+
+def environment() -> str:
+    """Device and versions, for the line above each table."""
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    )
+    return f"{device}; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def cpu_name() -> str:
+    """The processor's model name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+# --- ffn: each variant against its fixed counterpart ---------------------------------------------------------
+
+
+def ffn_step(layer: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], x: Tensor, backward: bool) -> None:
+    """Forward, and with `backward` the gradients of the input and of every weight."""
+    if not backward:
+        with torch.no_grad():
+            layer(x)
+        return
+    out = layer(x)
+    torch.autograd.grad(out, [x, *parameters], torch.ones_like(out))
+
+
+def benchmark_ffn(args: argparse.Namespace) -> None:
+    """Time and peak memory of every variant, eager and compiled, against the fixed FFN of its type."""
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x = torch.randn(args.tokens, args.dim, device=device, dtype=dtype, requires_grad=True)
+    torch._dynamo.config.recompile_limit = 4 * len(VARIANTS)  # one forward function serves all variants
+    for backward, compiled in product((False, True), (False, True)):
+        torch._dynamo.reset()
+        rows, steps = [], []
+        for variant in VARIANTS:
+            hidden = args.dim * 8 // 3 if FFNSpec(variant).type_two else args.dim * 4
+            ffn = FFN(args.dim, hidden, variant, device=device, dtype=dtype)
+            call = torch.compile(ffn) if compiled else ffn
+            steps.append(partial(ffn_step, call, list(ffn.parameters()), x, backward))
+            rows.append(Row({"variant": variant, "hidden": str(hidden)}, [], args.tokens))
+        for row, seconds in zip(rows, alternate(steps, device, args.rounds, warmup=3), strict=True):
+            row.seconds = seconds
+        for row, step in zip(rows, steps, strict=True):
+            row.peak_mib = peak_memory_mib(step, device)
+        fixed = [VARIANTS.index("swiglu" if FFNSpec(v).type_two else "gelu") for v in VARIANTS]
+        mode = f"{'forward and backward' if backward else 'forward'}, {'compiled' if compiled else 'eager'}"
+        title = f"ffn-{'train' if backward else 'infer'}-{'compiled' if compiled else 'eager'}: {mode}"
+        note = (
+            f"{args.tokens} tokens, width {args.dim}, {str(dtype)[6:]}; Type-I against gelu, Type-II against swiglu"
+        )
+        report(title, rows, fixed, "tokens", args.out, note)
+
+
+# --- mae: a full training step against transformers' ViTMAE --------------------------------------------------
+
+
+def train_step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, autocast: torch.autocast) -> None:
+    """Forward, backward, fused AdamW."""
+    with autocast:
+        value = loss()
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def mae_peers(device: torch.device) -> Iterator[tuple[str, nn.Module]]:
+    """Ours with the GELU FFN, and transformers' ViTMAE of the same size (ViT-Base/16 at 224 px by default)."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    from moa_vision.mae import create_mae
+
+    theirs: nn.Module = ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True))
+    yield "transformers.ViTMAEForPreTraining", nn.Module.to(theirs, device)
+    yield "moa_vision, gelu", create_mae("vit_base_patch16_gelu", img_size=224, encoder_args={}).to(device)
+
+
+def benchmark_mae(args: argparse.Namespace) -> None:
+    """Images/s of a training step of MAE ViT-B/16, mask ratio 0.75, both with the same fused AdamW."""
+    device = torch.device(args.device)
+    images = torch.randn(args.batch, 3, 224, 224, device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    rows, steps = [], []
+    for (name, model), compiled in product(mae_peers(device), (False, True) if args.compile else (False,)):
+        call = torch.compile(model) if compiled else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+        steps.append(partial(train_step, lambda call=call: call(images).loss, optimizer, autocast))
+        rows.append(Row({"model": name, "mode": "compiled" if compiled else "eager"}, [], args.batch))
+    for row, seconds in zip(rows, alternate(steps, device, args.rounds), strict=True):
+        row.seconds = seconds
+    for row, step in zip(rows, steps, strict=True):
+        row.peak_mib = peak_memory_mib(step, device)
+    modes = len(rows) // 2
+    precision = "bfloat16 autocast" if autocast._enabled else "float32"
+    note = f"batch {args.batch}, {precision}, fused AdamW; a time ratio below 1 is faster than transformers"
+    report("mae: full training step, ViT-B/16", rows, [i % modes for i in range(len(rows))], "images", args.out, note)
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("what", choices=[*BENCHMARKS, "all"], help="which benchmark")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds after the warm-up")
+    parser.add_argument("--out", type=Path, default=Path("reports/benchmarks"), help="folder of the CSV files")
+    parser.add_argument("--tokens", type=int, default=1600, help="ffn: tokens; 1600 = 32 images x 50 visible patches")
+    parser.add_argument("--dim", type=int, default=768, help="ffn: model width")
+    parser.add_argument("--batch", type=int, default=32, help="mae: images a step")
+    parser.add_argument("--compile", action="store_true", help="mae: both models compiled as well")
+    args = parser.parse_args()
+    for name in BENCHMARKS if args.what == "all" else [args.what]:
+        BENCHMARKS[name](args)
+
+
+BENCHMARKS = {"ffn": benchmark_ffn, "mae": benchmark_mae}
+
+if __name__ == "__main__":
+    main()
