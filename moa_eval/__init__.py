@@ -1,0 +1,1 @@
+"""Reads what training and evaluation left behind; trains nothing."""

@@ -1,0 +1,98 @@
+"""Numbers as a reader sees them: fixed digits, a true minus sign, SI prefixes, a dash for what is not known."""
+
+import math
+
+UNKNOWN = "–"
+_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def loss(value: float) -> str:
+    """Four decimals, or four significant digits below 0.1; "NaN" where the run diverged."""
+    if math.isnan(value):
+        return "NaN"
+    return _fixed(value, 4 if abs(value) >= 0.1 or value == 0 else 3 - math.floor(math.log10(abs(value))))
+
+
+def signed(value: float) -> str:
+    """A difference of losses: four decimals, always with a sign."""
+    return UNKNOWN if not math.isfinite(value) else f"{_sign(value)}{_fixed(abs(value), 4)}"
+
+
+def percent(value: float) -> str:
+    """A relative difference such as -0.0123 as "−1.23 %"."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    return f"{_sign(value)}{_fixed(abs(value) * 100, 1 if abs(value) >= 0.1 else 2)} %"
+
+
+def change(difference: float, relative: float) -> str:
+    """A difference with its relative size: "−0.0123 · −1.98 %"."""
+    return UNKNOWN if not math.isfinite(difference) else f"{signed(difference)} · {percent(relative)}"
+
+
+def deviation(value: float) -> str:
+    """A standard deviation of losses: four decimals."""
+    return UNKNOWN if not math.isfinite(value) else _fixed(value, 4)
+
+
+def share(value: float) -> str:
+    """A fraction without a sign, to two significant digits or more: 0.000305 is "0.031 %"."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    percentage = abs(value) * 100
+    return f"{_fixed(percentage, 2 if percentage >= 0.1 or not value else 1 - math.floor(math.log10(percentage)))} %"
+
+
+def ratio(value: float) -> str:
+    """A ratio to the baseline such as "1.03×"."""
+    return UNKNOWN if not math.isfinite(value) else f"{_fixed(value, 3 if abs(value - 1) < 0.01 else 2)}×"
+
+
+def count(value: float, digits: int = 3) -> str:
+    """A number to so many significant digits with an SI prefix: 86567656 is "86.6 M", 512 is "512"."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    value = float(f"{value:.{digits}g}")  # first, so that 999,999 becomes 1.00 M, not 1000 k
+    for scale, prefix in _PREFIXES:
+        if abs(value) >= scale:
+            scaled = value / scale
+            return f"{_fixed(scaled, max(0, digits - 1 - math.floor(math.log10(abs(scaled)))))} {prefix}"
+    return f"{value:.{digits}g}"
+
+
+def grouped(value: float) -> str:
+    """A whole number with its thousands set apart by a narrow no-break space."""
+    return UNKNOWN if not math.isfinite(value) else f"{round(value):,}".replace(",", "\u202f")
+
+
+def memory(mebibytes: float) -> str:
+    """Memory in whole MiB."""
+    return UNKNOWN if not math.isfinite(mebibytes) else f"{grouped(mebibytes)} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as the two largest useful units: "42 s", "4 min 10 s", "3 h 05 min", "2 d 7 h"."""
+    if not math.isfinite(seconds):
+        return UNKNOWN
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.3g} s" if whole < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def rate(value: float) -> str:
+    """A learning rate in its shortest exact form: 0.0012 is "1.2e-3"."""
+    mantissa, exponent = f"{value:.6e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if 0 < value < 0.01 else f"{value:g}"
+
+
+def _fixed(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def _sign(value: float) -> str:
+    return "−" if value < 0 else "+" if value > 0 else "±"

@@ -1,0 +1,139 @@
+"""Checkpoints: a folder of safetensors and JSON, complete or absent, checked before it is used; nothing is pickled.
+
+checkpoints/step_00001000/model.safetensors         weights, by parameter name
+                          optimizer.safetensors     optimizer tensors, "PARAMETER.SLOT"
+                          generators.safetensors    random generators, "RANK.cpu" and "RANK.device"
+                          state.json                step, seconds, config; size and sha256 of the files above
+checkpoints/LAST                                    name of the newest folder, renamed into place last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+
+from moa_train.durable import new_folder, write_json, write_text
+from moa_train.generators import Generators
+
+FILES = ("model.safetensors", "optimizer.safetensors", "generators.safetensors")
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint whose files are missing, cut short or changed; the message names the file."""
+
+
+def save(
+    folder: Path,
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    generators: Generators,
+    *,
+    keep: int,
+) -> Path:
+    """Write `folder`/step_XXXXXXXX, then point LAST at it, then drop all but the newest `keep`.
+
+    `state` is JSON with an int "step"; `model` is the bare module (no DDP wrapper).
+    """
+    final = folder / f"step_{state['step']:08d}"
+    with new_folder(final) as temporary:
+        save_model(model, str(temporary / FILES[0]))
+        save_file(_optimizer_tensors(model, optimizer), temporary / FILES[1])
+        save_file(generators, temporary / FILES[2])
+        sums = {name: _checksum(temporary / name) for name in FILES}
+        write_json(temporary / "state.json", {**state, "files": sums})
+    write_text(folder / "LAST", final.name + "\n")
+    for _, old in sorted(_steps(folder), reverse=True)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that passes `verify`, if any, and a message for each one passed over."""
+    damaged: list[str] = []
+    for _, path in sorted(_steps(folder), reverse=True):
+        try:
+            verify(path)
+        except DamagedCheckpoint as error:
+            damaged.append(str(error))
+        else:
+            return path, damaged
+    return None, damaged
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every file's size and sha256 against state.json and return the state. Raises DamagedCheckpoint."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        expected = {name: state["files"][name] for name in FILES}
+        int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path}/state.json cannot be read ({error!r})") from error
+    for name, checksum in expected.items():
+        try:
+            found = _checksum(path / name)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path}/{name} cannot be read ({error!r})") from error
+        if found != checksum:
+            raise DamagedCheckpoint(f"{path}/{name} is damaged: {found} is not the recorded {checksum}")
+    return state
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], Generators]:
+    """Load a verified checkpoint into `model` and `optimizer` in place; return its state and generator states.
+
+    Raises ValueError if the tensors are not those of this model and optimizer.
+    """
+    try:
+        load_model(model, path / FILES[0], device=str(next(model.parameters()).device))
+        _restore_optimizer(model, optimizer, load_file(path / FILES[1]))
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"checkpoint {path} belongs to another model: {error}") from error
+    return json.loads((path / "state.json").read_text(encoding="utf-8")), load_file(path / FILES[2])
+
+
+def _steps(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.glob("step_*"):
+        match = re.fullmatch(r"step_(\d+)", path.name)
+        if match and path.is_dir():
+            yield int(match[1]), path
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return the optimizer's state as {"PARAMETER.SLOT": tensor}; hyperparameters come from the config."""
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}.{slot}": value.detach().contiguous()
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Undo `_optimizer_tensors`. Raises KeyError for a tensor of a parameter that the model lacks."""
+    slots: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, slot = key.rpartition(".")
+        slots.setdefault(name, {})[slot] = tensor
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    unknown = slots.keys() - set(order)
+    if unknown:
+        raise KeyError(f"optimizer tensors of unknown parameters {sorted(unknown)[:3]}")
+    state = {index: slots[name] for index, name in enumerate(order) if name in slots}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

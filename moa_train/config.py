@@ -1,0 +1,226 @@
+"""YAML files and dotted overrides -> frozen dataclasses; an unknown key or a wrong type is an error that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer.
+
+    Args:
+        lr: Peak learning rate, absolute (no scaling by the batch).
+        betas: AdamW's decay rates of the two moments.
+        eps: AdamW's epsilon.
+        weight_decay: Decoupled weight decay, for weights with two or more dimensions.
+        fused: One fused AdamW kernel where the device has it.
+        clip_grad: Largest global gradient norm; null leaves gradients as they are.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    fused: bool = True
+    clip_grad: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges; ValueError names the key."""
+        require("optim.lr", self.lr, self.lr > 0, "above 0")
+        require("optim.betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
+        require("optim.eps", self.eps, self.eps > 0, "above 0")
+        require("optim.weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or above")
+        clips = self.clip_grad is None or self.clip_grad > 0
+        require("optim.clip_grad", self.clip_grad, clips, "above 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How long, in what batches, at what rate.
+
+    Args:
+        epochs: Passes over the training set.
+        warmup_epochs: Linear warm-up from 0, step by step, over this many epochs; then half a cosine.
+        min_lr: Learning rate at the end of the cosine.
+        batch_size: Global batch of one optimizer step, the same on any number of devices.
+    """
+
+    epochs: float = 1.0
+    warmup_epochs: float = 0.0
+    min_lr: float = 0.0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        """Check the ranges; ValueError names the key."""
+        require("schedule.epochs", self.epochs, self.epochs > 0, "above 0")
+        warmup = 0 <= self.warmup_epochs <= self.epochs
+        require("schedule.warmup_epochs", self.warmup_epochs, warmup, f"from 0 to schedule.epochs ({self.epochs})")
+        require("schedule.min_lr", self.min_lr, self.min_lr >= 0, "0 or above")
+        require("schedule.batch_size", self.batch_size, self.batch_size >= 1, "1 or above")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How the loop runs; all intervals are in optimizer steps, and the last step always counts as due.
+
+    Args:
+        micro_batch_size: Samples in one forward and backward on one device; the rest is accumulated.
+        precision: float32, or bf16 autocast over float32 weights.
+        compile: Compile the model with torch.compile.
+        log_every: Steps between training rows in metrics.jsonl.
+        val_every: Steps between validations on the held-out samples.
+        val_samples: Held-out samples used in each validation; null is all of them.
+        visualize: Held-out samples drawn at each validation; 0 is none.
+        save_every: Steps between checkpoints: the most work that a crash can lose.
+        keep: Checkpoints kept, newest first.
+        trackers: Trackers of accelerate by name, e.g. tensorboard, wandb; [] is none.
+    """
+
+    micro_batch_size: int = 64
+    precision: Literal["float32", "bf16"] = "float32"
+    compile: bool = False
+    log_every: int = 10
+    val_every: int = 500
+    val_samples: int | None = None
+    visualize: int = 8
+    save_every: int = 500
+    keep: int = 2
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        """Check the ranges; ValueError names the key."""
+        for name in ("micro_batch_size", "log_every", "val_every", "save_every", "keep"):
+            require(f"loop.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or above")
+        require("loop.visualize", self.visualize, self.visualize >= 0, "0 or above")
+        samples = self.val_samples is None or self.val_samples >= 1
+        require("loop.val_samples", self.val_samples, samples, "1 or above, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every run has; a half (vision, language) adds its model and data.
+
+    Args:
+        name: Name of the run; its folder is out/name.
+        seed: Seed of the weights, the order of the data and every augmentation.
+        out: Folder of all runs.
+        resume: auto continues a run that has begun; never refuses to; force continues even though keys differ.
+        optim: The optimizer.
+        schedule: How long, in what batches, at what rate.
+        loop: How the loop runs.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    out: str = "runs"
+    resume: Literal["auto", "never", "force"] = "auto"
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        """Check the fields; ValueError names the key."""
+        plain = bool(re.fullmatch(r"[\w.+-]+", self.name)) and self.name not in (".", "..")
+        require("name", self.name, plain, "a folder name of letters, digits and . _ + -")
+        require("seed", self.seed, 0 <= self.seed < 2**31, "from 0 to 2147483647")
+        low = self.schedule.min_lr <= self.optim.lr
+        require("schedule.min_lr", self.schedule.min_lr, low, f"at most optim.lr ({self.optim.lr})")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out) / self.name
+
+
+HARMLESS = frozenset(
+    {"out", "resume"}
+    | {f"loop.{key}" for key in ("micro_batch_size", "compile", "log_every", "val_every", "visualize")}
+    | {f"loop.{key}" for key in ("save_every", "keep", "trackers")}
+)
+"""Keys that may change when a run is resumed: they say how it is run and recorded, not what is trained."""
+
+
+def require(key: str, value: Any, allowed: bool, wanted: str) -> None:
+    """Raise ValueError naming the key, its value and what is allowed, unless `allowed`."""
+    if not allowed:
+        raise ValueError(f"{key} is {value!r}; it must be {wanted}")
+
+
+def parse_config(
+    kind: type[Config], arguments: Sequence[str], *, program: str, summary: str, default: Path | None = None
+) -> Config:
+    """Parse command-line arguments into a config dataclass.
+
+    `--config FILE` (several are layered in order) and `--key.subkey VALUE`, where later ones win; without `--config`
+    the file `default` is read first. `--help` and `--print_config` print and exit with code 0.
+
+    Raises:
+        SystemExit: code 2, after one message on stderr that names the key, the file or the value at fault.
+    """
+    parser = ArgumentParser(prog=program, description=summary, exit_on_error=False)
+    usual = "" if default is None else f" (without one: {default.name})"
+    parser.add_argument("--config", action="config", help=f"YAML file; keys given after it override it{usual}")
+    parser.add_class_arguments(kind)
+    given = any(argument.split("=")[0] == "--config" for argument in arguments)
+    first = [] if given or default is None else [f"--config={default}"]
+    try:
+        namespace = parser.parse_args([*first, *arguments])
+        del namespace["config"]
+        for group in {str(action.dest).partition(".")[0] for action in parser._actions if "." in str(action.dest)}:
+            mapping = isinstance(namespace[group], Namespace)
+            require(group, namespace[group], mapping, "keys with values")  # jsonargparse lets a list through
+        return kind(**parser.instantiate(namespace).as_dict())
+    except (ArgumentError, ValueError) as error:
+        _refuse(parser, str(error))
+
+
+def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
+    """Print one message, with the key that was probably meant, and exit with code 2."""
+    keys = [str(action.dest) for action in parser._actions]
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|'([\w.]+)' is not accepted|option '([\w.]+)'", message)
+    if unknown:
+        wrong = next(filter(None, unknown.groups()))
+        by_tail = {key.rpartition(".")[2]: key for key in keys}
+        close = get_close_matches(wrong, keys, 1) or [by_tail[k] for k in get_close_matches(wrong, by_tail, 1)]
+        message += f"; did you mean {close[0]}?" if close else ""
+    parser.exit(2, f"{parser.prog}: error: {message.strip()}\nAll keys: {parser.prog} --help\n")
+    raise AssertionError("parser.exit returned")
+
+
+def as_tree(config: Any) -> dict[str, Any]:
+    """Return a config dataclass as nested dicts of JSON types (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"optim.lr": ...} for {"optim": {"lr": ...}}; an empty dict stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and value
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], *, harmless: frozenset[str] = HARMLESS) -> list[str]:
+    """Return "optim.lr: 0.001 -> 0.002" for every dotted key whose value differs between two config trees."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
+        for key in sorted(before.keys() | after.keys())
+        if key not in harmless and before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+
+
+_ABSENT = object()

@@ -1,0 +1,62 @@
+"""Files that are whole or absent: written beside their place, synced to the disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8) in one rename; a reader sees the old content or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as indented JSON. Raises ValueError for NaN or infinity, which JSON lacks."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def sync_file(path: Path) -> None:
+    """Force a finished file's content to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries (the result of a rename) to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Give an empty folder to fill; on leaving without an error it is synced and renamed to `final`.
+
+    An older folder of that name is replaced; it leaves its place only when the new one is complete.
+    """
+    temporary, previous = (final.with_name(f".{final.name}.{kind}") for kind in ("tmp", "old"))
+    for leftover in (temporary, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for path in (*temporary.rglob("*"), temporary):
+        sync_folder(path) if path.is_dir() else sync_file(path)
+    if final.exists():
+        final.rename(previous)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(previous, ignore_errors=True)

@@ -1,0 +1,158 @@
+"""What a session tells and writes down: announcement, live line, rows, trackers, summary; on the main process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+
+from moa_train import devices
+from moa_train.config import RunConfig, as_tree
+from moa_train.plan import Costs, Plan, describe
+from moa_train.progress import Progress, duration
+from moa_train.records import RunFolder, command_line, describe_environment
+from moa_train.task import Task
+from moa_train.tracking import start_trackers, track
+
+MEASURED_AFTER = 5
+"""Steps of a session, its first (which compiles and warms up) aside, after which the measured speed is announced."""
+
+
+@dataclass
+class State:
+    """Where a run is; what a checkpoint keeps besides tensors.
+
+    Attributes:
+        step: Finished optimizer steps.
+        validated: The last step that was validated.
+        wall_s: Seconds of training steps, waiting for data included, validation and saving not; all sessions.
+        peak_memory_mib: The most memory that any session held.
+    """
+
+    step: int = 0
+    validated: int = 0
+    wall_s: float = 0.0
+    peak_memory_mib: float = 0.0
+
+
+class Journal:
+    """The record of one session of a run; `state` is the loop's own, read here and advanced there."""
+
+    def __init__(
+        self, config: RunConfig, task: Task, plan: Plan, costs: Costs, accelerator: Accelerator, state: State
+    ) -> None:
+        self.config, self.task, self.plan, self.costs = config, task, plan, costs
+        self.accelerator, self.state = accelerator, state
+        self.folder = RunFolder(config.folder)
+        self.main = accelerator.is_main_process
+        self.progress = Progress(visible=self.main, unit=task.unit, step=state.step, total_steps=plan.total_steps)
+        self.session_steps, self.step_s = 0, 0.0  # the latter smoothed
+        self.window_steps, self.window_s = 0, 0.0  # since the last row
+
+    def open(self, optimizer: str, warnings: list[str]) -> None:
+        """Write what a session begins with, drop rows of steps that will be run again, and say what will be done."""
+        device, tree = self.accelerator.device, as_tree(self.config)
+        self.accelerator.wait_for_everyone()  # every process has checked the folder
+        if self.main:
+            self.folder.open(tree, describe_environment(device, self.plan.world_size))
+            self.folder.truncate(self.state.step, self.state.validated)
+        start_trackers(self.accelerator, tree, step=self.state.step)
+        how = self.config.loop.precision + (", compiled" if self.config.loop.compile else "")
+        lines = {
+            "run": str(self.folder.path),
+            "device": f"{devices.device_name(device)} x {self.plan.world_size}, {how}",
+            **self.task.describe(),
+            "optimizer": optimizer,
+            **describe(self.plan, self.costs, unit=self.task.unit, step=self.state.step),
+        }
+        for title, text in lines.items():
+            self.say(f"{title:<11} {text}")
+        for warning in warnings:
+            self.say(f"warning: {warning}")
+
+    def say(self, text: str) -> None:
+        """Print a message above the live line."""
+        self.progress.say(text)
+
+    def train_row(self, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
+        """Show the step just finished, which took `seconds`, and write its row if one is due."""
+        step, batch, plan = self.state.step, self.plan.global_batch, self.plan
+        self.window_s += seconds
+        self.window_steps += 1
+        self.session_steps += 1
+        self.step_s = seconds if self.session_steps <= 2 else 0.9 * self.step_s + 0.1 * seconds
+        left = duration((plan.total_steps - step) * self.step_s)
+        if self.session_steps == MEASURED_AFTER + 1:
+            memory = devices.peak_memory_mib(self.accelerator.device)
+            speed = f"{batch / self.step_s:.4g} {self.task.unit}/s"
+            self.say(f"measured    {speed}, {memory:,.0f} MiB at most; {left} of training left")
+        use = self.costs.utilization(batch / self.step_s, plan.world_size)
+        self.progress.update(step, plan.epoch(step), loss, lr, batch / self.step_s, use, left)
+        if plan.due(step, self.config.loop.log_every):
+            throughput = self.window_steps * batch / self.window_s
+            mfu = self.costs.utilization(throughput, plan.world_size)
+            self.write("train", step, loss=loss, lr=lr, grad_norm=grad_norm, throughput=throughput, mfu=mfu)
+            self.window_steps, self.window_s = 0, 0.0
+
+    def val_row(self, losses: dict[str, float]) -> None:
+        """Write and tell the validation losses of the step just finished."""
+        step = self.state.step
+        self.write("val", step, **losses)
+        text = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        self.say(f"validation  step {step}, epoch {self.plan.epoch(step):.2f}: {text}")
+
+    def write(self, kind: str, step: int, **values: float | None) -> None:
+        """Add a row to metrics.jsonl and to the trackers."""
+        samples = step * self.plan.global_batch
+        place = {"kind": kind, "step": step, "epoch": self.plan.epoch(step), "samples": samples}
+        row = {**place, "wall_s": self.state.wall_s, **values}
+        if self.main:
+            self.folder.append(row)
+        track(self.accelerator, row)
+
+    def note_memory(self) -> None:
+        """Bring the state's peak memory up to date."""
+        held = devices.peak_memory_mib(self.accelerator.device)
+        self.state.peak_memory_mib = max(self.state.peak_memory_mib, held)
+
+    def close(self, status: str) -> None:
+        """End the live line and write summary.json; `status` is "finished" or "stopped"."""
+        self.progress.close()
+        if not self.main:
+            return
+        self.note_memory()
+        samples = self.state.step * self.plan.global_batch
+        facts = {
+            "name": self.config.name,
+            "seed": self.config.seed,
+            "status": status,
+            "steps": self.state.step,
+            "samples": samples,
+            "flops_per_sample": self.costs.flops_per_sample,
+            "flops_total": self.costs.flops_per_sample * samples,
+            "wall_s": self.state.wall_s,
+            "peak_memory_mib": self.state.peak_memory_mib,
+            **self.task.facts(),
+        }
+        self.folder.summarize(facts, self.task.best_by)
+
+    def finished(self) -> bool:
+        """Tell whether the run was finished by this or an earlier session."""
+        return self.folder.status() == "finished" and self.state.step == self.plan.total_steps
+
+    def say_finished(self) -> None:
+        """Say what the finished run came to."""
+        if self.main:
+            summary = self.folder.summary()
+            final = ", ".join(f"{name} {value:.4f}" for name, value in (summary["final"] or {}).items())
+            self.say(
+                f"finished    {summary['steps']} steps, {duration(summary['wall_s'])} of training: {final}\n"
+                f"            {self.folder.path} (delete it, or choose another name, to run again)"
+            )
+
+    def say_stopped(self, signal: str) -> None:
+        """Say that the run was asked to stop, and how to continue it."""
+        self.say(
+            f"stopped     {signal or 'another process was asked to stop'}: saved after step {self.state.step} of "
+            f"{self.plan.total_steps}. The same command continues:\n  {command_line()}"
+        )

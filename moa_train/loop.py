@@ -1,0 +1,282 @@
+"""The only training loop: lr -> micro-batches -> finite check -> step -> record -> validate -> save."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from torch import Tensor
+
+from moa_train import checkpoint
+from moa_train.config import HARMLESS, RunConfig, as_tree
+from moa_train.durable import new_folder
+from moa_train.generators import Generators, get_generators, of_all_processes, of_process, set_generators
+from moa_train.journal import Journal, State
+from moa_train.optim import build_optimizer, describe_groups
+from moa_train.plan import Costs, make_plan, measure_costs
+from moa_train.records import RunFolder, command_line
+from moa_train.signals import EXIT_STOPPED, StopRequests
+from moa_train.task import Share, Task
+from moa_train.tracking import check_trackers
+
+
+class NonFiniteError(Exception):
+    """A loss or gradient is not finite; the message says at which step and how to continue."""
+
+
+def run(
+    config: RunConfig,
+    build_task: Callable[[], Task],
+    *,
+    harmless: frozenset[str] = HARMLESS,
+    expected: tuple[type[Exception], ...] = (),
+) -> int:
+    """Train to the end of the plan, or as far as a stop request lets it; return the process's exit code.
+
+    0: finished. 1: a loss or gradient was not finite, or the data failed. 2: configuration, data or run folder do not
+    fit. `EXIT_STOPPED` (75): asked to stop, saved; the same command continues. Failures are told in one message.
+
+    Args:
+        config: The configuration.
+        build_task: Called once the devices are known and the seed is set.
+        harmless: Keys that may change between sessions of a run.
+        expected: Errors of the task whose message is enough, without a traceback.
+    """
+    with StopRequests() as stop:
+        accelerator = None
+        try:
+            check_trackers(config.loop.trackers)
+            accelerator = Accelerator(
+                mixed_precision="bf16" if config.loop.precision == "bf16" else "no",
+                log_with=list(config.loop.trackers) or None,
+                project_dir=config.folder / "trackers",
+            )
+            set_seed(config.seed)
+            with accelerator.local_main_process_first():
+                task = build_task()
+            trainer = Trainer(config, task, accelerator, stop, harmless)
+        except (ValueError, OSError, *expected) as error:
+            if accelerator is None or accelerator.is_main_process:
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+        try:
+            return trainer.run()
+        except (NonFiniteError, *expected) as error:
+            trainer.journal.close("stopped")
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        finally:
+            trainer.journal.progress.close()
+            accelerator.end_training()
+
+
+class Trainer:
+    """One session of a run; it takes the run up where its folder left it.
+
+    Raises:
+        ValueError: the batch cannot be split, or the folder holds another run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task,
+        accelerator: Accelerator,
+        stop: StopRequests,
+        harmless: frozenset[str] = HARMLESS,
+    ) -> None:
+        self.config, self.task, self.accelerator, self.stop = config, task, accelerator, stop
+        self.device = accelerator.device
+        self.folder = RunFolder(config.folder)
+        changed = self.folder.check(as_tree(config), config.resume, harmless)
+        self.plan = make_plan(config, task.samples_per_epoch, accelerator.num_processes)
+        self.share = Share(accelerator.process_index, accelerator.num_processes, config.loop.micro_batch_size)
+
+        self.bare = task.model.to(self.device)
+        self.costs = self._measure_costs()
+        if config.loop.compile:
+            self.bare.compile()  # in place: the names in the state dict stay
+        self.model = accelerator.prepare_model(self.bare)
+        self.optimizer = build_optimizer(self.bare, config.optim, task.no_weight_decay())
+
+        self.state, self.generators, self.saved_step = State(), Generators(), -1
+        damaged = self._resume()
+        self.warnings = [f"passed over a damaged checkpoint: {message}" for message in damaged]
+        self.warnings += [f"continuing with another value of {message}" for message in changed]
+        self.journal = Journal(config, task, self.plan, self.costs, accelerator, self.state)
+
+    def _measure_costs(self) -> Costs:
+        def loss(batch: Any) -> Tensor:
+            with self.accelerator.autocast():
+                return self.task.loss(self.bare, send_to_device(batch, self.device))
+
+        return measure_costs(self.bare, loss, self.task.example_batch, self.task.forward_flops_per_sample)
+
+    def run(self) -> int:
+        """Announce, train, export; return the exit code."""
+        if self.journal.finished():
+            self.journal.say_finished()
+            return 0
+        self.journal.open(describe_groups(self.optimizer), self.warnings)
+        if not self.train():
+            self.journal.close("stopped")
+            self.journal.say_stopped(self.stop.received)
+            return EXIT_STOPPED
+        self._export()
+        self.journal.close("finished")
+        self.journal.say_finished()
+        return 0
+
+    def train(self) -> bool:
+        """Run the steps left; return True at the end of the plan, False if asked to stop, and saved, before."""
+        batches = iter(self.task.train_batches(self.share, self.plan, self.state.step))
+        set_generators(self.generators, self.device)  # after the loader, which may draw from them as it starts
+        self.bare.train()
+        going = self._go_on() and self._validate_if_due()
+        while going and self.state.step < self.plan.total_steps:
+            begin, generators = time.perf_counter(), get_generators(self.device)
+            lr = self.plan.lr_at(self.state.step)
+            loss, gradients = self._accumulate(batches)
+            grad_norm = torch.nn.utils.get_total_norm(gradients)
+            self._check_finite(loss, grad_norm, lr, generators)
+            self._update(lr, grad_norm)
+            seconds = time.perf_counter() - begin
+            self.state.wall_s += seconds
+            self.journal.train_row(float(loss), lr, float(grad_norm), seconds)
+            going = self._go_on() and self._validate_if_due()
+            if not going or self.plan.due(self.state.step, self.config.loop.save_every):
+                self._save(get_generators(self.device))
+        return going
+
+    def _accumulate(self, batches: Iterator[Any]) -> tuple[Tensor, list[Tensor]]:
+        """Add up one global batch's gradients; return its mean loss over all processes, and the gradients."""
+        total = torch.zeros((), device=self.device)
+        for left in reversed(range(self.plan.accumulation)):
+            batch = send_to_device(next(batches), self.device, non_blocking=True)
+            with self.accelerator.no_sync(self.model) if left else contextlib.nullcontext():
+                loss = self.task.loss(self.model, batch) / self.plan.accumulation
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        gradients = [parameter.grad for parameter in self.bare.parameters() if parameter.grad is not None]
+        return self.accelerator.reduce(total, "mean"), gradients  # pyright: ignore[reportReturnType]
+
+    def _check_finite(self, loss: Tensor, grad_norm: Tensor, lr: float, generators: Generators) -> None:
+        """Raise NonFiniteError, nothing updated and the state before this step saved, unless both are finite."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        self._save(generators)
+        step = self.state.step + 1
+        self.journal.write("train", step, loss=float(loss), lr=lr, grad_norm=float(grad_norm))
+        raise NonFiniteError(
+            f"step {step}: the loss is {float(loss)} and the gradient norm {float(grad_norm)}, at lr {lr:.3g}. "
+            f"Nothing was updated, and the state before this step is saved in {self.folder.checkpoints}. "
+            "Continue with a lower rate or with clipped gradients:\n"
+            f"  {command_line()} --resume force --optim.lr {self.config.optim.lr / 2:.3g}\n"
+            f"  {command_line()} --resume force --optim.clip_grad 1.0"
+        )
+
+    def _update(self, lr: float, grad_norm: Tensor) -> None:
+        if self.config.optim.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.bare.parameters(), self.config.optim.clip_grad, grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+
+    def _validate_if_due(self) -> bool:
+        """Validate if due and not done yet; return False if a stop request cut it short (resuming then does it)."""
+        step = self.state.step
+        due = self.task.val_samples and self.plan.due(step, self.config.loop.val_every)
+        if not due or self.state.validated >= step:
+            return True
+        with self._evaluating():
+            losses = self._validation_losses()
+            if losses is None:
+                return False
+            if self.accelerator.is_main_process and self.config.loop.visualize:
+                self.task.visualize(self.bare, self.folder.path, step)
+        self.journal.val_row(losses)
+        self.state.validated = step
+        return True
+
+    def _validation_losses(self) -> dict[str, float] | None:
+        """Return the held-out losses, averaged over samples, all processes together; None if a stop request came."""
+        batches = iter(self.task.val_batches(self.share))
+        sums = torch.zeros(1 + len(self.task.val_names), dtype=torch.float64)  # samples, then each loss
+        while True:
+            batch = next(batches, None)
+            stop, more = self._sum_over_processes(bool(self.stop.received), batch is not None)
+            if stop:
+                return None
+            if not more:
+                break
+            if batch is not None:  # else only other processes have some left
+                losses = self.task.val_losses(self.bare, send_to_device(batch, self.device, non_blocking=True))
+                values = torch.stack([losses[name] for name in self.task.val_names]).cpu().double()
+                sums += torch.cat([torch.full((1,), values.shape[1]), values.sum(dim=1)])
+        samples, *totals = self._sum_over_processes(*sums.tolist())
+        return {name: total / samples for name, total in zip(self.task.val_names, totals, strict=True)}
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, and generators that training finds again as it left them."""
+        generators = get_generators(self.device)
+        self.bare.eval()
+        with torch.no_grad():
+            yield
+        self.bare.train()
+        set_generators(generators, self.device)
+
+    def _go_on(self) -> bool:
+        """Return False on every process once any of them was asked to stop."""
+        return not any(self._sum_over_processes(bool(self.stop.received)))
+
+    def _sum_over_processes(self, *values: float) -> list[float]:
+        if self.plan.world_size == 1:
+            return list(values)
+        device_values = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.accelerator.reduce(device_values, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _save(self, generators: Generators) -> None:
+        """Write a checkpoint of the finished steps, unless there is one; `generators` are this process's."""
+        if self.saved_step == self.state.step:
+            return
+        self.saved_step = self.state.step
+        self.journal.note_memory()
+        everyones = of_all_processes(generators, self.accelerator)
+        if self.accelerator.is_main_process:
+            state = {**asdict(self.state), "world_size": self.plan.world_size, "config": as_tree(self.config)}
+            keep = self.config.loop.keep
+            checkpoint.save(self.folder.checkpoints, state, self.bare, self.optimizer, everyones, keep=keep)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> list[str]:
+        """Take the newest valid checkpoint, if there is one; return a message for each damaged one passed over."""
+        newest, damaged = checkpoint.newest_valid(self.folder.checkpoints)
+        rank = self.accelerator.process_index
+        if newest is not None:
+            saved, generators = checkpoint.load(newest, self.bare, self.optimizer)
+            self.state = State(**{key: saved[key] for key in asdict(State())})
+            self.saved_step = self.state.step
+            self.generators = of_process(generators, rank)
+        if self.state.step > self.plan.total_steps:
+            raise ValueError(f"{newest} is past the end of this configuration, step {self.plan.total_steps}")
+        # Every process has its own random numbers; one without a saved state (it was not there before) keeps these.
+        set_seed(self.config.seed + self.state.step, device_specific=True)
+        return damaged
+
+    def _export(self) -> None:
+        if self.accelerator.is_main_process:
+            bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            with new_folder(self.folder.path / "export") as folder:
+                self.task.export(bare.eval(), folder)
+        self.accelerator.wait_for_everyone()

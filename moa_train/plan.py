@@ -1,0 +1,159 @@
+"""What a run is going to do, in steps, batches, FLOPs, bytes and seconds, before it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moa_train.config import RunConfig
+from moa_train.devices import bf16_peak_flops, device_name, saved_bytes_per_sample, state_bytes
+from moa_train.optim import lr_at
+from moa_train.progress import count, duration
+
+TRAINING_FLOPS_PER_FORWARD = 3
+"""A backward pass costs twice the forward's matrix products."""
+
+ASSUMED_UTILIZATION = 0.4
+"""Part of the peak assumed for the time estimate before anything is measured."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's schedule, counted in optimizer steps.
+
+    Attributes:
+        steps_per_epoch: Whole global batches in the training set; what is left over is dropped.
+        total_steps, warmup_steps: Length of the run and of its warm-up.
+        global_batch: Samples of one optimizer step = accumulation * world_size * micro_batch.
+        accumulation: Micro-batches that one device accumulates in a step.
+    """
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    world_size: int
+    lr: float
+    min_lr: float
+
+    def lr_at(self, step: int) -> float:
+        """Return the rate of the step that follows `step` finished ones; see `moa_train.optim.lr_at`."""
+        return lr_at(
+            step, lr=self.lr, min_lr=self.min_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps
+        )
+
+    def epoch(self, step: int) -> float:
+        """Return the epochs that `step` finished steps come to."""
+        return step / self.steps_per_epoch
+
+    def due(self, step: int, every: int) -> bool:
+        """Tell whether something done every so many steps, and after the last one, is due after `step` steps."""
+        return step > 0 and (step % every == 0 or step == self.total_steps)
+
+
+def make_plan(config: RunConfig, samples_per_epoch: int, world_size: int) -> Plan:
+    """Turn epochs into steps and split the global batch.
+
+    Raises:
+        ValueError: the training set is smaller than a batch, or the global batch is no multiple of
+            world_size * loop.micro_batch_size; the message gives the nearest that works.
+    """
+    batch, micro = config.schedule.batch_size, config.loop.micro_batch_size
+    at_once = world_size * micro
+    if batch % at_once:
+        below, above = batch // at_once * at_once, (batch // at_once + 1) * at_once
+        fitting = max((m for m in range(1, micro) if batch % (world_size * m) == 0), default=None)
+        raise ValueError(
+            f"schedule.batch_size is {batch}; it must be a multiple of {at_once} ({world_size} processes x "
+            f"loop.micro_batch_size {micro}): the nearest are {f'{below} and ' if below else ''}{above}"
+            + (f", or keep it with loop.micro_batch_size {fitting}" if fitting else "")
+        )
+    steps_per_epoch = samples_per_epoch // batch
+    if not steps_per_epoch:
+        raise ValueError(
+            f"schedule.batch_size is {batch}; it must be at most the training set's {samples_per_epoch} samples"
+        )
+    return Plan(
+        steps_per_epoch=steps_per_epoch,
+        total_steps=max(1, round(config.schedule.epochs * steps_per_epoch)),
+        warmup_steps=round(config.schedule.warmup_epochs * steps_per_epoch),
+        global_batch=batch,
+        micro_batch=micro,
+        accumulation=batch // at_once,
+        world_size=world_size,
+        lr=config.optim.lr,
+        min_lr=config.schedule.min_lr,
+    )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one run costs.
+
+    Attributes:
+        flops_per_sample: Training FLOPs of a sample, forward and backward.
+        peak_flops: The device's bf16 peak in FLOP/s, None where it is not known.
+        state_bytes: Weights, gradients and moments on one device.
+        saved_bytes_per_sample: What backward needs of one sample, in eager mode.
+    """
+
+    flops_per_sample: int
+    peak_flops: float | None
+    state_bytes: int
+    saved_bytes_per_sample: int
+
+    def utilization(self, throughput: float, world_size: int) -> float | None:
+        """Return the part of the devices' peak that `throughput` samples/s come to, None where it is not known."""
+        if self.peak_flops is None:
+            return None
+        return throughput * self.flops_per_sample / (self.peak_flops * world_size)
+
+
+def measure_costs(
+    model: nn.Module,
+    loss: Callable[[Any], torch.Tensor],
+    example_batch: Callable[[int], Any],
+    forward_flops_per_sample: int,
+) -> Costs:
+    """Return what training `model`, on its device, costs; runs `loss(example_batch(n))` for n = 1 and 2."""
+    device = next(model.parameters()).device
+    return Costs(
+        flops_per_sample=TRAINING_FLOPS_PER_FORWARD * forward_flops_per_sample,
+        peak_flops=bf16_peak_flops(device_name(device)),
+        state_bytes=state_bytes(model),
+        saved_bytes_per_sample=saved_bytes_per_sample(model, loss, example_batch),
+    )
+
+
+def describe(plan: Plan, costs: Costs, *, unit: str, step: int) -> dict[str, str]:
+    """Return the lines of the announcement that follow from the plan: {"steps", "work", "memory", "time"}."""
+    images, activations = plan.total_steps * plan.global_batch, plan.micro_batch * costs.saved_bytes_per_sample
+    flops = costs.flops_per_sample * (images - step * plan.global_batch)
+    if costs.peak_flops is None:
+        time = "no peak rate is known for this device; told once measured"
+    else:
+        seconds = flops / (ASSUMED_UTILIZATION * costs.peak_flops * plan.world_size)
+        time = f"{duration(seconds)} at {ASSUMED_UTILIZATION:.0%} of the bf16 peak; told again once measured"
+    return {
+        "steps": (
+            f"{plan.total_steps:,} = {plan.epoch(plan.total_steps):.4g} epochs of {plan.steps_per_epoch:,}, "
+            f"{plan.warmup_steps:,} of warm-up; {images:,} {unit} in all"
+            + (f"; continuing after step {step:,}" if step else "")
+        ),
+        "batch": (
+            f"{plan.global_batch:,} {unit} a step = {plan.accumulation} accumulated x {plan.world_size} device(s) "
+            f"x {plan.micro_batch}"
+        ),
+        "work": f"{count(costs.flops_per_sample)}FLOPs a sample in training, {count(flops)}FLOPs to do",
+        "memory": (
+            f"about {(costs.state_bytes + activations) / 2**20:,.0f} MiB a device: weights, gradients and moments "
+            f"{costs.state_bytes / 2**20:,.0f}, activations of {plan.micro_batch} {unit} {activations / 2**20:,.0f}"
+        ),
+        "time": time,
+    }

@@ -1,0 +1,75 @@
+"""What a person sees of a run: one live line and messages, on the main process only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+LAYOUT = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}"
+
+LINE_EVERY_S = 30.0
+"""Without a terminal: at most one progress line in this many seconds."""
+
+
+class Progress:
+    """A live line on a terminal; elsewhere (a log file) a line now and then. Silent unless `visible`."""
+
+    def __init__(self, *, visible: bool, unit: str, step: int, total_steps: int) -> None:
+        self.visible = visible
+        self.unit = unit
+        self.total_steps = total_steps
+        self._begin = step
+        self._next_line_s = 0.0
+        self._bar: tqdm[Any] | None = None
+
+    def update(
+        self, step: int, epoch: float, loss: float, lr: float, throughput: float, mfu: float | None, left: str
+    ) -> None:
+        """Show where the run is; `throughput` in samples/s, `mfu` as a part of the peak, `left` as text."""
+        if not self.visible:
+            return
+        use = "" if mfu is None else f", {mfu:.1%} of peak"
+        text = f"loss {loss:.4f}, lr {lr:.2e}, {throughput:.4g} {self.unit}/s{use}, {left} left"
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=self.total_steps, initial=self._begin, dynamic_ncols=True, bar_format=LAYOUT)
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() >= self._next_line_s or step == self.total_steps:
+            self._next_line_s = time.monotonic() + LINE_EVERY_S
+            self.say(f"step {step}/{self.total_steps}, epoch {epoch:.2f}: {text}")
+
+    def say(self, text: str) -> None:
+        """Print a message above the live line."""
+        if self.visible:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Return e.g. "48 s", "5 min 20 s", "3 h 05 min", "2 d 04 h"."""
+    whole = round(seconds)
+    minutes, s = divmod(whole, 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days} d {h:02d} h"
+    if hours:
+        return f"{h} h {m:02d} min"
+    return f"{m} min {s:02d} s" if minutes else f"{s} s"
+
+
+def count(number: float) -> str:
+    """Return a number with three digits and a metric unit, e.g. "86.6 M", "58.7 G"."""
+    for factor, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g} {letter}"
+    return f"{number:g}"

@@ -1,0 +1,172 @@
+"""The run folder: configuration, environment, one row an event, and a summary; see `RunFolder`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from moa_train.config import HARMLESS, differing_keys
+from moa_train.durable import write_json, write_text
+
+Row = dict[str, Any]
+
+
+class RunFolder:
+    """The files of one run.
+
+    config.yaml     the resolved configuration           env.json        versions, device, git commit, command
+    metrics.jsonl   a JSON object a line, in order       summary.json    what the run came to
+    checkpoints/    see checkpoint.py                    reconstructions/, export/  what the task draws and exports
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self._summary = path / "summary.json"
+
+    def check(self, tree: dict[str, Any], resume: str, harmless: frozenset[str] = HARMLESS) -> list[str]:
+        """Return the keys in which the folder's run differs from `tree`, if it may be continued all the same.
+
+        Raises:
+            ValueError: the folder holds a run and `resume` is "never", or keys that are not harmless differ and it is
+                not "force"; the message names them.
+        """
+        if not self.rows() and not any(self.checkpoints.glob("step_*")):
+            return []
+        if resume == "never":
+            raise ValueError(
+                f"{self.path} already holds a run and resume is 'never'; choose another name or delete the folder"
+            )
+        try:
+            old = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"{self.path}/config.yaml cannot be read ({error}); delete the folder to start afresh"
+            ) from error
+        different = differing_keys(old, tree, harmless=harmless)
+        if different and resume != "force":
+            listed = "\n  ".join(different)
+            raise ValueError(
+                f"{self.path} holds a run with another configuration:\n  {listed}\n"
+                "Choose another name, go back to these values, or continue all the same with --resume force."
+            )
+        return different
+
+    def open(self, tree: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Create the folder if need be and write config.yaml and env.json."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
+        write_json(self.path / "env.json", environment)
+
+    def rows(self) -> list[Row]:
+        """Return the rows written so far; a last line cut short by a crash is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def truncate(self, step: int, validated: int) -> None:
+        """Drop, in one rename, the training rows after `step` and the validation rows after `validated`."""
+        last = {"train": step, "val": validated}
+        kept = [row for row in self.rows() if row["step"] <= last[row["kind"]]]
+        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def append(self, row: Row) -> None:
+        """Add a row and hand it to the system at once, so that a killed process loses none; NaN becomes null."""
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def summarize(self, facts: dict[str, Any], best_by: str) -> None:
+        """Write summary.json: `facts` and what the rows say; `best_by` is the validation key that is to be low."""
+        write_json(self._summary, {**facts, **summarize_rows(self.rows(), best_by)})
+
+    def summary(self) -> dict[str, Any]:
+        """Return summary.json."""
+        return json.loads(self._summary.read_text(encoding="utf-8"))
+
+    def status(self) -> str:
+        """Return the summary's status, "unfinished" while there is no summary."""
+        return self.summary()["status"] if self._summary.exists() else "unfinished"
+
+
+def summarize_rows(rows: Iterable[Row], best_by: str) -> dict[str, Any]:
+    """Return final and best validation losses, the last training loss and the median throughput (samples/s)."""
+    rows = list(rows)
+    val = [row for row in rows if row["kind"] == "val"]
+    train = [row for row in rows if row["kind"] == "train"]
+    speeds = [row["throughput"] for row in train if "throughput" in row]
+    best = min((row for row in val if row[best_by] is not None), key=lambda row: row[best_by], default=None)
+    return {
+        "final": _losses(val[-1]) if val else None,
+        "best": {**_losses(best), "step": best["step"]} if best else None,
+        "train_loss": train[-1]["loss"] if train else None,
+        "throughput": statistics.median(speeds) if speeds else None,
+    }
+
+
+def _losses(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key not in ("kind", "step", "epoch", "samples", "wall_s")}
+
+
+def describe_environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """Return what env.json holds: versions of every imported package, device, processor, git commit, command line."""
+    on_gpu = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "world_size": world_size,
+        "git_commit": _git_commit(),
+        "command": command_line(),
+        "packages": _imported_packages(),
+    }
+
+
+def command_line() -> str:
+    """Return the command that started this run, as a shell takes it (options of a launcher aside)."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # `accelerate launch` sets it
+    return shlex.join([*(["accelerate", "launch"] if launched else [Path(sys.executable).name]), *sys.argv])
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the checkout this file is in, "-dirty" appended if it was changed; None outside of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _imported_packages() -> dict[str, str]:
+    modules = {name.partition(".")[0] for name in sys.modules}
+    by_module = metadata.packages_distributions()
+    names = {name for module in modules for name in by_module.get(module, ())}
+    return {name: metadata.version(name) for name in sorted(names, key=str.lower)}

@@ -1,0 +1,84 @@
+"""What a half (vision, language) gives the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from moa_train.plan import Plan
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of the work: it is number `rank` of `world_size`, and each takes `micro_batch` at a time."""
+
+    rank: int
+    world_size: int
+    micro_batch: int
+
+
+class Task(Protocol):
+    """A model, its batches and its losses. Batches are what `loss` takes: tensors in any nesting, moved to the device
+    by the loop.
+
+    Attributes:
+        model: The bare module, on the CPU, initialized from the seed.
+        unit: Name of a sample in messages, e.g. "img".
+        samples_per_epoch: Training samples.
+        val_samples: Held-out samples of one validation; 0: there is none.
+        forward_flops_per_sample: FLOPs of one sample's forward pass.
+        val_names: What `val_losses` returns, "loss" among them.
+        best_by: The one of them by which the best step is chosen.
+    """
+
+    model: nn.Module
+    unit: str
+    samples_per_epoch: int
+    val_samples: int
+    forward_flops_per_sample: int
+    val_names: tuple[str, ...]
+    best_by: str
+
+    def describe(self) -> dict[str, str]:
+        """Return lines of the announcement, title to text."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Return what summary.json says of the task, e.g. "parameters" by part; asked on the main process only."""
+        ...
+
+    def no_weight_decay(self) -> Collection[str]:
+        """Return names of parameters without weight decay, beyond those with fewer than two dimensions."""
+        ...
+
+    def example_batch(self, count: int) -> Any:
+        """Return a made-up batch of `count` samples, to measure what `loss` needs."""
+        ...
+
+    def train_batches(self, share: Share, plan: Plan, start_step: int) -> Iterable[Any]:
+        """Yield this process's micro-batches, in order, for the steps from `start_step` to the plan's end."""
+        ...
+
+    def val_batches(self, share: Share) -> Iterable[Any]:
+        """Yield this process's share of the held-out samples; over all processes each sample comes once."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return a micro-batch's mean loss, () float32, through `model` (the bare module or a wrapper of it)."""
+        ...
+
+    def val_losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Return each sample's losses, (B,) each, for every name of `val_names`."""
+        ...
+
+    def visualize(self, model: nn.Module, folder: Path, step: int) -> None:
+        """Draw what the model does on held-out samples into the run folder `folder`."""
+        ...
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the trained model, in the form in which others load it, into the empty `folder`."""
+        ...

@@ -1,0 +1,191 @@
+"""Shards as plain local tar files: remote ones are fetched whole, compressed ones unpacked, once per cache folder."""
+
+import errno
+import gzip
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+from webdataset.gopen import gopen
+
+from moa_train.durable import sync_file
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+BACKOFF_S = 1.0  # the first pause between attempts; doubled each time
+STALL_S = 60.0  # a transfer that brings nothing for so long is given up and tried again
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EISDIR}
+
+
+class DataError(RuntimeError):
+    """A data set, shard or sample that cannot be used; the message names it and says what to do."""
+
+
+class Shard(NamedTuple):
+    """Where a shard is, and, where a manifest says so, its size in bytes and its SHA-256 as transferred."""
+
+    url: str
+    size: int | None = None
+    sha256: str | None = None
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/moa_vision`, by default `~/.cache/moa_vision`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moa_vision"
+
+
+def is_remote(url: str) -> bool:
+    """Whether `url` names something outside the file system: `scheme://...` or `pipe:command`."""
+    return url.startswith("pipe:") or bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url))
+
+
+def short_hash(*parts: object) -> str:
+    """24 hexadecimal digits that name `parts`."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system and path of a remote `url` (http, https, hf, and what else fsspec has a driver for)."""
+    import fsspec
+
+    options = {}
+    if url.startswith(("http://", "https://")):
+        import aiohttp
+
+        # aiohttp ends every transfer after 5 minutes in all; a large shard may take longer, a stalled one must not
+        options["timeout"] = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=STALL_S)
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except (ValueError, ImportError) as error:  # an unknown scheme, or its driver is not installed
+        raise DataError(f"cannot open {url}: {error}") from error
+
+
+def local_path(shard: Shard, cache_dir: Path, check: Callable[[Path], object] | None = None) -> Path:
+    """The plain tar file that holds `shard`, fetched or unpacked into `cache_dir` if need be.
+
+    Any number of processes may ask for the same shard: one fetches it, the others wait for that one.
+
+    Args:
+        shard: remote, or a local path.
+        cache_dir: created if absent.
+        check: called with a newly fetched file before it is let in; an exception means that the transfer failed.
+
+    Raises:
+        OSError: if a local shard cannot be read.
+        DataError: if a shard cannot be fetched, after `ATTEMPTS` attempts where another attempt may help.
+    """
+    if is_remote(shard.url):
+        name = f"{short_hash(shard.url, shard.sha256)}-{_plain_name(shard.url)}"
+    else:
+        path = Path(shard.url)
+        if not _is_gzip(path):
+            return path
+        stat = path.stat()
+        name = f"{short_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)}-{_plain_name(path.name)}"
+    return fetch(shard, cache_dir / "shards" / name, check)
+
+
+def fetch(shard: Shard, target: Path, check: Callable[[Path], object] | None = None) -> Path:
+    """Fetches any remote or local file to `target` (unpacked if it is gzip) unless it is there; see `local_path`."""
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        for attempt in range(ATTEMPTS):
+            if target.exists():
+                break
+            temporary = target.with_name(f"{target.name}.tmp")
+            temporary.unlink(missing_ok=True)
+            try:
+                _transfer(shard, temporary)
+                if check is not None:
+                    check(temporary)
+                sync_file(temporary)
+                temporary.replace(target)
+            except Exception as error:  # the drivers of fsspec raise their own types
+                temporary.unlink(missing_ok=True)
+                if attempt + 1 == ATTEMPTS or not is_remote(shard.url) or _is_hopeless(error):
+                    raise DataError(
+                        f"cannot fetch {shard.url} (attempt {attempt + 1} of {ATTEMPTS}): "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
+                pause_s = BACKOFF_S * 2**attempt
+                log.warning("fetching %s failed (%s); trying again in %.0f s", shard.url, error, pause_s)
+                time.sleep(pause_s)
+    return target
+
+
+def read_remote(url: str) -> bytes:
+    """The bytes of a small remote file, with the retries of `fetch`, not cached (it may change)."""
+    for attempt in range(ATTEMPTS):
+        try:
+            fs, path = filesystem(url)
+            return fs.cat_file(path)
+        except Exception as error:
+            if attempt + 1 == ATTEMPTS or _is_hopeless(error):
+                raise DataError(f"cannot read {url}: {type(error).__name__}: {error}") from error
+            time.sleep(BACKOFF_S * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _transfer(shard: Shard, path: Path) -> None:
+    """One attempt: bytes to `path`, size and checksum compared, then unpacked if they are gzip."""
+    if shard.url.startswith("pipe:"):
+        with gopen(shard.url) as source, path.open("wb") as file:  # raises if the command fails
+            shutil.copyfileobj(source, file, 1 << 20)
+    elif is_remote(shard.url):
+        fs, remote = filesystem(shard.url)
+        fs.get_file(remote, str(path))
+    else:
+        shutil.copyfile(shard.url, path)
+    size = path.stat().st_size
+    if shard.size is not None and size != shard.size:
+        raise OSError(f"{size} bytes came, the manifest says {shard.size}")
+    if shard.sha256 is not None and file_sha256(path) != shard.sha256:
+        raise OSError("its SHA-256 is not the manifest's")
+    if _is_gzip(path):
+        unpacked = path.with_name(f"{path.name}.unpacked")
+        try:
+            with gzip.open(path) as source, unpacked.open("wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+            unpacked.replace(path)
+        finally:
+            unpacked.unlink(missing_ok=True)
+
+
+def _is_hopeless(error: Exception) -> bool:
+    """Whether another attempt cannot help: not there, not allowed, no space."""
+    if isinstance(error, FileNotFoundError | PermissionError | DataError):
+        return True
+    if isinstance(error, OSError) and error.errno in _HOPELESS:
+        return True
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+
+
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == _GZIP_MAGIC
+
+
+def _plain_name(url: str) -> str:
+    """The last component of `url` as a short, harmless file name without the compression's suffix."""
+    name = re.split(r"[/\\]", url.split("?")[0].rstrip("/"))[-1]
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", name)[-80:]
+    return re.sub(r"\.tgz$", ".tar", re.sub(r"\.gz$", "", name))

@@ -1,0 +1,330 @@
+"""Index -> batches: images (B, 3, H, W) uint8 and mask noise; their order is a function of (seed, epoch, position).
+
+Position p of epoch e is the same pixels and the same noise whatever the numbers of workers and ranks are and wherever
+a run began; see `moa_vision.order`.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from moa_vision.cache import DataError
+from moa_vision.images import CROP_DRAWS, Box, ImageError, central_box, crop_into, decode_rgb, random_box
+from moa_vision.index import ShardIndex, ShardReader
+from moa_vision.order import SAMPLE, EpochOrder, StepBatches, generator, philox_key
+from moa_vision.table import BadSample
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images are and how they become batches.
+
+    Args:
+        train: Training shards: a folder of scripts/make_shards.py, or tars by path, {brace}, glob, http(s)://,
+            hf:// or pipe:command; several joined by "::".
+        val: Validation shards, named likewise; none: no validation.
+        window_shards: Shards whose samples are shuffled together; reading stays within this many files.
+        repeats: Crops made of one decoded image, at consecutive positions; an epoch shows 1/repeats of the images.
+        crop_scale: Smallest and largest area of a training crop, as a fraction of the image.
+        crop_ratio: Smallest and largest width / height of a training crop before it is resized.
+        hflip: Mirror half of the training crops.
+        val_crop_pct: Side of the central validation crop, as a fraction of the image's.
+        mean: Of the normalization, per channel, of pixels in [0, 1].
+        std: Of the normalization, per channel, of pixels in [0, 1].
+        workers: Processes that decode images, per device; 0: none beside the training process.
+        cache_dir: For indices and for remote or compressed shards; default ~/.cache/moa_vision.
+        max_bad_samples: Different unusable samples after which a run stops.
+    """
+
+    train: str
+    val: str | None = None
+    window_shards: int = 8
+    repeats: int = 1
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: bool = True
+    val_crop_pct: float = 0.875
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    workers: int = 4
+    cache_dir: str | None = None
+    max_bad_samples: int = 100
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        allowed = {
+            "window_shards": (self.window_shards >= 1, "1 or more"),
+            "repeats": (self.repeats >= 1, "1 or more"),
+            "crop_scale": (0 < low <= high <= 1, "two fractions, 0 < smallest <= largest <= 1"),
+            "crop_ratio": (0 < self.crop_ratio[0] <= self.crop_ratio[1], "two numbers, 0 < smallest <= largest"),
+            "val_crop_pct": (0 < self.val_crop_pct <= 1, "a fraction, more than 0 and at most 1"),
+            "std": (min(self.std) > 0, "three positive numbers"),
+            "workers": (self.workers >= 0, "0 or more"),
+            "max_bad_samples": (self.max_bad_samples >= 0, "0 or more"),
+        }
+        for field in fields(self):
+            valid, what = allowed.get(field.name, (True, ""))
+            if not valid:
+                raise ValueError(f"data.{field.name} is {getattr(self, field.name)!r}; allowed: {what}")
+
+
+class ImageBatch(NamedTuple):
+    """B images with the noise that orders their patches for masking.
+
+    Attributes:
+        images: (B, 3, H, W) uint8, channels-last in memory.
+        noise: (B, L) float32, uniform in [0, 1).
+        keys: B sample keys.
+        labels: (B,) int64, -1 where there is none.
+        bad: samples that could not be used while the batch was made.
+    """
+
+    images: Tensor
+    noise: Tensor
+    keys: list[str]
+    labels: Tensor
+    bad: list[BadSample]
+
+
+class BadSampleLimit:
+    """Counts the different bad samples of a run, and ends it when there are too many.
+
+    Args:
+        limit: how many are put up with.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.samples: dict[tuple[str, str], BadSample] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def add(self, bad: Sequence[BadSample]) -> list[BadSample]:
+        """Takes a batch's bad samples; returns those not seen before. Raises DataError beyond the limit."""
+        new = [sample for sample in bad if (sample.shard, sample.key) not in self.samples]
+        self.samples.update({(sample.shard, sample.key): sample for sample in new})
+        if len(self.samples) > self.limit:
+            shard, key, reason = list(self.samples.values())[-1]
+            raise DataError(
+                f"{len(self.samples)} bad samples, more than data.max_bad_samples = {self.limit} allows. The last: "
+                f"{key} in {shard}: {reason}. Make or fetch these shards again, or raise the limit."
+            )
+        return new
+
+
+class TrainSamples(Dataset[ImageBatch]):
+    """Random crops by (epoch, position)."""
+
+    def __init__(
+        self, index: ShardIndex, config: DataConfig, image_size: tuple[int, int], num_patches: int, seed: int
+    ) -> None:
+        self.reader = ShardReader(index)
+        self.config = config
+        self.image_size = image_size
+        self.num_patches = num_patches
+        self.key = philox_key(seed, SAMPLE)
+        self.order = EpochOrder(index.starts, seed, config.window_shards, config.repeats)
+
+    def __getitems__(self, where: Sequence[tuple[int, int]]) -> ImageBatch:
+        """The batch of these epochs and positions; images that several positions share are decoded once."""
+        batch = _Builder(self.reader.index, len(where), self.image_size, self.num_patches)
+        current, image, sample = None, torch.empty(0), -1
+        for epoch, position in where:
+            slot = position // self.config.repeats
+            if (epoch, slot) != current:
+                current = (epoch, slot)
+                image, sample = self._image(epoch, slot, batch.bad)
+            stream = generator(self.key, epoch, position)
+            draws = stream.random(CROP_DRAWS + 1)
+            height, width = image.shape[:2]
+            box = random_box(draws[1:], height, width, self.config.crop_scale, self.config.crop_ratio)
+            batch.add(sample, image, box, stream, flip=self.config.hflip and bool(draws[0] < 0.5))
+        return batch.done()
+
+    def _image(self, epoch: int, slot: int, bad: list[BadSample]) -> tuple[Tensor, int]:
+        """The slot's image, or the next good one of the epoch's order; and which sample that is."""
+        failed = []
+        for ahead in range(min(self.config.max_bad_samples + 1, self.order.slots)):
+            sample = self.order.sample(epoch, slot + ahead)
+            try:
+                image = decode_rgb(self.reader.read(sample))
+            except (ImageError, OSError, DataError) as error:
+                failed.append(self.reader.index.bad(sample, error))
+            else:
+                bad += failed
+                return image, sample
+        shard, key, reason = failed[-1]
+        raise DataError(
+            f"{len(failed)} samples in a row are bad, the last {key} in {shard}: {reason}. "
+            "Make or fetch these shards again."
+        )
+
+
+class ValSamples(Dataset[ImageBatch]):
+    """Central crops by sample number; the noise is a function of the sample's key alone."""
+
+    def __init__(self, index: ShardIndex, config: DataConfig, image_size: tuple[int, int], num_patches: int) -> None:
+        self.reader = ShardReader(index)
+        self.config = config
+        self.image_size = image_size
+        self.num_patches = num_patches
+
+    def __getitems__(self, samples: Sequence[int]) -> ImageBatch:
+        """The batch of these samples, without those that are bad (it may be empty)."""
+        index = self.reader.index
+        batch = _Builder(index, len(samples), self.image_size, self.num_patches)
+        for sample in samples:
+            try:
+                image = decode_rgb(self.reader.read(sample))
+            except (ImageError, OSError, DataError) as error:
+                batch.bad.append(index.bad(sample, error))
+                continue
+            height, width = image.shape[:2]
+            box = central_box(height, width, self.image_size, self.config.val_crop_pct)
+            digest = hashlib.sha256(index.table.key(sample).encode()).digest()
+            stream = generator(np.frombuffer(digest[:16], np.uint64), 0, 0)
+            batch.add(sample, image, box, stream, flip=False)
+        return batch.done()
+
+
+class _Builder:
+    """Fills a batch's tensors in place."""
+
+    def __init__(self, index: ShardIndex, size: int, image_size: tuple[int, int], num_patches: int) -> None:
+        self.table = index.table
+        self.images = torch.empty(size, *image_size, 3, dtype=torch.uint8)
+        self.noise = torch.empty(size, num_patches)
+        self.samples: list[int] = []
+        self.bad: list[BadSample] = []
+
+    def add(self, sample: int, image: Tensor, box: Box, stream: np.random.Generator, flip: bool) -> None:
+        row = len(self.samples)
+        crop_into(self.images[row], image, box, flip)
+        stream.random(dtype=np.float32, out=self.noise[row].numpy())
+        self.samples.append(sample)
+
+    def done(self) -> ImageBatch:
+        count = len(self.samples)
+        return ImageBatch(
+            self.images[:count].permute(0, 3, 1, 2),
+            self.noise[:count],
+            [self.table.key(sample) for sample in self.samples],
+            torch.from_numpy(self.table.labels[self.samples].astype(np.int64)),
+            self.bad,
+        )
+
+
+def train_loader(
+    index: ShardIndex,
+    config: DataConfig,
+    *,
+    image_size: tuple[int, int],
+    num_patches: int,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    num_steps: int,
+) -> DataLoader[ImageBatch]:
+    """One rank's micro-batches of the steps start_step .. num_steps - 1, in order: `ImageBatch`, B = micro_batch.
+
+    An epoch has len(index) // repeats * repeats positions and drops the last partial global batch. Beginning at a
+    step is a seek. Iterate once.
+
+    Args:
+        index: the training samples.
+        config: crops, repeats, window, workers.
+        image_size: height and width of the crops, in pixels.
+        num_patches: L, the length of the noise.
+        seed: of order, crops, flips and noise; 0 or more.
+        global_batch: images of a step, over all ranks and micro-batches.
+        micro_batch: images of one forward on one rank.
+        rank: of this process.
+        world_size: number of ranks.
+        start_step: first step, counted from 0 over all epochs.
+        num_steps: the step to stop before.
+
+    Raises:
+        ValueError: if the batch does not split into micro-batches, or an epoch is shorter than a batch.
+    """
+    if global_batch % (world_size * micro_batch):
+        per_rank = [b for b in range(1, global_batch // world_size + 1) if global_batch % (world_size * b) == 0]
+        nearest = sorted(per_rank, key=lambda b: abs(b - micro_batch))[:3]
+        raise ValueError(
+            f"a global batch of {global_batch} does not split over {world_size} ranks into micro-batches of "
+            f"{micro_batch}; the nearest micro-batches that work: {nearest or 'none'}"
+        )
+    dataset = TrainSamples(index, config, image_size, num_patches, seed)
+    if len(dataset.order) < global_batch:
+        raise ValueError(
+            f"data.train has {len(dataset.order)} images an epoch (with data.repeats = {config.repeats}), fewer than "
+            f"one global batch of {global_batch}; use a smaller batch"
+        )
+    steps = range(start_step, num_steps)
+    batches = StepBatches(len(dataset.order), global_batch, micro_batch, rank, world_size, steps)
+    return _loader(dataset, batches, config.workers)
+
+
+def val_loader(
+    index: ShardIndex,
+    config: DataConfig,
+    *,
+    image_size: tuple[int, int],
+    num_patches: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    limit: int | None = None,
+) -> DataLoader[ImageBatch]:
+    """One rank's share of the validation samples, every sample exactly once over all ranks, as `ImageBatch`.
+
+    The last batch is smaller, a bad sample makes its batch smaller, and ranks may differ by one sample: add up sums
+    and counts, not means of batches. May be iterated again and again.
+
+    Args:
+        index: the validation samples.
+        config: crop and workers.
+        image_size: height and width of the crops, in pixels.
+        num_patches: L, the length of the noise.
+        batch_size: images of a batch on one rank.
+        rank: of this process.
+        world_size: number of ranks.
+        limit: use this many samples, evenly spread over the data set.
+    """
+    count = len(index) if limit is None else min(limit, len(index))
+    samples = [number * len(index) // count for number in range(rank, count, world_size)]
+    batches = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
+    return _loader(ValSamples(index, config, image_size, num_patches), batches, config.workers)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, 3, H, W) uint8 -> float32 on the same device and in the same memory layout: (x / 255 - mean) / std."""
+    options: dict[str, Any] = {"dtype": torch.float32, "device": images.device}
+    scale = 1 / (255 * torch.tensor(std, **options))
+    shift = torch.tensor(mean, **options) * 255 * scale
+    return images.float() * scale[:, None, None] - shift[:, None, None]
+
+
+def _loader(dataset: Dataset[ImageBatch], batches: Any, workers: int) -> DataLoader[ImageBatch]:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),  # its own, so that beginning an epoch leaves the run's generator alone
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

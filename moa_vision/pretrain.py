@@ -1,0 +1,303 @@
+"""Masked-autoencoder pre-training: configuration, the task that `moa_train.loop` runs, and the main."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moa_train.config import HARMLESS, RunConfig, parse_config, require
+from moa_train.loop import run
+from moa_train.plan import Plan
+from moa_train.progress import count
+from moa_train.signals import ignore_stop_signals
+from moa_train.task import Share
+from moa_vision.cache import DataError
+from moa_vision.data import BadSampleLimit, DataConfig, ImageBatch, normalize, train_loader, val_loader
+from moa_vision.export import export_encoder
+from moa_vision.index import open_index
+from moa_vision.mae import MAE, create_mae, forward_flops, parameter_counts
+from moa_vision.photographs import make_photograph_shards
+from moa_vision.reconstruct import save_reconstructions
+from moa_vision.table import BadSample
+
+DATA_HARMLESS = {"data.workers", "data.cache_dir", "data.max_bad_samples"}
+"""Keys of the data that may change when a run is resumed."""
+
+PHOTOGRAPHS = Path("data/photographs")
+"""Shards of the laptop configs; made from scikit-image's photographs when they are missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The masked autoencoder.
+
+    Args:
+        encoder: timm name of the encoder; its last part is the FFN, e.g. vit_base_patch16_qdmoa.
+        img_size: Side of the images in pixels, or [height, width]; the patch size divides it.
+        encoder_args: More arguments of the encoder, e.g. {depth: 6, patch_size: 8, drop_path_rate: 0.1}; ffn_* too.
+        decoder_dim: Width of the decoder.
+        decoder_depth: Blocks of the decoder.
+        decoder_heads: Attention heads of the decoder.
+        decoder_ffn: FFN variant of the decoder; null is the encoder's.
+        mask_ratio: Part of the patches that is masked.
+        norm_pix_loss: Predict patches normalized to mean 0 and variance 1, rather than pixels.
+    """
+
+    encoder: str = "vit_base_patch16_qdmoa"
+    img_size: int | tuple[int, int] = 224
+    encoder_args: dict[str, Any] = field(default_factory=dict)
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    decoder_ffn: str | None = None
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges; ValueError names the key."""
+        require("model.mask_ratio", self.mask_ratio, 0 < self.mask_ratio < 1, "between 0 and 1")
+        for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
+            require(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or above")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAEConfig(RunConfig):
+    """A run of masked-autoencoder pre-training.
+
+    Args:
+        model: The masked autoencoder.
+        data: Where the images are and how they become batches.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig
+
+
+class Images(NamedTuple):
+    """What the loss takes: images (B, 3, H, W) uint8 and the noise (B, L) float32 that masks them."""
+
+    images: Tensor
+    noise: Tensor
+
+
+class MAETask:
+    """A `moa_train.task.Task`: the masked autoencoder on shards of images.
+
+    Raises:
+        ValueError: the model or the data cannot be what the configuration says.
+        DataError: a shard is missing or damaged, or too many samples are.
+    """
+
+    unit = "img"
+    val_names: tuple[str, ...] = ("loss", "loss_norm", "loss_pixel")
+    best_by = "loss_norm"
+
+    def __init__(self, config: MAEConfig) -> None:
+        self.config, self.data = config, config.data
+        self.mae = build_mae(config.model)
+        self.model: nn.Module = self.mae
+        self.image_size = (self.mae.grid_size[0] * self.mae.patch_size, self.mae.grid_size[1] * self.mae.patch_size)
+        self.train_index = open_index(self.data.train, self.data.cache_dir)
+        self.val_index = open_index(self.data.val, self.data.cache_dir) if self.data.val else None
+        self.samples_per_epoch = len(self.train_index) // self.data.repeats * self.data.repeats
+        held_out = len(self.val_index) if self.val_index else 0
+        self.val_samples = held_out if config.loop.val_samples is None else min(held_out, config.loop.val_samples)
+        self.forward_flops_per_sample = forward_flops(self.mae)
+        self.bad_samples = BadSamples(config.folder / "bad_samples.jsonl", self.data.max_bad_samples)
+        self._val_loader: Iterable[ImageBatch] | None = None
+
+    def describe(self) -> dict[str, str]:
+        """Return lines of the announcement."""
+        mae, index = self.mae, self.train_index
+        parts = [f"{name} {count(number)}" for name, number in parameter_counts(mae).items()]
+        size = " x ".join(map(str, self.image_size))
+        return {
+            "model": f"{self.config.model.encoder} at {size}; sees {mae.num_visible} of {mae.num_patches} patches",
+            "parameters": ", ".join(parts),
+            "data": f"{len(index):,} images in {len(index.shards):,} shards; {self.val_samples:,} held out",
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Return parameter counts and the number of bad samples, for summary.json."""
+        return {"parameters": parameter_counts(self.mae), "bad_samples": self.bad_samples.recorded()}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that are not weights."""
+        return self.mae.no_weight_decay()
+
+    def example_batch(self, count: int) -> Images:
+        """Return a made-up batch."""
+        images = torch.zeros(count, 3, *self.image_size, dtype=torch.uint8)
+        return Images(images, torch.linspace(0, 1, self.mae.num_patches).expand(count, -1))
+
+    def train_batches(self, share: Share, plan: Plan, start_step: int) -> Iterable[Images]:
+        """Yield this process's micro-batches from `start_step` on."""
+        loader = train_loader(
+            self.train_index,
+            self.data,
+            image_size=self.image_size,
+            num_patches=self.mae.num_patches,
+            seed=self.config.seed,
+            global_batch=plan.global_batch,
+            micro_batch=plan.micro_batch,
+            rank=share.rank,
+            world_size=share.world_size,
+            start_step=start_step,
+            num_steps=plan.total_steps,
+        )
+        loader.worker_init_fn = ignore_stop_signals
+        return self._good(loader)
+
+    def val_batches(self, share: Share) -> Iterable[Images]:
+        """Yield this process's share of the held-out images; masks are fixed for each image."""
+        if self._val_loader is None:
+            self._val_loader = self._held_out(self.data, share, self.val_samples)
+        return self._good(self._val_loader)
+
+    def loss(self, model: nn.Module, batch: Images) -> Tensor:
+        """Return the mean loss of a micro-batch."""
+        return model(self._normalized(batch.images), batch.noise).loss
+
+    def val_losses(self, model: nn.Module, batch: Images) -> dict[str, Tensor]:
+        """Return each image's loss (the trained one), loss_norm and loss_pixel."""
+        images = self._normalized(batch.images)
+        losses = self.mae.reconstruction_losses(images, model(images, batch.noise))
+        return losses | {"loss": losses["loss_norm" if self.mae.norm_pix_loss else "loss_pixel"]}
+
+    def visualize(self, model: nn.Module, folder: Path, step: int) -> None:
+        """Draw the same few held-out images, masked and reconstructed, each time."""
+        if self._shown is None:
+            return
+        images, noise, keys = self._shown
+        images, noise = (tensor.to(next(model.parameters()).device) for tensor in (images, noise))
+        save_reconstructions(
+            self.mae,
+            self._normalized(images),
+            noise,
+            keys,
+            folder / "reconstructions",
+            step=step,
+            mean=self.data.mean,
+            std=self.data.std,
+        )
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the encoder for timm, and the whole autoencoder beside it."""
+        export_encoder(self.mae, folder, self.data.mean, self.data.std)
+
+    @cached_property
+    def _shown(self) -> tuple[Tensor, Tensor, list[str]] | None:
+        """The images (N, 3, H, W) uint8, noise (N, L) and keys that `visualize` draws; None without held-out ones."""
+        shown = min(self.val_samples, self.config.loop.visualize)
+        for batch in self._held_out(replace(self.data, workers=0), Share(0, 1, shown), shown) if shown else ():
+            return batch.images, batch.noise, batch.keys
+        return None
+
+    def _held_out(self, data: DataConfig, share: Share, limit: int) -> Iterable[ImageBatch]:
+        assert self.val_index is not None, "asked for only where val_samples is above 0"
+        loader = val_loader(
+            self.val_index,
+            data,
+            image_size=self.image_size,
+            num_patches=self.mae.num_patches,
+            batch_size=share.micro_batch,
+            rank=share.rank,
+            world_size=share.world_size,
+            limit=limit,
+        )
+        loader.worker_init_fn = ignore_stop_signals
+        return loader
+
+    def _good(self, batches: Iterable[ImageBatch]) -> Iterator[Images]:
+        """Pass on what can be used, and keep count of what cannot."""
+        try:
+            for batch in batches:
+                self.bad_samples.note(batch.bad)
+                if len(batch.images):
+                    yield Images(batch.images, batch.noise)
+        except DataError as error:  # a worker's carries its traceback before the message
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return normalize(images, self.data.mean, self.data.std)
+
+
+class BadSamples:
+    """The samples that a run could not use, each once, as lines of bad_samples.jsonl in its folder.
+
+    Args:
+        path: The file; what it holds from earlier sessions counts.
+        limit: How many are put up with.
+    """
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self.path = path
+        self.known = BadSampleLimit(limit)
+        self.known.samples.update({(sample.shard, sample.key): sample for sample in self._read()})
+
+    def note(self, bad: Sequence[BadSample]) -> None:
+        """Record and tell those not seen before. Raises DataError beyond the limit."""
+        for sample in dict.fromkeys(bad):
+            if (sample.shard, sample.key) in self.known.samples:
+                continue
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(sample._asdict()) + "\n")
+            tqdm.write(f"warning: skipped {sample.key} in {sample.shard}: {sample.reason}")
+            self.known.add([sample])
+
+    def recorded(self) -> int:
+        """Return how many there are, those of other processes included."""
+        return len({(sample.shard, sample.key) for sample in self._read()})
+
+    def _read(self) -> list[BadSample]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without an end was cut short
+        return [BadSample(**json.loads(line)) for line in lines]
+
+
+def build_mae(config: ModelConfig) -> MAE:
+    """Return the masked autoencoder of a configuration, initialized from torch's generator. Raises ValueError."""
+    return create_mae(
+        config.encoder,
+        img_size=config.img_size,
+        encoder_args=config.encoder_args,
+        decoder_dim=config.decoder_dim,
+        decoder_depth=config.decoder_depth,
+        decoder_heads=config.decoder_heads,
+        decoder_ffn=config.decoder_ffn,
+        mask_ratio=config.mask_ratio,
+        norm_pix_loss=config.norm_pix_loss,
+    )
+
+
+def build_task(config: MAEConfig) -> MAETask:
+    """Return the task; where it wants the demo's photographs and they are missing, make their shards first."""
+    wanted = {Path(pattern) for pattern in (config.data.train, config.data.val) if pattern}
+    if any(path.parent == PHOTOGRAPHS and not (path / "manifest.json").exists() for path in wanted):
+        print(f"making shards of the photographs that come with scikit-image in {PHOTOGRAPHS}")
+        make_photograph_shards(PHOTOGRAPHS)
+    return MAETask(config)
+
+
+def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
+    """Train as the command line says and return the exit code of `moa_train.loop.run`; `default` is the config file
+    read when the command line names none.
+    """
+    config = parse_config(
+        MAEConfig,
+        sys.argv[1:] if arguments is None else arguments,
+        program="pretrain_mae.py",
+        summary="Pre-train a masked autoencoder. The same command continues a run that was stopped.",
+        default=default,
+    )
+    return run(config, partial(build_task, config), harmless=HARMLESS | DATA_HARMLESS, expected=(DataError,))

@@ -1,0 +1,235 @@
+"""Where images to be packed come from: folders, tars, torchvision's and Hugging Face's data sets.
+
+A source lists its images as `items`, cheap to send to another process, and reads one at a time.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import yaml
+from PIL import Image
+
+from moa_vision import cache
+from moa_vision.cache import Shard
+from moa_vision.images import ImageError
+from moa_vision.index import MANIFEST, expand, read_manifest
+from moa_vision.table import IMAGE_EXTENSIONS, Member, scan_tar
+
+
+class Item(NamedTuple):
+    """One image of a source: its key in the shard, its name for reports, and what the source needs to read it."""
+
+    key: str
+    name: str
+    where: tuple[Any, ...]
+
+
+class Raw(NamedTuple):
+    """An image as the source has it (encoded, or decoded), its label or None, and what else its JSON shall say."""
+
+    image: bytes | Image.Image
+    label: int | None
+    extra: dict[str, Any]
+
+
+class Source(Protocol):
+    """A set of images."""
+
+    items: list[Item]
+    label_names: tuple[str, ...]
+
+    def read(self, item: Item) -> Raw:
+        """Reads one image; raises whatever shows that it cannot be read."""
+        ...
+
+    def state(self, item: Item) -> tuple[Any, ...]:
+        """What changes when the image does, as far as that can be seen without reading it."""
+        ...
+
+
+def open_source(text: str, cache_dir: str | Path | None = None) -> Source:
+    """The source that `text` names.
+
+    Args:
+        text: a folder of images (the folders in it are the classes) | tars as in `open_index` |
+            torchvision:NAME:root=DIR[:split=train][:ARGUMENT=VALUE...] | hf:NAME[:config=NAME][:split=train].
+        cache_dir: for remote and compressed tars.
+
+    Raises:
+        ValueError: if it names none, or an empty one.
+    """
+    if text.startswith("torchvision:"):
+        source: Source = TorchvisionSource(text)
+    elif text.startswith("hf:") and not text.startswith("hf://"):
+        source = HubSource(text)
+    elif Path(text).is_dir() and not (Path(text) / MANIFEST).exists() and not list(Path(text).glob("*.tar*")):
+        source = FolderSource(Path(text))
+    else:
+        source = TarSource(text, cache.default_cache_dir() if cache_dir is None else Path(cache_dir))
+    if not source.items:
+        raise ValueError(f"source {text!r} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
+    return source
+
+
+class FolderSource:
+    """Image files below a folder, links followed; the first folder on the way to a file is its class."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files = (Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)
+        found = sorted(f.relative_to(folder) for f in files if f.suffix.lower()[1:] in IMAGE_EXTENSIONS)
+        classes = [file.parts[0] if len(file.parts) > 1 else None for file in found]
+        self.label_names = tuple(sorted({name for name in classes if name is not None}))
+        labels = {name: number for number, name in enumerate(self.label_names)}
+        keys = _keys([str(file.with_suffix("")) for file in found])
+        self.items = [
+            Item(key, str(file), (None if name is None else labels[name],))
+            for key, file, name in zip(keys, found, classes, strict=True)
+        ]
+
+    def read(self, item: Item) -> Raw:
+        """See `Source`."""
+        return Raw((self.folder / item.name).read_bytes(), item.where[0], {})
+
+    def state(self, item: Item) -> tuple[Any, ...]:
+        """See `Source`."""
+        stat = (self.folder / item.name).stat()
+        return stat.st_size, stat.st_mtime_ns
+
+
+class TarSource:
+    """Samples of existing shards, with their labels and JSON."""
+
+    def __init__(self, pattern: str, cache_dir: Path) -> None:
+        shards: list[Shard] = []
+        self.label_names: tuple[str, ...] = ()
+        for name in expand(pattern):
+            if name.endswith(MANIFEST):
+                listed = read_manifest(name, cache_dir)
+                shards += listed.shards
+                self.label_names = self.label_names or listed.label_names
+            else:
+                shards.append(Shard(name))
+        rows: list[tuple[str, str, tuple[Any, ...]]] = []
+        for shard in shards:
+            path = cache.local_path(shard, cache_dir)
+            for key, members in scan_tar(path, shard.url)[0].items():
+                rows.append((key, f"{shard.url.rsplit('/', 1)[-1]}/{key}", (path, members)))
+        keys = _keys([row[0] for row in rows])
+        self.items = [Item(key, name, where) for key, (_, name, where) in zip(keys, rows, strict=True)]
+
+    def read(self, item: Item) -> Raw:
+        """See `Source`. Raises ImageError if the sample lacks an image or has a malformed label or JSON."""
+        path, members = item.where
+        image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+        if image is None:
+            raise ImageError(f"no image among its members ({', '.join(members)})")
+        try:
+            label = int(_read(path, members["cls"])) if "cls" in members else None
+            extra = json.loads(_read(path, members["json"])) if "json" in members else {}
+        except ValueError as error:
+            raise ImageError(f"its .cls is no number or its .json no JSON: {error}") from error
+        return Raw(_read(path, image), label, extra if isinstance(extra, dict) else {"json": extra})
+
+    def state(self, item: Item) -> tuple[Any, ...]:
+        """See `Source`."""
+        path, members = item.where
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns, sorted(members.items())
+
+
+class TorchvisionSource:
+    """A data set class of torchvision.datasets that yields (image, label)."""
+
+    def __init__(self, text: str) -> None:
+        from torchvision import datasets
+
+        name, arguments = _parse(text)
+        kind = getattr(datasets, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, datasets.VisionDataset)):
+            raise ValueError(f"source {text!r}: torchvision.datasets has no data set {name!r}")
+        if "split" in arguments and "train" in kind.__init__.__annotations__:  # CIFAR10 and MNIST say train=bool
+            split = arguments.pop("split")
+            if split not in ("train", "test", "val"):
+                raise ValueError(f"source {text!r}: split is {split!r}; allowed: train, test")
+            arguments["train"] = split == "train"
+        try:
+            self.data: Any = kind(**arguments)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"source {text!r}: {error}") from error
+        self.label_names = tuple(map(str, getattr(self.data, "classes", ())))
+        self.items = [Item(f"{i:08d}", f"{name}[{i}]", (i,)) for i in range(len(self.data))]
+
+    def read(self, item: Item) -> Raw:
+        """See `Source`."""
+        image, label = self.data[item.where[0]]
+        return Raw(image, label if isinstance(label, int) else None, {})
+
+    def state(self, item: Item) -> tuple[Any, ...]:
+        """See `Source`."""
+        return ()
+
+
+class HubSource:
+    """A data set that `datasets.load_dataset` finds, on the Hub or in a folder; its first image column is used."""
+
+    def __init__(self, text: str) -> None:
+        import datasets
+
+        name, arguments = _parse(text)
+        unknown = sorted(set(arguments) - {"config", "split"})
+        if unknown:
+            raise ValueError(f"source {text!r}: {unknown[0]!r} is unknown; allowed: config, split")
+        try:
+            data = datasets.load_dataset(name, arguments.get("config"), split=str(arguments.get("split", "train")))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"source {text!r}: {error}") from error
+        kinds = data.features or {}
+        images = [column for column, kind in kinds.items() if isinstance(kind, datasets.Image)]
+        if not images:
+            raise ValueError(f"source {text!r} has no image column, only {', '.join(kinds)}")
+        labels = [column for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+        self.image, self.label = images[0], labels[0] if labels else None
+        self.data: Any = data.cast_column(self.image, datasets.Image(decode=False))
+        self.label_names = tuple(kinds[self.label].names) if self.label else ()
+        self.items = [Item(f"{i:08d}", f"{name}[{i}]", (i,)) for i in range(len(self.data))]
+
+    def read(self, item: Item) -> Raw:
+        """See `Source`."""
+        row = self.data[item.where[0]]
+        encoded = row[self.image]
+        data = encoded["bytes"] if encoded["bytes"] is not None else Path(encoded["path"]).read_bytes()
+        return Raw(data, row[self.label] if self.label else None, {})
+
+    def state(self, item: Item) -> tuple[Any, ...]:
+        """See `Source`."""
+        return (self.data._fingerprint,)  # of the data and all that was done to it
+
+
+def _parse(text: str) -> tuple[str, dict[str, Any]]:
+    """KIND:NAME:ARGUMENT=VALUE:... -> NAME and the arguments, their values as YAML reads them."""
+    _, name, *rest = text.split(":")
+    if not name or not all("=" in argument for argument in rest):
+        raise ValueError(f"source {text!r}: allowed is KIND:NAME[:ARGUMENT=VALUE...]")
+    return name, {k: yaml.safe_load(v) for k, v in (argument.split("=", 1) for argument in rest)}
+
+
+def _keys(names: list[str]) -> list[str]:
+    """Names as keys: short, plain characters, no dot (webdataset ends a key there), no two alike."""
+    keys: dict[str, None] = {}
+    for name in names:
+        plain = key = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+        attempt = 0
+        while len(key) > 80 or key in keys:
+            key = f"{plain[:64]}-{cache.short_hash(name, attempt)[:12]}"
+            attempt += 1
+        keys[key] = None
+    return list(keys)
+
+
+def _read(path: Path, member: Member) -> bytes:
+    with path.open("rb") as file:
+        return os.pread(file.fileno(), member[1], member[0])

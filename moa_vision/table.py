@@ -1,0 +1,172 @@
+"""The samples of a tar as rows (offset, size, label, key) of a few arrays, read from its headers."""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+import torch
+from safetensors import SafetensorError
+from webdataset.tariterators import base_plus_ext
+
+from moa_vision.cache import DataError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
+
+_COLUMNS = {
+    "offsets": np.int64,
+    "sizes": np.int64,
+    "labels": np.int32,
+    "key_ends": np.int64,
+    "key_bytes": np.uint8,
+}
+
+Member = tuple[int, int]  # offset and size in bytes
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be used: its shard, its key and what is wrong with it."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class SampleTable:
+    """Rows for N samples, arrays only, so that workers get them by shared memory.
+
+    Attributes:
+        offsets: (N,) int64, where the encoded image begins in its shard, in bytes.
+        sizes: (N,) int64, its length in bytes.
+        labels: (N,) int32, -1 where there is none.
+        key_ends: (N,) int64, where each key ends in `key_bytes`.
+        key_bytes: (K,) uint8, the keys, UTF-8, end to end.
+    """
+
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    key_ends: np.ndarray
+    key_bytes: np.ndarray
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[tuple[str, int, int, int]]) -> "SampleTable":
+        """From rows of key, offset, size and label."""
+        keys = [row[0].encode() for row in rows]
+        numbers = np.array([row[1:] for row in rows], dtype=np.int64).reshape(-1, 3)
+        return cls(
+            np.ascontiguousarray(numbers[:, 0]),
+            np.ascontiguousarray(numbers[:, 1]),
+            numbers[:, 2].astype(np.int32),
+            np.cumsum([len(key) for key in keys], dtype=np.int64),
+            np.frombuffer(b"".join(keys), np.uint8).copy(),
+        )
+
+    @classmethod
+    def concatenate(cls, tables: Sequence["SampleTable"]) -> "SampleTable":
+        """The rows of all `tables`, in order."""
+        shifts = np.cumsum([0] + [len(table.key_bytes) for table in tables])
+        ends = [table.key_ends + shift for table, shift in zip(tables, shifts[:-1], strict=True)]
+        joined = {name: np.concatenate([getattr(table, name) for table in tables]) for name in _COLUMNS}
+        return cls(**{**joined, "key_ends": np.concatenate(ends)})
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def key(self, sample: int) -> str:
+        """The key of a sample: its member's name up to the first dot."""
+        start = self.key_ends[sample - 1] if sample else 0
+        return self.key_bytes[start : self.key_ends[sample]].tobytes().decode()
+
+    def to_bytes(self, problems: Iterable[BadSample] = ()) -> bytes:
+        """As a safetensors file; the same rows give the same bytes."""
+        arrays = {name: getattr(self, name) for name in _COLUMNS}
+        arrays["problems"] = np.frombuffer(json.dumps(list(problems)).encode(), np.uint8)
+        return safetensors.numpy.save(arrays)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> tuple["SampleTable", list[BadSample]]:
+        """The inverse of `to_bytes`. Raises ValueError if `data` is not such a file."""
+        try:
+            arrays = safetensors.numpy.load(data)
+            problems = [BadSample(*row) for row in json.loads(arrays["problems"].tobytes())]
+            table = cls(*(arrays[name].astype(dtype, casting="no") for name, dtype in _COLUMNS.items()))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"no sample table: {error}") from error
+        ends = np.concatenate([[0], table.key_ends])
+        if not (table.offsets.shape == table.sizes.shape == table.labels.shape == table.key_ends.shape):
+            raise ValueError("no sample table: its columns differ in length")
+        if (np.diff(ends) < 0).any() or ends[-1] != len(table.key_bytes) or (table.sizes < 0).any():
+            raise ValueError("no sample table: negative lengths")
+        return table, problems
+
+    def __getstate__(self) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(getattr(self, name)) for name in _COLUMNS}
+
+    def __setstate__(self, state: dict[str, torch.Tensor]) -> None:
+        self.__dict__.update({name: column.numpy() for name, column in state.items()})
+
+
+def scan_tar(path: Path, shard: str | None = None) -> tuple[dict[str, dict[str, Member]], list[BadSample]]:
+    """Lists the members of a plain tar by sample: {key: {extension: (offset, size)}}, in the order of the tar.
+
+    Only headers are read. Members of a key need not be neighbours; of two with the same key and extension the
+    first counts, and the other is reported.
+
+    Raises:
+        DataError: if the file is no tar, is truncated or has a damaged header.
+    """
+    shard = shard or str(path)
+    samples: dict[str, dict[str, Member]] = {}
+    problems = []
+    try:
+        end = path.stat().st_size
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, extension = base_plus_ext(member.name)
+                if not member.isreg() or key is None or extension is None or re.match(r"__[^/]*__($|/)", member.name):
+                    continue
+                if member.offset_data + member.size > end:
+                    raise DataError(f"shard {shard} is truncated inside {member.name}: fetch or make it again")
+                found = samples.setdefault(key, {})
+                if extension.lower() in found:
+                    problems.append(BadSample(shard, key, f"{member.name} occurs twice; the first is used"))
+                else:
+                    found[extension.lower()] = (member.offset_data, member.size)
+            stopped = tar.offset
+        with path.open("rb") as file:  # tarfile takes a damaged header for the end
+            file.seek(stopped)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise DataError(f"shard {shard} is damaged at byte {stopped}: fetch or make it again")
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"cannot read shard {shard}: {error}") from error
+    return samples, problems
+
+
+def index_tar(path: Path, shard: str | None = None) -> tuple[SampleTable, list[BadSample]]:
+    """The rows of a plain tar's samples, and what is wrong with some. Raises DataError as `scan_tar` does."""
+    shard = shard or str(path)
+    samples, problems = scan_tar(path, shard)
+    rows = []
+    with path.open("rb") as file:
+        for key, members in samples.items():
+            image = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
+            if image is None:
+                problems.append(BadSample(shard, key, f"no image among its members ({', '.join(members)})"))
+                continue
+            label = -1
+            if "cls" in members:
+                file.seek(members["cls"][0])
+                text = file.read(min(members["cls"][1], 32))
+                if re.fullmatch(rb"\s*\d{1,9}\s*", text):
+                    label = int(text)
+                else:
+                    problems.append(BadSample(shard, key, f"no label: its .cls is no whole number ({text!r})"))
+            rows.append((key, *image, label))
+    return SampleTable.from_rows(rows), problems

@@ -1,0 +1,164 @@
+"""ViTs with any FFN of the family, registered with timm as `vit_{size}_patch16_{variant}`, 224 pixels.
+
+Every model is timm's own `VisionTransformer`; only its `mlp_layer` is ours, so that everything timm does with a ViT
+works here too. Beside timm's arguments, `ffn_*` keyword arguments set the layer (`FFN_ARGUMENTS`), for example
+`timm.create_model("vit_base_patch16_qdmoa", ffn_gate="tanh", ffn_gate_activations="g,s")`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from moa_ffn import FFN, VARIANTS, FFNSpec
+
+__all__ = ["FFN_ARGUMENTS", "SIZES", "VARIANTS", "TimmFFN", "ffn_layer", "ffn_settings", "model_name"]
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+"""Widths and depths of timm's vit_*_patch16_224."""
+
+_SETTINGS = (
+    *("gate", "gate_activations", "up_activations", "mixed_branch", "mix_bias"),
+    *("mix_init_std", "coef_init", "backend"),
+)
+FFN_ARGUMENTS: tuple[str, ...] = tuple(f"ffn_{name}" for name in _SETTINGS)
+"""Keyword arguments of every model here; each is `moa_ffn.FFN`'s argument of the same name without `ffn_`."""
+
+
+class TimmFFN(FFN):
+    """`FFN` with the constructor and the hooks that timm expects of an `mlp_layer`.
+
+    Args:
+        in_features: width of the tokens.
+        hidden_features: hidden width of the two-matrix MLP; a Type-II FFN takes 2/3 of it (nearest multiple of 8),
+            which keeps the parameter count (Shazeer, arXiv:2002.05202).
+        act_layer: ignored, the variant decides.
+        norm_layer: must be None.
+        variant, settings: see `FFN`.
+
+    Raises:
+        ValueError: `norm_layer` is given (timm's `scale_mlp_norm`), or a setting is not allowed.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        act_layer: object = None,
+        norm_layer: object = None,
+        bias: bool = True,
+        drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        variant: str,
+        **settings: Any,
+    ) -> None:
+        if norm_layer is not None:
+            raise ValueError("scale_mlp_norm=True: not supported with these FFNs; allowed: False")
+        if FFNSpec(variant).type_two:
+            hidden_features = max(8, 8 * round(hidden_features / 12))
+        super().__init__(
+            in_features, hidden_features, variant, bias=bias, drop=drop, device=device, dtype=dtype, **settings
+        )
+
+    def reset_parameters(self) -> None:
+        """The layer's own initialization; timm's `init_weights("reset")` calls it after resetting the projections."""
+        self.init_weights()
+
+    @property
+    def fc2(self) -> nn.Linear:
+        """The output projection under the name that timm's `fix_init` scales."""
+        return self.down_proj
+
+
+def ffn_layer(variant: str, **settings: Any) -> Callable[..., TimmFFN]:
+    """A timm `mlp_layer` that builds `variant` with `settings` (`FFN`'s keyword arguments)."""
+    return partial(TimmFFN, variant=variant, **settings)
+
+
+def ffn_settings(ffn: FFN) -> dict[str, Any]:
+    """The keyword arguments that `ffn` was built with, all but its variant and sizes."""
+    return {name: getattr(ffn.spec if hasattr(ffn.spec, name) else ffn, name) for name in _SETTINGS}
+
+
+def model_name(size: str, variant: str) -> str:
+    """Name in timm's registry.
+
+    Raises:
+        ValueError: `size` or `variant` is unknown.
+    """
+    for field, value, allowed in (("size", size, tuple(SIZES)), ("variant", variant, VARIANTS)):
+        if value not in allowed:
+            raise ValueError(f"{field}={value!r} is not one of {', '.join(allowed)}")
+    return f"vit_{size}_patch16_{variant}"
+
+
+def _load_filter(state_dict: dict[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
+    """timm's own conversion (position grid, patch size), then the last norm under the name that this model uses.
+
+    `global_pool="avg"` moves the norm behind the pooling, where timm calls it `fc_norm`.
+    """
+    state_dict = checkpoint_filter_fn(state_dict, model)
+    ours, theirs = ("norm.", "fc_norm.") if isinstance(model.fc_norm, nn.Identity) else ("fc_norm.", "norm.")
+    return {ours + k.removeprefix(theirs) if k.startswith(theirs) else k: v for k, v in state_dict.items()}
+
+
+def _create(name: str, size: str, variant: str, pretrained: bool, kwargs: dict[str, Any]) -> VisionTransformer:
+    given = {key for key in kwargs if key.startswith("ffn_")}
+    if unknown := given - set(FFN_ARGUMENTS):
+        raise ValueError(f"{name}: unknown argument {min(unknown)!r}; allowed: {', '.join(FFN_ARGUMENTS)}")
+    if kwargs.get("act_layer") is not None:
+        raise ValueError(f"{name}: act_layer must be left out, the FFN variant decides the activations")
+    settings = {key.removeprefix("ffn_"): kwargs.pop(key) for key in given}
+    return build_model_with_cfg(
+        VisionTransformer,
+        name,
+        pretrained,
+        pretrained_filter_fn=_load_filter,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        mlp_layer=ffn_layer(variant, **settings),
+        **{"patch_size": 16, **SIZES[size], **kwargs},
+    )
+
+
+def _entrypoint(size: str, variant: str) -> Callable[..., VisionTransformer]:
+    name = model_name(size, variant)
+
+    def create(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+        return _create(name, size, variant, pretrained, kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"ViT-{size.capitalize()}/16 at 224 pixels with the `{variant}` FFN."
+    return create
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        model_name(size, variant): {
+            "input_size": (3, 224, 224),
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+        for size in SIZES
+        for variant in VARIANTS
+    }
+)
+
+for _size in SIZES:
+    for _variant in VARIANTS:
+        globals()[model_name(_size, _variant)] = register_model(_entrypoint(_size, _variant))

@@ -1,0 +1,138 @@
+"""Small run folders, written from the contract's words alone: nothing of ours is imported."""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+
+def default_config(name, seed, encoder, lr):
+    return {
+        "name": name,
+        "seed": seed,
+        "out": "runs",
+        "resume": "auto",
+        "optim": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.05},
+        "schedule": {"epochs": 10.0, "warmup_epochs": 1.0, "min_lr": 0.0, "batch_size": 64},
+        "loop": {"micro_batch_size": 64, "precision": "float32", "val_samples": None, "log_every": 1},
+        "model": {
+            "encoder": encoder,
+            "img_size": 32,
+            "encoder_args": {"embed_dim": 64, "depth": 2},
+            "decoder_ffn": None,
+            "mask_ratio": 0.75,
+            "norm_pix_loss": True,
+        },
+        "data": {"train": "shards/train", "val": "shards/val", "workers": 2, "mean": [0.5, 0.5, 0.5]},
+    }
+
+
+def curve(steps, final, seed, name):
+    """A falling loss that ends at `final` but for a little noise."""
+    noise = np.random.default_rng([seed, *name.encode()]).normal(0, 0.002, steps)
+    return final + 0.6 * np.exp(-6 * np.arange(1, steps + 1) / steps) + noise
+
+
+def write_run(
+    root, name="baseline", *, encoder="vit_tiny_patch4_swiglu", lr=3e-4, seed=0, final=0.5, steps=40, nan_from=None,
+    status="finished", mixing=0, keys=("images/b", "images/a"), tile_size=16, changes=None,
+):  # fmt: skip
+    """Write a run folder and return its path; `changes` are dotted configuration keys."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    config = default_config(name, seed, encoder, lr)
+    for key, value in (changes or {}).items():
+        *path, last = key.split(".")
+        node = config
+        for part in path:
+            node = node[part]
+        node[last] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    environment = {
+        "python": "3.11.9", "torch": "2.11.0", "cuda": None, "device": "cpu", "cpu": "a processor", "cores": 2,
+        "world_size": 1, "git_commit": "0123abc", "command": f"python pretrain_mae.py --name {name} --x '<&>'",
+        "packages": {"timm": "1.0.20"},
+    }  # fmt: skip
+    (folder / "env.json").write_text(json.dumps(environment))
+    rows = _rows(curve(steps, final, seed, name), nan_from)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _write_reconstructions(folder / "reconstructions", keys, seed=seed, size=tile_size)
+    if status is not None:
+        (folder / "summary.json").write_text(json.dumps(_summary(config, rows, status, mixing)))
+    return folder
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """`write_run` into a folder of the test's own."""
+    return partial(write_run, tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def write_run_into():
+    """`write_run` itself, for fixtures that outlive one test."""
+    return write_run
+
+
+def _rows(losses, nan_from):
+    steps = len(losses)
+    rows = []
+    for step, loss in enumerate(losses.tolist(), start=1):
+        loss = math.nan if nan_from is not None and step >= nan_from else loss
+        where = {"step": step, "epoch": 10 * step / steps, "samples": 64 * step}
+        speed = {"lr": 1e-4, "grad_norm": 1.0, "throughput": 100.0 + step, "mfu": None}
+        rows.append({"kind": "train", **where, "loss": loss, **speed, "wall_s": 0.5 * step})
+        if step % 10 == 0:
+            values = {"loss": loss + 0.01, "loss_norm": loss + 0.01, "loss_pixel": 0.3 * loss}
+            rows.append({"kind": "val", **where, **values, "wall_s": 0.5 * step})
+    return rows
+
+
+def _summary(config, rows, status, mixing):
+    vals = [row for row in rows if row["kind"] == "val"]
+    losses = ("loss", "loss_norm", "loss_pixel")
+    best = min(vals, key=lambda row: row["loss_norm"], default=None)
+    return {
+        "name": config["name"],
+        "seed": config["seed"],
+        "status": status,
+        "steps": rows[-1]["step"],
+        "samples": rows[-1]["samples"],
+        "final": {key: vals[-1][key] for key in losses} if vals else None,
+        "best": {key: best[key] for key in (*losses, "step")} if best else None,
+        "train_loss": rows[-1]["loss"],
+        "parameters": {
+            "total": 1_000_000 + mixing,
+            "encoder": 700_000,
+            "decoder": 300_000,
+            "ffn": 500_000,
+            "mixing": mixing,
+        },
+        "flops_per_sample": 3_000_000 + 10 * mixing,
+        "flops_total": 1e12,
+        "wall_s": rows[-1]["wall_s"],
+        "throughput": 120.0,
+        "peak_memory_mib": 512.0,
+        "bad_samples": 0,
+    }
+
+
+def _write_reconstructions(folder, keys, *, seed, size):
+    folder.mkdir()
+    index = []
+    for position, key in enumerate(keys):
+        pixels = np.random.default_rng(list(key.encode())).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        masked = pixels.copy()
+        masked[: size // 2] = 128
+        rebuilt = pixels.copy()
+        rebuilt[: size // 2] = (seed * 40) % 256
+        entry = {"key": key, "loss_norm": 0.5 + 0.1 * position, "loss_pixel": 0.25 + 0.1 * position}
+        for tile, image in (("original", pixels), ("masked", masked), ("reconstruction", rebuilt)):
+            entry[tile] = f"{position:02d}_{tile}.png"
+            Image.fromarray(image).save(folder / entry[tile])
+        index.append(entry)
+    (folder / "index.json").write_text(json.dumps({"step": 40, "images": index}))

@@ -1,0 +1,160 @@
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+from moa_eval.runs import RunFolderError, read_run, split_encoder
+
+
+def edit_rows(folder, change):
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
+
+
+def test_a_run_is_what_its_files_say(make_run):
+    folder = make_run("moa", encoder="vit_tiny_patch4_qdmoa", lr=1.2e-3, seed=3, mixing=500)
+    run = read_run(folder)
+    assert (run.name, run.seed, run.ffn, run.peak_lr, run.status) == ("moa", 3, "qdmoa", 1.2e-3, "finished")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for kind, columns in (("train", run.train), ("val", run.validation)):
+        expected = [row for row in rows if row["kind"] == kind]
+        for key, values in columns.items():
+            want = [math.nan if row.get(key) is None else row[key] for row in expected]
+            np.testing.assert_array_equal(values, want)
+    assert run.samples == 40 * 64
+    assert run.wall_s == 20.0
+    assert run.throughput == 120.0
+    assert run.figure("parameters", "mixing") == 500
+    assert [image.key for image in run.reconstructions] == ["images/b", "images/a"]
+    assert run.reconstructions_step == 40
+
+
+def test_a_run_without_summary_is_unfinished_and_its_speed_comes_from_its_rows(make_run):
+    run = read_run(make_run(status=None))
+    assert run.status == "unfinished"
+    assert run.throughput == np.median(100.0 + np.arange(1, 41))
+    assert math.isnan(run.figure("parameters", "total"))
+
+
+def test_stopped_is_reported(make_run):
+    assert read_run(make_run(status="stopped")).status == "stopped"
+
+
+@pytest.mark.parametrize("key", ["loss", "grad_norm"])
+@pytest.mark.parametrize("spelling", [math.nan, None, math.inf])
+def test_a_loss_or_gradient_that_is_no_number_means_diverged(make_run, key, spelling):
+    folder = make_run()
+    edit_rows(folder, lambda rows: [row | {key: spelling} if row["step"] >= 17 else row for row in rows])
+    run = read_run(folder)
+    assert run.status == "diverged"
+    assert run.diverged_at == 17
+
+
+def test_the_later_of_two_rows_for_a_step_counts(make_run):
+    folder = make_run(steps=10)
+    edit_rows(folder, lambda rows: [*rows, rows[3] | {"loss": 0.125}])
+    run = read_run(folder)
+    assert run.train["step"].tolist() == list(range(1, 11))
+    assert run.train["loss"][3] == 0.125
+
+
+def test_a_last_line_that_is_still_being_written_is_left_out(make_run):
+    folder = make_run(steps=10)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert len(read_run(folder).train["step"]) == 10
+
+
+def test_other_kinds_of_rows_are_left_alone(make_run):
+    folder = make_run(steps=10)
+    edit_rows(folder, lambda rows: [{"kind": "mixing", "layer": 3}, *rows])
+    assert len(read_run(folder).train["step"]) == 10
+
+
+def test_a_run_may_have_no_rows_and_no_images_yet(make_run):
+    folder = make_run(status=None)
+    (folder / "metrics.jsonl").write_text("")
+    shutil.rmtree(folder / "reconstructions")
+    run = read_run(folder)
+    assert (run.samples, run.wall_s, run.diverged_at, run.reconstructions) == (0, 0.0, None, ())
+
+
+def replace(name, old, new):
+    def change(folder):
+        path = folder / name
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    return change
+
+
+FAULTS = {  # what is done to the folder -> the file and the words that the message must have
+    "no folder": (shutil.rmtree, "", "no such folder"),
+    "no config": (lambda folder: (folder / "config.yaml").unlink(), "config.yaml", "missing"),
+    "no metrics": (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl", "missing"),
+    "no environment": (lambda folder: (folder / "env.json").unlink(), "env.json", "missing"),
+    "bad yaml": (replace("config.yaml", "name: baseline", "name: [baseline"), "config.yaml", "not valid YAML"),
+    "no seed": (replace("config.yaml", "seed: 0", "sead: 0"), "config.yaml", "no usable seed"),
+    "no rate": (replace("config.yaml", "lr: 0.0003", "lr: fast"), "config.yaml", "no usable optim.lr"),
+    "no model": (replace("config.yaml", "encoder:", "encodr:"), "config.yaml", "no usable model.encoder"),
+    "bad line": (replace("metrics.jsonl", '"kind"', "kind"), "metrics.jsonl", "line 1 is not valid JSON"),
+    "no kind": (replace("metrics.jsonl", '"kind"', '"kid"'), "metrics.jsonl", "line 1 has no 'kind'"),
+    "no column": (replace("metrics.jsonl", '"samples"', '"tokens"'), "metrics.jsonl", "has no number 'samples'"),
+    "text": (replace("metrics.jsonl", '"samples": 64', '"samples": "64"'), "metrics.jsonl", "found '64'"),
+    "truth": (replace("metrics.jsonl", '"lr": 0.0001', '"lr": true'), "metrics.jsonl", "found True"),
+    "two runs": (replace("metrics.jsonl", '"samples": 64,', '"samples": 9999,'), "metrics.jsonl", "'samples' falls"),
+    "cut json": (lambda folder: (folder / "summary.json").write_text('{"a"'), "summary.json", "not valid JSON"),
+    "list": (lambda folder: (folder / "env.json").write_text("[]"), "env.json", "holds a list"),
+    "binary": (lambda folder: (folder / "config.yaml").write_bytes(b"\xff\xfe"), "config.yaml", "cannot be read"),
+    "no tile": (
+        lambda folder: (folder / "reconstructions/01_masked.png").unlink(),
+        "reconstructions/01_masked.png",
+        "missing, but index.json lists it",
+    ),
+    "no png": (
+        lambda folder: (folder / "reconstructions/00_original.png").write_bytes(b"GIF89a"),
+        "reconstructions/00_original.png",
+        "not a readable PNG",
+    ),
+    "outside": (
+        replace("reconstructions/index.json", "00_original.png", "../../other/00_original.png"),
+        "reconstructions/index.json",
+        "not a plain file name",
+    ),
+    "no key": (replace("reconstructions/index.json", '"key"', '"kee"'), "reconstructions/index.json", "has no 'key'"),
+    "no list": (
+        lambda folder: (folder / "reconstructions/index.json").write_text('{"step": 1, "images": 2}'),
+        "reconstructions/index.json",
+        "wrong type",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_folder_gives_one_line_that_names_the_file(make_run, fault):
+    change, file, words = FAULTS[fault]
+    folder = make_run()
+    change(folder)
+    with pytest.raises(RunFolderError) as caught:
+        read_run(folder)
+    message = str(caught.value)
+    assert message.startswith(f"{folder / file}: ")
+    assert words in message
+    assert "\n" not in message
+    assert message.count("; ") >= 1  # what is wrong; what to do
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("vit_base_patch16_qdmoa", ("vit_base_patch16", 16, "qdmoa")),
+        ("vit_tiny_patch4_swiglu", ("vit_tiny_patch4", 4, "swiglu")),
+        ("resnet50", ("resnet50", None, "resnet50")),
+    ],
+)
+def test_an_encoder_name_is_size_patch_and_ffn(name, parts):
+    assert split_encoder(name) == parts

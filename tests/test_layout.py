@@ -1,0 +1,93 @@
+"""The house stays as drawn: who imports whom, where each heavy dependency lives, and what the README's tree says."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "moa_ffn": set(),
+    "moa_train": set(),
+    "moa_vision": {"moa_ffn", "moa_train"},
+    "moa_eval": set(),
+}
+HOMES = {
+    "timm": "moa_vision",
+    "webdataset": "moa_vision",
+    "torchvision": "moa_vision",
+    "torchcodec": "moa_vision",
+    "accelerate": "moa_train",
+    "jsonargparse": "moa_train",
+    "matplotlib": "moa_eval",
+    "jinja2": "moa_eval",
+    "lm_eval": "moa_eval",
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of every module that a file imports, wherever the statement stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_imports_go_one_way(package):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        names = imported(path)
+        ours = {name for name in names if name.startswith("moa_")} - {package}
+        assert ours <= ALLOWED[package], f"{path} imports {ours - ALLOWED[package]}"
+        strangers = {name for name in names if HOMES.get(name, package) != package}
+        assert not strangers, f"{path} imports {strangers}, whose home is elsewhere"
+        assert "pickle" not in names, f"{path} imports pickle"
+
+
+def test_the_layer_needs_torch_alone():
+    names = set().union(*(imported(path) for path in (ROOT / "moa_ffn").rglob("*.py")))
+    third_party = names - {"moa_ffn", "torch"} - set(__import__("sys").stdlib_module_names)
+    assert not third_party
+
+
+def test_nothing_is_unpickled():
+    for package in ALLOWED:
+        for path in (ROOT / package).rglob("*.py"):
+            assert not re.search(r"torch\.(load|save)\(|np\.load\(|load_state\(", path.read_text()), path
+
+
+def tracked() -> set[str]:
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return set(listing.split())
+
+
+def test_readme_tree_is_true():
+    readme = (ROOT / "README.md").read_text()
+    tree = re.search(r"## The tree\n+```\n(.*?)```", readme, re.S)
+    assert tree, "README.md has no tree"
+    named, folder = set(), ""
+    for line in tree.group(1).splitlines():
+        name = line.split()[0] if line.strip() else ""
+        if name.endswith("/"):
+            folder = name
+        elif name.endswith((".py", ".toml", "Makefile", ".md")):
+            named.add((folder if line.startswith(" ") else "") + name)
+    sources = {
+        path
+        for path in tracked()
+        if path.endswith(".py")
+        and path.startswith((*(f"{p}/" for p in ALLOWED), "scripts/"))
+        and "__init__" not in path
+    }
+    assert sources - named == set(), "files that the README's tree does not name"
+    assert {path for path in named if path.endswith(".py")} - sources == set(), (
+        "the README's tree names no such files"
+    )

@@ -1,0 +1,70 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from safetensors.numpy import load_file
+
+TOY = Path(__file__).with_name("toy.py")
+TIMINGS = ("wall_s", "throughput", "mfu")
+
+
+def load_toy():
+    spec = importlib.util.spec_from_file_location("toy", TOY)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["toy"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+class Runs:
+    """Runs of the toy task below a temporary folder: 40 of 44 samples an epoch, 5 steps an epoch, 15 steps."""
+
+    script = TOY
+
+    def __init__(self, out):
+        self.out = out
+        self.toy = load_toy()
+
+    def arguments(self, name, **changed):
+        values = {
+            "name": name,
+            "out": self.out,
+            "optim.lr": 0.01,
+            "schedule.epochs": 3,
+            "schedule.warmup_epochs": 0.5,
+            "schedule.batch_size": 8,
+            "loop.micro_batch_size": 4,
+            "loop.log_every": 1,
+            "loop.val_every": 4,
+            "loop.save_every": 5,
+            "loop.trackers": "[]",
+        } | {key.replace("__", "."): value for key, value in changed.items()}
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    def __call__(self, name, **changed):
+        """Run in this process; return the exit code."""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return self.toy.main(self.arguments(name, **changed))
+
+    def rows(self, name, kind=None):
+        """Return the metrics rows without what the clock says."""
+        lines = (self.out / name / "metrics.jsonl").read_text().splitlines()
+        rows = [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+        return [row for row in rows if kind in (None, row["kind"])]
+
+    def json(self, name, path):
+        return json.loads((self.out / name / path).read_text())
+
+    def final(self, name):
+        """Return the bytes of every tensor of the last checkpoint."""
+        last = self.out / name / "checkpoints" / (self.out / name / "checkpoints" / "LAST").read_text().strip()
+        tensors = {file.name: load_file(file) for file in sorted(last.glob("*.safetensors"))}
+        return {(file, key): t.tobytes() for file, part in tensors.items() for key, t in part.items()}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return Runs(tmp_path)

@@ -1,0 +1,121 @@
+"""YAML and dotted overrides become the dataclasses; whatever is wrong is named in one message, with exit code 2."""
+
+import pytest
+import yaml
+
+from moa_train.config import as_tree, differing_keys, parse_config
+
+
+@pytest.fixture
+def parse(runs):
+    def parse(*arguments, default=None):
+        return parse_config(runs.toy.ToyConfig, arguments, program="toy", summary="A toy.", default=default)
+
+    return parse
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="a.yaml"):
+        (tmp_path / name).write_text(text)
+        return f"--config={tmp_path / name}"
+
+    return write
+
+
+def test_yaml_types(parse, write):
+    config = parse(write("optim: {lr: 3e-4, betas: [0.9, 0.99], eps: 1e-8}\nschedule: {epochs: 800, min_lr: 1E-6}\n"))
+    assert (config.optim.lr, config.optim.betas, config.optim.eps) == (3e-4, (0.9, 0.99), 1e-8)
+    assert config.schedule.epochs == 800.0 and config.schedule.min_lr == 1e-6
+    assert config.loop.trackers == ("tensorboard",)
+
+
+def test_later_arguments_win(parse, write):
+    first = write("optim: {lr: 1e-2, eps: 1e-7}\nmodel: {width: 16}\n", "1.yaml")
+    second = write("optim: {lr: 2e-2}\n", "2.yaml")
+    config = parse(first, second, "--model.width", "32", "--loop.trackers=[]", "--optim.clip_grad=null")
+    assert (config.optim.lr, config.optim.eps, config.model.width, config.loop.trackers) == (2e-2, 1e-7, 32, ())
+
+
+def test_default_file_is_read_only_without_config(parse, write, tmp_path):
+    write("model: {width: 64}\noptim: {lr: 0.5}\n", "default.yaml")
+    default = tmp_path / "default.yaml"
+    config = parse("--optim.lr=0.25", default=default)
+    assert (config.model.width, config.optim.lr) == (64, 0.25)
+    assert parse(write("optim: {lr: 0.125}\n"), default=default).model.width == 8
+
+
+def test_the_resolved_tree_reads_back_equal(parse, write):
+    config = parse("--optim.lr=1e-5", "--optim.betas=[0.8, 0.9]", "--loop.val_samples=3", "--loop.trackers=[wandb]")
+    assert parse(write(yaml.safe_dump(as_tree(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("optim: {lrr: 1}", "'lrr'; did you mean optim.lr?"),
+        ("optimm: {lr: 1}", "'optimm.lr' is not accepted; did you mean optim.lr?"),
+        ("optim: {lr: fast}", '"optim.lr"'),
+        ("optim: {lr: .nan}", "optim.lr is nan"),
+        ("optim: {betas: [0.9]}", '"optim.betas"'),
+        ("optim: {fused: 3}", '"optim.fused"'),
+        ("loop: {precision: fp16}", '"loop.precision"'),
+        ("loop: {keep: 1.5}", '"loop.keep"'),
+        ("seed: [1]", '"seed"'),
+        ("optim: [1, 2]", "optim is [1, 2]; it must be keys with values"),
+        ("optim: null", "optim is None"),
+        ("optim: {lr: 1", "line 1"),
+        ("- 1", "- 1"),
+        ("optim: {lr: -1}", "optim.lr is -1.0; it must be above 0"),
+        ("optim: {betas: [0.9, 1.0]}", "optim.betas is (0.9, 1.0); it must be two numbers in [0, 1)"),
+        ("schedule: {epochs: 2, warmup_epochs: 3}", "schedule.warmup_epochs is 3.0; it must be from 0 to"),
+        ("schedule: {min_lr: 1}", "schedule.min_lr is 1.0; it must be at most optim.lr (0.001)"),
+        ("loop: {save_every: 0}", "loop.save_every is 0; it must be 1 or above"),
+        ("name: ../x", "name is '../x'"),
+    ],
+)
+def test_a_wrong_file_is_refused(parse, write, text, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(write(text))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert named in error and "Traceback" not in error and "toy: error:" in error
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--optim.lrr=3", "--optim.lrr=3; did you mean optim.lr?"),
+        ("--lr=3", "--lr=3; did you mean optim.lr?"),
+        ("--optim.lr=x", '"optim.lr"'),
+        ("--model.width=2.5", '"model.width"'),
+        ("--config=nowhere.yaml", "nowhere.yaml"),
+        ("stray", "stray"),
+    ],
+)
+def test_a_wrong_argument_is_refused(parse, argument, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(argument)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert named in error and "Traceback" not in error
+
+
+def test_help(parse, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert "--optim.lr LR Peak learning rate, absolute (no scaling by the batch). (type: float, default: " in text
+    assert "--model.width" in text and "Hidden width." in text and "--loop.precision {float32,bf16}" in text
+
+
+def test_differing_keys():
+    old = {"name": "a", "out": "runs", "optim": {"lr": 0.1, "eps": 1}, "model": {"args": {}}}
+    new = {"name": "a", "out": "elsewhere", "optim": {"lr": 0.2}, "model": {"args": {"depth": 3}}}
+    assert differing_keys(old, new) == [
+        "model.args: {} -> 'absent'",
+        "model.args.depth: 'absent' -> 3",
+        "optim.eps: 1 -> 'absent'",
+        "optim.lr: 0.1 -> 0.2",
+    ]

@@ -1,0 +1,178 @@
+"""What the loop computes, against plain torch; how it ends; what it leaves behind."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from moa_train.signals import EXIT_STOPPED
+
+
+def plain_training(toy, config):
+    """The same 15 steps written out with torch alone, in float64 on whole batches."""
+    torch.manual_seed(config.seed)
+    task = toy.ToyTask(config)
+    model = task.model.double()
+    decayed, others = [model[0].weight], [model[0].bias, model[3].weight, model[3].bias]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    losses, norms = [], []
+    for step in range(15):
+        warmup = 2  # round(0.5 epochs x 5 steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (15 - warmup)))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (step / warmup if step < warmup else cosine)
+        rows = [toy.sample(config.seed, step // 5, step % 5 * 8 + i) for i in range(8)]
+        x, y = (torch.stack(part).double() for part in zip(*rows, strict=True))
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters())))
+        losses.append(loss.item())
+        optimizer.step()
+    rows = [toy.sample(-1, 0, p) for p in range(7)]
+    errors = [(model(x.double()) - y.double()).square().item() for x, y in rows]
+    return losses, norms, sum(errors) / 7
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+def test_equals_plain_torch_however_the_batch_is_split(runs, micro_batch):
+    changed = {"model__dropout": 0.0, "loop__micro_batch_size": micro_batch}
+    assert runs("run", **changed) == 0
+    config = runs.toy.parse_config(
+        runs.toy.ToyConfig, runs.arguments("run", **changed), program="toy", summary="A toy."
+    )
+    losses, norms, val_loss = plain_training(runs.toy, config)
+    train = runs.rows("run", "train")
+    assert [row["loss"] for row in train] == pytest.approx(losses, rel=1e-5)
+    assert [row["grad_norm"] for row in train] == pytest.approx(norms, rel=1e-5)
+    assert runs.rows("run", "val")[-1]["loss"] == pytest.approx(val_loss, rel=1e-5)
+
+
+def test_clipping(runs):
+    assert runs("run", optim__clip_grad=0.1, model__dropout=0.0) == 0
+    assert runs("free", model__dropout=0.0) == 0
+    norms = [row["grad_norm"] for row in runs.rows("run", "train")]
+    assert norms[0] == runs.rows("free", "train")[0]["grad_norm"] > 0.1, "the norm before clipping is recorded"
+    assert runs.final("run") != runs.final("free")
+
+
+def two_processes(runs, name, **changed):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    port = ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [*launch, *port, str(runs.script), *runs.arguments(name, **changed)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_two_processes_have_the_losses_of_one(runs):
+    result = two_processes(runs, "two", model__dropout=0.0, loop__micro_batch_size=2)
+    assert result.returncode == 0, result.stderr
+    assert runs("one", model__dropout=0.0, loop__micro_batch_size=2) == 0
+    assert runs.json("two", "env.json")["world_size"] == 2
+    one, two = runs.rows("one"), runs.rows("two")
+    assert [(row["kind"], row["step"], row["samples"]) for row in one] == [
+        (row["kind"], row["step"], row["samples"]) for row in two
+    ]
+    for key in ("loss", "lr", "grad_norm"):
+        assert [r.get(key, 0) for r in two] == pytest.approx([r.get(key, 0) for r in one], rel=1e-6)
+    assert result.stdout.count("finished") == 1, "only the main process speaks"
+
+
+def test_not_finite_stops_before_the_step_and_can_be_continued(runs, capsys):
+    assert runs("run", model__nan_at=7) == 1
+    error = capsys.readouterr().err
+    assert "step 8: the loss is nan" in error and "--resume force --optim.lr 0.005" in error
+    folder = runs.out / "run"
+    assert (folder / "checkpoints" / "LAST").read_text() == "step_00000007\n"
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["loss"], last["grad_norm"]) == (8, None, None)
+    assert runs.json("run", "summary.json")["status"] == "stopped"
+    assert runs("run") == 0  # the cause has gone
+    assert runs("unbroken") == 0
+    assert (runs.rows("run"), runs.final("run")) == (runs.rows("unbroken"), runs.final("unbroken"))
+
+
+def test_not_finite_in_the_first_step(runs):
+    assert runs("run", model__nan_at=0) == 1
+    assert runs("run") == 0
+    assert [row["step"] for row in runs.rows("run", "train")] == list(range(1, 16))
+
+
+def test_run_folder(runs):
+    assert runs("run") == 0
+    folder = runs.out / "run"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["betas"] == [0.9, 0.95]
+    environment = runs.json("run", "env.json")
+    assert environment["torch"] == torch.__version__ and environment["packages"]["torch"]
+    assert environment["device"] == "cpu" and environment["world_size"] == 1 and environment["cores"] >= 1
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    place = ["kind", "step", "epoch", "samples", "wall_s"]
+    assert list(lines[3]) == [*place, "loss", "lr", "grad_norm", "throughput", "mfu"]
+    assert list(lines[4]) == [*place, "loss", "loss_norm"]
+    assert [lines[4][key] for key in place[:-1]] == ["val", 4, 0.8, 32]
+    summary = runs.json("run", "summary.json")
+    val = runs.rows("run", "val")
+    best = min(val, key=lambda row: row["loss_norm"])
+    assert summary["best"] == {key: best[key] for key in ("loss", "loss_norm", "step")}
+    assert summary["final"] == {key: val[-1][key] for key in ("loss", "loss_norm")}
+    assert summary["flops_per_sample"] == 3000 and summary["flops_total"] == 3000 * 15 * 8
+    assert summary["throughput"] > 0 and summary["peak_memory_mib"] > 0
+    assert sorted(path.name for path in (folder / "reconstructions").iterdir()) == [
+        *("12.txt", "15.txt", "4.txt", "8.txt")
+    ]
+    assert {path.read_text() for path in (folder / "reconstructions").iterdir()} == {"False"}, "in evaluation mode"
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob(".*"))
+
+
+def test_announcement(runs, capsys):
+    runs("run", schedule__batch_size=16)
+    text = capsys.readouterr().out
+    assert "steps       6 = 3 epochs of 2, 1 of warm-up; 96 rows in all" in text
+    assert "batch       16 rows a step = 4 accumulated x 1 device(s) x 4" in text
+    assert "1 tensors (24) with weight decay 0.05; 3 tensors (17) without" in text
+    assert "work        3 kFLOPs a sample in training, 288 kFLOPs to do" in text
+    assert "measured" in text and "validation  step 6, epoch 3.00: loss " in text
+
+
+def test_impossible_batch_is_refused_before_anything_is_written(runs, capsys):
+    assert runs("run", loop__micro_batch_size=3) == 2
+    assert "the nearest are 6 and 9" in capsys.readouterr().err
+    assert not (runs.out / "run").exists()
+
+
+def test_tensorboard(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert runs("run", loop__trackers='["tensorboard"]', model__stop_at=6) == EXIT_STOPPED
+    assert runs("run", loop__trackers='["tensorboard"]') == 0
+    events = EventAccumulator(str(runs.out / "run" / "trackers" / "mixture-of-activations")).Reload()
+    written = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert written == [(row["step"], pytest.approx(row["loss"])) for row in runs.rows("run", "train")]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("tensorbored", "must be among"), ("clearml", "not installed: pip install clearml")]
+)
+def test_missing_tracker(runs, name, told, capsys):
+    assert runs("run", loop__trackers=f'["{name}"]') == 2
+    error = capsys.readouterr().err
+    assert name in error and told in error
+
+
+def test_bf16_autocast_keeps_float32_weights(runs):
+    assert runs("half", loop__precision="bf16", model__dropout=0.0) == 0
+    assert runs("full", model__dropout=0.0) == 0
+    half, full = ([row["loss"] for row in runs.rows(name, "train")] for name in ("half", "full"))
+    assert half != full and half == pytest.approx(full, rel=0.05)
+    from safetensors.torch import load_file
+
+    last = runs.out / "half" / "checkpoints" / "step_00000015" / "model.safetensors"
+    assert {tensor.dtype for tensor in load_file(last).values()} == {torch.float32}
+    assert set(load_file(last)) == {"0.weight", "0.bias", "3.weight", "3.bias"}

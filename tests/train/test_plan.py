@@ -1,0 +1,80 @@
+"""Steps and batches from epochs; costs against what torch itself reports."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from moa_train.config import LoopConfig, OptimConfig, RunConfig, ScheduleConfig
+from moa_train.devices import bf16_peak_flops, saved_bytes_per_sample, state_bytes
+from moa_train.plan import Costs, make_plan
+
+
+def config(batch, micro, epochs=1.0, warmup=0.0):
+    return RunConfig(
+        optim=OptimConfig(lr=1.2e-3),
+        schedule=ScheduleConfig(epochs=epochs, warmup_epochs=warmup, batch_size=batch),
+        loop=LoopConfig(micro_batch_size=micro),
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 8, 64])
+def test_full_recipe(world_size):
+    plan = make_plan(config(4096, 64, epochs=800, warmup=40), 1_281_167, world_size)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (312, 249_600, 12_480)  # the official MAE's
+    assert plan.accumulation * world_size * 64 == 4096
+    assert plan.lr_at(12_480) == 1.2e-3 and plan.lr_at(0) == 0.0
+    assert [step for step in range(800) if plan.due(step, 300)] == [300, 600]
+    assert plan.due(249_600, 1000)
+
+
+@pytest.mark.parametrize(("batch", "micro", "world_size"), [(4096, 64, 3), (100, 7, 2), (8, 64, 1), (12, 5, 1)])
+def test_an_impossible_split_names_what_works(batch, micro, world_size):
+    with pytest.raises(ValueError, match=rf"schedule.batch_size is {batch}; it must be a multiple") as error:
+        make_plan(config(batch, micro), 10_000, world_size)
+    nearest, _, keeping = str(error.value).partition(", or keep it with loop.micro_batch_size ")
+    offered = [int(number) for number in re.findall(r"\d+", nearest.partition("nearest are ")[2])]
+    works = [b for b in range(1, 2 * batch + 2 * micro * world_size) if b % (micro * world_size) == 0]
+    assert offered == [*[b for b in works if b < batch][-1:], next(b for b in works if b > batch)]
+    fitting = [m for m in range(1, micro) if batch % (m * world_size) == 0]
+    assert keeping == (str(max(fitting)) if fitting else "")
+
+
+def test_a_batch_larger_than_the_data():
+    with pytest.raises(ValueError, match=r"batch_size is 64; it must be at most the training set's 63 samples"):
+        make_plan(config(64, 64), 63, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H20", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks(name, tera):
+    peak = bf16_peak_flops(name)
+    assert peak is None if tera is None else peak == pytest.approx(tera * 1e12)
+
+
+def test_utilization():
+    costs = Costs(flops_per_sample=58_700_000_000, peak_flops=989e12, state_bytes=0, saved_bytes_per_sample=0)
+    assert costs.utilization(6741, 1) == pytest.approx(0.40, abs=1e-3)
+    assert costs.utilization(2 * 6741, 2) == pytest.approx(0.40, abs=1e-3)
+
+
+def test_memory():
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+    assert state_bytes(model) == 4 * 4 * (10 * 20 + 20 + 20 * 5 + 5)  # weight, gradient and two moments, 4 bytes each
+    saved = saved_bytes_per_sample(model, lambda x: model(x).square().mean(), lambda n: torch.randn(n, 10))
+    assert saved == 4 * (10 + 20 + 5)  # inputs of the first and second product, of the square

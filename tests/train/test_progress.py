@@ -1,0 +1,61 @@
+"""What a person sees: one live line on a terminal, a few lines elsewhere, nothing from other processes."""
+
+import io
+import sys
+
+import pytest
+
+from moa_train import progress
+from moa_train.progress import Progress, count, duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def run(shown, steps=20):
+    for step in range(1, steps + 1):
+        shown.update(step, step / 10, 0.5, 1e-3, 1234.5, 0.41, "9 s")
+    shown.say("a message")
+    shown.close()
+
+
+def test_a_terminal_has_one_live_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    run(Progress(visible=True, unit="img", step=0, total_steps=20))
+    written = sys.stderr.getvalue()
+    assert "20/20, loss 0.5000, lr 1.00e-03, 1234 img/s, 41.0% of peak, 9 s left" in written.rstrip().split("\r")[-1]
+    assert written.rstrip().count("\n") == 0
+    assert capsys.readouterr().out == "a message\n"
+
+
+def test_a_log_has_few_lines(monkeypatch, capsys):
+    run(Progress(visible=True, unit="img", step=0, total_steps=20))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step 1/20", "step 20/20", "a message"]
+    assert lines[0] == "step 1/20, epoch 0.10: loss 0.5000, lr 1.00e-03, 1234 img/s, 41.0% of peak, 9 s left"
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    run(Progress(visible=True, unit="img", step=0, total_steps=20))
+    assert len(capsys.readouterr().out.splitlines()) == 21
+
+
+def test_other_processes_are_silent(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    run(Progress(visible=False, unit="img", step=0, total_steps=20))
+    assert capsys.readouterr().out == "" and sys.stderr.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 00 s"), (320, "5 min 20 s"), (11_100, "3 h 05 min"), (187_200, "2 d 04 h")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(12, "12"), (5_359_104, "5.36 M"), (58.7e9, "58.7 G"), (1.88e22, "18.8 Z")]
+)
+def test_count(number, text):
+    assert count(number) == text

@@ -1,0 +1,143 @@
+"""A task of a few hundred parameters with everything that can break a resume: dropout, epochs, a loader that draws
+from the global generator. Run as a script it is a main like the real ones."""
+
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from moa_train.config import HARMLESS, RunConfig, parse_config
+from moa_train.loop import run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyModel:
+    """The toy.
+
+    Args:
+        width: Hidden width.
+        dropout: Dropout rate.
+        nan_at: The step (from 0) whose loss is NaN; -1 is none.
+        stop_at: The step in which SIGTERM comes; -1 is none.
+        stop_in_val: The first validation at or after this step gets SIGTERM; -1 is none.
+        step_s: Seconds that a step is made to last.
+    """
+
+    width: int = 8
+    dropout: float = 0.2
+    nan_at: int = -1
+    stop_at: int = -1
+    stop_in_val: int = -1
+    step_s: float = 0.0
+
+
+TROUBLE = {f"model.{key}" for key in ("nan_at", "stop_at", "stop_in_val", "step_s")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(RunConfig):
+    """A toy run.
+
+    Args:
+        model: The model.
+        samples: Training samples.
+    """
+
+    model: ToyModel = field(default_factory=ToyModel)
+    samples: int = 44
+
+
+def sample(seed, epoch, position):
+    generator = torch.Generator().manual_seed(seed * 1_000_000 + epoch * 1000 + position)
+    x = torch.randn(3, generator=generator)
+    return x, (x.sin().sum(0, keepdim=True) + 0.1 * torch.randn(1, generator=generator))
+
+
+class Batches(IterableDataset):
+    def __init__(self, config, share, plan, start_step):
+        self.config, self.share, self.plan, self.start_step = config, share, plan, start_step
+
+    def __iter__(self):
+        share, plan = self.share, self.plan
+        for step in range(self.start_step, plan.total_steps):
+            epoch, i = divmod(step, plan.steps_per_epoch)
+            for m in range(plan.accumulation):
+                first = i * plan.global_batch + (m * share.world_size + share.rank) * share.micro_batch
+                rows = [sample(self.config.seed, epoch, p) for p in range(first, first + share.micro_batch)]
+                yield step, torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])
+
+
+class ToyTask:
+    unit = "rows"
+    forward_flops_per_sample = 1000
+    val_names = ("loss", "loss_norm")
+    best_by = "loss_norm"
+
+    def __init__(self, config):
+        self.config = config
+        width = config.model.width
+        self.model = nn.Sequential(
+            nn.Linear(3, width), nn.GELU(), nn.Dropout(config.model.dropout), nn.Linear(width, 1)
+        )
+        self.samples_per_epoch = config.samples
+        self.val_samples = 7
+        self.step = 0
+
+    def describe(self):
+        return {"model": "toy"}
+
+    def facts(self):
+        return {"parameters": {"total": sum(p.numel() for p in self.model.parameters())}}
+
+    def no_weight_decay(self):
+        return {"3.weight"}
+
+    def example_batch(self, count):
+        return -1, torch.zeros(count, 3), torch.zeros(count, 1)
+
+    def train_batches(self, share, plan, start_step):
+        return DataLoader(Batches(self.config, share, plan, start_step), batch_size=None)
+
+    def val_batches(self, share):
+        for row in [sample(-1, 0, p) for p in range(7)][share.rank :: share.world_size]:
+            torch.rand(1)  # a careless validation must not touch the training's numbers
+            if 0 <= self.config.model.stop_in_val <= self.step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield 0, row[0][None], row[1][None]
+
+    def loss(self, model, batch):
+        step, x, y = batch
+        if step >= 0:  # no example
+            self.step = step + 1
+            time.sleep(self.config.model.step_s)
+        if step == self.config.model.stop_at and step >= 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        loss = (model(x) - y).square().mean()
+        return loss * math.nan if step == self.config.model.nan_at >= 0 else loss
+
+    def val_losses(self, model, batch):
+        _, x, y = batch
+        error = (model(x) - y).square().mean(dim=1)
+        return {"loss": error, "loss_norm": error / 2}
+
+    def visualize(self, model, folder, step):
+        (folder / "reconstructions").mkdir(exist_ok=True)
+        (folder / "reconstructions" / f"{step}.txt").write_text(f"{model.training}")
+
+    def export(self, model, folder):
+        (folder / "weights.txt").write_text(str([p.tolist() for p in model.parameters()]))
+
+
+def main(arguments):
+    config = parse_config(ToyConfig, arguments, program="toy", summary="A toy.")
+    return run(config, lambda: ToyTask(config), harmless=HARMLESS | TROUBLE)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,456 @@
+"""Patterns, indices and the cache: every way to name shards, and every way in which they can be broken."""
+
+import gzip
+import hashlib
+import http.server
+import json
+import multiprocessing
+import os
+import pickle
+import tarfile
+import threading
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moa_vision import cache
+from moa_vision.cache import DataError, Shard, local_path
+from moa_vision.index import ShardReader, expand, open_index, parse_manifest
+from moa_vision.shards import ShardSettings, make_shards
+from moa_vision.table import SampleTable, index_tar
+
+
+def keys_of(index):
+    return [index.table.key(i) for i in range(len(index))]
+
+
+def contents(index):
+    reader = ShardReader(index)
+    return [reader.read(i).tobytes() for i in range(len(index))]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder; `faults` maps a file's name to what goes wrong at its next requests."""
+
+    def __init__(self, folder, handler=None):
+        self.faults, self.requests = {}, []
+        super().__init__(("127.0.0.1", 0), partial(handler or Handler, directory=str(folder)))
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self):
+        name = self.path.strip("/")
+        self.server.requests.append(name)
+        fault = self.server.faults.get(name, [])
+        if not fault:
+            return super().do_GET()
+        status = fault.pop(0)
+        if status != "cut":
+            return self.send_error(status)
+        data = (Path(self.directory) / name).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2])
+        self.close_connection = True
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture
+def server(shards, monkeypatch):
+    monkeypatch.setattr(cache, "BACKOFF_S", 0.01)
+    server = Server(shards)
+    yield server
+    server.close()
+
+
+# --- what the index says ------------------------------------------------------------------------------------------
+
+
+# webdataset leaves the files that it has read to the garbage collector
+@pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_index_agrees_with_webdataset_and_tarfile(shards):
+    index = open_index(str(shards))
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    theirs = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert keys_of(index) == [sample["__key__"] for sample in theirs]
+    assert contents(index) == [sample["jpg"] for sample in theirs]
+    assert index.table.labels.tolist() == [int(sample["cls"]) for sample in theirs]
+    assert index.starts.tolist() == [0, 9, 13, 20, 21, 32]
+    with tarfile.open(urls[2]) as tar:
+        member = tar.getmember("c3.jpg")
+    row = keys_of(index).index("c3")
+    assert (index.table.offsets[row], index.table.sizes[row]) == (member.offset_data, member.size)
+    assert index.shards[index.shard_of(row)].url == urls[2]
+    assert not index.problems
+
+
+def test_every_way_to_name_shards(shards, tmp_path, server):
+    expected = contents(open_index(str(shards)))
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for path in shards.iterdir():
+        (packed / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    for pattern in (
+        f"{shards}/{{a,b,c,d,e}}.tar",
+        f"{shards}/*.tar",
+        f"{shards}/[a-c].tar::file://{shards}/d.tar::{shards}/e.tar",
+        f"{packed}",
+        f"{packed}/{{a..e}}.tar.gz",
+        f"{server.url}/{{a..e}}.tar",
+        f"pipe:cat {shards}/{{a..e}}.tar",
+        f"pipe:cat {packed}/{{a..e}}.tar.gz",
+    ):
+        assert contents(open_index(pattern, tmp_path / "cache")) == expected, pattern
+
+
+class HubHandler(Handler):
+    """As much of the Hugging Face Hub as it takes to list and fetch the files of one data set."""
+
+    def do_GET(self):
+        name = self.path.split("?")[0]
+        files = sorted(Path(self.directory).glob("*.tar"))
+        if name == "/api/datasets/timm/imagenet-1k-wds":
+            self.answer({"id": "timm/imagenet-1k-wds", "sha": "0" * 40, "siblings": []})
+        elif name.endswith("/tree/main"):
+            entries = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
+            self.answer(entries)
+        elif "/resolve/main/" in name:
+            self.path = f"/{name.split('/')[-1]}"
+            super().do_GET()
+        else:
+            self.send_error(404)
+
+    do_POST = do_GET
+
+    def answer(self, value):
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def test_hub_data_sets_are_read(shards, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for number, path in enumerate(sorted(shards.glob("*.tar"))):  # the layout of timm/imagenet-1k-wds
+        path.rename(folder / f"imagenet1k-train-{number:04d}.tar")
+    expected = contents(open_index(str(folder)))
+    server = Server(folder, HubHandler)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    names = "hf://datasets/timm/imagenet-1k-wds/imagenet1k-train-"
+    assert contents(open_index(f"{names}{{0000..0004}}.tar", tmp_path / "a")) == expected
+    assert contents(open_index(f"{names}*.tar", tmp_path / "b")) == expected
+    server.close()
+
+
+def test_names_that_name_nothing(tmp_path, shards):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="does not exist"):
+        open_index(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="holds no manifest"):
+        open_index(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="names no shard"):
+        open_index(str(tmp_path / "*.tar"))
+    with pytest.raises(ValueError, match="named twice"):
+        open_index(f"{shards}/a.tar::{shards}/*.tar")
+    with pytest.raises(DataError, match="cannot open zzz://"):
+        open_index("zzz://host/a.tar")
+    make_shards(str(shards), tmp_path / "set", val_fraction=0.5)
+    with pytest.raises(ValueError, match="did you mean one of its folders train, val"):
+        open_index(str(tmp_path / "set"))
+
+
+# --- what is kept -------------------------------------------------------------------------------------------------
+
+
+def test_index_is_kept_until_the_shard_changes(shards, tmp_path, monkeypatch, write_tar):
+    calls = []
+    monkeypatch.setattr("moa_vision.index.index_tar", lambda *args: calls.append(args) or index_tar(*args))
+    first = open_index(str(shards), tmp_path / "cache")
+    assert len(calls) == 5
+    again = open_index(str(shards), tmp_path / "cache")
+    assert len(calls) == 5 and keys_of(again) == keys_of(first)
+    write_tar(shards / "d.tar", [("new.jpg", b"12345")])
+    os.utime(shards / "d.tar", ns=(1, 1))
+    changed = open_index(str(shards), tmp_path / "cache")
+    assert len(calls) == 6 and "new" in keys_of(changed) and "d0" not in keys_of(changed)
+    for kept in (tmp_path / "cache" / "index").iterdir():  # a damaged one is built again
+        kept.write_bytes(kept.read_bytes()[:-9])
+    assert keys_of(open_index(str(shards), tmp_path / "cache")) == keys_of(changed)
+
+
+def test_index_needs_no_writable_cache(shards, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert len(open_index(str(shards), tmp_path / "file")) == 32
+    assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python >= 3.12, of the server's thread
+def test_remote_shards_are_fetched_once_by_any_number_of_processes(server, shards, tmp_path):
+    context = multiprocessing.get_context("fork")
+    shard = Shard(f"{server.url}/e.tar")
+    readers = [context.Process(target=local_path, args=(shard, tmp_path / "cache")) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(60)
+        assert reader.exitcode == 0
+    assert local_path(shard, tmp_path / "cache").read_bytes() == (shards / "e.tar").read_bytes()
+    open_index(shard.url, tmp_path / "cache")
+    assert server.requests == ["e.tar"]
+
+
+@pytest.mark.parametrize("faults", [[503], ["cut", 500, "cut"], [429, 408]])
+def test_transfers_are_tried_again(server, shards, tmp_path, faults):
+    server.faults["a.tar"] = list(faults)
+    path = local_path(Shard(f"{server.url}/a.tar"), tmp_path / "cache")
+    assert path.read_bytes() == (shards / "a.tar").read_bytes()
+    assert len(server.requests) == len(faults) + 1
+    assert sorted(child.suffix for child in path.parent.iterdir()) == [".lock", ".tar"]
+
+
+@pytest.mark.parametrize(
+    ("faults", "tries", "text"),
+    [([404] * 9, 1, "FileNotFound"), ([403] * 9, 1, "403"), ([500] * 9, 5, "500"), (["cut"] * 9, 5, "attempt 5")],
+)
+def test_transfers_that_cannot_succeed_end(server, tmp_path, faults, tries, text):
+    server.faults["a.tar"] = list(faults)
+    with pytest.raises(DataError, match=rf"a\.tar.*{text}"):
+        local_path(Shard(f"{server.url}/a.tar"), tmp_path / "cache")
+    assert len(server.requests) == tries
+    assert not [child for child in (tmp_path / "cache" / "shards").iterdir() if child.suffix != ".lock"]
+
+
+def test_stalled_transfer_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "STALL_S", 0.2)
+    monkeypatch.setattr(cache, "ATTEMPTS", 2)
+    release = threading.Event()
+    monkeypatch.setattr(Handler, "do_GET", lambda self: release.wait(20) and None)
+    try:
+        with pytest.raises(DataError, match="attempt 2 of 2"):
+            local_path(Shard(f"{server.url}/a.tar"), tmp_path)
+    finally:
+        release.set()
+
+
+def test_failing_pipe_is_named(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(cache, "BACKOFF_S", 0.0)
+    with pytest.raises(DataError, match="exit 3"):
+        open_index(f"pipe:head -c 5000 {shards}/a.tar; exit 3", tmp_path)
+
+
+# --- manifests ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(shards, tmp_path):
+    """Our own data set of the photographs: 4 shards of 8."""
+    make_shards(str(shards), tmp_path / "packed", ShardSettings(samples_per_shard=8))
+    return tmp_path / "packed"
+
+
+def test_manifest_is_read_locally_and_remotely(packed, tmp_path):
+    local = open_index(str(packed))
+    scanned = open_index(f"{packed}/*.tar")
+    assert keys_of(local) == keys_of(scanned) and contents(local) == contents(scanned)
+    assert local.table.labels.tolist() == scanned.table.labels.tolist()
+    server = Server(packed)
+    for pattern in (server.url, f"{server.url}/", f"{server.url}/manifest.json"):
+        remote = open_index(pattern, tmp_path / "cache")
+        assert keys_of(remote) == keys_of(local)
+    assert set(server.requests) == {"manifest.json", "index.safetensors"}  # no shard before it is needed
+    assert contents(remote) == contents(local)
+    server.close()
+
+
+def test_remote_shard_must_match_its_manifest(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "BACKOFF_S", 0.0)
+    shard = bytearray((packed / "shard-000001.tar").read_bytes())
+    shard[2000] ^= 1
+    (packed / "shard-000001.tar").write_bytes(shard)
+    server = Server(packed)
+    reader = ShardReader(open_index(server.url, tmp_path / "cache"))
+    assert len(reader.read(0))
+    for sample in (8, 9):  # the second is not fetched again
+        with pytest.raises(DataError, match=r"shard-000001\.tar.*SHA-256"):
+            reader.read(sample)
+    assert server.requests.count("shard-000001.tar") == cache.ATTEMPTS
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda m: m["shards"][0].update(name="pipe:touch hacked"), "not a plain file name"),
+        (lambda m: m["shards"][0].update(name="../shard-000000.tar"), "not a plain file name"),
+        (lambda m: m["index"].update(name="http://host/index"), "not a plain file name"),
+        (lambda m: m["shards"][2].update(size=5), "has not the 5 bytes"),
+        (lambda m: m["shards"][2].update(samples=7), "counts 31 samples, its index 32"),
+        (lambda m: m["shards"][2].update(samples="8"), '"samples" of shard-000002.tar'),
+        (lambda m: m["shards"].append({"name": "x.tar"}), '"sha256" of x.tar'),
+        (lambda m: m["index"].update(sha256="0" * 64), "not the index it was written with"),
+        (lambda m: m.update(format="other"), '"format"'),
+        (lambda m: m.update(version=2), "version 2"),
+        (lambda m: m.update(label_names=[1]), "label_names"),
+        (lambda m: m.update(shards={}), "shards"),
+    ],
+)
+def test_manifest_that_does_not_fit_is_refused(packed, change, text):
+    manifest = json.loads((packed / "manifest.json").read_text())
+    change(manifest)
+    (packed / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=text):
+        open_index(str(packed))
+    assert not Path("hacked").exists()
+
+
+@given(st.binary(max_size=200) | st.from_regex(rb'\{"format": "moa-vision-shards".*\}', fullmatch=True))
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_are_a_manifest_or_a_clear_error(data):
+    with pytest.raises(ValueError):
+        parse_manifest(data)
+
+
+# --- damage -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda data: data[:-12_000], "truncated inside|unexpected end|damaged at byte"),
+        (lambda data: data[:700], "truncated inside"),
+        (lambda data: data[:300], "cannot read shard"),
+        (lambda data: b"", "empty file"),
+        (lambda data: b"no tar" * 500, "cannot read shard"),
+        (lambda data: _damage_header(data), "damaged at byte"),
+        (lambda data: gzip.compress(data)[:-400], "cannot fetch"),
+    ],
+)
+def test_damaged_shards_are_named(shards, tmp_path, damage, text):
+    path = shards / "b.tar"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=text) as error:
+        open_index(str(shards), tmp_path / "cache")
+    assert "b.tar" in str(error.value)
+
+
+def _damage_header(data):
+    """Spoils the header of the third member."""
+    with tarfile.open(fileobj=__import__("io").BytesIO(data)) as tar:
+        offset = tar.getmembers()[2].offset
+    return data[: offset + 150] + b"zzzz" + data[offset + 154 :]
+
+
+def test_odd_members(tmp_path, write_tar):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    bomb = pickle.dumps(Bomb())
+    write_tar(
+        tmp_path / "odd.tar",
+        [
+            ("__meta__", b"x"),
+            ("dir/a.jpg", b"A"),
+            ("b.jpg", b"B"),  # interleaved with a
+            ("dir/a.cls", b"7"),
+            ("b.cls", b"seven"),
+            ("b.jpg", b"second"),
+            ("c.json", b"{}"),
+            ("c.pyd", bomb),
+            ("d.pkl", bomb),
+            ("d.png", b""),
+            ("d.cls", b"-3"),
+            ("noextension", b""),
+            ("E.JPEG", b"E"),
+            ("E.cls", b"12\n"),
+        ],
+    )
+    index = open_index(str(tmp_path / "odd.tar"))
+    assert keys_of(index) == ["dir/a", "b", "d", "E"]
+    assert contents(index) == [b"A", b"B", b"", b"E"]
+    assert index.table.labels.tolist() == [7, -1, -1, 12]
+    assert [(bad.key, bad.reason.split(" ")[0]) for bad in index.problems] == [
+        ("b", "b.jpg"), ("b", "no"), ("c", "no"), ("d", "no"),
+    ]  # fmt: skip
+    assert all(bad.shard.endswith("odd.tar") for bad in index.problems)
+    assert not (tmp_path / "exploded").exists()
+    write_tar(tmp_path / "none.tar", [("c.json", b"{}")])
+    with pytest.raises(DataError, match="no sample with an image"):
+        open_index(str(tmp_path / "none.tar"))
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(st.text(max_size=9), st.integers(0, 2**60), st.integers(0, 2**40), st.integers(-1, 9999)),
+            max_size=5,
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_table_keeps_its_rows(groups):
+    table = SampleTable.concatenate([SampleTable.from_rows(group) for group in groups])
+    rows = [row for group in groups for row in group]
+    for same in (table, SampleTable.from_bytes(table.to_bytes())[0], pickle.loads(ForkingPickler.dumps(table))):
+        numbers = zip(same.offsets.tolist(), same.sizes.tolist(), same.labels.tolist(), strict=True)
+        assert [(same.key(i), *row) for i, row in enumerate(numbers)] == rows
+        assert all(isinstance(getattr(same, name), np.ndarray) for name in vars(same))
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_are_a_table_or_a_clear_error(data):
+    with pytest.raises(ValueError, match="no sample table"):
+        SampleTable.from_bytes(data)
+
+
+def test_reader_keeps_few_files_open(tmp_path, write_tar, monkeypatch):
+    monkeypatch.setattr("moa_vision.index._OPEN_FILES", 3)
+    for number in range(8):
+        write_tar(tmp_path / f"{number}.tar", [(f"{number}.jpg", bytes([number]) * 9)])
+    index = open_index(str(tmp_path))
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    reader = ShardReader(index)
+    for sample in [*range(8), *range(8)]:
+        assert reader.read(sample).tobytes() == bytes([sample]) * 9
+    assert not before or len(list(Path("/proc/self/fd").iterdir())) <= before + 3
+    assert hashlib.sha256((tmp_path / "3.tar").read_bytes()).hexdigest() == cache.file_sha256(tmp_path / "3.tar")
+
+
+def test_expand_keeps_pipes_as_they_are():
+    assert expand("pipe:aws s3 cp s3://b/{0..1}.tar -") == [
+        "pipe:aws s3 cp s3://b/0.tar -",
+        "pipe:aws s3 cp s3://b/1.tar -",
+    ]
+    assert expand("hf://datasets/me/photos::https://host/x.tar?token=a") == [
+        "hf://datasets/me/photos/manifest.json",
+        "https://host/x.tar?token=a",
+    ]

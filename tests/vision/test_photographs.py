@@ -1,0 +1,43 @@
+"""The demo's shards: split by photograph, reproducible, and of the stated size."""
+
+import tarfile
+
+import numpy as np
+import skimage.data
+
+from moa_vision import photographs
+from moa_vision.photographs import CROP_PIXELS, TRAIN, VAL, crops, make_photograph_shards, photograph_folder
+
+
+def test_no_photograph_is_on_both_sides():
+    assert not set(TRAIN) & set(VAL)
+    sides = {name.startswith("motorcycle") for name in VAL}
+    assert sides == {False}  # both views of the stereo pair are training images
+
+
+def test_crops_are_parts_of_the_photograph():
+    found = crops(photograph_folder() / "chelsea.png", 5)
+    assert [crop.size for crop in found] == [(CROP_PIXELS, CROP_PIXELS)] * 5
+    again = crops(photograph_folder() / "chelsea.png", 5)
+    assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+    photograph = skimage.data.chelsea()
+    for crop in found:  # a crop's mean colour is one the photograph has; a wrong channel order would show
+        pixels = np.asarray(crop).reshape(-1, 3).mean(0)
+        assert (photograph.reshape(-1, 3).min(0) <= pixels).all() and (
+            pixels <= photograph.reshape(-1, 3).max(0)
+        ).all()
+        assert pixels[0] > pixels[2]  # the cat is red rather than blue
+
+
+def test_shards_hold_every_crop_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(photographs, "TRAIN", TRAIN[:2])
+    monkeypatch.setattr(photographs, "VAL", VAL[:1])
+    monkeypatch.setattr(photographs, "TRAIN_CROPS", 3)
+    monkeypatch.setattr(photographs, "VAL_CROPS", 2)
+    train, val = make_photograph_shards(tmp_path)
+    assert (train.samples, val.samples, train.skipped, val.skipped) == (6, 2, [], [])
+    keys = set()
+    for path in (tmp_path / "train").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            keys |= {name.removesuffix(".jpg") for name in tar.getnames() if name.endswith(".jpg")}
+    assert keys == {f"{name.split('.')[0]}_{number:03d}" for name in TRAIN[:2] for number in range(3)}
