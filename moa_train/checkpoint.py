@@ -2,7 +2,7 @@
 
 checkpoints/step_00001000/model.safetensors         weights, by parameter name
                           optimizer.safetensors     optimizer tensors, "PARAMETER.SLOT"
-                          generators.safetensors    random generators, "RANK.cpu" and "RANK.device"
+                          generators.safetensors    random generators, "RANK.cpu" and "RANK.cuda"
                           state.json                step, seconds, config; size and sha256 of the files above
 checkpoints/LAST                                    name of the newest folder, renamed into place last
 """
@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from moa_train.durable import new_folder, write_json, write_text
-from moa_train.generators import Generators
 
 FILES = ("model.safetensors", "optimizer.safetensors", "generators.safetensors")
+
+
+Generators = dict[str, torch.Tensor]
+"""Names of random generators to their states, 1-D uint8 on the CPU."""
 
 
 class DamagedCheckpoint(Exception):
@@ -137,3 +141,33 @@ def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tenso
         raise KeyError(f"optimizer tensors of unknown parameters {sorted(unknown)[:3]}")
     state = {index: slots[name] for index, name in enumerate(order) if name in slots}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def get_generators(device: torch.device) -> Generators:
+    """Return the states of torch's generators: "cpu", and "cuda" where that is the device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_generators(states: Generators, device: torch.device) -> None:
+    """Undo `get_generators`; a generator without a state is left as it is."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def of_all_processes(states: Generators, accelerator: Accelerator) -> Generators:
+    """Return every process's states as "RANK.NAME"; to be called by all of them."""
+    everyones: Generators = {}
+    for name, state in states.items():
+        rows = accelerator.gather(state.to(accelerator.device)[None])
+        everyones |= {f"{rank}.{name}": row.cpu().clone() for rank, row in enumerate(rows)}
+    return everyones
+
+
+def of_process(states: Generators, rank: int) -> Generators:
+    """Return the states of one process from `of_all_processes`; none if it was not there."""
+    return {name.removeprefix(f"{rank}."): state for name, state in states.items() if name.startswith(f"{rank}.")}

@@ -169,7 +169,8 @@ def parse_config(
     Raises:
         SystemExit: code 2, after one message on stderr that names the key, the file or the value at fault.
     """
-    parser = ArgumentParser(prog=program, description=summary, exit_on_error=False)
+    usage = "%(prog)s [--config FILE] [--KEY.SUBKEY VALUE ...]"
+    parser = ArgumentParser(prog=program, usage=usage, description=summary, exit_on_error=False)
     usual = "" if default is None else f" (without one: {default.name})"
     parser.add_argument("--config", action="config", help=f"YAML file; keys given after it override it{usual}")
     parser.add_class_arguments(kind)

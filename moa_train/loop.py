@@ -16,16 +16,15 @@ from accelerate.utils import send_to_device, set_seed
 from torch import Tensor
 
 from moa_train import checkpoint
+from moa_train.checkpoint import Generators, get_generators, of_all_processes, of_process, set_generators
 from moa_train.config import HARMLESS, RunConfig, as_tree
 from moa_train.durable import new_folder
-from moa_train.generators import Generators, get_generators, of_all_processes, of_process, set_generators
-from moa_train.journal import Journal, State
+from moa_train.journal import Journal, State, check_trackers
 from moa_train.optim import build_optimizer, describe_groups
 from moa_train.plan import Costs, make_plan, measure_costs
 from moa_train.records import RunFolder, command_line
 from moa_train.signals import EXIT_STOPPED, StopRequests
 from moa_train.task import Share, Task
-from moa_train.tracking import check_trackers
 
 
 class NonFiniteError(Exception):

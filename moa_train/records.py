@@ -18,10 +18,13 @@ from typing import Any
 import torch
 import yaml
 
-from moa_train.config import HARMLESS, differing_keys
+from moa_train.config import HARMLESS, differing_keys, require
 from moa_train.durable import write_json, write_text
 
 Row = dict[str, Any]
+
+KINDS = ("train", "val")
+"""Kinds of rows."""
 
 
 class RunFolder:
@@ -53,11 +56,11 @@ class RunFolder:
             )
         try:
             old = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            different = differing_keys(old, tree, harmless=harmless)
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise ValueError(
                 f"{self.path}/config.yaml cannot be read ({error}); delete the folder to start afresh"
             ) from error
-        different = differing_keys(old, tree, harmless=harmless)
         if different and resume != "force":
             listed = "\n  ".join(different)
             raise ValueError(
@@ -73,11 +76,22 @@ class RunFolder:
         write_json(self.path / "env.json", environment)
 
     def rows(self) -> list[Row]:
-        """Return the rows written so far; a last line cut short by a crash is left out."""
+        """Return the rows written so far; a last line cut short by a crash is left out.
+
+        Raises ValueError naming the line that is no row.
+        """
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        rows = []
+        for number, line in enumerate(self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+            try:
+                row = json.loads(line)
+                require("kind", row["kind"], row["kind"] in KINDS, "train or val")
+                require("step", row["step"], isinstance(row["step"], int), "a number")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.metrics} line {number} is no metrics row ({error!r}); delete it") from error
+            rows.append(row)
+        return rows
 
     def truncate(self, step: int, validated: int) -> None:
         """Drop, in one rename, the training rows after `step` and the validation rows after `validated`."""

@@ -111,7 +111,8 @@ class ShardReader:
         return self._files[shard]
 
     def __del__(self) -> None:
-        self.close()
+        if "_files" in self.__dict__:  # else it was never finished
+            self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"index": self.index, "_files": OrderedDict(), "_lost": {}}
@@ -135,7 +136,7 @@ def open_index(pattern: str, cache_dir: str | Path | None = None) -> ShardIndex:
     plain = [source for source in sources if isinstance(source, Shard)]
     with ThreadPoolExecutor(_THREADS) as pool:
         tables = pool.map(lambda shard: _shard_table(shard, folder), plain)
-        built = iter(list(tqdm(tables, "indexing shards", len(plain), disable=None if plain else True)))
+        built = iter(list(tqdm(tables, "indexing shards", len(plain), leave=False, disable=None if plain else True)))
     shards: list[Shard] = []
     columns: list[SampleTable] = []
     problems: list[BadSample] = []
@@ -181,9 +182,7 @@ def expand(pattern: str) -> list[str]:
         else:
             names.append(f"{part.rstrip('/')}/{MANIFEST}")
     if not names:
-        raise ValueError(
-            f"{pattern!r} names no shard: allowed are a folder of shards, or tars by path, brace or glob"
-        )
+        raise ValueError(f"{pattern!r} names no shard: {_ALLOWED}")
     return names
 
 
@@ -239,6 +238,9 @@ def read_manifest(url: str, cache_dir: Path) -> Listed:
         counts = tuple(s["samples"] for s in manifest["shards"])
         if sum(counts) != len(table):
             raise ValueError(f"it counts {sum(counts)} samples, its index {len(table)}")
+        space = np.repeat([s["size"] for s in manifest["shards"]], counts)
+        if (table.offsets < 0).any() or (table.offsets > space - table.sizes).any():
+            raise ValueError("its index places samples outside their shards")
         for shard in () if remote else shards:
             if Path(shard.url).stat().st_size != shard.size:
                 raise ValueError(f"{shard.url} has not the {shard.size} bytes it should have")

@@ -58,7 +58,7 @@ class SampleTable:
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[str, int, int, int]]) -> "SampleTable":
         """From rows of key, offset, size and label."""
-        keys = [row[0].encode() for row in rows]
+        keys = [row[0].encode(errors="replace") for row in rows]  # names of tars need not be UTF-8
         numbers = np.array([row[1:] for row in rows], dtype=np.int64).reshape(-1, 3)
         return cls(
             np.ascontiguousarray(numbers[:, 0]),
@@ -82,7 +82,7 @@ class SampleTable:
     def key(self, sample: int) -> str:
         """The key of a sample: its member's name up to the first dot."""
         start = self.key_ends[sample - 1] if sample else 0
-        return self.key_bytes[start : self.key_ends[sample]].tobytes().decode()
+        return self.key_bytes[start : self.key_ends[sample]].tobytes().decode(errors="replace")
 
     def to_bytes(self, problems: Iterable[BadSample] = ()) -> bytes:
         """As a safetensors file; the same rows give the same bytes."""
@@ -107,7 +107,10 @@ class SampleTable:
         return table, problems
 
     def __getstate__(self) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(getattr(self, name)) for name in _COLUMNS}
+        # kept: a process that is not forked takes over the tensors' shared memory only after this has returned
+        if "_shared" not in self.__dict__:
+            self.__dict__["_shared"] = {name: torch.from_numpy(getattr(self, name)) for name in _COLUMNS}
+        return self.__dict__["_shared"]
 
     def __setstate__(self, state: dict[str, torch.Tensor]) -> None:
         self.__dict__.update({name: column.numpy() for name, column in state.items()})

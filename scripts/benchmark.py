@@ -4,9 +4,12 @@ Ratios are taken round by round, so that a machine whose speed drifts does not d
 """
 
 import argparse
+import collections
 import csv
 import gc
+import io
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +17,20 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, Dataset
 
 from moa_ffn import FFN, VARIANTS, FFNSpec
+
+if TYPE_CHECKING:
+    from moa_vision.data import DataConfig
+    from moa_vision.index import ShardReader
 
 Step = Callable[[], object]
 MIB = 2**20
@@ -207,6 +217,78 @@ def benchmark_mae(args: argparse.Namespace) -> None:
     report("mae: full training step, ViT-B/16", rows, [i % modes for i in range(len(rows))], "images", args.out, note)
 
 
+# --- loader: one core, from shards to batches, against the official recipe -------------------------------
+
+
+class OfficialRecipe(Dataset[Tensor]):
+    """Images of facebookresearch/mae's main_pretrain.py: PIL, RandomResizedCrop bicubic, flip, ToTensor, Normalize."""
+
+    def __init__(self, reader: "ShardReader", config: "DataConfig", size: int) -> None:
+        from torchvision import transforms
+
+        self.reader = reader
+        bicubic = transforms.InterpolationMode.BICUBIC
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(size, scale=config.crop_scale, interpolation=bicubic),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(config.mean, config.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.reader.index)
+
+    def __getitem__(self, sample: int) -> Any:
+        image = Image.open(io.BytesIO(self.reader.read(sample).tobytes())).convert("RGB")
+        return self.transform(image)
+
+
+def photographs_of_short_side_256(folder: Path) -> str:
+    """Shards of scikit-image's photographs, where no others are given."""
+    from moa_vision.photographs import TRAIN, VAL, photograph_folder
+    from moa_vision.shards import ShardSettings, make_shards
+
+    (folder / "in").mkdir()
+    for copy, name in product(range(8), TRAIN + VAL):  # so that they fill a batch
+        shutil.copy(photograph_folder() / name, folder / "in" / f"{copy}-{name}")
+    make_shards(str(folder / "in"), folder / "out", ShardSettings(short_side=256, quality=90))
+    return str(folder / "out")
+
+
+def benchmark_loader(args: argparse.Namespace) -> None:
+    """Images/s of one core, in one process with one thread, at 224 pixels; ours also with four crops an image."""
+    from moa_vision.data import DataConfig, train_loader
+    from moa_vision.index import ShardReader, open_index
+
+    size, batch, batches = 224, 64, 8
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        shards = args.shards or photographs_of_short_side_256(Path(folder))
+        index = open_index(shards, folder)
+        official = OfficialRecipe(ShardReader(index), DataConfig(train=shards), size)
+        generator = torch.Generator().manual_seed(0)
+        samples = torch.randint(len(index), (batches * batch,), generator=generator).tolist()
+
+        def recipe() -> None:
+            collections.deque(DataLoader(official, batch, sampler=samples), maxlen=0)
+
+        def ours(repeats: int) -> None:
+            config = DataConfig(train=shards, workers=0, repeats=repeats)
+            step = {"global_batch": batch, "micro_batch": batch, "num_steps": batches}
+            loader = train_loader(index, config, image_size=(size, size), num_patches=196, seed=0, **step)
+            collections.deque(loader, maxlen=0)
+
+        names = ["PIL, RandomResizedCrop, ToTensor, Normalize", "moa_vision", "moa_vision, repeats=4 (crops)"]
+        steps = [recipe, partial(ours, 1), partial(ours, 4)]
+        seconds = alternate(steps, torch.device("cpu"), args.rounds)
+        rows = [Row({"loader": name}, times, batches * batch) for name, times in zip(names, seconds, strict=True)]
+        report("loader: one core", rows, 0, "images", args.out, f"{batch} images a batch, {size} pixels, one thread")
+    torch.set_num_threads(threads)
+
+
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -218,12 +300,15 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=768, help="ffn: model width")
     parser.add_argument("--batch", type=int, default=32, help="mae: images a step")
     parser.add_argument("--compile", action="store_true", help="mae: both models compiled as well")
+    parser.add_argument(
+        "--shards", help="loader: shards of photographs (default: those of scikit-image, short side 256)"
+    )
     args = parser.parse_args()
     for name in BENCHMARKS if args.what == "all" else [args.what]:
         BENCHMARKS[name](args)
 
 
-BENCHMARKS = {"ffn": benchmark_ffn, "mae": benchmark_mae}
+BENCHMARKS = {"ffn": benchmark_ffn, "mae": benchmark_mae, "loader": benchmark_loader}
 
 if __name__ == "__main__":
     main()

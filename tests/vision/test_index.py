@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from moa_vision import cache
 from moa_vision.cache import DataError, Shard, local_path
+from moa_vision.data import DataConfig, val_loader
 from moa_vision.index import ShardReader, expand, open_index, parse_manifest
 from moa_vision.shards import ShardSettings, make_shards
 from moa_vision.table import SampleTable, index_tar
@@ -285,6 +286,19 @@ def test_manifest_is_read_locally_and_remotely(packed, tmp_path):
     server.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_workers_fetch_the_shards_that_they_need(packed, tmp_path):
+    """Forked after this process has used the connection's threads; each shard comes once."""
+    server = Server(packed)
+    options = {"image_size": (16, 16), "num_patches": 1, "batch_size": 4}
+    config = DataConfig(train="", workers=2)
+    batches = list(val_loader(open_index(server.url, tmp_path / "cache"), config, **options))
+    assert [key for batch in batches for key in batch.keys] == keys_of(open_index(str(packed)))
+    shards = [name for name in server.requests if name.endswith(".tar")]
+    assert sorted(shards) == sorted(path.name for path in packed.glob("*.tar"))
+    server.close()
+
+
 def test_remote_shard_must_match_its_manifest(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "BACKOFF_S", 0.0)
     shard = bytearray((packed / "shard-000001.tar").read_bytes())
@@ -306,7 +320,8 @@ def test_remote_shard_must_match_its_manifest(packed, tmp_path, monkeypatch):
         (lambda m: m["shards"][0].update(name="pipe:touch hacked"), "not a plain file name"),
         (lambda m: m["shards"][0].update(name="../shard-000000.tar"), "not a plain file name"),
         (lambda m: m["index"].update(name="http://host/index"), "not a plain file name"),
-        (lambda m: m["shards"][2].update(size=5), "has not the 5 bytes"),
+        (lambda m: m["shards"][2].update(size=5), "outside their shards"),
+        (lambda m: m["shards"][2].update(size=10**9), "has not the 1000000000 bytes"),
         (lambda m: m["shards"][2].update(samples=7), "counts 31 samples, its index 32"),
         (lambda m: m["shards"][2].update(samples="8"), '"samples" of shard-000002.tar'),
         (lambda m: m["shards"].append({"name": "x.tar"}), '"sha256" of x.tar'),
@@ -386,12 +401,13 @@ def test_odd_members(tmp_path, write_tar):
             ("noextension", b""),
             ("E.JPEG", b"E"),
             ("E.cls", b"12\n"),
+            ("\udcff.jpg", b"F"),  # a name that is not UTF-8
         ],
     )
     index = open_index(str(tmp_path / "odd.tar"))
-    assert keys_of(index) == ["dir/a", "b", "d", "E"]
-    assert contents(index) == [b"A", b"B", b"", b"E"]
-    assert index.table.labels.tolist() == [7, -1, -1, 12]
+    assert keys_of(index) == ["dir/a", "b", "d", "E", "?"]
+    assert contents(index) == [b"A", b"B", b"", b"E", b"F"]
+    assert index.table.labels.tolist() == [7, -1, -1, 12, -1]
     assert [(bad.key, bad.reason.split(" ")[0]) for bad in index.problems] == [
         ("b", "b.jpg"), ("b", "no"), ("c", "no"), ("d", "no"),
     ]  # fmt: skip
@@ -422,7 +438,7 @@ def test_table_keeps_its_rows(groups):
     for same in (table, SampleTable.from_bytes(table.to_bytes())[0], pickle.loads(ForkingPickler.dumps(table))):
         numbers = zip(same.offsets.tolist(), same.sizes.tolist(), same.labels.tolist(), strict=True)
         assert [(same.key(i), *row) for i, row in enumerate(numbers)] == rows
-        assert all(isinstance(getattr(same, name), np.ndarray) for name in vars(same))
+        assert all(isinstance(getattr(same, name), np.ndarray) for name in SampleTable.__annotations__)
 
 
 @given(st.binary(max_size=300))

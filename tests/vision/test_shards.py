@@ -24,6 +24,9 @@ from moa_vision.index import ShardReader, open_index
 from moa_vision.shards import ShardSettings, encode_jpeg, make_shards
 from moa_vision.sources import open_source
 
+# Python 3.12 and 3.13 warn of every fork of a process with threads, as torch makes them
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 
 def pixels(data):
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
@@ -248,7 +251,6 @@ def test_names_become_keys_that_tars_and_webdataset_take(tmp_path, encode, photo
 # --- runs that break off ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python >= 3.12, where torch has threads
 def test_killed_run_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     settings = ShardSettings(short_side=64, samples_per_shard=5)
     make_shards(str(folder), tmp_path / "whole", settings)

@@ -1,0 +1,169 @@
+"""The export folder through timm's own `local-dir:` loading, and the whole MAE read back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from moa_ffn import FFN
+from moa_vision.export import export_encoder, load_mae
+from moa_vision.mae import MAE, create_mae
+
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+ENCODER: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
+DECODER: dict[str, Any] = {"decoder_dim": 24, "decoder_depth": 1, "decoder_heads": 2}
+
+
+def make(name: str = "vit_tiny_patch16_qdmoa", img_size: Any = 32, **encoder_args: Any) -> MAE:
+    mae = create_mae(name, img_size=img_size, encoder_args={**ENCODER, **encoder_args}, **DECODER).eval()
+    with torch.no_grad():  # norms as they are initialized would hide that they were not loaded
+        for norm in (module for module in mae.modules() if isinstance(module, nn.LayerNorm)):
+            norm.weight.add_(torch.randn_like(norm.weight))
+            norm.bias.add_(torch.randn_like(norm.bias))
+    return mae
+
+
+def load(folder: Path, **kwargs: Any) -> VisionTransformer:
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+    assert isinstance(model, VisionTransformer)
+    return model
+
+
+def images(height: int, width: int | None = None) -> Tensor:
+    return torch.randn(2, 3, height, width or height, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> tuple[MAE, Path]:
+    mae = make()
+    export_encoder(mae, tmp_path / "export", MEAN, STD)
+    return mae, tmp_path / "export"
+
+
+def test_features_are_equal(exported):
+    mae, folder = exported
+    model, x = load(folder), images(32)
+    assert torch.equal(model.forward_features(x), mae.encoder.forward_features(x))
+    assert torch.equal(model(x), mae.encoder.forward_features(x)[:, 0])
+    assert model.num_classes == 0
+
+
+def test_preprocessing_is_kept(exported):
+    config = timm.data.resolve_model_data_config(load(exported[1]))
+    assert (tuple(config["mean"]), tuple(config["std"])) == (MEAN, STD)
+    assert config["input_size"] == (3, 32, 32) and config["interpolation"] == "bicubic"
+
+
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_pooling_and_head(exported, global_pool, num_classes):
+    mae, folder = exported
+    model, x = load(folder, global_pool=global_pool, num_classes=num_classes), images(32)
+    tokens = mae.encoder.blocks(mae.encoder._pos_embed(mae.encoder.patch_embed(x)))
+    pooled = tokens[:, 0] if global_pool == "token" else tokens[:, 1:].mean(dim=1)
+    torch.testing.assert_close(
+        model.forward_head(model.forward_features(x), pre_logits=True), mae.encoder.norm(pooled)
+    )
+    assert model(x).shape == (2, num_classes or 32)
+
+
+@pytest.mark.parametrize("source", [32, (24, 48)])
+def test_other_image_size_resamples_the_positions(tmp_path, source):
+    mae = make(img_size=source)
+    export_encoder(mae, tmp_path / "export", MEAN, STD)
+    model = load(tmp_path / "export", img_size=160)
+    assert model(images(160)).shape == (2, 32)
+    rows, columns = mae.grid_size
+    assert mae.encoder.pos_embed is not None and model.pos_embed is not None
+    positions = mae.encoder.pos_embed[:, 1:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    resized = nn.functional.interpolate(positions, (20, 20), mode="bicubic", antialias=True)
+    torch.testing.assert_close(model.pos_embed[:, 1:], resized.flatten(2).transpose(1, 2))
+
+
+def test_dynamic_image_size(exported):
+    mae, folder = exported
+    model, x = load(folder, dynamic_img_size=True), images(32)
+    torch.testing.assert_close(model.forward_features(x), mae.encoder.forward_features(x))
+    assert model(images(40, 64)).shape == (2, 32)
+
+
+def test_features_only(exported):
+    mae, folder = exported
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=[0, 1]).eval()
+    x = images(32)
+    expected = mae.encoder.forward_intermediates(x, intermediates_only=True)
+    for feature, intermediate in zip(model(x), expected, strict=True):
+        assert feature.shape == (2, 32, 4, 4)
+        torch.testing.assert_close(feature, intermediate)
+
+
+def test_ffn_settings_come_back(tmp_path):
+    settings = {"ffn_gate": "tanh", "ffn_gate_activations": ["r", "s"], "ffn_up_activations": "id,t,g"}
+    mae = make(**settings, ffn_mix_bias=True, drop_path_rate=0.2, proj_drop_rate=0.1, ffn_backend="eager")
+    export_encoder(mae, tmp_path / "export", MEAN, STD)
+    model, x = load(tmp_path / "export"), images(32)
+    assert torch.equal(model.forward_features(x), mae.encoder.forward_features(x))
+    for ffn in (module for module in model.modules() if isinstance(module, FFN)):
+        assert ffn.spec.gate == "tanh" and ffn.spec.mix_bias
+        assert ffn.spec.gate_activations == ("relu", "silu")
+        assert ffn.spec.up_activations == ("identity", "tanh", "gelu")
+    model_args = json.loads((tmp_path / "export" / "config.json").read_text())["model_args"]
+    assert not {"drop_path_rate", "proj_drop_rate", "ffn_backend"} & model_args.keys()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224"])
+def test_a_plain_timm_encoder_exports_too(tmp_path, name):
+    mae = make(name)
+    export_encoder(mae, tmp_path / "export", MEAN, STD)
+    x = images(32)
+    assert torch.equal(load(tmp_path / "export").forward_features(x), mae.encoder.forward_features(x))
+
+
+@pytest.mark.parametrize("img_size", [32, (16, 48)])
+def test_the_whole_mae_comes_back(tmp_path, img_size):
+    mae = make(img_size=img_size, ffn_gate="softmax", drop_path_rate=0.1)
+    export_encoder(mae, tmp_path / "export", MEAN, STD)
+    again = load_mae(tmp_path / "export").eval()
+    height, width = mae.grid_size[0] * 8, mae.grid_size[1] * 8
+    x, noise = images(height, width), torch.rand(2, mae.num_patches)
+    for ours, theirs in zip(mae(x, noise), again(x, noise), strict=True):
+        assert torch.equal(ours, theirs)
+    assert again.config == mae.config
+    document = json.loads((tmp_path / "export" / "mae.json").read_text())
+    assert document["mean"] == list(MEAN) and document["std"] == list(STD)
+
+
+def test_exporting_again_replaces_the_folder(exported):
+    _, folder = exported
+    (folder / "stale.txt").write_text("old")
+    export_encoder(make(), folder, MEAN, STD)
+    assert {path.name for path in folder.parent.iterdir()} == {"export"}
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "model.safetensors", "mae.json", "mae.safetensors")
+    }
+
+
+def test_a_failed_export_leaves_the_old_one(exported, monkeypatch):
+    mae, folder = exported
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("moa_vision.export.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_encoder(mae, folder, MEAN, STD)
+    assert {path.name for path in folder.parent.iterdir()} == {"export"}
+    assert load(folder).num_classes == 0
+
+
+def test_errors_say_which_and_what(exported, tmp_path):
+    mae, _ = exported
+    with pytest.raises(ValueError, match=r"elsewhere.mae\.json is not an exported MAE"):
+        load_mae(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="built by create_mae"):
+        export_encoder(MAE(mae.encoder, **DECODER), tmp_path / "export", MEAN, STD)

@@ -1,0 +1,453 @@
+"""The MAE against transformers.ViTMAEForPreTraining and timm's own forward pass, and its own invariants."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
+
+from moa_ffn import FFN
+from moa_vision.mae import MAE, MAEOutput, create_mae, forward_flops, parameter_counts, sincos_positions
+
+TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8}
+DECODER: dict[str, Any] = {"decoder_dim": 24, "decoder_depth": 2, "decoder_heads": 3}
+ALLOWED_ERROR = 1e-5
+
+
+def tiny_mae(variant: str = "gelu", img_size: Any = 32, **kwargs: Any) -> MAE:
+    encoder_args = {**TINY, **kwargs.pop("encoder_args", {})}
+    name = f"vit_tiny_patch16_{variant}"
+    return create_mae(name, img_size=img_size, encoder_args=encoder_args, **{**DECODER, **kwargs})
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(mae: MAE, size: int = 3) -> tuple[Tensor, Tensor]:
+    (rows, columns), p = mae.grid_size, mae.patch_size
+    return 2 * random(size, mae.in_chans, rows * p, columns * p) - 1, random(size, mae.num_patches, seed=1)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+# ---- transformers.ViTMAEForPreTraining ----
+
+
+def reference(img_size: Any, **kwargs: Any) -> ViTMAEForPreTraining:
+    config = ViTMAEConfig(
+        image_size=img_size,
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        layer_norm_eps=1e-6,
+        decoder_hidden_size=24,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=3,
+        decoder_intermediate_size=96,
+        **kwargs,
+    )
+    return ViTMAEForPreTraining(config)
+
+
+RENAMED = [  # transformers' name, ours; the older of its two naming schemes first
+    (r"encoder\.layer\.", "layers."),
+    (r"attention\.attention\.(query|key|value)", lambda match: f"attention.{match[1][0]}_proj"),
+    (r"attention\.output\.dense", "attention.o_proj"),
+    (r"intermediate\.dense", "mlp.fc1"),
+    (r"(\d)\.output\.dense", r"\1.mlp.fc2"),
+    (r"^vit\.embeddings\.patch_embeddings\.projection", "encoder.patch_embed.proj"),
+    (r"^vit\.embeddings\.cls_token", "encoder.cls_token"),
+    (r"^vit\.embeddings\.position_embeddings", "encoder.pos_embed"),
+    (r"^vit\.layernorm", "encoder.norm"),
+    (r"^vit\.layers\.(\d+)\.attention", r"encoder.blocks.\1.attn"),
+    (r"^vit\.layers", "encoder.blocks"),
+    (r"^decoder\.decoder_layers\.(\d+)\.attention\.o_proj", r"decoder_blocks.\1.proj"),
+    (r"^decoder\.decoder_layers\.(\d+)\.attention\.", r"decoder_blocks.\1."),
+    (r"^decoder\.decoder_layers", "decoder_blocks"),
+    (r"^decoder\.decoder_pred", "decoder_head"),
+    (r"^decoder\.decoder_pos_embed", "decoder_pos"),
+    (r"^decoder\.", ""),
+    (r"attn\.o_proj", "attn.proj"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"mlp\.fc1", "mlp.gate_proj"),
+    (r"mlp\.fc2", "mlp.down_proj"),
+]
+
+
+def translated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' tensors under our names, query, key and value stacked."""
+    named = {}
+    for name, tensor in tensors.items():
+        for pattern, ours in RENAMED:
+            name = re.sub(pattern, ours, name)
+        named[name] = tensor
+    for query in [name for name in named if "q_proj" in name]:
+        parts = [named.pop(query.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        named[query.replace("q_proj", "qkv")] = torch.cat(parts)
+    return named
+
+
+@torch.no_grad()
+def share_weights(theirs: ViTMAEForPreTraining, ours: MAE) -> None:
+    """Theirs into ours, noise added; only the positions go the other way (5.23 leaves them zero without a checkpoint)."""
+    for parameter in theirs.parameters():  # zero biases and unit norms would hide a swap
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    tensors = theirs.state_dict()
+    assert ours.encoder.pos_embed is not None
+    tensors["vit.embeddings.position_embeddings"].copy_(ours.encoder.pos_embed)
+    tensors["decoder.decoder_pos_embed"].zero_()[0, 1:] = ours.decoder_pos
+    weights = translated(tensors)
+    del weights["decoder_pos"]
+    ours.load_state_dict(weights)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_equals_vitmae(norm_pix_loss, attention):
+    theirs = reference(32, norm_pix_loss=norm_pix_loss, attn_implementation=attention)
+    ours = tiny_mae(norm_pix_loss=norm_pix_loss)
+    share_weights(theirs, ours)
+    images, noise = batch(ours)
+
+    expected = theirs(pixel_values=images, noise=noise)
+    output = ours(images, noise)
+    expected.loss.backward()
+    output.loss.backward()
+
+    assert torch.equal(output.mask, expected.mask)
+    assert abs(output.loss.item() - expected.loss.item()) < ALLOWED_ERROR
+    masked = expected.logits[expected.mask.bool()].view_as(output.prediction)
+    assert (output.prediction - masked).abs().max() < ALLOWED_ERROR
+    gradients = translated({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    trained = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
+    assert gradients.keys() == trained.keys()
+    for name, gradient in trained.items():
+        assert gradient is not None
+        if name.endswith("qkv.bias"):  # the key's part is zero but for rounding: softmax ignores it
+            assert (gradient - gradients[name]).norm() < ALLOWED_ERROR
+        else:
+            assert relative_error(gradient, gradients[name]) < ALLOWED_ERROR, name
+
+
+def test_equals_vitmae_on_an_image_that_is_not_square():
+    theirs = reference((16, 64))  # its own forward refuses such images, its parts do not
+    ours = tiny_mae(img_size=(16, 64), norm_pix_loss=False)
+    share_weights(theirs, ours)
+    images, noise = batch(ours)
+
+    encoded = theirs.vit(images, noise=noise)
+    logits = theirs.decoder(encoded.last_hidden_state, encoded.ids_restore).logits
+    target = theirs.patchify(images, interpolate_pos_encoding=True)
+    output = ours(images, noise)
+
+    torch.testing.assert_close(ours.patchify(images), target, rtol=0, atol=0)
+    masked = logits[encoded.mask.bool()].view_as(output.prediction)
+    assert (output.prediction - masked).abs().max() < ALLOWED_ERROR
+    loss = (logits - target).square()[encoded.mask.bool()].mean()
+    assert abs(output.loss.item() - loss.item()) < ALLOWED_ERROR
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 4), (5, 3)])
+def test_positions_equal_vitmae_s(grid):
+    expected = build_2d_sinusoidal_position_embedding(*grid, embed_dim=32)
+    swapped = torch.cat([expected[:, 16:], expected[:, :16]], dim=1)  # as ViTMAE does: the column comes first
+    torch.testing.assert_close(sincos_positions(grid, 32), swapped, rtol=0, atol=1e-6)
+
+
+def test_parameters_and_flops_of_the_official_size():
+    with torch.device("meta"):
+        theirs = ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True))
+        ours = create_mae("vit_base_patch16_gelu", img_size=224)
+    trained = sum(parameter.numel() for parameter in theirs.parameters() if parameter.requires_grad)
+    counts = parameter_counts(ours)
+    assert counts["total"] == counts["encoder"] + counts["decoder"] == trained
+    assert counts["mixing"] == 0
+
+    def block(tokens: int, width: int) -> int:  # 12 weight products and two attention products, two a multiply-add
+        return 2 * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+    encoder = 2 * 49 * 768 * 768 + 12 * block(50, 768)
+    decoder = 2 * 50 * 768 * 512 + 8 * block(197, 512) + 2 * 147 * 512 * 768
+    saved = 2 * 50 * (9 * 512**2 + 2 * 197 * 512)  # the 50 seen tokens skip the last decoder block but for q, k, v
+    assert forward_flops(ours) == encoder + decoder - saved
+    assert forward_flops(ours) == pytest.approx(19.6e9, rel=0.03)
+
+
+# ---- any timm ViT ----
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "deit3_small_patch16_224",  # positions without class token, layer scale
+        "vit_small_patch14_reg4_dinov2",  # register tokens
+        "vit_base_patch16_clip_224",  # norm before the blocks, no bias in the patch embedding
+        "vit_tiny_patch16_swiglu",
+        "vit_tiny_patch16_qdmoa",
+    ],
+)
+def test_encoding_every_patch_is_timm_s_forward(name):
+    encoder = timm.create_model(name, img_size=(32, 48), patch_size=16, depth=2, num_classes=9)
+    assert isinstance(encoder, VisionTransformer)
+    mae = MAE(encoder, **DECODER).eval()
+    images, noise = batch(mae)
+    everything = torch.arange(mae.num_patches).expand(3, -1)
+    torch.testing.assert_close(mae.encode(mae.patchify(images), everything), encoder.forward_features(images))
+    output = mae(images, noise)
+    output.loss.backward()
+    assert output.prediction.shape == (3, 6 - 1, 16 * 16 * 3)
+    assert [name for name, p in mae.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("resnet18", {}, "ResNet; allowed: a timm VisionTransformer"),
+        ("vit_tiny_patch16_224", {"img_size": 40}, "img_size=.40, 40. must be a multiple of patch_size=16"),
+        ("vit_tiny_patch16_224", {"patch_size": (16, 8)}, "must be square"),
+        ("vit_tiny_patch16_224", {"pos_embed": "none"}, "absolute position embedding"),
+        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate must be 0"),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, "global_pool='avg' must be 'token'"),
+        ("vit_tiny_patch16_224", {"global_pool": "map"}, "global_pool='map' must be 'token'"),
+        ("deit_tiny_distilled_patch16_224", {}, "prefix tokens"),
+        ("vit_tiny_r_s16_p8_224", {}, "patch_embed must be"),
+    ],
+)
+def test_encoders_that_cannot_be_masked(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MAE(timm.create_model(name, **arguments))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("vit_tiny_patch16_qdmao", {}, "did you mean vit_tiny_patch16_qdmoa"),
+        ("vit_tiny_patch16_qdmoa", {"encoder_args": {"width": 3}}, "unknown 'width' .*embed_dim"),
+        ("vit_tiny_patch16_qdmoa", {"encoder_args": {"ffn_gates": "tanh"}}, "unknown 'ffn_gates' .*ffn_gate"),
+        ("vit_tiny_patch16_224", {"encoder_args": {"ffn_gate": "tanh"}}, "unknown 'ffn_gate'"),
+        ("vit_tiny_patch16_qdmoa", {"encoder_args": {"num_heads": 5}}, "num_heads"),
+        ("vit_tiny_patch16_qdmoa", {"img_size": 30}, "img_size=.30, 30. must be a multiple"),
+        ("vit_tiny_patch16_qdmoa", {"mask_ratio": 1.0}, "mask_ratio=1.0 leaves 0 of 4 patches"),
+        ("vit_tiny_patch16_qdmoa", {"mask_ratio": 0.0}, "mask_ratio=0.0 leaves 4 of 4 patches"),
+        ("vit_tiny_patch16_qdmoa", {"decoder_heads": 5}, "decoder_heads=5"),
+        ("vit_tiny_patch16_qdmoa", {"decoder_ffn": "geglu"}, "variant='geglu' is not one of relu2, gelu"),
+    ],
+)
+def test_create_mae_says_what_is_wrong(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_mae(name, **{"img_size": 32, **arguments})
+
+
+def test_wrong_shapes():
+    mae = tiny_mae()
+    images, noise = batch(mae)
+    with pytest.raises(ValueError, match=r"allowed: \(B, 3, 32, 32\)"):
+        mae(images[..., :16])
+    with pytest.raises(ValueError, match=r"allowed: \(B, 16\)"):
+        mae(images, noise[:, :5])
+
+
+# ---- initialization and FFN settings ----
+
+
+@pytest.mark.parametrize("variant", ["qdmoa", "bila", "gelu"])
+def test_initialization(variant):
+    args = {"embed_dim": 96, "ffn_mix_init_std": 0.3, "ffn_coef_init": 0.7}
+    mae = tiny_mae(variant, decoder_dim=96, encoder_args=args)
+    mixing = {id(ffn.mix_proj) for ffn in mae.modules() if isinstance(ffn, FFN)}
+    for name, module in mae.named_modules():
+        if isinstance(module, nn.Linear) and id(module) not in mixing:
+            bound = math.sqrt(6 / sum(module.weight.shape))
+            assert 0.97 * bound < module.weight.abs().max() <= bound, name
+            assert module.bias.abs().max() == 0
+        if isinstance(module, nn.LayerNorm):
+            assert module.eps == 1e-6
+        if isinstance(module, FFN) and module.mix_proj is not None:
+            assert module.mix_proj.weight.std().item() == pytest.approx(0.3, rel=0.15)
+        if isinstance(module, FFN) and module.mix_coef is not None:
+            assert torch.all(module.mix_coef == 0.7)
+    patch_embedding = mae.encoder.patch_embed.proj.weight
+    bound = math.sqrt(6 / (96 + 8 * 8 * 3))
+    assert 0.97 * bound < patch_embedding.abs().max() <= bound
+    assert mae.encoder.cls_token is not None and mae.encoder.pos_embed is not None
+    for token in (mae.encoder.cls_token, mae.mask_token):
+        assert token.std().item() == pytest.approx(0.02, rel=0.3)
+    assert not mae.encoder.pos_embed.requires_grad
+
+
+def test_decoder_ffn_follows_the_encoder():
+    args = {"ffn_gate": "tanh", "ffn_gate_activations": "r,s", "ffn_mix_bias": True}
+    for decoder_ffn, variant in ((None, "qdmoa"), ("bimoa", "bimoa")):
+        mae = tiny_mae("qdmoa", encoder_args=args, decoder_ffn=decoder_ffn)
+        for block in mae.decoder_blocks:
+            spec = block.mlp.spec
+            assert isinstance(block.mlp, FFN)
+            assert spec.variant == variant and spec.gate == "tanh" and spec.mix_bias
+            assert spec.gate_activations == ("relu", "silu")
+
+
+def test_decoder_ffn_of_a_plain_timm_encoder():
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    gated = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, mlp_layer=timm.layers.GluMlp)
+    assert isinstance(plain, VisionTransformer) and isinstance(gated, VisionTransformer)
+    assert {b.mlp.spec.variant for b in MAE(plain, **DECODER).decoder_blocks} == {"gelu"}
+    with pytest.raises(ValueError, match="decoder_ffn=None: the encoder's GluMlp is none of relu2, gelu"):
+        MAE(gated)
+    assert {b.mlp.spec.variant for b in MAE(gated, decoder_ffn="qdmoa").decoder_blocks} == {"qdmoa"}
+
+
+def test_parameter_counts_of_mixing():
+    swiglu, qdmoa = (parameter_counts(tiny_mae(variant)) for variant in ("swiglu", "qdmoa"))
+    assert qdmoa["mixing"] == 6 * (3 * 32 + 2 * 24)  # 3 x 2 vectors a layer
+    assert qdmoa["total"] - swiglu["total"] == qdmoa["ffn"] - swiglu["ffn"] == qdmoa["mixing"]
+
+
+def test_no_weight_decay_on_constant_coefficients():
+    names = tiny_mae("qdla").no_weight_decay()
+    expected = {f"encoder.blocks.{i}.mlp.mix_coef" for i in range(3)} | {
+        f"decoder_blocks.{i}.mlp.mix_coef" for i in range(2)
+    }
+    assert names == expected
+    assert tiny_mae("qdmoa").no_weight_decay() == set()
+
+
+# ---- forward pass ----
+
+
+@pytest.mark.parametrize("variant", ["gelu", "qdmoa"])
+def test_compiles_without_graph_break(variant):
+    mae = tiny_mae(variant)
+    images, noise = batch(mae)
+    mae(images, noise).loss.backward()
+    gradient = mae.decoder_embed.weight.grad
+    mae.zero_grad()
+    compiled = torch.compile(mae, fullgraph=True, backend="aot_eager")
+    output = compiled(images, noise)
+    output.loss.backward()
+    torch.testing.assert_close(output, mae(images, noise))
+    torch.testing.assert_close(mae.decoder_embed.weight.grad, gradient)
+    assert compiled(images).loss.isfinite()
+
+
+def test_loss_stays_float32_under_autocast():
+    mae = tiny_mae("qdmoa")
+    images, noise = batch(mae)
+    expected = mae(images, noise).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        output = mae(images, noise)
+        losses = mae.reconstruction_losses(images, output)
+    assert output.loss.dtype == torch.float32 and output.prediction.dtype == torch.bfloat16
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    torch.testing.assert_close(output.loss, expected, rtol=2e-2, atol=0)
+
+
+def test_gradient_checkpointing_and_drop_path():
+    mae = tiny_mae("qdmoa", encoder_args={"drop_path_rate": 0.3})
+    images, noise = batch(mae)
+    assert mae(images, noise).loss.isfinite()
+    mae.eval()
+    mae(images, noise).loss.backward()
+    gradient = mae.encoder.patch_embed.proj.weight.grad
+    mae.zero_grad()
+    mae.encoder.set_grad_checkpointing()
+    mae(images, noise).loss.backward()
+    torch.testing.assert_close(mae.encoder.patch_embed.proj.weight.grad, gradient)
+
+
+def test_noise_fixes_the_mask():
+    mae = tiny_mae(mask_ratio=0.6)
+    noise = random(5, 16)
+    mask = mae.mask_from(noise)
+    assert mask.sum(1).tolist() == [10] * 5
+    for row, noise_row in zip(mask, noise, strict=True):
+        assert noise_row[row == 0].max() < noise_row[row == 1].min()
+    torch.manual_seed(3)
+    first = mae(batch(mae)[0]).mask
+    assert not torch.equal(first, mae(batch(mae)[0]).mask)
+    torch.manual_seed(3)
+    assert torch.equal(first, mae(batch(mae)[0]).mask)
+
+
+def test_the_last_block_computes_the_last_tokens_of_the_whole():
+    block = tiny_mae("qdmoa").decoder_blocks[0]
+    x = random(2, 9, 24)
+    torch.testing.assert_close(block(x, outputs=4), block(x)[:, -4:])
+
+
+# ---- patches and pictures ----
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 4), columns=st.integers(2, 4), p=st.sampled_from([2, 4, 6]), channels=st.integers(1, 3))
+def test_patches_and_back(rows, columns, p, channels):
+    args = {"embed_dim": 8, "num_heads": 1, "depth": 1, "patch_size": p, "in_chans": channels}
+    mae = create_mae(
+        "vit_tiny_patch16_gelu",
+        img_size=(rows * p, columns * p),
+        encoder_args=args,
+        mask_ratio=0.5,
+        **{**DECODER, "decoder_depth": 1},
+    )
+    images, noise = batch(mae)
+    patches = mae.patchify(images)
+    for row in range(rows):
+        for column in range(columns):
+            patch = images[:, :, row * p : (row + 1) * p, column * p : (column + 1) * p]
+            assert torch.equal(patches[:, row * columns + column], patch.permute(0, 2, 3, 1).flatten(1))
+    assert torch.equal(mae.unpatchify(patches), images)
+
+    mask = mae.mask_from(noise)
+    scattered = mae.unpatchify(patches[mask.bool()].view(3, -1, patches.shape[-1]), mask)
+    assert torch.equal(mae.patchify(scattered), patches * mask.unsqueeze(-1))
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_reconstruction(norm_pix_loss):
+    mae = tiny_mae("qdmoa", img_size=(24, 32), norm_pix_loss=norm_pix_loss)
+    images, noise = batch(mae)
+    output = mae(images, noise)
+    reconstruction = mae.reconstruct(images, output)
+    seen = output.mask.unsqueeze(-1) == 0
+    assert reconstruction.shape == images.shape
+    assert torch.equal(mae.patchify(reconstruction) * seen, mae.patchify(images) * seen)
+
+    losses = mae.reconstruction_losses(images, output)
+    assert {loss.shape for loss in losses.values()} == {(3,)}
+    trained = losses["loss_norm" if norm_pix_loss else "loss_pixel"]
+    torch.testing.assert_close(trained.mean(), output.loss)
+    pixel = (reconstruction - images).square().sum(dim=(1, 2, 3)) / (output.mask.sum(1) * 8 * 8 * 3)
+    torch.testing.assert_close(losses["loss_pixel"], pixel)
+
+
+def test_a_perfect_prediction_gives_the_image():
+    mae = tiny_mae(norm_pix_loss=True)
+    images, noise = batch(mae)
+    mask = mae.mask_from(noise)
+    patches = mae.patchify(images)[mask.bool()].view(3, -1, 192)
+    perfect = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    output = MAEOutput(torch.zeros(()), perfect, mask)
+    torch.testing.assert_close(mae.reconstruct(images, output), images)
+    assert max(loss.max().item() for loss in mae.reconstruction_losses(images, output).values()) < 1e-9
+
+
+def test_flops_are_those_of_a_real_forward_pass():
+    mae = tiny_mae("qdmoa", img_size=(16, 32))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        mae(*batch(mae, 1))
+    assert forward_flops(mae) == counter.get_total_flops()
