@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -35,15 +35,19 @@ FILTERS = (
 SHOWN_IMAGES = 12  # on the page; reconstructions.csv has them all
 
 
+class Written(NamedTuple):
+    """A report on disk: the path of its page, and its verdict in words."""
+
+    page: Path
+    verdict: str
+
+
 def write_report(
     folders: Sequence[str | Path], out: str | Path, *, title: str | None = None, strict: bool = False
-) -> Path:
+) -> Written:
     """Compare run folders, the first of which is the baseline, and write the report.
 
     Writes `out`/index.html (self-contained), summary.md, figures/*.{svg,png} and tables/*.csv.
-
-    Returns:
-        The path of index.html.
 
     Raises:
         RunFolderError: A run folder is missing or broken.
@@ -63,7 +67,7 @@ def write_report(
         (out / "figures" / f"{name}.png").write_bytes(plot.png)
     for name, text in pages.items():
         (out / name).write_text(text, encoding="utf-8")
-    return out / "index.html"
+    return Written(out / "index.html", " ".join(verdict(comparison)))
 
 
 def make_tables(comparison: Comparison) -> Tables:

@@ -16,8 +16,8 @@ from moa_ffn.activations import ACTIVATIONS
 Names = tuple[str, ...]
 
 BLOCK_ELEMENTS = 2**17
-"""Elements of a block of a or b on the CPU: half a MiB in float32, so that a dozen temporaries share a core's cache.
-Measured on two cores: the backward of qd-MoA at 1600 x 2048 takes half the time that it takes in one piece.
+"""Elements of a or b that one CPU thread takes at a time: half a MiB in float32, so that a mixture's temporaries
+share the core's cache. Fixed FFNs have too few temporaries to gain from it.
 """
 
 
@@ -101,13 +101,15 @@ class _Mixture(torch.autograd.Function):
 def _in_blocks(
     function: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """`function` of tensors (..., *), on the CPU by blocks of tokens, so that temporaries stay in cache."""
+    """`function` of a, b, coefficients and the rest, (..., *) each; mixtures on the CPU go by blocks of tokens."""
     x = tensors[0]
     assert x is not None
-    block = max(1, BLOCK_ELEMENTS // x.shape[-1])
+    mixed = any(coef is not None for coef in tensors[2:5])
+    if not mixed or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*tensors)
+    block = max(1, BLOCK_ELEMENTS * torch.get_num_threads() // x.shape[-1])
     tokens = x.shape[:-1].numel()
-    whole = x.device.type != "cpu" or tokens <= block or torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if whole:
+    if tokens <= block:
         return function(*tensors)
     leading = x.ndim - 1
     flat = [None if t is None else t.reshape(tokens, *t.shape[leading:]) for t in tensors]

@@ -52,7 +52,11 @@ def new_folder(final: Path) -> Iterator[Path]:
     for leftover in (temporary, previous):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     for path in (*temporary.rglob("*"), temporary):
         sync_folder(path) if path.is_dir() else sync_file(path)
     if final.exists():

@@ -8,16 +8,14 @@ so.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from moa_train.durable import new_folder
 from moa_vision.mae import MAE, create_mae
 
 _RUN_ONLY = ("drop_rate", "drop_path_rate", "ffn_backend")
@@ -37,7 +35,7 @@ def export_encoder(mae: MAE, folder: str | Path, mean: Sequence[float], std: Seq
     """
     if mae.config is None:
         raise ValueError("export needs a MAE built by create_mae, which keeps its arguments; this one has none")
-    with _replaced(Path(folder)) as target:
+    with new_folder(Path(folder)) as target:
         _save(mae.encoder, target / "model.safetensors")
         _write_json(target / "config.json", _timm_config(mae, mae.config, mean, std))
         _save(mae, target / "mae.safetensors")
@@ -87,18 +85,3 @@ def _save(module: nn.Module, path: Path) -> None:
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n")
-
-
-@contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` to write into, which takes its name at the end."""
-    temporary, previous = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rename(previous)
-        temporary.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -83,7 +83,8 @@ class MAE(nn.Module):
         norm_pix_loss: bool = True,
     ) -> None:
         super().__init__()
-        _check_encoder(encoder)
+        if problem := _encoder_problem(encoder):
+            raise ValueError(f"encoder: {problem}")
         if decoder_depth < 1 or decoder_dim % 4 or decoder_dim % decoder_heads:
             raise ValueError(
                 f"decoder_dim={decoder_dim}, decoder_depth={decoder_depth}, decoder_heads={decoder_heads}: "
@@ -93,7 +94,7 @@ class MAE(nn.Module):
         self.patch_size: int = encoder.patch_embed.patch_size[0]
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.num_visible = int(self.num_patches * (1 - mask_ratio))
-        self.in_chans: int = encoder.in_chans
+        self.in_chans: int = encoder.patch_embed.proj.in_channels
         self.norm_pix_loss = norm_pix_loss
         if not 0 < self.num_visible < self.num_patches:
             raise ValueError(
@@ -118,12 +119,14 @@ class MAE(nn.Module):
     def init_weights(self) -> None:
         """The official recipe's initialization, in place."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, FFN):
+            if isinstance(module, FFN):  # after its own linear layers, so that it has the last word
                 module.init_weights(nn.init.xavier_uniform_)
         encoder = self.encoder
         nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.flatten(1))
@@ -186,14 +189,8 @@ class MAE(nn.Module):
         """Predict the masked patches (B, M, K) from latent tokens (B, P + V, D) and both sets of indices."""
         x = self.decoder_embed(latent)
         prefix = x.shape[1] - visible.shape[1]
-        x = torch.cat(
-            [
-                x[:, :prefix],
-                x[:, prefix:] + self.decoder_pos[visible],
-                self.mask_token + self.decoder_pos[masked],
-            ],
-            dim=1,
-        )
+        seen = x[:, prefix:] + self.decoder_pos[visible]
+        x = torch.cat([x[:, :prefix], seen, self.mask_token + self.decoder_pos[masked]], dim=1)
         *blocks, last = self.decoder_blocks
         for block in blocks:
             x = block(x)
@@ -306,8 +303,10 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (variance + TARGET_EPS).sqrt()
 
 
-def _encoder_problem(encoder: VisionTransformer) -> str | None:
+def _encoder_problem(encoder: object) -> str | None:
     """Why `encoder` cannot be masked, or None."""
+    if not isinstance(encoder, VisionTransformer):
+        return f"is a {type(encoder).__name__}; allowed: a timm VisionTransformer"
     embed = encoder.patch_embed
     if not isinstance(embed, PatchEmbed) or not isinstance(embed.proj, nn.Conv2d) or embed.grid_size is None:
         return "patch_embed must be timm's PatchEmbed with one convolution and a fixed image size"
@@ -324,13 +323,6 @@ def _encoder_problem(encoder: VisionTransformer) -> str | None:
     if encoder.attn_pool is not None or isinstance(encoder.norm, nn.Identity):
         return f"needs its last norm before pooling; global_pool={encoder.global_pool!r} must be 'token' or ''"
     return None
-
-
-def _check_encoder(encoder: object) -> None:
-    if not isinstance(encoder, VisionTransformer):
-        raise ValueError(f"encoder is a {type(encoder).__name__}; allowed: a timm VisionTransformer")
-    if problem := _encoder_problem(encoder):
-        raise ValueError(f"encoder: {problem}")
 
 
 def _decoder_ffn(encoder: VisionTransformer, variant: str | None) -> Callable[..., nn.Module]:
@@ -380,12 +372,7 @@ def create_mae(
     except (TypeError, AssertionError) as error:
         raise ValueError(f"encoder {encoder_name!r} cannot be built with encoder_args={args}: {error}") from error
     mae = MAE(encoder, **mae_args)  # pyright: ignore[reportArgumentType]  # MAE checks the class
-    mae.config = {
-        "encoder_name": encoder_name,
-        "img_size": [height, width],
-        "encoder_args": args,
-        **mae_args,
-    }
+    mae.config = {"encoder_name": encoder_name, "img_size": [height, width], "encoder_args": args, **mae_args}
     return mae
 
 

@@ -21,11 +21,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        page = write_report(options.runs, options.out, title=options.title, strict=options.strict)
+        report = write_report(options.runs, options.out, title=options.title, strict=options.strict)
     except (RunFolderError, NotComparableError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    print(page)
+    print(report.verdict)
+    print(report.page)
     return 0
 
 

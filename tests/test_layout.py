@@ -75,11 +75,10 @@ def test_readme_tree_is_true():
     assert tree, "README.md has no tree"
     named, folder = set(), ""
     for line in tree.group(1).splitlines():
-        name = line.split()[0] if line.strip() else ""
-        if name.endswith("/"):
-            folder = name
-        elif name.endswith((".py", ".toml", "Makefile", ".md")):
-            named.add((folder if line.startswith(" ") else "") + name)
+        words = line.split()
+        if not line.startswith(" "):
+            folder = words[0] if words[0].endswith("/") else ""
+        named |= {folder + word for word in words if word.endswith(".py")}
     sources = {
         path
         for path in tracked()
@@ -88,6 +87,4 @@ def test_readme_tree_is_true():
         and "__init__" not in path
     }
     assert sources - named == set(), "files that the README's tree does not name"
-    assert {path for path in named if path.endswith(".py")} - sources == set(), (
-        "the README's tree names no such files"
-    )
+    assert named - sources == set(), "the README's tree names no such files"

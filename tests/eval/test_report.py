@@ -59,7 +59,7 @@ def pair(tmp_path_factory, write_run_into):
         write_run_into(root, "a", final=0.5),
         write_run_into(root, "b", final=0.4, encoder=MOA, lr=1.2e-3, mixing=6000, keys=("images/a", "images/b")),
     ]
-    page = write_report(folders, root / "out", title="Runs <a> & b")
+    page = write_report(folders, root / "out", title="Runs <a> & b").page
     return folders, page.parent
 
 
@@ -170,7 +170,7 @@ def test_the_same_runs_give_the_same_bytes(pair, tmp_path):
 
 
 def test_one_run_is_reported_alone(make_run, tmp_path):
-    page = write_report([make_run("only")], tmp_path / "out")
+    page = write_report([make_run("only")], tmp_path / "out").page
     assert "there is nothing to compare it with" in page.read_text()
     Page(page.read_text())
 
@@ -184,7 +184,7 @@ def test_diverged_unfinished_and_empty_runs_are_shown_and_marked(make_run, tmp_p
         make_run("cut", encoder="vit_tiny_patch4_gelu", steps=20, status="stopped"),
         empty,
     ]
-    text = write_report(folders, tmp_path / "out").read_text()
+    text = write_report(folders, tmp_path / "out").page.read_text()
     Page(text)
     for status in ("diverged", "stopped", "unfinished"):
         assert f'<span class="badge {status}">{status}</span>' in text
@@ -202,7 +202,7 @@ def test_seeds_get_their_own_table(make_run, tmp_path):
         for encoder in ("swiglu", "moa")
         for seed in (0, 1)
     ]
-    text = write_report(folders, tmp_path / "out").read_text()
+    text = write_report(folders, tmp_path / "out").page.read_text()
     assert "Over seeds" in text
     finals = [metrics(folder, "val")[-1]["loss_norm"] for folder in folders]
     row = table(tmp_path / "out", "seeds")[0]
@@ -225,9 +225,11 @@ def command(monkeypatch, capsys):
     return run
 
 
-def test_the_command_prints_where_the_page_is(make_run, tmp_path, command):
+def test_the_command_prints_the_verdict_and_where_the_page_is(make_run, tmp_path, command):
     code, out, err = command(make_run("a"), "--out", tmp_path / "out", "--title", "Mine")
-    assert (code, out, err) == (0, f"{tmp_path / 'out' / 'index.html'}\n", "")
+    *verdict, page = out.splitlines()
+    assert (code, page, err) == (0, str(tmp_path / "out" / "index.html"), "")
+    assert "".join(verdict) in (tmp_path / "out" / "summary.md").read_text().replace("**", "")
     assert "<h1>Mine</h1>" in (tmp_path / "out" / "index.html").read_text()
 
 

@@ -104,7 +104,7 @@ def translated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def share_weights(theirs: ViTMAEForPreTraining, ours: MAE) -> None:
-    """Theirs into ours, noise added; only the positions go the other way (5.23 leaves them zero without a checkpoint)."""
+    """Theirs into ours, noise added; the positions go the other way (5.23 leaves them zero without a checkpoint)."""
     for parameter in theirs.parameters():  # zero biases and unit norms would hide a swap
         parameter.add_(0.1 * torch.randn_like(parameter))
     tensors = theirs.state_dict()
@@ -330,9 +330,8 @@ def test_no_weight_decay_on_constant_coefficients():
 # ---- forward pass ----
 
 
-@pytest.mark.parametrize("variant", ["gelu", "qdmoa"])
-def test_compiles_without_graph_break(variant):
-    mae = tiny_mae(variant)
+def test_compiles_without_graph_break():
+    mae = tiny_mae("qdmoa", encoder_args={"depth": 1})
     images, noise = batch(mae)
     mae(images, noise).loss.backward()
     gradient = mae.decoder_embed.weight.grad
@@ -342,7 +341,8 @@ def test_compiles_without_graph_break(variant):
     output.loss.backward()
     torch.testing.assert_close(output, mae(images, noise))
     torch.testing.assert_close(mae.decoder_embed.weight.grad, gradient)
-    assert compiled(images).loss.isfinite()
+    with torch.no_grad():
+        assert compiled(images).loss.isfinite()
 
 
 def test_loss_stays_float32_under_autocast():

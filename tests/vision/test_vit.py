@@ -1,5 +1,6 @@
 """The registered ViTs against timm's own, and timm's usual arguments and methods on them."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from moa_ffn import FFN, VARIANTS
-from moa_vision.vit import FFN_ARGUMENTS, SIZES, model_name
+from moa_vision.vit import FFN_ARGUMENTS, SIZES, ffn_settings, model_name
 
 SMALL: dict[str, Any] = {"depth": 2, "img_size": 32}
 
@@ -126,11 +127,16 @@ def test_unknown_size_or_variant(arguments):
         model_name(*arguments)
 
 
-def test_ffn_arguments_are_those_of_the_layer():
-    assert all(hasattr(FFN, "__init__") for _ in FFN_ARGUMENTS)
-    layer = FFN(8, 8)
-    names = [name.removeprefix("ffn_") for name in FFN_ARGUMENTS]
-    assert all(hasattr(layer, name) or hasattr(layer.spec, name) for name in names)
+def test_every_setting_of_the_layer_is_an_argument():
+    others = {"self", "dim", "hidden_dim", "variant", "bias", "drop", "device", "dtype"}  # timm gives these
+    assert {f"ffn_{name}" for name in set(inspect.signature(FFN.__init__).parameters) - others} == set(FFN_ARGUMENTS)
+
+
+def test_settings_of_a_layer_build_the_same_layer():
+    settings = {"gate": "tanh", "gate_activations": "g,r", "mix_init_std": 0.1, "coef_init": 0.2, "mix_bias": True}
+    layer = ffns(vit(**{f"ffn_{name}": value for name, value in settings.items()}))[0]
+    again = FFN(192, 512, "qdmoa", **ffn_settings(layer))
+    assert again.spec == layer.spec and ffn_settings(again) == ffn_settings(layer)
 
 
 @pytest.mark.parametrize("weight_init", ["", "jax", "jax_nlhb", "moco", "reset", "skip"])
@@ -214,7 +220,9 @@ def test_pretrained_configuration_and_overlay(tmp_path: Path):
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
     overlay = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 5}
     x = images(2, 3, 32, 32)
-    for way in ({"pretrained_cfg_overlay": overlay}, {"pretrained_cfg": {**source.pretrained_cfg, **overlay}}):
+    config = timm.get_pretrained_cfg("vit_tiny_patch16_qdmoa")
+    assert config is not None
+    for way in ({"pretrained_cfg_overlay": overlay}, {"pretrained_cfg": {**config.to_dict(), **overlay}}):
         model = vit(pretrained=True, **way)
         torch.testing.assert_close(model(x), source(x))
     other = vit(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
