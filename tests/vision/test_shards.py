@@ -375,7 +375,7 @@ def test_torchvision_data_sets(tmp_path, monkeypatch, encode):
         assert labels[f"{i:08d}"] == int(label)
 
     class Numbers(torchvision_datasets.VisionDataset):
-        classes = ["zero", "one"]  # noqa: RUF012
+        classes = ("zero", "one")
 
         def __init__(self, root, train: bool = True):
             self.images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(6 if train else 2)]
