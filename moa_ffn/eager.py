@@ -48,6 +48,35 @@ def mixture(
     return _Mixture.apply(a, b, gate_coef, up_coef, pair_coef, f, g)
 
 
+def forward(
+    a: Tensor,
+    b: Tensor | None,
+    gate_coef: Tensor | None,
+    up_coef: Tensor | None,
+    pair_coef: Tensor | None,
+    f: Names,
+    g: Names,
+) -> Tensor:
+    """`mixture` without autograd; the result may be `a` itself."""
+    (out,) = _in_blocks(partial(_forward, f=f, g=g), a, b, gate_coef, up_coef, pair_coef)
+    assert out is not None
+    return out
+
+
+def backward(
+    a: Tensor,
+    b: Tensor | None,
+    gate_coef: Tensor | None,
+    up_coef: Tensor | None,
+    pair_coef: Tensor | None,
+    grad: Tensor,
+    f: Names,
+    g: Names,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `mixture`'s five tensors for the gradient (..., H) of its result."""
+    return _in_blocks(partial(_backward, f=f, g=g), a, b, gate_coef, up_coef, pair_coef, grad)
+
+
 def _evaluate(x: Tensor, names: Names) -> list[Tensor]:
     return [ACTIVATIONS[name].function(x) for name in names]
 
@@ -83,8 +112,7 @@ class _Mixture(torch.autograd.Function):
         f: Names,
         g: Names,
     ) -> Tensor:
-        (out,) = _in_blocks(partial(_forward, f=f, g=g), a, b, gate_coef, up_coef, pair_coef)
-        assert out is not None
+        out = forward(a, b, gate_coef, up_coef, pair_coef, f, g)
         return out.clone() if out is a else out
 
     @staticmethod
@@ -94,8 +122,7 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        backward = partial(_backward, f=ctx.f, g=ctx.g)
-        return (*_in_blocks(backward, *ctx.saved_tensors, *grads), None, None)
+        return (*backward(*ctx.saved_tensors, *grads, f=ctx.f, g=ctx.g), None, None)
 
 
 def _in_blocks(

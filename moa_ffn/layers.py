@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moa_ffn import eager
+from moa_ffn import blocks, eager
 from moa_ffn.activations import resolve_activations
 from moa_ffn.reference import gate_function
 from moa_ffn.spec import DEFAULT_GATE_ACTIVATIONS, DEFAULT_UP_ACTIVATIONS, FFNSpec
 
-BACKENDS = ("auto", "eager")
+BACKENDS = ("auto", "eager", "cpu")
 
 
 class Coefficients(NamedTuple):
@@ -47,7 +47,8 @@ class FFN(nn.Module):
             passes no signal to the other weights at the first step.
         coef_init: initial value of every LA coefficient (open). Default 1/2, where a sigmoid MoA starts too.
         drop: dropout probability after the mixture and after down_proj, as in timm's Mlp.
-        backend: "eager" or "auto", which takes the fastest one that can run.
+        backend: "eager", plain torch operations; "cpu", the whole layer by blocks of tokens, for float32 and float64
+            without autocast or torch.compile; "auto", the fastest one that can run. All agree up to rounding.
 
     Shape:
         input (..., dim), output (..., dim), in the parameters' dtype or autocast's.
@@ -149,12 +150,35 @@ class FFN(nn.Module):
         return (one if gate is None else gate).unsqueeze(-1) * (one if up is None else up).unsqueeze(-2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x (..., dim)."""
+        """Apply the layer to x (..., dim).
+
+        Raises:
+            ValueError: the backend was asked for by name and cannot run; the message says why.
+        """
+        if self.backend != "eager":
+            obstacle = self._cpu_obstacle(x)
+            if obstacle is None:
+                return self._by_blocks(x)
+            if self.backend != "auto":
+                raise ValueError(
+                    f"backend={self.backend!r} cannot run: {obstacle}; backend='auto' takes one that can"
+                )
         a = self.gate_proj(x)
         b = None if self.up_proj is None else self.up_proj(x)
         gate, up, pair = self.coefficients(x).map(lambda factor: factor.to(a.dtype))
         hidden = eager.mixture(a, b, gate, up, pair, self.spec.gate_dictionary, self.spec.up_dictionary)
         return self.drop(self.down_proj(self.drop(hidden)))
+
+    def _cpu_obstacle(self, x: Tensor) -> str | None:
+        if self.training and self.drop.p > 0:
+            return "dropout acts inside the layer"
+        return blocks.obstacle(x, (self.gate_proj, self.up_proj, self.down_proj))
+
+    def _by_blocks(self, x: Tensor) -> Tensor:
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        up_weights = (None, None) if up is None else (up.weight, up.bias)
+        inputs = blocks.Inputs(x, *self.coefficients(x), gate.weight, gate.bias, *up_weights, down.weight, down.bias)
+        return blocks.ffn(inputs, self.spec.gate_dictionary, self.spec.up_dictionary)
 
     def mixing_parameters(self) -> int:
         """Number of parameters that the mixture adds, counted."""

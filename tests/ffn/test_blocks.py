@@ -1,0 +1,113 @@
+"""The CPU backend: when it runs, when it steps aside, and what it leaves to the projections' owners."""
+
+import pytest
+import torch
+from torch import nn
+
+from moa_ffn import FFN, VARIANTS, blocks
+
+X = torch.randn(5, 8, requires_grad=True)
+
+
+def spied(monkeypatch) -> list[str]:
+    calls = []
+    real = blocks.ffn
+    monkeypatch.setattr(blocks, "ffn", lambda *arguments: calls.append("blocks") or real(*arguments))
+    return calls
+
+
+def test_runs_where_nothing_stands_in_the_way(monkeypatch):
+    calls = spied(monkeypatch)
+    FFN(8, 16, "qdmoa")(X)
+    FFN(8, 16, "qdmoa", backend="eager")(X)
+    assert calls == ["blocks"]
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def wrap(ffn):
+    wrapped = Doubled(8, 16, bias=False)
+    wrapped.load_state_dict(ffn.gate_proj.state_dict())
+    ffn.gate_proj = wrapped
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (wrap, "plain nn.Linear"),
+        (lambda ffn: ffn.down_proj.register_forward_hook(lambda *_: None), "plain nn.Linear"),
+        (lambda ffn: ffn.up_proj.register_full_backward_hook(lambda *_: None), "plain nn.Linear"),
+        (lambda ffn: nn.utils.parametrizations.weight_norm(ffn.gate_proj), "plain nn.Linear"),
+        (lambda ffn: setattr(ffn.drop, "p", 0.5), "dropout"),
+    ],
+    ids=["subclass", "forward hook", "backward hook", "parametrization", "dropout"],
+)
+def test_steps_aside_and_says_why_when_asked_for_by_name(change, reason, monkeypatch):
+    calls = spied(monkeypatch)
+    ffn = FFN(8, 16, "qdmoa")
+    change(ffn)
+    ffn(X).sum().backward()
+    assert not calls
+    ffn.backend = "cpu"
+    with pytest.raises(ValueError, match=f"backend='cpu' cannot run: .*{reason}"):
+        ffn(X)
+
+
+def test_half_precision_and_autocast_are_left_to_eager():
+    ffn = FFN(8, 16, "qdmoa", backend="cpu")
+    with pytest.raises(ValueError, match=r"not torch\.bfloat16 on cpu"):
+        ffn.bfloat16()(X.bfloat16())
+    ffn.float()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="without autocast"):
+        ffn(X)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("frozen", ["gate_proj", "down_proj", "mix", "x", "all weights"])
+def test_frozen_parts_get_no_gradient_and_the_others_the_same(variant, frozen):
+    results = []
+    for backend in ("eager", "cpu"):
+        torch.manual_seed(0)
+        ffn = FFN(8, 16, variant, bias=True, backend=backend)
+        for name, parameter in ffn.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen) and frozen != "all weights")
+        x = torch.randn(5, 8).requires_grad_(frozen != "x")
+        ffn(x).sin().sum().backward()
+        results.append([x.grad, *(parameter.grad for parameter in ffn.parameters())])
+    for eager, cpu in zip(*results, strict=True):
+        assert (eager is None) == (cpu is None)
+        if eager is not None:
+            torch.testing.assert_close(cpu, eager)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_inference_equals_training(variant, monkeypatch):
+    monkeypatch.setattr(blocks, "HIDDEN_ELEMENTS", 3 * 16)
+    ffn = FFN(8, 16, variant)
+    with torch.inference_mode():
+        inferred = ffn(X)
+    assert torch.equal(inferred, ffn(X))
+
+
+def test_a_changed_weight_is_noticed_before_the_backward():
+    ffn = FFN(8, 16, "swiglu")
+    out = ffn(X)
+    with torch.no_grad():
+        ffn.down_proj.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_flops_are_counted_as_in_the_plain_form():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    for backend in ("eager", "cpu"):
+        ffn = FFN(8, 16, "swiglu", backend=backend)
+        with FlopCounterMode(display=False) as counter:
+            ffn(X).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 3 * 2 * 5 * 8 * 16 * 3
