@@ -35,6 +35,25 @@ def deviation(value: float) -> str:
     return UNKNOWN if not math.isfinite(value) else _fixed(value, 4)
 
 
+def accuracy(value: float) -> str:
+    """An accuracy or its standard error, given as a fraction, in percent with two decimals: 0.36519 is "36.52"."""
+    return UNKNOWN if not math.isfinite(value) else _fixed(value * 100, 2)
+
+
+def points(value: float) -> str:
+    """A difference of accuracies, given as a fraction, in percentage points: 0.0076 is "+0.76", 1e-17 "±0.00"."""
+    return UNKNOWN if not math.isfinite(value) else f"{_sign(round(value, 4))}{_fixed(abs(value) * 100, 2)}"
+
+
+def probability(value: float) -> str:
+    """A p-value to two significant digits, "< 0.0001" below that: 0.2448 is "0.24"."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    if value < 1e-4:
+        return "< 0.0001"
+    return _fixed(value, 2 if value >= 0.1 else 1 - math.floor(math.log10(value)))
+
+
 def share(value: float) -> str:
     """A fraction without a sign, to two significant digits or more: 0.000305 is "0.031 %"."""
     if not math.isfinite(value):

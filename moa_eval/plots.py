@@ -1,73 +1,27 @@
-"""The figures: one panel each, drawn by matplotlib without pyplot, every colour a token that the page can retint."""
+"""What the figures show: losses against images and time, and accuracies with their intervals; one panel each."""
 
-import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-from xml.etree import ElementTree
+from typing import Literal
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from moa_eval.comparison import Comparison
+from moa_eval.figures import GRID, INK, MARKERS, PALETTE, Plot, render
 from moa_eval.runs import Columns, Run
 
-# Okabe and Ito (2008), "Color universal design", slightly darkened where thin lines need it: hues told apart by all
-# common kinds of colour vision, each with a lighter twin for a dark background; the first two are furthest apart.
-PALETTE = (
-    ("#0072b2", "#5db4ea"), ("#d55e00", "#ff9350"), ("#009e73", "#3cc9a0"), ("#b5558f", "#e59cc6"),
-    ("#b98300", "#f0b93a"), ("#3f9ad0", "#9bd6f7"), ("#5c6470", "#aeb6c2"),
-)  # fmt: skip
-MARKERS = "os^DvPX"
-INK, MUTED, GRID, PAPER = "#1b1f26", "#666d78", "#e3e6ea", "#fffffe"
-TOKENS = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
-    light: f"series-{index}" for index, (light, _) in enumerate(PALETTE)
-}
-
-_STYLE: Any = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 8.5, "text.color": INK,
-    "figure.titlesize": 9.5, "figure.titleweight": "bold",
-    "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "axes.linewidth": 0.8, "axes.facecolor": "none",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID, "grid.linewidth": 0.8,
-    "xtick.color": MUTED, "ytick.color": MUTED, "ytick.major.size": 0, "xtick.major.size": 3,
-    "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.8, "lines.solid_capstyle": "round",
-    "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "svg.fonttype": "none",
-}  # fmt: skip
 _SIZE_INCHES = (4.3, 3.0)
 _LEGEND_ROW_INCHES = 0.18
 _WARM_UP = 0.1  # the part of the x axis whose losses do not set the y axis: there every loss falls steeply
-_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-
+_Z_95 = 1.959964  # half the width of a normal 95 % interval, in standard errors
 
 Values = NDArray[np.float64]
 Line = tuple[int, Values, Values]  # the run's position, x, y
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure, drawn.
-
-    Attributes:
-        name: File name without its ending, and prefix of every id inside.
-        title: What it shows, in words (its text alternative).
-        svg: A stand-alone file on light ground.
-        inline: The same for the inside of a page: colours are CSS variables (`TOKENS`), and what belongs to a run
-            carries data-run="POSITION".
-        png: The same as pixels, 200 dots per inch.
-    """
-
-    name: str
-    title: str
-    svg: str
-    inline: str
-    png: bytes
 
 
 @dataclass(frozen=True)
@@ -90,6 +44,42 @@ def draw(comparison: Comparison) -> dict[str, Plot]:
         _curves(comparison, "train_loss_time", "Training loss", None, time),
     ]
     return {plot.name: plot for plot in plots if plot is not None}
+
+
+def accuracies(rows: Sequence[str], labels: Sequence[str], values: Values, errors: Values, name: str) -> Plot:
+    """Accuracies of several models in several tasks, as points with their normal 95 % intervals.
+
+    Args:
+        rows: What to call each task, from top to bottom.
+        labels: What to call each model; the first is the baseline.
+        values, errors: Percent (tasks, models), the standard errors NaN where unknown.
+        name: The figure's name.
+    """
+    title = "Accuracy, with 95 % intervals over items"
+    spread = 0.6 if len(labels) > 1 else 0.0
+    offsets = np.linspace(-spread / 2, spread / 2, len(labels))
+
+    def fill(axes: Axes) -> None:
+        handles = []
+        for model in range(len(labels)):
+            colour, marker = PALETTE[model % len(PALETTE)][0], MARKERS[model % len(MARKERS)]
+            at = np.arange(len(rows)) + offsets[model]
+            half = _Z_95 * np.nan_to_num(errors[:, model])
+            axes.hlines(at, values[:, model] - half, values[:, model] + half, colors=colour, gid=f"run-{model}")
+            look = {"color": colour, "linestyle": "", "marker": marker, "markersize": 5}
+            axes.plot(values[:, model], at, gid=f"run-{model}", **look)
+            handles.append(Line2D([], [], **look))
+        for row in range(1, len(rows)):
+            axes.axhline(row - 0.5, color=GRID, linewidth=0.8)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), rows, color=INK)
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        axes.set_xlabel("accuracy, %")
+        _place_legend(axes, handles, list(labels))
+
+    height = 0.95 + len(rows) * (0.2 + 0.14 * len(labels))
+    return render(name, title, (_SIZE_INCHES[0], height), fill)
 
 
 def smooth(values: Values) -> Values:
@@ -133,7 +123,7 @@ def _curves(comparison: Comparison, name: str, title: str, loss: str | None, axi
         _limit(axes, comparison, [(index, x, y if loss else smooth(y)) for index, x, y in lines])
         _legend(axes, comparison, [index for index, _, _ in lines])
 
-    return _render(name, title, axis, fill)
+    return _draw(name, title, axis, fill)
 
 
 def _differences(comparison: Comparison, name: str, title: str, axis: _Axis) -> Plot | None:
@@ -164,7 +154,7 @@ def _differences(comparison: Comparison, name: str, title: str, axis: _Axis) -> 
         _limit(axes, comparison, lines, baseline=0.0)
         _legend(axes, comparison, [0, *(index for index, _, _ in lines)])
 
-    return _render(name, title, axis, fill)
+    return _draw(name, title, axis, fill)
 
 
 def _line(axes: Axes, comparison: Comparison, run: int, x: Values, y: Values, *, markers: bool = False) -> None:
@@ -212,11 +202,15 @@ def _legend(axes: Axes, comparison: Comparison, runs: list[int]) -> None:
         number = len(comparison.arms[arm].runs)
         handles.append(Line2D([], [], color=colour, linestyle=_dash(arm), marker=marker, markersize=4))
         labels.append(comparison.arms[arm].label + (f" ({number} runs)" if number > 1 else ""))
+    _place_legend(axes, handles, labels)
+
+
+def _place_legend(axes: Axes, handles: list[Line2D], labels: list[str]) -> None:
     figure = axes.get_figure(root=True)
     assert figure is not None, "these axes belong to a figure"
     columns = max(1, 56 // (max(map(len, labels)) + 6))
     rows = -(-len(labels) // columns)
-    figure.set_figheight(_SIZE_INCHES[1] + _LEGEND_ROW_INCHES * (rows - 1))  # the axes keep their height
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW_INCHES * (rows - 1))  # the axes keep their height
     axes.legend(
         handles, labels, ncols=columns, loc="lower left", borderaxespad=0.0, borderpad=0.2, columnspacing=1.6,
         bbox_to_anchor=(0.005, 1.02), bbox_transform=blended_transform_factory(figure.transFigure, axes.transAxes),
@@ -231,50 +225,14 @@ def _dash(arm: int) -> Literal["-", "--"]:
     return "-" if arm < len(PALETTE) else "--"
 
 
-def _render(name: str, title: str, axis: _Axis, fill: Callable[[Axes], None]) -> Plot:
-    # The salt makes the ids in the file the same on every run.
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
+def _draw(name: str, title: str, axis: _Axis, fill: Callable[[Axes], None]) -> Plot:
+    def fill_and_scale(axes: Axes) -> None:
         fill(axes)
-        figure.suptitle(title, x=0.01, horizontalalignment="left")
         axes.set_xlabel(axis.label)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         if axis.formatter:
             axes.xaxis.set_major_formatter(axis.formatter)
         axes.set_xlim(left=0)
-        svg, png = io.StringIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-        figure.savefig(png, format="png", dpi=200)
-    return Plot(name, title, svg.getvalue(), _for_page(svg.getvalue(), name, title), png.getvalue())
 
-
-def _for_page(svg: str, name: str, title: str) -> str:
-    """Make a stand-alone SVG part of a page: unique ids, the page's colours, no size, no style rules of its own."""
-    root = ElementTree.fromstring(svg)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag == f"{{{_SVG}}}style":
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
-        own = element.get("id", "")
-        if own.startswith("run-"):
-            element.set("data-run", own.removeprefix("run-"))
-            del element.attrib["id"]  # a run may have several lines in one figure
-        elif own:
-            element.set("id", f"{name}-{own}")
-        for key, value in list(element.attrib.items()):
-            value = value.replace("url(#", f"url(#{name}-")
-            if key == f"{{{_XLINK}}}href":
-                del element.attrib[key]
-                key, value = "href", value.replace("#", f"#{name}-")
-            for colour, token in TOKENS.items():
-                value = value.replace(colour, f"var(--{token})")
-            element.set(key, value)
-    for key in ("width", "height", "version"):
-        del root.attrib[key]
-    root.set("role", "img")
-    root.set("aria-label", title)
-    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
+    return render(name, title, _SIZE_INCHES, fill_and_scale)

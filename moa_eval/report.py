@@ -1,23 +1,21 @@
 """Runs -> tables, figures and one page. The tables are made once, here; CSV, Markdown and HTML show the same rows."""
 
 import base64
-import csv
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
-from moa_eval import formatting, plots
+from moa_eval import plots
 from moa_eval.comparison import Comparison, compare, mean, quotient, role, show
+from moa_eval.figures import PALETTE, Plot
+from moa_eval.pages import Row, as_csv, figure_files, render, write
 from moa_eval.runs import Columns, Run, read_run
 from moa_eval.verdict import SPACES, caveats, verdict
 
-Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 
 COSTS = {  # column of cost.csv -> where a run keeps it; every one also gets its ratio to the baseline
@@ -28,10 +26,6 @@ COSTS = {  # column of cost.csv -> where a run keeps it; every one also gets its
     "peak_memory_mib": lambda run: run.figure("peak_memory_mib"),
     "training_time_s": lambda run: run.wall_s,
 }
-FILTERS = (
-    formatting.loss, formatting.signed, formatting.percent, formatting.change, formatting.deviation, formatting.share,
-    formatting.ratio, formatting.count, formatting.grouped, formatting.memory, formatting.duration,
-)  # fmt: skip
 SHOWN_IMAGES = 12  # on the page; reconstructions.csv has them all
 
 
@@ -58,15 +52,8 @@ def write_report(
     figures = plots.draw(comparison)
     pages = _render(comparison, tables, figures, title)
     out = Path(out)
-    for folder in (out / "figures", out / "tables"):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.items():
-        (out / "tables" / f"{name}.csv").write_text(as_csv(rows), encoding="utf-8")
-    for name, plot in figures.items():
-        (out / "figures" / f"{name}.svg").write_text(plot.svg, encoding="utf-8")
-        (out / "figures" / f"{name}.png").write_bytes(plot.png)
-    for name, text in pages.items():
-        (out / name).write_text(text, encoding="utf-8")
+    files = {f"tables/{name}.csv": as_csv(rows) for name, rows in tables.items()}
+    write(out, files | figure_files(figures) | pages)
     return Written(out / "index.html", " ".join(verdict(comparison)))
 
 
@@ -182,16 +169,6 @@ def gallery(runs: Sequence[Run], limit: int = SHOWN_IMAGES) -> list[Row]:
     return rows
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """Rows with the same keys as CSV with a header, floats in full precision, unknown values (NaN) as "nan"."""
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue()
-
-
 def _final(values: np.ndarray) -> float:
     return float(values[-1]) if len(values) else math.nan
 
@@ -230,19 +207,7 @@ def _data_uri(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
-def _render(
-    comparison: Comparison, tables: Tables, figures: dict[str, plots.Plot], title: str | None
-) -> dict[str, str]:
-    environment = Environment(
-        loader=PackageLoader("moa_eval"),
-        autoescape=select_autoescape(["html"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for text in FILTERS:
-        environment.filters[text.__name__] = text
-    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+def _render(comparison: Comparison, tables: Tables, figures: dict[str, Plot], title: str | None) -> dict[str, str]:
     content = {
         "title": title or _title(comparison),
         "comparison": comparison,
@@ -251,9 +216,7 @@ def _render(
         "tables": tables,
         "figures": figures,
         "gallery": gallery(comparison.runs),
-        "series": [comparison.arm_of(run) % len(plots.PALETTE) for run in range(len(comparison.runs))],
-        "palette": plots.PALETTE,
+        "series": [comparison.arm_of(run) % len(PALETTE) for run in range(len(comparison.runs))],
         "spaces": SPACES,
     }
-    pages = {"summary.md": "summary.md", "index.html": "report.html"}
-    return {page: environment.get_template(template).render(content) for page, template in pages.items()}
+    return render({"summary.md": "summary.md", "index.html": "report.html"}, content)

@@ -1,7 +1,7 @@
 """Mixture of Activations: one feedforward layer for the whole family of arXiv:2605.26647."""
 
 from moa_ffn.activations import ACTIVATIONS, Activation, register_activation
-from moa_ffn.layers import BACKENDS, FFN, Coefficients
+from moa_ffn.layers import BACKENDS, FFN, Coefficients, mixing_coefficients
 from moa_ffn.spec import GATES, VARIANTS, FFNSpec
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "Activation",
     "Coefficients",
     "FFNSpec",
+    "mixing_coefficients",
     "register_activation",
 ]

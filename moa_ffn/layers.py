@@ -1,6 +1,7 @@
 """FFN: the layer. Weights, initialization, mixing coefficients, choice of backend."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,23 @@ class Coefficients(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> "Coefficients":
         """The same factors, each through `function`."""
         return Coefficients(*(None if factor is None else function(factor) for factor in self))
+
+
+def mixing_coefficients(spec: FFNSpec, flat: Tensor) -> Coefficients:
+    """The coefficients (..., num_coefficients) of a mixture in factored form; logits of MoA go through the gate."""
+    k1, k2 = len(spec.gate_dictionary), len(spec.up_dictionary)
+    nonlinearity = partial(gate_function, gate=spec.gate) if spec.token_adaptive else lambda factor: factor
+    match spec.form:
+        case "gate":
+            return Coefficients(gate=nonlinearity(flat))
+        case "up":
+            return Coefficients(up=nonlinearity(flat))
+        case "separable":
+            return Coefficients(gate=nonlinearity(flat[..., :k1]), up=nonlinearity(flat[..., k1:]))
+        case "full":
+            return Coefficients(pair=nonlinearity(flat).unflatten(-1, (k1, k2)))
+        case _:
+            return Coefficients()
 
 
 class FFN(nn.Module):
@@ -133,9 +151,9 @@ class FFN(nn.Module):
     def coefficients(self, x: Tensor) -> Coefficients:
         """The token's mixing coefficients in factored form, for x (..., dim)."""
         if self.mix_proj is not None:
-            return self._split(self.mix_proj(x)).map(self._apply_gate)
+            return mixing_coefficients(self.spec, self.mix_proj(x))
         if self.mix_coef is not None:
-            return self._split(self.mix_coef.expand(*x.shape[:-1], -1))
+            return mixing_coefficients(self.spec, self.mix_coef.expand(*x.shape[:-1], -1))
         return Coefficients()
 
     def mixing(self, x: Tensor) -> Tensor:
@@ -187,25 +205,4 @@ class FFN(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings shown by print(model)."""
-        spec = self.spec
-        parts = [spec.variant, f"f={','.join(spec.gate_dictionary)}"]
-        parts += [f"g={','.join(spec.up_dictionary)}"] if spec.type_two else []
-        parts += [f"mixing={spec.gate}"] if spec.token_adaptive else []
-        return ", ".join(parts)
-
-    def _split(self, flat: Tensor) -> Coefficients:
-        k1, k2 = len(self.spec.gate_dictionary), len(self.spec.up_dictionary)
-        match self.spec.form:
-            case "gate":
-                return Coefficients(gate=flat)
-            case "up":
-                return Coefficients(up=flat)
-            case "separable":
-                return Coefficients(gate=flat[..., :k1], up=flat[..., k1:])
-            case _:
-                return Coefficients(pair=flat.unflatten(-1, (k1, k2)))
-
-    def _apply_gate(self, logits: Tensor) -> Tensor:
-        if self.spec.form == "full":
-            return gate_function(logits.flatten(-2), self.spec.gate).view_as(logits)
-        return gate_function(logits, self.spec.gate)
+        return str(self.spec)

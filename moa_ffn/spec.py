@@ -137,3 +137,9 @@ class FFNSpec:
         """
         per_coefficient = dim + self.mix_bias if self.token_adaptive else 1
         return self.num_coefficients * per_coefficient
+
+    def __str__(self) -> str:
+        parts = [self.variant, f"f={','.join(self.gate_dictionary)}"]
+        parts += [f"g={','.join(self.up_dictionary)}"] if self.type_two else []
+        parts += [f"mixing={self.gate}"] if self.token_adaptive else []
+        return ", ".join(parts)

@@ -8,9 +8,12 @@ import collections
 import csv
 import gc
 import io
+import os
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -301,6 +304,41 @@ def benchmark_loader(args: argparse.Namespace) -> None:
     torch.set_num_threads(threads)
 
 
+# --- startup: what the installed hook adds to a start of Python ------------------------------------------------
+
+HOOK_LINE = """
+import sys, time, moa_startup
+for _ in range({repeats}):
+    sys.modules.pop("moa_startup")
+    sys.meta_path = [finder for finder in sys.meta_path if finder.__module__ != "moa_startup"]
+    start = time.perf_counter()
+    exec({line!r})
+    print(time.perf_counter() - start)
+"""
+
+
+def benchmark_startup(args: argparse.Namespace) -> None:
+    """Seconds of the line in moa_startup.pth, module import included, and of whole starts with it and without."""
+    line = (Path(__file__).parent.parent / "moa_startup" / "moa_startup.pth").read_text()
+
+    def python(code: str, hook: bool) -> str:
+        environment = {"MOA_STARTUP": str(int(hook)), "PYTHONPYCACHEPREFIX": folder, "PYTHONDONTWRITEBYTECODE": ""}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, env=os.environ | environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    with TemporaryDirectory() as folder:
+        steps: list[Step] = [partial(python, "pass", False), partial(python, "pass", True)]
+        off, on = alternate(steps, torch.device("cpu"), 10 * args.rounds, warmup=3)
+        line_s = [
+            float(value) for value in python(HOOK_LINE.format(repeats=10 * args.rounds, line=line), True).split()
+        ]
+    rows = [Row({"what": f"python -c pass, MOA_STARTUP={i}"}, times, 1) for i, times in enumerate((off, on))]
+    rows.append(Row({"what": "the line alone"}, line_s, 1))
+    report("startup: the hook", rows, 0, "starts", args.out, ratio="time ratio")
+
+
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -318,7 +356,12 @@ def main() -> None:
         BENCHMARKS[name](args)
 
 
-BENCHMARKS = {"ffn": benchmark_ffn, "mae": benchmark_mae, "loader": benchmark_loader}
+BENCHMARKS = {
+    "ffn": benchmark_ffn,
+    "mae": benchmark_mae,
+    "loader": benchmark_loader,
+    "startup": benchmark_startup,
+}
 
 if __name__ == "__main__":
     main()

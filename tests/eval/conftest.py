@@ -1,5 +1,6 @@
-"""Small run folders, written from the contract's words alone: nothing of ours is imported."""
+"""Small run folders and harness results, written from their formats alone: nothing of ours is imported."""
 
+import hashlib
 import json
 import math
 from functools import partial
@@ -76,6 +77,89 @@ def make_run(tmp_path):
 def write_run_into():
     """`write_run` itself, for fixtures that outlive one test."""
     return write_run
+
+
+HARNESS_TASKS = {
+    "arc_challenge": ("acc", "acc_norm"), "hellaswag": ("acc", "acc_norm"),
+    "openbookqa": ("acc", "acc_norm"), "winogrande": ("acc",),
+}  # fmt: skip
+
+
+def write_results(
+    root, model="models/base", *, seed=0, skill=0.5, items=40, tasks=HARNESS_TASKS, shots=0, limit=None,
+    date="2026-11-21T10-11-12.345678", log_samples=True,
+):  # fmt: skip
+    """Write what `lm_eval --output_path root --log_samples` (0.4.13) writes; return the results file.
+
+    `tasks` maps a task to its metrics, each right (1) or wrong (0) for `skill` of the items; equal seeds give equal
+    answers but for the items that another skill turns.
+    """
+    folder = root / model.replace("/", "__")
+    folder.mkdir(parents=True, exist_ok=True)
+    results, samples = {}, {}
+    for position, (task, metrics) in enumerate(tasks.items()):
+        generator = np.random.default_rng([seed, position])
+        draws = {metric: generator.random(items) for metric in metrics}
+        answers = {metric: (draw < skill).astype(float) for metric, draw in draws.items()}
+        samples[task] = [
+            _sample(task, index, shots, {metric: float(own[index]) for metric, own in answers.items()})
+            for index in range(items)
+        ]
+        results[task] = {"alias": task, "name": task, "sample_len": items}
+        for metric, own in answers.items():
+            results[task][f"{metric},none"] = float(own.mean())
+            results[task][f"{metric}_stderr,none"] = float(own.std(ddof=1) / math.sqrt(items))
+    content = {
+        "results": results,
+        "group_subtasks": {},
+        "configs": {
+            task: {
+                "task": task, "dataset_path": f"local/{task}", "num_fewshot": shots, "output_type": "multiple_choice",
+                "metric_list": [{"metric": metric, "aggregation": "mean"} for metric in metrics],
+                "metadata": {"version": 1.0, "pretrained": model},
+            }
+            for task, metrics in tasks.items()
+        },
+        "versions": dict.fromkeys(tasks, 1.0),
+        "n-shot": dict.fromkeys(tasks, shots),
+        "n-samples": {task: {"original": 1000, "effective": items} for task in tasks},
+        "config": {
+            "model": "moa", "model_args": {"pretrained": model, "dtype": "bfloat16"}, "model_dtype": "torch.bfloat16",
+            "model_num_parameters": 123_456_789, "batch_size": "64", "device": None, "limit": limit,
+        },
+        "git_hash": "0123abc", "date": 1795255872.0, "lm_eval_version": "0.4.13", "transformers_version": "5.23.0",
+        "pretty_env_info": "PyTorch version: 2.15.0\nGPU 0: an accelerator", "max_length": 2048,
+        "model_source": "moa", "model_name": model, "total_evaluation_time_seconds": "250.1",
+    }  # fmt: skip
+    file = folder / f"results_{date}.json"
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    for task, own in samples.items() if log_samples else ():
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in own)
+        (folder / f"samples_{task}_{date}.jsonl").write_text(lines)
+    return file
+
+
+def _sample(task, index, shots, metrics):
+    doc = {"query": f"{task} \u2028 question {index}", "gold": index % 4}
+    contexts = [f"{shots} examples. {doc['query']}"] * 4
+    digests = {
+        "doc_hash": json.dumps(doc, indent=2, ensure_ascii=False),
+        "prompt_hash": contexts[0],
+        "target_hash": str(doc["gold"]),
+    }
+    return {
+        "doc_id": index, "doc": doc, "target": str(doc["gold"]),
+        "arguments": {f"gen_args_{i}": {"arg_0": c, "arg_1": f" answer {i}"} for i, c in enumerate(contexts)},
+        "resps": [[["-1.5", "False"]]] * 4, "filtered_resps": [["-1.5", "False"]] * 4, "filter": "none",
+        "metrics": list(metrics), **{key: hashlib.sha256(text.encode()).hexdigest() for key, text in digests.items()},
+        **metrics,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session", name="write_results")
+def write_results_fixture():
+    """`write_results` itself."""
+    return write_results
 
 
 def _rows(losses, nan_from):

@@ -1,0 +1,313 @@
+"""MoALM: lm-eval's model "moa". HFLM's arguments, numbers and tokenization; shared prefixes computed once.
+
+    lm_eval --model moa --model_args pretrained=DIR --tasks arc_challenge,hellaswag,openbookqa,winogrande
+    python -m moa_eval --model moa ...                                   the same without a start-up hook
+    accelerate launch --multi_gpu --num_processes 8 -m lm_eval --model moa ...    one process a GPU
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m lm_eval --model moa ...    on CPUs
+
+Every process scores its share of the items, on CPUs too; the first one gathers them and writes one result file.
+(`accelerate launch --cpu --num_processes 2` starts one process only.)
+"""
+
+import difflib
+import inspect
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lm_eval.api.registry import model_registry
+from lm_eval.models import huggingface
+from lm_eval.models.utils import has_bos_prefix
+from lm_eval.models.utils_hf import get_dtype
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+import moa_lm  # noqa: F401  registers moa_llama with transformers
+from moa_eval.prefix_tree import Request
+from moa_eval.scoring import PrefixTreeScorer
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+logger = logging.getLogger(__name__)
+
+HFLM: Any = huggingface.HFLM  # lm-eval's untyped decorator hides from type checkers what it is
+
+TOKENIZER_CALL = 2048  # strings a call of the tokenizer: enough for its threads, little memory
+CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+)
+
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+class ModelError(ValueError, SystemExit):
+    """A checkpoint or an argument that cannot be evaluated; the message says which one and what to do.
+
+    Catch it as the ValueError that it is. Left uncaught it ends the process as SystemExit does: the message as one
+    line on stderr and exit status 1, without a traceback, because `lm_eval`'s command line is not ours to wrap. Of
+    several processes each prints it: whichever comes first, the launcher stops the others.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = f"moa: {message}"
+
+
+@contextmanager
+def _one_line(doing: str) -> Iterator[None]:
+    """Turn what loading raises into a ModelError of one line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except LOADING_ERRORS as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"cannot {doing}: {lines[0].rstrip(' :')}") from error
+
+
+class MoALM(HFLM):
+    """lm-eval model "moa": any causal language model that transformers loads, `moa_llama` included.
+
+    Takes the arguments of `lm_eval.models.huggingface.HFLM` and inherits generation and rolling likelihood.
+    Continuations are scored with every shared prefix computed once (`moa_eval.scoring`), to HFLM's values in float32.
+    In half precision log-softmax still runs in float32 unless `softmax_dtype` says otherwise; HFLM rounds it. A model
+    that this would not be exact for is scored by HFLM's own code, and a warning says why.
+
+    `batch_size` 1, HFLM's default, and "auto" choose batches that fill the device and stay small; a larger number
+    allows what HFLM would put into a batch of that many requests. Scores do not depend on it.
+
+    Raises ModelError for a checkpoint or an argument that cannot be used.
+    """
+
+    def __init__(self, pretrained: Any = None, *args: Any, **kwargs: Any) -> None:
+        if pretrained is None:
+            raise ModelError("no checkpoint given: pass --model_args pretrained=DIR")
+        if isinstance(pretrained, str):
+            _check_folder(pretrained, kwargs)
+        with _one_line(f"use dtype={kwargs.get('dtype')!r}"):
+            get_dtype(kwargs.get("dtype", "auto"))
+        super().__init__(pretrained, *args, **kwargs)
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and accelerator.num_processes > 1:  # HFLM does this on several GPUs only
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        if broken := _not_finite(self.model):
+            more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+            raise ModelError(
+                f"{self._name(pretrained)} has weights that are not finite: {broken[0]}{more}; training diverged or "
+                "the file is damaged, use an earlier checkpoint"
+            )
+        self._scorer = PrefixTreeScorer(
+            self.model,
+            device=torch.device(self.device),
+            max_length=self.max_length,
+            softmax_dtype=self.softmax_dtype,
+            autocast_dtype=self.mixed_precision_dtype,
+        )
+        self._warned: set[str] = set()
+
+    # ---- loading ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _name(pretrained: Any) -> str:
+        return pretrained if isinstance(pretrained, str) else type(pretrained).__name__
+
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        with _one_line(f"read the config of {pretrained}"):
+            super()._get_config(pretrained, **kwargs)
+
+    def _get_backend(self, config: Any, backend: Any = "default", trust_remote_code: bool | None = False) -> None:
+        super()._get_backend(config, backend=backend, trust_remote_code=trust_remote_code)
+        kind = getattr(config, "model_type", type(config).__name__)
+        remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+        known = type(config) in AutoModelForCausalLM._model_mapping
+        if self.backend != "causal" or not (
+            known or remote or isinstance(getattr(self, "_model", None), torch.nn.Module)
+        ):
+            raise ModelError(
+                f"the checkpoint is of type {kind!r}, no causal language model: this model evaluates those only "
+                "(--model hf takes encoder-decoders)"
+            )
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
+        source = tokenizer if isinstance(tokenizer, str) and tokenizer else self._name(pretrained)
+        try:
+            super()._create_tokenizer(pretrained, tokenizer, **kwargs)
+        except LOADING_ERRORS as error:
+            raise ModelError(
+                f"no tokenizer could be loaded from {source}: save one there (tokenizer.save_pretrained) or name one "
+                "with tokenizer=NAME_OR_DIR"
+            ) from error
+
+    def _create_model(self, pretrained: str, **kwargs: Any) -> None:
+        try:
+            with _one_line(f"load the weights of {pretrained}"):
+                super()._create_model(pretrained, **kwargs)
+        except ModelError as error:
+            cause = error.__cause__
+            if isinstance(cause, SafetensorError):
+                raise ModelError(_unreadable(Path(pretrained, kwargs.get("subfolder") or ""), cause)) from cause
+            if "ignore_mismatched_sizes" in str(cause):
+                raise ModelError(f"the weights in {pretrained} do not have the shapes of its config.json") from cause
+            if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
+                raise ModelError(_unknown_argument(str(cause).split("'")[1])) from cause
+            raise
+
+    # ---- scoring ------------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability, greedy decoding gives it) of each request's continuation, in the order of the requests.
+
+        As HFLM's, with every distinct string tokenized once, in batches. Raises ValueError for an empty continuation.
+        """
+        if self.enable_thinking:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # refuses, with its own words
+        pairs = cast("list[tuple[str, str]]", [request.args for request in requests])
+        tokens = self._encode_pairs(pairs, disable_tqdm)
+        return self._loglikelihood_tokens(
+            [(pair, *ids) for pair, ids in zip(pairs, tokens, strict=True)], disable_tqdm=disable_tqdm
+        )
+
+    def _encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], disable_tqdm: bool
+    ) -> list[tuple[list[int], list[int]]]:
+        """Context and continuation ids of (context, continuation) strings: TemplateLM.loglikelihood, batched.
+
+        Spaces that end a context go to the continuation, which is what the joint text has beyond the context's number
+        of tokens; after an empty context it is scored behind the prefix token, or behind its own first token if that
+        is the prefix token.
+        """
+        split = []
+        for context, continuation in pairs:
+            kept = context.rstrip()
+            split.append((kept, context[len(kept) :] + continuation) if context else (None, continuation))
+        joined = [part for kept, rest in split if kept is not None for part in (kept, kept + rest)]
+        bar = tqdm(desc="Tokenizing inputs", disable=disable_tqdm or self.rank != 0)
+        ids = self._encode_strings(joined, None, bar)
+        alone = self._encode_strings([rest for kept, rest in split if kept is None], False, bar)
+        bar.close()
+        encoded = []
+        for kept, rest in split:
+            if kept is not None:
+                context_ids = ids[kept]
+                encoded.append((context_ids, ids[kept + rest][len(context_ids) :]))
+            elif alone[rest][:1] == [self.prefix_token_id]:
+                encoded.append((alone[rest][:1], alone[rest][1:]))
+            else:
+                encoded.append(([self.prefix_token_id], alone[rest]))
+        return encoded
+
+    def _encode_strings(
+        self, strings: Iterable[str], add_special_tokens: bool | None, bar: tqdm
+    ) -> dict[str, list[int]]:
+        """Token ids of each distinct string, as `tok_encode` gives them one by one."""
+        prefix = None if self.prefix_token_id is None else self.tokenizer.decode(self.prefix_token_id)
+        plain, begun = [], []  # begun: the text already starts with the prefix token, none is added
+        for string in dict.fromkeys(strings):
+            (begun if add_special_tokens is None and has_bos_prefix(string, prefix) else plain).append(string)
+        encoded: dict[str, list[int]] = {}
+        special = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        for group, flag in ((plain, special), (begun, False)):
+            arguments: dict[str, Any] = {} if flag is None else {"add_special_tokens": flag}
+            for start in range(0, len(group), TOKENIZER_CALL):
+                part = group[start : start + TOKENIZER_CALL]
+                ids = self.tokenizer(part, return_attention_mask=False, **arguments)["input_ids"]
+                encoded.update(zip(part, ids, strict=True))
+                bar.update(len(part))
+        return encoded
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Scores of tokenized requests; HFLM's own code where trees are not exact for the model or the length."""
+        scorer = self._scorer
+        scorer.max_length, scorer.batch_size = self.max_length, self.batch_size
+        lengths = [len(context) + len(continuation) - 1 for _, context, continuation in requests]
+        reason = scorer.refusal(min(max(lengths, default=0), self.max_length)) if requests else None
+        if reason:
+            self._warn_once(f"{self._name(self.pretrained)} is scored by HFLM's code, one pass a request: {reason}")
+            return super()._loglikelihood_tokens(list(requests), disable_tqdm=disable_tqdm, override_bs=override_bs)
+        if cut := sum(length > self.max_length for length in lengths):
+            logger.warning("%d requests exceed max_length=%d tokens and are cut from the left", cut, self.max_length)
+        results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+        disabled = disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), disable=disabled, desc="Running loglikelihood requests") as bar:
+            for index, log_probability, greedy in scorer.stream([Request(*request[1:]) for request in requests]):
+                if math.isnan(log_probability):
+                    raise ModelError(
+                        f"{self._name(self.pretrained)} gives NaN as a log-probability in {scorer.base.dtype}: "
+                        "try dtype=bfloat16 or dtype=float32"
+                    )
+                results[index] = answer = (log_probability, greedy)
+                if (strings := requests[index][0]) is not None:  # rolling likelihood caches its own sums
+                    self.cache_hook.add_partial("loglikelihood", strings, answer)
+                bar.update(1)
+        return results
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+def _check_folder(pretrained: str, arguments: dict[str, Any]) -> None:
+    """Refuse what is meant as a local folder and is none, before anything asks the network for it."""
+    path = Path(pretrained).expanduser()
+    if not path.is_dir():
+        if path.exists() or pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1:
+            raise ModelError(f"checkpoint folder {pretrained} does not exist or is no folder")
+        return
+    if not (path / (arguments.get("subfolder") or "") / "config.json").is_file() and not arguments.get("gguf_file"):
+        adapter = (path / "adapter_config.json").is_file()
+        hint = (
+            f"it is an adapter: pass pretrained=BASE,peft={pretrained}"
+            if adapter
+            else "name a transformers checkpoint"
+        )
+        raise ModelError(f"{pretrained} holds no config.json: {hint}")
+
+
+def _unknown_argument(name: str) -> str:
+    known = [*inspect.signature(HFLM.__init__).parameters][1:-1]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown model argument {name!r}" + (f": did you mean {close[0]!r}?" if close else "")
+
+
+def _unreadable(folder: Path, error: SafetensorError) -> str:
+    """Name the file of a folder that safetensors cannot open."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as reason:
+            return f"{path} is truncated or damaged ({reason}): copy or download it again"
+    return f"the weights in {folder} cannot be read ({error}): copy or download them again"
+
+
+def _not_finite(model: torch.nn.Module) -> list[str]:
+    """Names of parameters with NaN or infinity; a sum finds them without a temporary of the weights' size."""
+    suspects = [
+        (name, weight)
+        for name, weight in model.named_parameters()
+        if weight.dtype in CHECKED_DTYPES
+        and weight.device.type != "meta"
+        and not torch.isfinite(weight.detach().sum(dtype=torch.float32))
+    ]
+    return [name for name, weight in suspects if not torch.isfinite(weight).all()]
+
+
+if "moa" not in model_registry:  # the start-up hook, an entry point or python -m moa_eval may have named this class
+    model_registry.register("moa")(MoALM)

@@ -1,0 +1,260 @@
+"""Harness results -> the paper's zero-shot table, the paired tests, one figure and one page."""
+
+import math
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moa_eval import formatting, paired, plots
+from moa_eval.comparison import config_difference, show
+from moa_eval.figures import PALETTE, Plot
+from moa_eval.harness_output import Evaluation, read_evaluation
+from moa_eval.pages import Row, as_csv, figure_files, render, write
+from moa_eval.zero_shot import AVERAGE, HEADLINE, ZERO_SHOT, Contrast, ZeroShot, compare_evaluations, label_of
+from moa_eval.zero_shot_verdict import ALPHA, averaged, caveats, verdict
+
+_TORCH = re.compile(r"^PyTorch version: (.+)$", re.MULTILINE)
+_GPU = re.compile(r"^GPU 0: (.+)$", re.MULTILINE)
+
+
+class Written(NamedTuple):
+    """A report on disk: the path of its page, and its summary in Markdown."""
+
+    page: Path
+    summary: str
+
+
+def write_zero_shot(
+    results: Sequence[str | Path], out: str | Path, *, title: str | None = None, baseline: str | None = None
+) -> Written:
+    """Compare harness results, the first of which is the baseline unless another is named, and write the report.
+
+    Writes `out`/index.html (self-contained), zero_shot.md, zero_shot.csv, paired.csv and figures/accuracy.{svg,png}.
+
+    Raises:
+        ResultsError: Results are missing or broken.
+        NotComparableError: They did not ask the same questions in the same way, or none is called `baseline`.
+    """
+    comparison = compare_evaluations([read_evaluation(path) for path in results], baseline)
+    figures = draw(comparison)
+    pages = _render(comparison, figures, title)
+    out = Path(out)
+    tables = {"zero_shot.csv": as_csv(score_rows(comparison)), "paired.csv": as_csv(paired_rows(comparison))}
+    write(out, tables | figure_files(figures) | pages)
+    return Written(out / "index.html", pages["zero_shot.md"])
+
+
+def score_rows(comparison: ZeroShot) -> list[Row]:
+    """Every model's value in every metric of every task, as the harness has it; the averages after their tasks."""
+    first = comparison.evaluations[0]
+    rows = []
+    for task in _ordered(comparison):
+        average = task == AVERAGE
+        for metric in comparison.averages() if average else comparison.metrics(task):
+            for model, label in enumerate(comparison.labels):
+                value, stderr = comparison.score(task, metric, model)
+                row: Row = {"task": task, "label": label_of(task), "metric": metric}
+                row["headline"] = metric == (HEADLINE if average else comparison.headline(task))
+                row["shots"] = "" if average else first.tasks[task].shots
+                row["items"] = comparison.items if average else len(first.tasks[task].items)
+                rows.append(row | {"model": label, "value": value, "stderr": stderr})
+    return rows
+
+
+def paired_rows(comparison: ZeroShot) -> list[Row]:
+    """Every contrast with the baseline, as plain values; counts are NaN for scores other than right and wrong."""
+    rows = []
+    for c in comparison.contrasts:
+        table = c.table or (math.nan,) * 4
+        rows.append(
+            {
+                "task": c.task,
+                "label": label_of(c.task),
+                "metric": c.metric,
+                "headline": c.headline,
+                "model": comparison.labels[c.model],
+                "baseline": comparison.labels[0],
+                "items": c.items,
+                **dict(
+                    zip(("both_right", "only_model_right", "only_baseline_right", "none_right"), table, strict=True)
+                ),
+                "model_value": c.score,
+                "baseline_value": c.baseline,
+                "difference": c.difference,
+                "low_95": c.interval.low,
+                "high_95": c.interval.high,
+                "standard_error": c.stderr,
+                "detectable": c.detectable,
+                "p_value": c.p_value,
+                "p_holm": c.p_holm,
+            }
+        )
+    return rows
+
+
+def settings_rows(comparison: ZeroShot) -> list[Row]:
+    """How each result came about, one column per model; what no result records is left out."""
+    settings = [_settings(evaluation) for evaluation in comparison.evaluations]
+    return [
+        {"key": key} | {label: own[key] or "–" for label, own in zip(comparison.labels, settings, strict=True)}
+        for key in settings[0]
+        if any(own[key] for own in settings)
+    ]
+
+
+def difference_rows(comparison: ZeroShot) -> list[Row]:
+    """The keys of the harness's settings and of the tasks' files that differ, one column per model."""
+    configs = [
+        evaluation.config
+        | {name: {k: v for k, v in t.config.items() if k != "metadata"} for name, t in evaluation.tasks.items()}
+        for evaluation in comparison.evaluations
+    ]  # the metadata repeat the model's arguments
+    return [
+        {"key": key} | dict(zip(comparison.labels, map(show, values), strict=True))
+        for key, values in config_difference(configs).items()
+    ]
+
+
+def draw(comparison: ZeroShot) -> dict[str, Plot]:
+    """The figure of all accuracies; none where no task has a score between 0 and 1 per item."""
+    shown = []
+    for task in _ordered(comparison):
+        metric = HEADLINE if task == AVERAGE else comparison.headline(task)
+        if comparison.is_fraction(task, metric):
+            shown.append((label_of(task), [comparison.score(task, metric, m) for m in range(len(comparison.labels))]))
+    if not shown:
+        return {}
+    scores = 100 * np.array([row for _, row in shown])  # (tasks, models, value and error)
+    labels = [label for label, _ in shown]
+    return {"accuracy": plots.accuracies(labels, comparison.labels, scores[..., 0], scores[..., 1], "accuracy")}
+
+
+def _ordered(comparison: ZeroShot) -> list[str]:
+    """The rows of the table: the paper's tasks, their average, then what else there is."""
+    average = [AVERAGE] if comparison.averages() else []
+    return [*comparison.averaged, *average, *(task for task in comparison.tasks if task not in ZERO_SHOT)]
+
+
+def _settings(evaluation: Evaluation) -> dict[str, str]:
+    """What a reader asks about a result, as text; empty where it is not recorded."""
+    content, config = evaluation.content, evaluation.config
+    environment = str(content.get("pretty_env_info") or "")
+    arguments = ",".join(f"{key}={show(value)}" for key, value in config["model_args"].items())
+    shots = {label_of(name): task.shots for name, task in evaluation.tasks.items()}
+    same = len(set(shots.values())) == 1
+    seconds, date = _number(content.get("total_evaluation_time_seconds")), _number(content.get("date"))
+    parameters = _number(config.get("model_num_parameters"))
+    return {
+        "model type": _text(config.get("model")),
+        "model arguments": arguments,
+        "parameters": formatting.count(parameters, 4) if parameters > 0 else "",
+        "dtype": _text(config.get("model_dtype")),
+        "revision": _text(config.get("model_sha")) or _text(config.get("model_revision")),
+        "context length": _text(content.get("max_length")),
+        "batch size": _text(config.get("batch_size")),
+        "device": _text(config.get("device")),
+        "shots": show(next(iter(shots.values()))) if same else ", ".join(f"{k} {show(v)}" for k, v in shots.items()),
+        "limit": "none" if evaluation.limit is None else f"{evaluation.limit:g}",
+        "few-shot seed": _text(config.get("fewshot_seed")),
+        "lm-eval": _text(content.get("lm_eval_version")),
+        "transformers": _text(content.get("transformers_version")),
+        "torch": match[1] if (match := _TORCH.search(environment)) else "",
+        "GPU": match[1] if (match := _GPU.search(environment)) else "",
+        "git commit": _text(content.get("git_hash")),
+        "started": f"{datetime.fromtimestamp(date, UTC):%Y-%m-%d %H:%M:%S} UTC" if math.isfinite(date) else "",
+        "time": formatting.duration(seconds) if math.isfinite(seconds) else "",
+        "results file": str(evaluation.path),
+    }
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or value == "" else show(value)
+
+
+def _number(value: Any) -> float:
+    """A number that the harness may have written as text; NaN for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _title(comparison: ZeroShot) -> str:
+    baseline, *others = comparison.labels
+    if not others:
+        return f"{baseline}: zero-shot accuracy"
+    return f"{', '.join(others) if len(others) <= 2 else f'{len(others)} models'} against {baseline}"
+
+
+def _cells(comparison: ZeroShot) -> list[Row]:
+    """The paper's table as text: per task its headline metric, then its others, each with one score per model."""
+    first = comparison.evaluations[0]
+    rows = []
+    for task in _ordered(comparison):
+        lines = []
+        for metric in comparison.averages() if task == AVERAGE else comparison.metrics(task):
+            shown = formatting.accuracy if comparison.is_fraction(task, metric) else formatting.loss
+            scores = (comparison.score(task, metric, model) for model in range(len(comparison.labels)))
+            texts = [
+                f"{shown(value)}\u00a0±\u00a0{shown(error)}" if math.isfinite(error) else shown(value)
+                for value, error in scores
+            ]
+            lines.append({"metric": metric, "scores": texts})
+        row: Row = {"label": label_of(task), "lines": lines, "average": task == AVERAGE}
+        row["size"] = comparison.items if task == AVERAGE else len(first.tasks[task].items)
+        row["shots"] = None if task == AVERAGE else first.tasks[task].shots
+        rows.append(row | {"extra": task not in ZERO_SHOT and task != AVERAGE})
+    return rows
+
+
+def _tests(comparison: ZeroShot) -> list[Row]:
+    """Every other model with its contrasts as text, in the order of the table; the headline metrics first."""
+    order = _ordered(comparison)
+    tables = []
+    for model in range(1, len(comparison.labels)):
+        own = [contrast for contrast in comparison.contrasts if contrast.model == model]
+        own.sort(key=lambda contrast: (not contrast.headline, order.index(contrast.task)))
+        tables.append({"model": model, "rows": [_test(comparison, contrast) for contrast in own]})
+    return tables
+
+
+def _test(comparison: ZeroShot, contrast: Contrast) -> Row:
+    shown = formatting.points if comparison.is_fraction(contrast.task, contrast.metric) else formatting.signed
+    return {
+        "label": label_of(contrast.task),
+        "metric": contrast.metric,
+        "headline": contrast.headline,
+        "average": contrast.task == AVERAGE,
+        "size": contrast.items,
+        "table": contrast.table,
+        "difference": shown(contrast.difference),
+        "interval": " to ".join(map(shown, contrast.interval)),
+        "p_value": formatting.probability(contrast.p_value),
+        "p_holm": formatting.probability(contrast.p_holm),
+        "detectable": shown(contrast.detectable).lstrip("+±"),
+        "seen": contrast.p_holm < ALPHA,
+    }
+
+
+def _render(comparison: ZeroShot, figures: dict[str, Plot], title: str | None) -> dict[str, str]:
+    content = {
+        "title": title or _title(comparison),
+        "comparison": comparison,
+        "labels": comparison.labels,
+        "verdict": verdict(comparison),
+        "caveats": caveats(comparison),
+        "average_of": averaged(comparison) if comparison.averages() else "",
+        "cells": _cells(comparison),
+        "tests": _tests(comparison),
+        "settings": settings_rows(comparison),
+        "differences": difference_rows(comparison),
+        "resamples": paired.RESAMPLES,
+        "seed": paired.SEED,
+        "figures": figures,
+        "series": [model % len(PALETTE) for model in range(len(comparison.labels))],
+    }
+    return render({"zero_shot.md": "zero_shot.md", "index.html": "zero_shot.html"}, content)

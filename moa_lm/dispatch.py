@@ -1,0 +1,226 @@
+"""Drop-free dispatch of tokens to experts: assignments sorted by expert, products group by group, a fixed-order sum.
+
+Every token reaches all of its experts, whatever the others chose. Rows are gathered, forward and backward, never
+scattered with atomics, and a token's experts are added in the order of their weights: its output does not depend on
+its batch, and two runs agree bit for bit.
+
+Shapes: N tokens, k experts a token, S = N * k assignments (token, choice), E experts. A "row" is the place of an
+assignment in the order by expert.
+"""
+
+import logging
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+METHODS = ("auto", "grouped", "loop")
+"""How the experts' products are computed: torch's grouped product, one product for each expert, or the first where
+the device and dtype have it."""
+
+_ALIGNMENT = 16  # bytes; grouped products need rows that begin at multiples of it
+_logger = logging.getLogger(__name__)
+
+
+class Groups(NamedTuple):
+    """The assignments sorted by expert, in the order of tokens within an expert; all int64 but `ends`.
+
+    order (S,): token * k + choice of each row. rows (N, k): the row of each assignment. experts (S,): the expert of
+    each row. ends (E,) int32: the row after each expert's last one.
+    """
+
+    order: Tensor
+    rows: Tensor
+    experts: Tensor
+    ends: Tensor
+
+
+def group_by_expert(indices: Tensor, num_experts: int) -> Groups:
+    """Sort the assignments indices (N, k), entries 0..E-1, by expert; without a device synchronization."""
+    experts, order = indices.flatten().sort(stable=True)
+    places = torch.arange(len(order), device=order.device)
+    rows = torch.empty_like(order).scatter(0, order, places).view_as(indices)
+    ends = torch.searchsorted(experts, torch.arange(num_experts, device=order.device), right=True, out_int32=True)
+    return Groups(order, rows, experts, ends)
+
+
+def dispatch(x: Tensor, groups: Groups) -> Tensor:
+    """One row for each assignment: x (N, *) -> (S, *)."""
+    return _Dispatch.apply(x, groups.order, groups.rows)
+
+
+def combine(out: Tensor, weights: Tensor, groups: Groups) -> Tensor:
+    """The weighted sum of each token's rows: out (S, D), weights (N, k) -> (N, D).
+
+    Summed in the weights' dtype over choices 0, 1, ..., and returned in out's dtype.
+    """
+    return _Combine.apply(out, weights, groups.order, groups.rows)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups, method: str) -> Tensor:
+    """Each row through its expert's linear map.
+
+    Args:
+        x: (S, I) rows sorted by expert.
+        weight: (E, O, I), as in nn.Linear for each expert; cast to the dtype of the product, like the bias.
+        bias: (E, O) or None.
+        groups: of the rows.
+        method: "grouped" or "loop"; see `choose_method`. The loop reads the groups' sizes on the host, which
+            synchronizes the device and breaks a compiled graph.
+
+    Returns:
+        (S, O) in x's dtype or autocast's.
+    """
+    dtype = compute_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    # No row at all: the grouped product's gradient fails on empty tensors.
+    product = _grouped(x, weight, groups.ends) if method == "grouped" and len(x) else _loop(x, weight, groups.ends)
+    # An embedding sums the gradient of a repeated entry in a fixed order; indexing does so with atomics on the CPU.
+    return product if bias is None else product + F.embedding(groups.experts, bias).to(dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a product with x is computed: x's, or autocast's where it applies."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def choose_method(method: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return "grouped" or "loop" for `method`, one of `METHODS`.
+
+    "auto" prefers the first and takes the second where it must, which it logs once for a device and dtype.
+
+    Raises:
+        ValueError: "grouped" was asked for by name and cannot run for this device and dtype.
+    """
+    if method == "loop":
+        return "loop"
+    obstacle = _grouped_obstacle(device.type, device.index, dtype)
+    if obstacle is None:
+        return "grouped"
+    if method == "grouped":
+        raise ValueError(
+            f"expert_dispatch='grouped' cannot run with {dtype} on {device.type}: {obstacle}; "
+            "allowed here: 'auto' (which takes the loop) or 'loop'"
+        )
+    _say_once(f"experts are computed in a loop, without grouped products ({dtype} on {device.type}: {obstacle})")
+    return "loop"
+
+
+@torch.compiler.assume_constant_result
+def _grouped_obstacle(device: str, index: int | None, dtype: torch.dtype) -> str | None:
+    """Why grouped products cannot run, or None; found by trying one of two groups, gradients too."""
+    return _tried(device, index, dtype)
+
+
+@lru_cache
+def _tried(device: str, index: int | None, dtype: torch.dtype) -> str | None:
+    place = torch.device(device) if index is None else torch.device(device, index)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.ones(3, 16, device=place, dtype=dtype, requires_grad=True)
+            weight = torch.ones(2, 16, 16, device=place, dtype=dtype, requires_grad=True)
+            ends = torch.tensor([1, 3], device=place, dtype=torch.int32)
+            product = _grouped(x, weight, ends)
+            product.backward(torch.ones_like(product))
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the product
+    except (AttributeError, RuntimeError) as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _say_once(message: str) -> None:
+    _log(message)
+
+
+@lru_cache
+def _log(message: str) -> None:
+    _logger.warning(message)
+
+
+@torch.compiler.disable()
+def _loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    stops = ends.tolist()
+    sizes = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+    # unbind, whose gradient is one stack; indexing would make a full-sized gradient for each expert.
+    return torch.cat([F.linear(part, w) for part, w in zip(x.split(sizes), weight.unbind(), strict=True)])
+
+
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    step = _ALIGNMENT // x.element_size()
+    fan_out, fan_in = weight.shape[1:]
+    pad_out, pad_in = -fan_out % step, -fan_in % step
+    if pad_out or pad_in:
+        x, weight = F.pad(x, (0, pad_in)), F.pad(weight, (0, pad_in, 0, pad_out))
+    product = _ContiguousGradient.apply(F.grouped_mm(x, weight.transpose(-2, -1), offs=ends))
+    return product[:, :fan_out] if pad_out else product
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity; its gradient is contiguous and 16-byte aligned, as grouped products need it."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous()
+
+
+class _Dispatch(torch.autograd.Function):
+    """x[token of each row]; the gradient gathers too, where autograd's own would scatter with atomics."""
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, rows: Tensor) -> Tensor:
+        return x[order // rows.shape[1]]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,), (grad,) = ctx.saved_tensors, grads
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        first, *others = rows.unbind(1)
+        total = grad[first].to(wide)
+        for choice in others:
+            total = total + grad[choice]
+        return total.to(grad.dtype), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(out: Tensor, weights: Tensor, order: Tensor, rows: Tensor) -> Tensor:
+        first, *others = zip(rows.unbind(1), weights.unsqueeze(-1).unbind(1), strict=True)
+        total = out[first[0]] * first[1]
+        for choice, weight in others:
+            total = total + out[choice] * weight
+        return total.to(out.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (out, weights, order, rows), (grad,) = ctx.saved_tensors, grads
+        grad_out = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            row_weights = weights.flatten()[order].unsqueeze(-1)
+            grad_out = (grad[order // rows.shape[1]] * row_weights).to(out.dtype)
+        if ctx.needs_input_grad[1]:
+            wide = grad.to(weights.dtype)
+            grad_weights = torch.stack([(out[choice] * wide).sum(-1) for choice in rows.unbind(1)], dim=1)
+        return grad_out, grad_weights, None, None

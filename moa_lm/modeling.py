@@ -1,0 +1,301 @@
+"""Llama and LlamaMoE with any FFN of the family, as transformers models.
+
+Attention, norms, rotary positions, cache, generation, checkpointing, loading and saving are transformers' own; only a
+decoder layer's `mlp` is ours. Projections keep Llama's names, so a `swiglu` model and a Llama share a state dict.
+"""
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from moa_ffn import FFN
+from moa_lm.configuration import MoALlamaConfig
+from moa_lm.convert import from_llama
+from moa_lm.moe import Experts, MoE, TopKRouter, load_balancing_loss, router_z_loss
+
+IGNORED_LABEL = -100
+"""Labels of this value count in no loss, as in transformers."""
+
+
+@dataclass
+class MoAModelOutput(BaseModelOutputWithPast):
+    """What the decoder returns: transformers' fields, and
+
+    router_logits: one (B * T, num_experts) float32 tensor a layer. With `output_router_logits` and experts.
+    """
+
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MoACausalLMOutput(CausalLMOutputWithPast):
+    """What a causal language model returns: transformers' fields, with `loss` the training loss, and
+
+    router_logits: as in `MoAModelOutput`.
+    lm_loss: scalar, mean cross-entropy of the next token in nats. With `labels`.
+    aux_loss: scalar, load-balancing loss, mean of the layers. With experts and `labels` or `output_router_logits`.
+    z_loss: scalar, router z-loss, likewise.
+
+    loss = lm_loss, and with experts + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss, in evaluation
+    mode too: models are compared by lm_loss.
+    """
+
+    router_logits: tuple[Tensor, ...] | None = None
+    lm_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+
+
+class MoALlamaDecoderLayer(LlamaDecoderLayer):
+    """Llama's decoder layer with `mlp` an `FFN`, or an `MoE` when the configuration has experts."""
+
+    def __init__(self, config: MoALlamaConfig, layer_idx: int) -> None:
+        super(LlamaDecoderLayer, self).__init__()  # LlamaDecoderLayer's own would allocate a LlamaMLP
+        self.hidden_size = config.hidden_size
+        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
+        self.mlp = _feedforward(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+def _feedforward(config: MoALlamaConfig) -> nn.Module:
+    if config.num_experts > 0:
+        return MoE(config)
+    return FFN(config.hidden_size, config.intermediate_size, **config.ffn_arguments())
+
+
+class MoALlamaPreTrainedModel(LlamaPreTrainedModel):
+    """Initialization, loading and the recording of intermediate outputs for every model here."""
+
+    config: MoALlamaConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    _no_split_modules = ["MoALlamaDecoderLayer"]  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": MoALlamaDecoderLayer,
+        "attentions": LlamaAttention,
+        "router_logits": OutputRecorder(TopKRouter, index=0),
+    }
+    model_tags = ["moa", "mixture-of-activations"]  # noqa: RUF012
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # In custom code, modules that hold no parameters themselves, such as FFN, are skipped, and the rule for
+        # linear layers has the last word on their mixing. Loaded parameters stay guarded one by one without it.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize one module whose children are done: normal(initializer_range), mixing by the layer's rule."""
+        super()._init_weights(module)
+        if isinstance(module, FFN):
+            module.init_weights(lambda weight: weight)  # the projections are done, as linear layers
+        elif isinstance(module, Experts | TopKRouter):
+            module.init_weights()
+
+
+class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The decoder without a head: tokens -> hidden states (B, T, hidden_size), as `transformers.LlamaModel`."""
+
+    def __init__(self, config: MoALlamaConfig) -> None:
+        config.check()
+        LlamaPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(MoALlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoAModelOutput:
+        """Hidden states of input_ids (B, T) or inputs_embeds (B, T, hidden_size); arguments as in Llama.
+
+        Returns:
+            last_hidden_state (B, T, hidden_size); with `output_router_logits` and experts also router_logits, one
+            (B * T, num_experts) float32 tensor a layer.
+        """
+        kwargs["return_dict"] = True  # the decorator makes the tuple
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return MoAModelOutput(**outputs)
+
+
+class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Causal language model: Llama or LlamaMoE with any FFN of the family.
+
+    Everything that works with `transformers.LlamaForCausalLM` works here: `generate`, `from_pretrained`,
+    gradient checkpointing, `resize_token_embeddings`, attention implementations, `push_to_hub`.
+    """
+
+    def __init__(self, config: MoALlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = MoALlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_llama(
+        cls, source: str | PathLike[str] | PreTrainedModel, variant: str = "swiglu", **settings: Any
+    ) -> Self:
+        """Take a Llama-family checkpoint over: all its weights, with `variant` as FFN.
+
+        With "swiglu" the model is the same function as the source. With another variant the projections are kept
+        and the mixing starts by the layer's own rule, so the function differs from the first step on: the
+        coefficients are near 1/2 for every pair of activations, not 1 for (silu, identity). Sigmoid, tanh and
+        softmax gates without bias cannot start at SwiGLU; continue training. A source with ffn_variant swiglu
+        gives variants that start from the same projections.
+
+        Args:
+            source: a folder or hub name with config.json and safetensors, or a model, which is copied.
+            variant: a Type-II variant. Type-I has no up branch to take the up_proj.
+            settings: fields of `MoALlamaConfig` that shape no weight (ffn_gate, ffn_gate_activations, ...), and of
+                `from_pretrained`'s arguments dtype (default: the source's), device_map, max_memory, offload_folder,
+                attn_implementation, revision, token, cache_dir, local_files_only.
+
+        Returns:
+            The model, in evaluation mode, as from `from_pretrained`.
+
+        Raises:
+            ValueError: the source is of an architecture that does not map one to one (accepted: llama; mistral
+                without a sliding window; moa_llama with swiglu), lacks weights or has others, or a setting is not
+                allowed.
+            OSError: there is no such checkpoint, or its weights are not safetensors.
+        """
+        return from_llama(cls, source, variant, **settings)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoACausalLMOutput:
+        """Logits of the next token, and with `labels` the training loss; arguments as in `LlamaForCausalLM`.
+
+        Args:
+            input_ids: (B, T) tokens.
+            attention_mask: (B, T), 0 where a token is padding. The routers' losses leave padding out.
+            labels: (B, T), -100 where no loss is wanted; shifted inside, as in transformers.
+            logits_to_keep: 0 for all positions, n for the last n, or the positions' indices.
+            output_router_logits: return every layer's router logits; None takes the configuration's.
+            kwargs: `num_items_in_batch`, the number of labels of the whole accumulated batch, turns the mean of the
+                loss into a share of that batch's mean, and the routers' losses too.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        routed = self.config.num_experts > 0 and (output_router_logits or labels is not None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=routed,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(_slice_positions(outputs.last_hidden_state, logits_to_keep))
+        lm_loss = None
+        if labels is not None:
+            lm_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        aux_loss = z_loss = None
+        if routed:
+            aux_loss, z_loss = self._router_losses(outputs, attention_mask)
+        return MoACausalLMOutput(
+            loss=self._training_loss(lm_loss, aux_loss, z_loss, labels, kwargs.get("num_items_in_batch")),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+            lm_loss=lm_loss,
+            aux_loss=aux_loss,
+            z_loss=z_loss,
+        )
+
+    def _router_losses(self, outputs: MoAModelOutput, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Load-balancing and z-loss, means of the layers. Masks that are not (B, T) do not say what is padding."""
+        assert outputs.last_hidden_state is not None and outputs.router_logits
+        if outputs.last_hidden_state.requires_grad and not outputs.router_logits[-1].requires_grad:
+            trainable = [module.weight.requires_grad for module in self.modules() if isinstance(module, TopKRouter)]
+            if any(trainable):
+                raise ValueError("use_reentrant=True: the routers' losses would get no gradient; allowed: False")
+        batch, tokens = outputs.last_hidden_state.shape[:2]
+        mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        mask = None if mask is None else mask[:, -tokens:]  # with a cache it covers the past too
+        device = outputs.last_hidden_state.device
+        layers = [logits.unflatten(0, (batch, tokens)) for logits in outputs.router_logits]
+        k = self.config.num_experts_per_tok
+        aux = torch.stack([load_balancing_loss(logits, k, mask).to(device) for logits in layers])
+        z = torch.stack([router_z_loss(logits, mask).to(device) for logits in layers])
+        return aux.mean(), z.mean()
+
+    def _training_loss(
+        self,
+        lm_loss: Tensor | None,
+        aux_loss: Tensor | None,
+        z_loss: Tensor | None,
+        labels: Tensor | None,
+        num_items_in_batch: int | Tensor | None,
+    ) -> Tensor | None:
+        if lm_loss is None or labels is None or aux_loss is None or z_loss is None:
+            return lm_loss
+        extra = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
+        if num_items_in_batch is not None:
+            items = (labels[..., 1:] != IGNORED_LABEL).sum()
+            extra = extra * (items / num_items_in_batch).to(extra.device)
+        return lm_loss + extra.to(lm_loss.device)
+
+
+def _slice_positions(hidden: Tensor, positions: int | Tensor) -> Tensor:
+    """The positions of hidden (B, T, D) that logits are wanted for: the last n, or those of a tensor.
+
+    A tensor holds indices (P,) or (B, P), or it is a mask (B, T), whose choice comes back flat, as in transformers.
+    """
+    if not isinstance(positions, Tensor):
+        return hidden[:, -positions:] if positions else hidden
+    if positions.ndim == 1:
+        return hidden[:, positions]
+    if positions.dtype == torch.bool:
+        return hidden[positions]
+    return hidden.take_along_dim(positions.unsqueeze(-1), dim=1)

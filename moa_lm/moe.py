@@ -1,0 +1,204 @@
+"""LlamaMoE's feedforward layer: routed experts and shared experts, each an FFN of any variant of the family.
+
+out(x) = sum over the chosen experts e of w_e(x) FFN_e(x), plus FFN_shared(x) (the routed and shared experts of
+DeepSeekMoE, arXiv:2401.06066; the paper's LlamaMoE has 32 routed experts, 4 chosen and 1 shared, arXiv:2605.26647).
+Nothing is dropped, and a token's output does not depend on its batch.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa_ffn import FFN, Coefficients, eager, mixing_coefficients
+from moa_lm.configuration import EXPERT_MIXINGS, MoALlamaConfig
+from moa_lm.dispatch import (
+    METHODS,
+    Groups,
+    choose_method,
+    combine,
+    compute_dtype,
+    dispatch,
+    group_by_expert,
+    grouped_linear,
+)
+from moa_lm.router import TopKRouter, expert_load, load_balancing_loss, router_entropy, router_z_loss
+
+__all__ = [
+    "METHODS",
+    "Experts",
+    "MoE",
+    "TopKRouter",
+    "expert_load",
+    "load_balancing_loss",
+    "router_entropy",
+    "router_z_loss",
+]
+
+
+def _require(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field}={value!r} is not one of {', '.join(allowed)}")
+
+
+class Experts(nn.Module):
+    """The routed experts: E FFNs of one variant, their weights stacked.
+
+    Parameters, with E experts, width D, hidden width H and K mixing coefficients (`FFNSpec.num_coefficients`); those
+    that a variant or setting does not have are None:
+        gate_proj (E, H, D), up_proj (E, H, D), down_proj (E, D, H): `gate_proj[e]` is the weight of expert e's
+        `FFN.gate_proj`. With `mlp_bias` also gate_proj_bias (E, H), up_proj_bias (E, H), down_proj_bias (E, D).
+        mix_proj (K, D) or (E, K, D) of MoA variants, with `ffn_mix_bias` also mix_proj_bias (K,) or (E, K);
+        mix_coef (K,) or (E, K) of LA variants: one for the layer, or one an expert.
+
+    `expert_mixing` is "layer" by default. The paper's mixture adds O(d) parameters a layer and none an expert: K
+    vectors, where "expert" has E * K (with qdmoa, 32 experts and D = 768: 4,608 against 147,456 a layer). They are
+    computed once a token in one dense product, not k times in thin grouped ones; and all tokens train them, not k in
+    E. "expert" lets the experts read a token differently.
+
+    Args:
+        config: hidden_size, moe_intermediate_size, num_experts, expert_mixing, expert_dispatch, initializer_range and
+            `ffn_arguments()` are read.
+
+    Raises:
+        ValueError: a setting has a value that is not allowed.
+    """
+
+    def __init__(self, config: MoALlamaConfig) -> None:
+        super().__init__()
+        count, dim, hidden = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        if not isinstance(hidden, int) or hidden < 1:
+            raise ValueError(f"moe_intermediate_size={hidden!r}: experts need a width of at least 1")
+        self.num_experts, self.dim, self.hidden_dim = count, dim, hidden
+        self.mixing, self.method = config.expert_mixing, config.expert_dispatch
+        _require("expert_mixing", self.mixing, EXPERT_MIXINGS)
+        _require("expert_dispatch", self.method, METHODS)
+        self.init_std = config.initializer_range
+        self.mix_init_std, self.coef_init = config.ffn_mix_init_std, config.ffn_coef_init
+        self.spec = config.ffn_spec()
+        k, spec = self.spec.num_coefficients, self.spec
+        mixing = (count,) if self.mixing == "expert" else ()
+        self._stack("gate_proj", (count, hidden, dim), bias=config.mlp_bias)
+        self._stack("up_proj", (count, hidden, dim) if spec.type_two else None, bias=config.mlp_bias)
+        self._stack("down_proj", (count, dim, hidden), bias=config.mlp_bias)
+        self._stack("mix_proj", (*mixing, k, dim) if spec.token_adaptive else None, bias=spec.mix_bias)
+        self.mix_coef = nn.Parameter(torch.empty(*mixing, k)) if spec.learned_constant else None
+        self.init_weights()
+
+    gate_proj: nn.Parameter
+    down_proj: nn.Parameter
+    up_proj: nn.Parameter | None
+    mix_proj: nn.Parameter | None
+    gate_proj_bias: nn.Parameter | None
+    up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
+    mix_proj_bias: nn.Parameter | None
+
+    def _stack(self, name: str, shape: tuple[int, ...] | None, bias: bool) -> None:
+        """Register weights (..., outputs, inputs) and biases (..., outputs); None where there are none."""
+        for label, size in ((name, shape), (f"{name}_bias", shape[:-1] if shape and bias else None)):
+            self.register_parameter(label, None if size is None else nn.Parameter(torch.empty(size)))
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Projections normal(initializer_range), biases zero, mixing as `FFN.init_weights` has it."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("_bias"):
+                nn.init.zeros_(parameter)
+            elif name == "mix_coef":
+                nn.init.constant_(parameter, self.coef_init)
+            else:
+                nn.init.normal_(parameter, std=self.mix_init_std if name == "mix_proj" else self.init_std)
+
+    def forward(self, hidden: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            hidden: (N, D) tokens.
+            weights: (N, k) in float32.
+            indices: (N, k) experts, int64.
+
+        Returns:
+            (N, D) in hidden's dtype or autocast's.
+
+        Raises:
+            ValueError: `expert_dispatch="grouped"` cannot run here.
+        """
+        hidden = hidden.to(compute_dtype(hidden))  # before the rows are copied, not after
+        method = choose_method(self.method, hidden.device, hidden.dtype)
+        groups = group_by_expert(indices, self.num_experts)
+        linear = partial(grouped_linear, groups=groups, method=method)
+        x = dispatch(hidden, groups)
+        a = linear(x, self.gate_proj, self.gate_proj_bias)
+        b = None if self.up_proj is None else linear(x, self.up_proj, self.up_proj_bias)
+        coefficients = self._coefficients(hidden, x, groups, linear).map(lambda factor: factor.to(a.dtype))
+        mixed = eager.mixture(a, b, *coefficients, self.spec.gate_dictionary, self.spec.up_dictionary)
+        return combine(linear(mixed, self.down_proj, self.down_proj_bias), weights, groups)
+
+    def _coefficients(self, hidden: Tensor, x: Tensor, groups: Groups, linear: Callable[..., Tensor]) -> Coefficients:
+        """Coefficients of the rows x (S, D) of the tokens hidden (N, D), each factor (S, *)."""
+        if self.mix_proj is not None:
+            if self.mixing == "expert":
+                return mixing_coefficients(self.spec, linear(x, self.mix_proj, self.mix_proj_bias))
+            per_token = mixing_coefficients(self.spec, F.linear(hidden, self.mix_proj, self.mix_proj_bias))
+            return per_token.map(lambda factor: dispatch(factor, groups))
+        if self.mix_coef is not None:
+            expert = self.mixing == "expert"
+            flat = F.embedding(groups.experts, self.mix_coef) if expert else self.mix_coef.expand(len(x), -1)
+            return mixing_coefficients(self.spec, flat)
+        return Coefficients()
+
+    def extra_repr(self) -> str:
+        """Settings shown by print(model)."""
+        sizes = f"experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}"
+        return f"{sizes}, {self.spec}, coefficients per {self.mixing}, dispatch={self.method}"
+
+
+class MoE(nn.Module):
+    """Mixture of experts in place of a feedforward layer: `router`, `experts`, and `shared_experts` (an FFN or None).
+
+    The shared experts are one FFN of width num_shared_experts * moe_intermediate_size with mixing coefficients of its
+    own. Nothing gates it: every token gets it whole, as in DeepSeekMoE; a gate (Qwen2-MoE) would be one more
+    difference between the baseline and the mixtures that are compared with it.
+
+    Args:
+        config: a configuration with experts; `ffn_backend` applies to the shared experts, `expert_dispatch` to the
+            routed ones.
+
+    Raises:
+        ValueError: a setting has a value that is not allowed.
+    """
+
+    def __init__(self, config: MoALlamaConfig) -> None:
+        super().__init__()
+        self.init_std = config.initializer_range
+        self.router = TopKRouter(
+            config.hidden_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            normalize=config.norm_topk_prob,
+            init_std=config.initializer_range,
+        )
+        self.experts = Experts(config)
+        shared_width = config.num_shared_experts * self.experts.hidden_dim
+        self.shared_experts = None
+        if shared_width > 0:
+            self.shared_experts = FFN(config.hidden_size, shared_width, **config.ffn_arguments())
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialize every weight: router and projections normal(initializer_range), mixing and biases as `FFN`."""
+        self.router.init_weights()
+        self.experts.init_weights()
+        if self.shared_experts is not None:
+            self.shared_experts.init_weights(partial(nn.init.normal_, std=self.init_std))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Apply the layer to hidden (B, T, D), or any leading shape; same shape, in hidden's dtype or autocast's."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        _, weights, indices = self.router(flat)
+        out = self.experts(flat, weights, indices).view(hidden.shape)
+        return out if self.shared_experts is None else out + self.shared_experts(hidden)

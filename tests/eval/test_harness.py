@@ -1,0 +1,374 @@
+"""MoALM against lm-eval's own HFLM: the four tasks from lm-eval's unmodified files, and everything around scoring."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import datasets.config
+import huggingface_hub.constants
+import lm_eval
+import pytest
+import tokenizers
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tokenizers import decoders, pre_tokenizers, processors, trainers
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    ViTConfig,
+)
+
+from moa_eval.harness import MoALM, ModelError
+from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
+
+ITEMS = Path(__file__).parent / "items"
+TASKS = {"arc_challenge": 32, "hellaswag": 32, "openbookqa": 32, "winogrande": 16}  # requests in ITEMS
+TASK_FOLDERS = [str(Path(lm_eval.__file__).parent / "tasks" / name) for name in ("arc", "hellaswag", "openbookqa")]
+TASK_FOLDERS.append(str(Path(lm_eval.__file__).parent / "tasks" / "winogrande"))
+SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Byte-level BPE trained on the items; nothing is added to a text unless asked for."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    bpe.train([str(path) for path in sorted(ITEMS.rglob("*.jsonl"))], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tokenizer, tmp_path_factory):
+    """Folders with random weights: a Llama, one of ours, one that is scored by HFLM's code."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    models = {
+        "llama": LlamaForCausalLM(LlamaConfig(**SIZES)),
+        "moa": MoALlamaForCausalLM(MoALlamaConfig(**SIZES, ffn_variant="qdmoa")),
+        "bloom": BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=2)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def both(checkpoints):
+    """HFLM and MoALM of the same checkpoint."""
+    return tuple(cls(str(checkpoints / "llama"), device="cpu", dtype="float32") for cls in (HFLM, MoALM))
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """The items stand where lm-eval's task files look for data sets, and nothing asks a network."""
+    monkeypatch.chdir(ITEMS)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def requests_of(pairs, kind="loglikelihood"):
+    return [Instance(request_type=kind, doc={}, arguments=pair, idx=0) for pair in pairs]
+
+
+def assert_equal_scores(hf, moa, pairs):
+    expected = hf.loglikelihood(requests_of(pairs), disable_tqdm=True)
+    got = moa.loglikelihood(requests_of(pairs), disable_tqdm=True)
+    for pair, theirs, ours in zip(pairs, expected, got, strict=True):
+        assert ours[0] == pytest.approx(theirs[0], abs=1e-4), pair
+        assert ours[1] == theirs[1], pair
+
+
+def evaluate(lm, shots=None) -> Any:
+    manager = TaskManager(include_path=TASK_FOLDERS, include_defaults=False)
+    return lm_eval.simple_evaluate(
+        lm, tasks=list(TASKS), num_fewshot=shots, task_manager=manager, bootstrap_iters=0, log_samples=True
+    )
+
+
+@pytest.mark.filterwarnings("default")  # lm-eval and datasets warn for reasons of their own
+@pytest.mark.parametrize(("name", "shots"), [("llama", 2), ("moa", 0)])
+def test_the_four_tasks(checkpoints, offline, name, shots):
+    """Every log-likelihood to 1e-4, every greedy flag and every accuracy; with examples, contexts are long."""
+    results = [evaluate(cls(str(checkpoints / name), device="cpu"), shots) for cls in (HFLM, MoALM)]
+    for task, count in TASKS.items():
+        samples = [sorted(result["samples"][task], key=lambda sample: sample["doc_id"]) for result in results]
+        pairs = [
+            (theirs[0], ours[0])
+            for hf, moa in zip(*samples, strict=True)
+            for theirs, ours in zip(hf["resps"], moa["resps"], strict=True)
+        ]
+        assert len(pairs) == count
+        for theirs, ours in pairs:
+            assert ours[0] == pytest.approx(theirs[0], abs=1e-4)
+            assert ours[1] == theirs[1]
+        metrics = [
+            {key: value for key, value in r["results"][task].items() if key.startswith("acc")} for r in results
+        ]
+        assert metrics[0] == metrics[1]
+        assert "acc,none" in metrics[0]
+
+
+CONTEXTS = ["", "A man is", "A man is ", "A man is  \n", "<s>A man", "<s>", "Über", "A man sits. " * 30]
+CONTINUATIONS = [" sitting", "sitting", " s", "x", "<s>", " <s>a", "  two", "\n", " sitting on a roof", "</s>"]
+PAIRS = [pair for pair in product(CONTEXTS, CONTINUATIONS) if pair != ("", "<s>")]  # the prefix token alone
+
+
+@pytest.mark.parametrize("max_length", [None, 16])
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+@pytest.mark.parametrize("adds_bos", [False, True], ids=["plain", "adds_bos"])
+def test_strings_are_split_into_tokens_as_hflm_does(
+    checkpoints, tokenizer, tmp_path, max_length, add_bos_token, adds_bos
+):
+    if adds_bos:
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer.backend_tokenizer.post_processor = template
+    arguments = {"tokenizer": tokenizer, "max_length": max_length, "add_bos_token": add_bos_token, "device": "cpu"}
+    hf, moa = (cls(str(checkpoints / "llama"), **arguments) for cls in (HFLM, MoALM))
+    recorded = {}
+    for lm in (hf, moa):
+        original = lm._loglikelihood_tokens
+        lm._loglikelihood_tokens = lambda requests, original=original, lm=lm, **kwargs: (
+            recorded.update({lm: requests}) or original(requests, **kwargs)
+        )
+    assert_equal_scores(hf, moa, PAIRS)
+    assert recorded[hf] == recorded[moa]
+
+
+def test_each_distinct_string_is_tokenized_once(both, monkeypatch):
+    _, moa = both
+    seen, lists = [], []
+    call, encode = type(moa.tokenizer).__call__, type(moa.tokenizer).encode
+
+    def count(self, text, *args, **kwargs):
+        seen.extend([text] if isinstance(text, str) else text)
+        lists.append(text)
+        return call(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(type(moa.tokenizer), "__call__", count)
+    monkeypatch.setattr(
+        type(moa.tokenizer), "encode", lambda self, text, **kw: seen.append(text) or encode(self, text)
+    )
+    pairs = [("A man is", " sitting"), ("A man is", " standing"), ("A man is ", "up"), ("", "alone"), ("", "alone")]
+    moa.loglikelihood(requests_of(pairs), disable_tqdm=True)
+    assert sorted(seen) == sorted(["A man is", "A man is sitting", "A man is standing", "A man is up", "alone"])
+    assert len(lists) == 2  # one call with special tokens where the tokenizer adds them, one without
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_batch_size_does_not_move_scores(both, batch_size, monkeypatch):
+    hf, moa = both
+    monkeypatch.setattr(moa, "batch_size_per_gpu", batch_size)
+    assert_equal_scores(hf, moa, PAIRS)
+
+
+def test_rolling_likelihood_and_generation_are_inherited(both, monkeypatch):
+    texts = [("A man is sitting on a roof. " * count,) for count in (1, 2, 9)]
+    for lm in both:
+        monkeypatch.setattr(lm, "_max_length", 32)
+    expected, got = (lm.loglikelihood_rolling(requests_of(texts), disable_tqdm=True) for lm in both)
+    assert got == pytest.approx(expected, abs=1e-3)  # sums over up to 9 windows
+    arguments = [("A man is", {"until": ["."], "max_gen_toks": 8}), ("The", {"until": [], "max_gen_toks": 8})]
+    for lm in both:
+        monkeypatch.setattr(lm, "_max_length", None)
+        lm.loglikelihood(requests_of(PAIRS[20:22]), disable_tqdm=True)  # scoring leaves generation as it was
+    expected, got = (lm.generate_until(requests_of(arguments, "generate_until"), disable_tqdm=True) for lm in both)
+    assert got == expected
+
+
+@pytest.mark.parametrize(("context", "continuation"), [("", "<s>"), ("A man", ""), (" ", "x")])
+def test_pairs_without_tokens_to_score_are_named(both, context, continuation):
+    with pytest.raises(ValueError, match="request 1 has an empty"):
+        both[1].loglikelihood(requests_of([("A", " man"), (context, continuation)]), disable_tqdm=True)
+
+
+def test_partial_results_reach_the_cache(both, monkeypatch):
+    _, moa = both
+    stored = {}
+
+    class Hook:
+        def add_partial(self, kind, strings, answer):
+            stored[kind, strings] = answer
+
+    monkeypatch.setattr(moa, "cache_hook", Hook())
+    pairs = [("A man", " is"), ("A man", " was"), ("", "x")]
+    got = moa.loglikelihood(requests_of(pairs), disable_tqdm=True)
+    assert stored == {("loglikelihood", pair): answer for pair, answer in zip(pairs, got, strict=True)}
+
+
+@pytest.mark.filterwarnings("default")
+def test_other_models_are_scored_by_hflm(checkpoints, caplog):
+    hf, moa = (cls(str(checkpoints / "bloom"), device="cpu", max_length=64) for cls in (HFLM, MoALM))
+    for _ in range(2):
+        assert_equal_scores(hf, moa, PAIRS[:20])
+    warnings = [record.message for record in caplog.records if "HFLM's code" in record.message]
+    assert len(warnings) == 1
+    assert "position_ids" in warnings[0]
+
+
+def test_a_model_object_is_taken(both, checkpoints, tokenizer):
+    hf, _ = both
+    moa = MoALM(LlamaForCausalLM.from_pretrained(checkpoints / "llama"), tokenizer=tokenizer)
+    assert_equal_scores(hf, moa, PAIRS[:20])
+    assert get_model("moa") is MoALM
+
+
+def broken(kind, folder, llama):
+    """Make `folder` a checkpoint with one fault."""
+    if kind == "no folder":
+        return
+    if kind in ("vit", "t5"):
+        {"vit": ViTConfig, "t5": T5Config}[kind]().save_pretrained(folder)
+        return
+    shutil.copytree(llama, folder)
+    weights = folder / "model.safetensors"
+    if kind == "no config":
+        (folder / "config.json").unlink()
+    elif kind == "adapter":
+        (folder / "config.json").rename(folder / "adapter_config.json")
+    elif kind == "unknown type":
+        (folder / "config.json").write_text('{"model_type": "foo"}')
+    elif kind == "no tokenizer":
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "shapes":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    elif kind == "nan":
+        model = LlamaForCausalLM.from_pretrained(folder)
+        model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+        model.save_pretrained(folder)
+
+
+FAULTS = {
+    "no folder": ({}, "does not exist"),
+    "no config": ({}, "holds no config.json: name a transformers checkpoint"),
+    "adapter": ({}, "it is an adapter: pass pretrained=BASE,peft="),
+    "unknown type": ({}, "cannot read the config of .*foo"),
+    "vit": ({}, "of type 'vit', no causal language model"),
+    "t5": ({}, "of type 't5', no causal language model"),
+    "no tokenizer": ({}, "no tokenizer could be loaded from .*tokenizer=NAME_OR_DIR"),
+    "no weights": ({}, "cannot load the weights of .*model.safetensors"),
+    "truncated": ({}, "model.safetensors is truncated or damaged"),
+    "shapes": ({}, "do not have the shapes of its config.json"),
+    "nan": ({}, "not finite: model.layers.1.mlp.up_proj.weight; training diverged"),
+    "argument": ({"max_lenght": 7}, "unknown model argument 'max_lenght': did you mean 'max_length'"),
+    "dtype": ({"dtype": "floaty"}, "cannot use dtype='floaty'"),
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", FAULTS)
+def test_faults_are_one_line(kind, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    arguments, message = FAULTS[kind]
+    folder = tmp_path / "checkpoint"
+    broken(kind, folder, checkpoints / "llama")
+    with pytest.raises(ValueError, match=message) as caught:
+        MoALM(str(folder), device="cpu", **arguments)
+    assert isinstance(caught.value, ModelError)
+    assert isinstance(caught.value, SystemExit)  # what keeps a traceback away from lm-eval's command line
+    assert caught.value.code == f"moa: {caught.value}"
+    assert "\n" not in str(caught.value)
+
+
+def test_no_checkpoint_and_nan_scores(both, monkeypatch):
+    with pytest.raises(ModelError, match="pass --model_args pretrained=DIR"):
+        MoALM(device="cpu")
+    _, moa = both
+    moa.loglikelihood(requests_of(PAIRS[20:22]), disable_tqdm=True)
+    monkeypatch.setattr(moa.model.model.norm.weight, "data", torch.full_like(moa.model.model.norm.weight, torch.nan))
+    with pytest.raises(ModelError, match="NaN as a log-probability"):
+        moa.loglikelihood(requests_of(PAIRS[20:22]), disable_tqdm=True)
+
+
+# What each of two processes runs: the command line, with the task index limited to what is evaluated (lm-eval reads
+# thousands of files otherwise) and with a note of the strings that were scored.
+PROCESS = """
+import json, os, sys
+from pathlib import Path
+from lm_eval.tasks import TaskManager
+import moa_eval.__main__, moa_eval.harness
+
+here, folders = Path(sys.argv.pop(1)), json.loads(sys.argv.pop(1))
+initialize = TaskManager.__init__
+TaskManager.__init__ = lambda self, **k: initialize(self, include_path=folders, include_defaults=False)
+score = moa_eval.harness.MoALM._loglikelihood_tokens
+
+def noted(self, requests, **kwargs):
+    note = {"rank": self.rank, "world": self.world_size, "scored": [request[0] for request in requests]}
+    (here / f"process{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(note))
+    return score(self, requests, **kwargs)
+
+moa_eval.harness.MoALM._loglikelihood_tokens = noted
+moa_eval.__main__.main()
+"""
+
+
+@pytest.mark.filterwarnings("default")
+def test_two_processes_share_the_work(checkpoints, tmp_path, offline):
+    """Under accelerate on one CPU machine: every request once, one result file, the numbers of one process."""
+    (tmp_path / "process.py").write_text(PROCESS)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [str(tmp_path / "process.py"), str(tmp_path), json.dumps(TASK_FOLDERS)]
+    command += ["--model", "moa", "--model_args", f"pretrained={checkpoints / 'llama'}"]
+    command += ["--tasks", "openbookqa,winogrande", "--output_path", str(tmp_path / "out"), "--log_samples"]
+    settings = {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }
+    environment = os.environ | settings | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
+    done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    notes = [json.loads((tmp_path / f"process{rank}.json").read_text()) for rank in range(2)]
+    assert [(note["rank"], note["world"]) for note in notes] == [(0, 2), (1, 2)]
+    scored = [tuple(pair) for note in notes for pair in note["scored"]]
+    assert len(scored) == len(set(scored)) == TASKS["openbookqa"] + TASKS["winogrande"]
+
+    assert len(list((tmp_path / "out").rglob("results_*.json"))) == 1
+    alone = evaluate(MoALM(str(checkpoints / "llama"), device="cpu"), shots=0)
+    [result] = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("results_*.json")]
+    for task in ("openbookqa", "winogrande"):
+        assert result["results"][task]["acc,none"] == alone["results"][task]["acc,none"]
+        [path] = (tmp_path / "out").rglob(f"samples_{task}_*.jsonl")
+        samples = {sample["doc_id"]: sample for sample in map(json.loads, path.read_text().splitlines())}
+        assert len(samples) == len(alone["samples"][task]) == 8
+        for sample in alone["samples"][task]:
+            for (ours,), (theirs,) in zip(samples[sample["doc_id"]]["resps"], sample["resps"], strict=True):
+                assert float(ours[0]) == pytest.approx(theirs[0], abs=1e-4)

@@ -1,0 +1,78 @@
+"""Tiny models, written down once, and a tokenizer made on the spot."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
+
+TINY: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # large, so that logits differ visibly
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """No progress bars; transformers' verbosity as it was."""
+    before = logging.get_verbosity()
+    logging.disable_progress_bar()
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., MoALlamaForCausalLM]:
+    """tiny(**fields) -> a small MoALlamaForCausalLM in evaluation mode, the same at each call."""
+
+    def make(**fields: Any) -> MoALlamaForCausalLM:
+        torch.manual_seed(0)
+        return MoALlamaForCausalLM(MoALlamaConfig(**{**TINY, **fields})).eval()
+
+    return make
+
+
+@pytest.fixture
+def llama() -> Callable[..., LlamaForCausalLM]:
+    """llama(**fields) -> transformers' own model of the same size."""
+
+    def make(**fields: Any) -> LlamaForCausalLM:
+        torch.manual_seed(1)
+        return LlamaForCausalLM(LlamaConfig(**{**TINY, **fields})).eval()
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> Callable[..., torch.Tensor]:
+    """tokens(*shape) -> reproducible token ids below TINY's vocabulary, none of them special."""
+
+    def make(*shape: int, seed: int = 0) -> torch.Tensor:
+        return torch.randint(3, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> Path:
+    """A folder with a tokenizer of 70 words and an end token."""
+    words = {"<|end|>": 0, **{f"w{i}": i for i in range(1, 70)}}
+    inner = Tokenizer(WordLevel(words, unk_token="w1"))
+    inner.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", unk_token="w1")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"

@@ -1,0 +1,133 @@
+"""Dispatch against sums written out with one-hot matrices, for many numbers of tokens, experts and choices."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moa_lm import dispatch as subject
+from moa_lm.dispatch import choose_method, combine, dispatch, group_by_expert, grouped_linear
+
+
+@st.composite
+def assignments(draw) -> tuple[Tensor, int]:
+    """indices (N, k) and E; the choices of a token differ, experts may be left out."""
+    tokens, experts = draw(st.integers(0, 9)), draw(st.integers(1, 7))
+    k = draw(st.integers(1, experts))
+    choice = st.permutations(range(experts)).map(lambda order: order[:k])
+    return torch.tensor([draw(choice) for _ in range(tokens)], dtype=torch.int64).view(tokens, k), experts
+
+
+@settings(max_examples=60, deadline=None)
+@given(assignments())
+def test_groups(drawn):
+    indices, experts = drawn
+    groups = group_by_expert(indices, experts)
+    pairs = sorted((expert, place) for place, expert in enumerate(indices.flatten().tolist()))
+    assert list(zip(groups.experts.tolist(), groups.order.tolist(), strict=True)) == pairs
+    assert groups.ends.dtype == torch.int32
+    assert groups.ends.tolist() == [sum(e <= expert for e, _ in pairs) for expert in range(experts)]
+    assert torch.equal(groups.order[groups.rows].flatten(), torch.arange(indices.numel()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(assignments(), st.integers(0, 3))
+def test_dispatch_and_combine_equal_one_hot_products(drawn, width):
+    """Forward and both gradients, in float64, where the order of a sum does not show at 1e-12."""
+    indices, experts = drawn
+    n, k = indices.shape
+    groups = group_by_expert(indices, experts)
+    chooses = torch.zeros(n * k, n, dtype=torch.float64)  # (S, N): row r belongs to token t
+    chooses[torch.arange(n * k), groups.order // k] = 1
+    x = torch.randn(n, width, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(n, k, dtype=torch.float64, requires_grad=True)
+    row_weights = torch.stack([weights[int(o) // k, int(o) % k] for o in groups.order]) if n else weights.flatten()
+    rows = dispatch(x, groups)
+    torch.testing.assert_close(rows, chooses @ x)
+    out = combine(rows.sin(), weights, groups)
+    expected = chooses.T @ ((chooses @ x).sin() * row_weights.unsqueeze(-1))
+    torch.testing.assert_close(out, expected)
+    seed = torch.randn_like(out)
+    actual = torch.autograd.grad(out, (x, weights), seed)
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, (x, weights), seed))
+
+
+@settings(max_examples=25, deadline=None)
+@given(assignments(), st.integers(1, 9), st.integers(1, 9), st.booleans())
+def test_grouped_linear_equals_einsum(drawn, fan_in, fan_out, with_bias):
+    indices, experts = drawn
+    groups = group_by_expert(indices, experts)
+    x = torch.randn(indices.numel(), fan_in, requires_grad=True)
+    weight = torch.randn(experts, fan_out, fan_in, requires_grad=True)
+    bias = torch.randn(experts, fan_out, requires_grad=True)
+    inputs = (x, weight, bias) if with_bias else (x, weight)
+    choice = torch.nn.functional.one_hot(groups.experts, experts).float()
+    expected = torch.einsum("se,eoi,si->so", choice, weight, x) + (choice @ bias if with_bias else 0)
+    seed = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, inputs, seed)
+    for method in ("grouped", "loop"):
+        actual = grouped_linear(x, weight, bias if with_bias else None, groups, method)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(actual, inputs, seed), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [8, 5])
+@pytest.mark.parametrize("tokens", [2, 0])
+def test_gradients_need_not_be_contiguous(width, tokens):
+    groups = group_by_expert(torch.tensor([[0, 1], [1, 0]])[:tokens], 2)
+    weight = torch.randn(2, width, 8, requires_grad=True)
+    grads = []
+    for method in ("grouped", "loop"):
+        out = grouped_linear(torch.ones(2 * tokens, 8), weight, None, groups, method)
+        grads.append(torch.autograd.grad(out.sum(), weight)[0])  # an expanded gradient, of strides 0
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_over_choices_are_float32(dtype):
+    """1 + 256 * 2^-9 is 1.5; in half precision each addend would be lost or rounded."""
+    k = 257
+    groups = group_by_expert(torch.arange(k).view(1, k), k)
+    weights = torch.full((1, k), 2.0**-9)
+    weights[0, 0] = 1.0
+    out = combine(torch.ones(k, 1, dtype=dtype), weights, groups)
+    assert out.dtype == dtype and out.item() == 1.5
+    x = torch.ones(1, 1, dtype=dtype, requires_grad=True)
+    dispatch(x, groups).backward(weights.T.to(dtype))
+    assert x.grad.dtype == dtype and x.grad.item() == 1.5
+
+
+def test_auto_takes_the_loop_where_it_must_and_says_so_once(caplog):
+    subject._tried.cache_clear()
+    subject._log.cache_clear()
+    cpu = torch.device("cpu")
+    assert choose_method("auto", cpu, torch.float32) == "grouped"
+    with caplog.at_level(logging.WARNING, "moa_lm"):
+        assert [choose_method("auto", cpu, torch.float64) for _ in range(3)] == ["loop"] * 3
+    assert len(caplog.records) == 1 and "loop" in caplog.text and "float64 on cpu" in caplog.text
+    assert choose_method("loop", cpu, torch.float32) == "loop"
+
+
+def test_grouped_by_name_raises_where_it_cannot_run():
+    with pytest.raises(ValueError, match=r"expert_dispatch='grouped'.*float64 on cpu: .+'loop'"):
+        choose_method("grouped", torch.device("cpu"), torch.float64)
+
+
+def test_gradients_are_tried_in_inference_mode_too():
+    subject._tried.cache_clear()
+    with torch.inference_mode():
+        assert choose_method("grouped", torch.device("cpu"), torch.bfloat16) == "grouped"
+
+
+def test_an_older_torch_without_grouped_products(monkeypatch):
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    subject._tried.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"expert_dispatch='grouped'.*grouped_mm"):
+            choose_method("grouped", torch.device("cpu"), torch.float32)
+        assert choose_method("auto", torch.device("cpu"), torch.float32) == "loop"
+    finally:
+        subject._tried.cache_clear()

@@ -1,0 +1,137 @@
+"""python -m moa_lm: folders that transformers loads, a table that parses, errors of one line."""
+
+import csv
+import io
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moa_lm.__main__ import COLUMNS, main
+from moa_lm.sizes import SIZES, TABLE_VARIANTS
+
+
+def create(*extra, size="dense-tiny"):
+    return ["create", "--size", size, "--ffn", "qdmoa", "--set", "num_hidden_layers=1", *map(str, extra)]
+
+
+def test_create_makes_a_folder_that_transformers_loads(tokenizer_folder, tmp_path, capsys):
+    out = tmp_path / "new" / "model"
+    assert main(create("--tokenizer", tokenizer_folder, "--out", out, "--set", "ffn_gate=tanh", "--seed", "3")) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.config.vocab_size == 128 >= len(tokenizer) == 70
+    assert (model.config.ffn_variant, model.config.ffn_gate) == ("qdmoa", "tanh")
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 0
+    assert model.dtype == torch.float32
+    inputs = tokenizer("w4 w5", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (1, 4)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{count:,} parameters" in capsys.readouterr().out
+    assert list(out.parent.iterdir()) == [out]  # nothing temporary is left
+
+
+def test_create_is_a_function_of_the_seed(tokenizer_folder, tmp_path):
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert main(create("--tokenizer", tokenizer_folder, "--out", tmp_path / name, "--seed", seed)) == 0
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_create_options(tokenizer_folder, tmp_path):
+    arguments = (
+        "--tokenizer",
+        tokenizer_folder,
+        "--out",
+        tmp_path / "m",
+        "--vocab-multiple",
+        "1",
+        "--dtype",
+        "bfloat16",
+    )
+    assert main(create(*arguments, size="moe-tiny")) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert (model.config.vocab_size, model.config.num_experts, model.dtype) == (70, 8, torch.bfloat16)
+
+
+def test_an_empty_folder_is_filled_and_a_full_one_is_not_touched(tokenizer_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert main(create("--tokenizer", tokenizer_folder, "--out", out)) == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert main(create("--tokenizer", tokenizer_folder, "--out", out, "--seed", "9")) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_convert(with_tokenizer, llama, tokens, tokenizer_folder, tmp_path, capsys):
+    theirs = llama()
+    theirs.save_pretrained(tmp_path / "llama")
+    if with_tokenizer:
+        AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "llama")
+    for variant in ("swiglu", "qdmoa"):
+        assert main(["convert", str(tmp_path / "llama"), "--ffn", variant, "--out", str(tmp_path / variant)]) == 0
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "swiglu")
+    assert torch.equal(ours(tokens(1, 7)).logits, theirs(tokens(1, 7)).logits)
+    mixed = AutoModelForCausalLM.from_pretrained(tmp_path / "qdmoa")
+    assert mixed.config.ffn_variant == "qdmoa" and torch.isfinite(mixed(tokens(1, 7)).logits).all()
+    if with_tokenizer:
+        text = "w4 w9 w2"
+        first, second = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("llama", "qdmoa"))
+        assert first(text)["input_ids"] == second(text)["input_ids"]
+    else:
+        assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_errors_are_one_line(llama, tokenizer_folder, tmp_path, capsys):
+    llama().save_pretrained(tmp_path / "llama")
+    (tmp_path / "empty").mkdir()
+    out = ("--out", str(tmp_path / "out"))
+    tokenizer = ("--tokenizer", str(tokenizer_folder))
+    cases = {
+        "no such folder": create("--tokenizer", str(tmp_path / "nowhere"), *out),
+        "ffn_gate='loud'": create(*tokenizer, *out, "--set", "ffn_gate=loud"),
+        "must be FIELD=VALUE": create(*tokenizer, *out, "--set", "ffn_gate"),
+        "--vocab-multiple 0": create(*tokenizer, *out, "--vocab-multiple", "0"),
+        "is Type-I": ["convert", str(tmp_path / "llama"), "--ffn", "moa", *out],
+        "nowhere: no such folder": ["convert", str(tmp_path / "nowhere"), "--ffn", "qdmoa", *out],
+        "empty": ["convert", str(tmp_path / "empty"), "--ffn", "qdmoa", *out],
+        "unknown setting 'ffn_x'": ["convert", str(tmp_path / "llama"), "--ffn", "qdmoa", *out, "--set", "ffn_x=1"],
+    }
+    for words, arguments in cases.items():
+        assert main(arguments) == 2, words
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists()
+
+
+def test_sizes_as_csv(capsys):
+    names = ["dense-tiny", "dense-0.12b", "llama-large", "moe-tiny"]
+    assert main(["sizes", "--csv", "--size", *names]) == 0
+    header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert tuple(header) == COLUMNS
+    expected = [(name, v) for name in names for v in SIZES[name].variants or TABLE_VARIANTS]
+    assert [tuple(row[:2]) for row in rows] == expected
+    baseline = next(row for row in rows if row[:2] == ["dense-0.12b", "swiglu"])
+    assert baseline[2:9] == ["6", "768", "2048", "119744256", "119744256", "42477312", "0"]
+    assert baseline[9:] == ["0.11974", "1.0", "", ""]
+
+
+def test_sizes_as_markdown(capsys):
+    assert main(["sizes", "--size", "moe-2b", "--ffn", "qdmoa"]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 3
+    assert {line.count("|") for line in table} == {len(COLUMNS) + 1}
+    assert "moe-2b" in table[2] and "| 0.62 | 1.0034 |" in table[2]
+
+
+def test_help(capsys):
+    for arguments, words in (
+        ([], ("sizes", "create", "convert")),
+        (["create"], ("--tokenizer", "dense-0.12b", "qdmoa")),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--help"])
+        text = capsys.readouterr().out
+        assert stop.value.code == 0 and all(word in text for word in words)

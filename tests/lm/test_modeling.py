@@ -1,0 +1,295 @@
+"""The models against transformers' own Llama, and everything that transformers does with a model."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from moa_ffn import VARIANTS
+from moa_lm import MoALlamaConfig, MoALlamaForCausalLM, MoALlamaModel
+
+EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+FAMILY = [*VARIANTS, "moe"]
+
+
+def fields(name: str) -> dict[str, Any]:
+    """Configuration fields of a member of FAMILY."""
+    return {**EXPERTS, "ffn_variant": "qdmoa"} if name == "moe" else {"ffn_variant": name}
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """Relative RMS error."""
+    return ((ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt()).item()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
+def test_swiglu_is_llama(attention, tied, bias, tiny, llama, tokens):
+    same = {"tie_word_embeddings": tied, "attn_implementation": attention, "mlp_bias": bias, "attention_bias": bias}
+    theirs, ours = llama(**same), tiny(ffn_variant="swiglu", **same)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    input_ids = tokens(3, 11)
+    mask = torch.ones_like(input_ids)
+    mask[1, :4] = 0
+    labels = input_ids.masked_fill(mask == 0, -100)
+    results = [model(input_ids, attention_mask=mask, labels=labels) for model in (ours, theirs)]
+    assert error(results[0].logits[mask > 0], results[1].logits[mask > 0]) < 1e-5
+    assert torch.allclose(results[0].loss, results[1].loss, rtol=1e-5)
+    for result in results:
+        result.loss.backward()
+    expected = gradients(theirs)
+    assert gradients(ours).keys() == expected.keys()
+    for name, gradient in gradients(ours).items():
+        assert error(gradient, expected[name]) < 1e-5, name
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    heads=st.sampled_from([(4, 1, None), (4, 2, None), (2, 2, None), (4, 2, 16)]),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 20),
+)
+def test_swiglu_is_llama_at_any_shape(heads, batch, length, tiny, llama, tokens):
+    same = dict(zip(("num_attention_heads", "num_key_value_heads", "head_dim"), heads, strict=True))
+    theirs, ours = llama(**same), tiny(ffn_variant="swiglu", **same)
+    ours.load_state_dict(theirs.state_dict())
+    input_ids = tokens(batch, length)
+    assert error(ours(input_ids).logits, theirs(input_ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+    ids=["linear", "llama3"],
+)
+def test_rotary_scaling_is_llama_s(rope, tiny, llama, tokens):
+    same = {"rope_parameters": {"rope_theta": 10000.0, **rope}}
+    theirs, ours = llama(**same), tiny(ffn_variant="swiglu", **same)
+    ours.load_state_dict(theirs.state_dict())
+    assert error(ours(tokens(1, 30)).logits, theirs(tokens(1, 30)).logits) < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_model_is_its_layers_written_out(name, tiny, tokens):
+    """The FFN sits where Llama has it: hidden states of each layer follow from the layer's own modules."""
+    model = tiny(**fields(name), attn_implementation="eager")
+    input_ids = tokens(2, 7)
+    states = model(input_ids, output_hidden_states=True).hidden_states
+    rotary = model.model.rotary_emb(states[0], torch.arange(7)[None])
+    causal = torch.full((7, 7), -torch.inf).triu(1)[None, None]
+    layer = model.model.layers[0]
+    attended = states[0] + layer.self_attn(layer.input_layernorm(states[0]), rotary, causal)[0]
+    expected = attended + layer.mlp(layer.post_attention_layernorm(attended))
+    assert error(states[1], expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["swiglu", "relu2", "bila", "qdmoa", "moe"])
+def test_generation_with_cache_is_generation_without(name, tiny, tokens):
+    model = tiny(**fields(name))
+    prompt = tokens(2, 5)
+    mask = torch.ones_like(prompt)
+    mask[0, :2] = 0
+    runs = [
+        model.generate(
+            prompt, attention_mask=mask, max_new_tokens=12, do_sample=False, use_cache=cache, pad_token_id=0
+        )
+        for cache in (True, False)
+    ]
+    assert torch.equal(*runs)
+    sequence = runs[0][1:]
+    greedy = model(sequence).logits.argmax(-1)[0, 4:-1]
+    assert torch.equal(greedy, sequence[0, 5:])
+
+
+def test_cache_continues_a_sequence(tiny, tokens):
+    model, input_ids = tiny(), tokens(1, 9)
+    cache = DynamicCache(config=model.config)
+    parts = [
+        model(piece, past_key_values=cache, use_cache=True).logits for piece in input_ids.split([4, 1, 4], dim=1)
+    ]
+    assert error(torch.cat(parts, dim=1), model(input_ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_resized_embeddings(tied, tiny, tokens, tmp_path):
+    model = tiny(tie_word_embeddings=tied)
+    input_ids = tokens(1, 6)
+    with torch.no_grad():
+        before = model(input_ids).logits
+    model.resize_token_embeddings(120, mean_resizing=False)
+    after = model(input_ids).logits
+    assert after.shape[-1] == model.config.vocab_size == 120
+    assert torch.equal(after[..., :101], before)
+    model(input_ids, labels=torch.full_like(input_ids, 119)).loss.backward()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids).logits, after)
+
+
+def test_logits_to_keep(tiny, tokens):
+    model, input_ids = tiny(), tokens(2, 8)
+    full = model(input_ids).logits
+    kept = torch.tensor([1, 6])
+    grid = torch.tensor([[0, 5], [7, 2]])
+    assert torch.equal(model(input_ids, logits_to_keep=3).logits, full[:, -3:])
+    assert torch.allclose(model(input_ids, logits_to_keep=kept).logits, full[:, kept], rtol=1e-5, atol=1e-6)
+    by_row = torch.stack([row[places] for row, places in zip(full, grid, strict=True)])
+    assert torch.allclose(model(input_ids, logits_to_keep=grid).logits, by_row, rtol=1e-5, atol=1e-6)
+    mask = torch.zeros(2, 8, dtype=torch.bool)
+    mask[0, 3] = mask[1, 4:6] = True
+    assert torch.allclose(model(input_ids, logits_to_keep=mask).logits, full[mask], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_saved_and_loaded_through_auto_classes(name, tiny, tokens, tmp_path):
+    model = tiny(**fields(name), ffn_gate="tanh", ffn_gate_activations="s,r", ffn_up_activations="id,l")
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "moa_llama"
+    assert "auto_map" not in (tmp_path / "config.json").read_text()  # no code to be run from the checkpoint
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is MoALlamaForCausalLM
+    assert torch.equal(loaded(tokens(1, 6)).logits, model(tokens(1, 6)).logits)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is MoALlamaModel
+    assert torch.equal(base(tokens(1, 6)).last_hidden_state, model.model(tokens(1, 6)).last_hidden_state)
+
+
+def test_state_dict_has_llama_s_names(tiny, llama):
+    theirs = {name: weight.shape for name, weight in llama().state_dict().items()}
+    ours = {name: weight.shape for name, weight in tiny(ffn_variant="qdmoa").state_dict().items()}
+    extra = {f"model.layers.{i}.mlp.mix_proj.weight" for i in range(2)}
+    assert ours.keys() - theirs.keys() == extra
+    assert {name: shape for name, shape in ours.items() if name not in extra} == theirs
+
+
+def test_half_precision(tiny, tokens, tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    logits = loaded(tokens(2, 9)).logits
+    assert logits.dtype == torch.bfloat16
+    assert error(logits.float(), model(tokens(2, 9)).logits) < 5e-2
+    loaded.save_pretrained(tmp_path / "half")
+    assert AutoConfig.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_device_map(tiny, tokens, tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert torch.equal(loaded(tokens(1, 6)).logits, model(tokens(1, 6)).logits)
+    assert loaded._no_split_modules == {"MoALlamaDecoderLayer"}  # what device_map="auto" keeps on one device
+    assert {type(layer).__name__ for layer in loaded.model.layers} == loaded._no_split_modules
+
+
+@pytest.mark.parametrize("name", ["qdmoa", "bila", "moe"])
+def test_initialization_is_the_model_s_for_projections_and_the_layer_s_for_mixing(name, tiny):
+    model = tiny(
+        **fields(name),
+        **{"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1, "ffn_mix_init_std": 3.0},
+        **{"ffn_coef_init": 0.7, "ffn_mix_bias": True},
+    )
+    for parameter, value in model.named_parameters():
+        if "mix_coef" in parameter:
+            assert (value == 0.7).all()
+        elif parameter.endswith("bias"):
+            assert (value == 0).all()
+        elif "norm" in parameter:
+            assert (value == 1).all()
+        else:
+            expected = 3.0 if "mix_proj" in parameter else 0.1
+            assert value.std().item() == pytest.approx(expected, rel=0.1), parameter
+
+
+@pytest.mark.parametrize("variant", ["qdmoa", "bila", "bimoa", "moe"])
+@pytest.mark.parametrize("device_map", [None, "cpu"])
+def test_missing_mixing_is_initialized_by_the_layer_s_rule(variant, device_map, tiny, tmp_path):
+    """Loading builds on the meta device; what the checkpoint lacks must not stay empty, nor take Llama's rule."""
+    saved = tiny(**{**fields(variant), "ffn_variant": "swiglu"})
+    saved.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        device_map=device_map,
+        ffn_variant=fields(variant)["ffn_variant"],
+        ffn_mix_init_std=3.0,
+        ffn_coef_init=0.7,
+        ffn_mix_bias=variant in ("bimoa", "moe"),
+    )
+    kept = load_file(tmp_path / "model.safetensors")
+    for name, value in loaded.named_parameters():
+        if "mix_coef" in name:
+            assert (value == 0.7).all()
+        elif "mix_proj" in name and name.endswith("bias"):
+            assert (value == 0).all()
+        elif "mix_proj" in name:
+            assert value.std().item() == pytest.approx(3.0, rel=0.3)
+        else:
+            assert torch.equal(value, kept[name]), name
+
+
+def test_settings_given_to_from_pretrained_are_checked(tiny, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ffn_gate='loud' is not one of"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, ffn_gate="loud")
+
+
+def test_bad_folders_raise(tmp_path):
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        MoALlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_hub_metadata(tiny):
+    assert {"moa", "mixture-of-activations"} <= set(tiny().model_tags)
+
+
+def test_outputs_as_tuples(tiny, tokens):
+    model, input_ids = tiny(), tokens(1, 5)
+    named = model(input_ids, labels=input_ids, use_cache=False)
+    loss, logits, *_ = model(input_ids, labels=input_ids, use_cache=False, return_dict=False)
+    assert torch.equal(loss, named.loss) and torch.equal(logits, named.logits)
+    (hidden,) = model.model(input_ids, use_cache=False, return_dict=False)
+    assert torch.equal(hidden, model.model(input_ids).last_hidden_state)
+
+
+def test_two_models_of_one_seed_are_equal():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        models.append(MoALlamaModel(MoALlamaConfig(**EXPERTS, vocab_size=9, hidden_size=32, num_hidden_layers=1)))
+    for first, second in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_attention_implementations_are_llama_s(tiny):
+    for flag in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend"):
+        assert getattr(tiny(), flag) is getattr(LlamaForCausalLM, flag) is True
+    with pytest.raises(ValueError, match="nonsense"):
+        tiny(attn_implementation="nonsense")

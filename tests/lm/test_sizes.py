@@ -1,0 +1,115 @@
+"""Named sizes: the counts by arithmetic written out here, and the paper's figures."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from moa_ffn import VARIANTS
+from moa_lm import SIZES, MoALlamaForCausalLM, named_config
+from moa_lm.sizes import TABLE_VARIANTS, count_parameters
+
+VOCAB = 50304
+SIX = "g,s,r,r2,l,t"
+# Vectors of mixing coefficients with the default dictionaries of 3 and 2 activations.
+VECTORS = {"swiglu": 0, "onemoa": 3, "bimoa": 5, "qdmoa": 6, "relu2": 0, "moa": 3}
+ACTIVE = {"swiglu": 3, "onemoa": 3, "bimoa": 3, "qdmoa": 3, "relu2": 2, "moa": 2}  # matrices of an FFN
+
+
+def by_hand(size: str, variant: str) -> tuple[int, int]:
+    """Total and active parameters from the shape."""
+    shape = SIZES[size]
+    d, hidden = shape.width, shape.hidden if ACTIVE[variant] == 3 else shape.hidden * 3 // 2
+    ffn, mixing = ACTIVE[variant] * d * hidden, VECTORS[variant] * d
+    embeddings = VOCAB * d * (1 if shape.tied else 2) + d
+    layer = 4 * d * d + 2 * d
+    if not shape.experts:
+        total = embeddings + shape.layers * (layer + ffn + mixing)
+        return total, total
+    layer += shape.experts * d + ffn + mixing  # router, shared expert with its mixing
+    routed = [count * ffn + mixing for count in (shape.experts, shape.active_experts)]
+    total, active = (embeddings + shape.layers * (layer + experts) for experts in routed)
+    return total, active
+
+
+@pytest.mark.parametrize("variant", TABLE_VARIANTS)
+@pytest.mark.parametrize("size", [size for size in SIZES if size != "llama-large"])
+def test_counts(size, variant):
+    count = count_parameters(named_config(size, variant))
+    assert (count.total, count.active) == by_hand(size, variant)
+    assert (
+        count.mixing
+        == count.total - by_hand(size, "swiglu" if variant in ("onemoa", "bimoa", "qdmoa") else "relu2")[0]
+    )
+    embeddings = VOCAB * SIZES[size].width * (1 if SIZES[size].tied else 2)
+    assert count.non_embedding == count.total - embeddings
+
+
+def test_the_baseline_is_transformers_own_count():
+    config = named_config("dense-0.12b", "swiglu")
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(
+            LlamaConfig(**{k: v for k, v in config.to_dict().items() if k in LlamaConfig().to_dict()})
+        )
+    assert count_parameters(config).total == sum(p.numel() for p in theirs.parameters())
+
+
+def test_the_paper_s_counts():
+    """0.11974B, and 0.11980B for bi-MoA and Llama-large: with six activations on each branch, to every digit."""
+    six = {"ffn_gate_activations": SIX, "ffn_up_activations": SIX}
+    assert f"{count_parameters(named_config('dense-0.12b', 'swiglu')).total / 1e9:.5f}" == "0.11974"
+    bimoa = count_parameters(named_config("dense-0.12b", "bimoa", **six)).total
+    large = count_parameters(named_config("llama-large", "swiglu", **six)).total
+    assert f"{bimoa / 1e9:.5f}" == f"{large / 1e9:.5f}" == "0.11980"
+    assert bimoa == large
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_totals_are_near_the_paper_s(size):
+    for variant in SIZES[size].variants or TABLE_VARIANTS:
+        count = count_parameters(named_config(size, variant))
+        for ours, paper in ((count.total, SIZES[size].paper_total), (count.active, SIZES[size].paper_active)):
+            if paper:
+                assert ours / 1e9 == pytest.approx(float(paper.get(variant, paper.get(""))), rel=0.03)
+
+
+def test_the_range_of_the_paper_s_mixtures():
+    small, large = (count_parameters(named_config(size, "swiglu")) for size in ("moe-0.25b", "moe-2b"))
+    assert [f"{small.total / 1e9:.2f}", f"{small.active / 1e9:.2f}"] == ["0.25", "0.11"]
+    assert [f"{large.total / 1e9:.0f}", f"{large.active / 1e9:.2f}"] == ["2", "0.62"]
+    for size, shape in SIZES.items():
+        if shape.experts and size != "moe-tiny":
+            config = named_config(size)
+            assert (config.num_experts, config.num_experts_per_tok, config.num_shared_experts) == (32, 4, 1)
+
+
+def test_llama_large_matches_bimoa_to_a_hidden_unit():
+    bimoa, large = named_config("dense-0.12b", "bimoa"), named_config("llama-large", "swiglu")
+    unit = 3 * 768 * 6
+    assert abs(count_parameters(large).total - count_parameters(bimoa).total) <= unit / 2
+    with pytest.raises(ValueError, match="variant='qdmoa': llama-large exists for swiglu only"):
+        named_config("llama-large", "qdmoa")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_widths_suit_the_hardware(size):
+    shape = SIZES[size]
+    assert shape.width % 64 == shape.hidden % 64 == 0
+    assert shape.width % shape.heads == 0 and shape.width // shape.heads == 64
+
+
+@pytest.mark.parametrize("size", ["dense-tiny", "moe-tiny"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tiny_sizes_run(size, variant):
+    config = named_config(size, variant, vocab_size=50, num_hidden_layers=1, hidden_size=64)
+    assert config.eos_token_id is None  # GPT-2's end of text is not in such a vocabulary
+    logits = MoALlamaForCausalLM(config)(torch.tensor([[1, 2, 3]])).logits
+    assert logits.shape == (1, 3, 50)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match=r"size='dense-7b' is not one of dense-tiny, dense-0\.12b"):
+        named_config("dense-7b")
+    with pytest.raises(ValueError, match="variant='geglu' is not one of"):
+        named_config("dense-0.12b", "geglu")
+    with pytest.raises(ValueError, match="'ffn_gates'"):
+        named_config("dense-0.12b", "qdmoa", ffn_gates="tanh")
