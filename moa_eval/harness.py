@@ -26,6 +26,10 @@ from lm_eval.models.utils_hf import get_dtype
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 import moa_lm  # noqa: F401  registers moa_llama with transformers
 from moa_eval.prefix_tree import Request
@@ -39,6 +43,7 @@ logger = logging.getLogger(__name__)
 HFLM: Any = huggingface.HFLM  # lm-eval's untyped decorator hides from type checkers what it is
 
 TOKENIZER_CALL = 2048  # strings a call of the tokenizer: enough for its threads, little memory
+BUILT_IN_TYPES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
 CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LOADING_ERRORS = (
     OSError,
@@ -130,10 +135,12 @@ class MoALM(HFLM):
             super()._get_config(pretrained, **kwargs)
 
     def _get_backend(self, config: Any, backend: Any = "default", trust_remote_code: bool | None = False) -> None:
-        super()._get_backend(config, backend=backend, trust_remote_code=trust_remote_code)
         kind = getattr(config, "model_type", type(config).__name__)
         remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
         known = type(config) in AutoModelForCausalLM._model_mapping
+        if backend == "default" and known and kind not in BUILT_IN_TYPES:
+            backend = "causal"  # registered from outside, as moa_llama is: HFLM would warn and guess
+        super()._get_backend(config, backend=backend, trust_remote_code=trust_remote_code)
         if self.backend != "causal" or not (
             known or remote or isinstance(getattr(self, "_model", None), torch.nn.Module)
         ):
@@ -147,6 +154,9 @@ class MoALM(HFLM):
         try:
             super()._create_tokenizer(pretrained, tokenizer, **kwargs)
         except LOADING_ERRORS as error:
+            if any(Path(source).glob("tokenizer*")):
+                with _one_line(f"load the tokenizer of {source}"):
+                    raise
             raise ModelError(
                 f"no tokenizer could be loaded from {source}: save one there (tokenizer.save_pretrained) or name one "
                 "with tokenizer=NAME_OR_DIR"

@@ -258,6 +258,8 @@ def broken(kind, folder, llama):
     elif kind == "no tokenizer":
         for path in folder.glob("tokenizer*"):
             path.unlink()
+    elif kind == "bad tokenizer":
+        (folder / "tokenizer.json").write_text("{")
     elif kind == "no weights":
         weights.unlink()
     elif kind == "truncated":
@@ -279,6 +281,7 @@ FAULTS = {
     "vit": ({}, "of type 'vit', no causal language model"),
     "t5": ({}, "of type 't5', no causal language model"),
     "no tokenizer": ({}, "no tokenizer could be loaded from .*tokenizer=NAME_OR_DIR"),
+    "bad tokenizer": ({}, "cannot load the tokenizer of "),
     "no weights": ({}, "cannot load the weights of .*model.safetensors"),
     "truncated": ({}, "model.safetensors is truncated or damaged"),
     "shapes": ({}, "do not have the shapes of its config.json"),

@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -136,6 +137,18 @@ def test_our_models(experts):
 def test_models_that_trees_are_not_exact_for(name):
     *what, reason = REFUSED[name]
     assert reason in (scorer_of(build(*what)).refusal(10) or "")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the peft library
+def test_adapters():
+    """LoRA changes weights only; virtual tokens change what attention sees."""
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(build(*EXACT["llama"]), lora).eval()
+    scorer = scorer_of(model)
+    assert scorer.refusal(LONGEST) is None
+    assert_as_plain(model, scorer, mixed_requests(8, 20))
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    assert "one row" in (scorer_of(peft.get_peft_model(build(*EXACT["llama"]), prompt)).refusal(10) or "")
 
 
 def test_a_layer_that_mixes_positions_is_found():
