@@ -160,10 +160,10 @@ def _backward(
     for block in _blocks(*a.shape):
         x, grad_out = inputs.x[block], grad[block]
         parts = _rows(block, a, b, *inputs[1:PER_TOKEN])
+        results: Any = eager.backward(*parts, grad=grad_out @ inputs.w_down, f=f, g=g, with_output=True)
+        grad_a, grad_b, *grad_coefs, hidden = results
         if total.w_down is not None:
-            _accumulate(total.w_down, grad_out.t(), eager.forward(*parts, f=f, g=g))
-        grads: Any = eager.backward(*parts, grad=grad_out @ inputs.w_down, f=f, g=g)
-        grad_a, grad_b, *grad_coefs = grads
+            _accumulate(total.w_down, grad_out.t(), hidden)
         for whole, part in zip(total[1:PER_TOKEN], grad_coefs, strict=True):
             if whole is not None:
                 whole[block] = part

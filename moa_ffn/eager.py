@@ -72,9 +72,13 @@ def backward(
     grad: Tensor,
     f: Names,
     g: Names,
+    with_output: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `mixture`'s five tensors for the gradient (..., H) of its result."""
-    return _in_blocks(partial(_backward, f=f, g=g), a, b, gate_coef, up_coef, pair_coef, grad)
+    """Gradients of `mixture`'s five tensors for the gradient (..., H) of its result; and that result, if wanted: it
+    costs little here, where its parts are at hand.
+    """
+    function = partial(_backward, f=f, g=g, with_output=with_output)
+    return _in_blocks(function, a, b, gate_coef, up_coef, pair_coef, grad)
 
 
 def _evaluate(x: Tensor, names: Names) -> list[Tensor]:
@@ -89,6 +93,16 @@ def _blend(values: list[Tensor], coef: Tensor | None) -> Tensor:
     total = values[0] * weights[0]
     for value, weight in zip(values[1:], weights[1:], strict=True):
         total = total.addcmul_(value, weight)
+    return total
+
+
+def _dot(rows: list[Tensor], blends: Iterable[Tensor]) -> Tensor:
+    """sum_k rows_k blends_k, each (..., H)."""
+    first, *others = rows
+    blends = iter(blends)
+    total = first * next(blends)
+    for row, blend in zip(others, blends, strict=True):
+        total = total.addcmul_(row, blend)
     return total
 
 
@@ -167,11 +181,7 @@ def _forward(
     columns = _evaluate(b, g)
     if pair_coef is None:
         return (_blend(rows, gate_coef) * _blend(columns, up_coef),)
-    first, *others = zip(rows, pair_coef.unbind(-2), strict=True)
-    out = first[0] * _blend(columns, first[1])
-    for row, coef in others:
-        out = out.addcmul_(row, _blend(columns, coef))
-    return (out,)
+    return (_dot(rows, (_blend(columns, coef) for coef in pair_coef.unbind(-2))),)
 
 
 def _backward(
@@ -184,42 +194,36 @@ def _backward(
     *,
     f: Names,
     g: Names,
+    with_output: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the first five arguments."""
+    """Gradients of the first five arguments, and the mixture itself if wanted."""
+    rows = _evaluate(a, f) if with_output or gate_coef is not None or b is not None else []
     if b is None:
-        grad_a, grad_gate = _branch_backward(grad, a, f, gate_coef)
-        return grad_a, None, grad_gate, None, None
+        grad_a, grad_gate = _branch_backward(grad, a, f, gate_coef, rows)
+        output = (_blend(rows, gate_coef),) if with_output else ()
+        return grad_a, None, grad_gate, None, None, *output
+    columns = _evaluate(b, g)
     if pair_coef is None:
-        return _separable_backward(grad, a, b, gate_coef, up_coef, f, g)
-    return _full_backward(grad, a, b, pair_coef, f, g)
+        row, column = _blend(rows, gate_coef), _blend(columns, up_coef)
+        grad_a, grad_gate = _branch_backward(grad * column, a, f, gate_coef, rows)
+        grad_b, grad_up = _branch_backward(grad * row, b, g, up_coef, columns)
+        return grad_a, grad_b, grad_gate, grad_up, None, *((row * column,) if with_output else ())
+    blends = [_blend(columns, coef) for coef in pair_coef.unbind(-2)]
+    grad_a = _vjp((grad * blend for blend in blends), a, f)
+    grad_b = _vjp((grad * _blend(rows, coef) for coef in pair_coef.unbind(-1)), b, g)
+    output = (_dot(rows, blends),) if with_output else ()
+    return grad_a, grad_b, None, None, _pair_grad(rows, [grad * column for column in columns]), *output
 
 
-def _branch_backward(grad: Tensor, x: Tensor, names: Names, coef: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradients of one branch's blend with respect to x and its coefficients."""
+def _branch_backward(
+    grad: Tensor, x: Tensor, names: Names, coef: Tensor | None, values: list[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of one branch's blend of `values` = sigma_k(x) with respect to x and its coefficients."""
     if coef is None:
         return ACTIVATIONS[names[0]].vjp(grad, x), None
-    coef_grad = torch.stack([(grad * value).sum(-1) for value in _evaluate(x, names)], dim=-1)
+    coef_grad = torch.stack([(grad * value).sum(-1) for value in values], dim=-1)
     weights = coef.unsqueeze(-1).unbind(-2)
     return _vjp((grad * weight for weight in weights), x, names), coef_grad
-
-
-def _separable_backward(
-    grad: Tensor, a: Tensor, b: Tensor, gate_coef: Tensor | None, up_coef: Tensor | None, f: Names, g: Names
-) -> tuple[Tensor | None, ...]:
-    row_grad = grad * _blend(_evaluate(b, g), up_coef)
-    column_grad = grad * _blend(_evaluate(a, f), gate_coef)
-    grad_a, grad_gate = _branch_backward(row_grad, a, f, gate_coef)
-    grad_b, grad_up = _branch_backward(column_grad, b, g, up_coef)
-    return grad_a, grad_b, grad_gate, grad_up, None
-
-
-def _full_backward(
-    grad: Tensor, a: Tensor, b: Tensor, pair_coef: Tensor, f: Names, g: Names
-) -> tuple[Tensor | None, ...]:
-    rows, columns = _evaluate(a, f), _evaluate(b, g)
-    grad_a = _vjp((grad * _blend(columns, coef) for coef in pair_coef.unbind(-2)), a, f)
-    grad_b = _vjp((grad * _blend(rows, coef) for coef in pair_coef.unbind(-1)), b, g)
-    return grad_a, grad_b, None, None, _pair_grad(rows, [grad * column for column in columns])
 
 
 def _pair_grad(rows: list[Tensor], columns: list[Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import evaluation_speed
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -341,8 +342,13 @@ def benchmark_startup(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parse and run."""
+    if sys.argv[1:2] == ["eval"]:
+        evaluation_speed.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", choices=[*BENCHMARKS, "all"], help="which benchmark")
+    parser.add_argument(
+        "what", choices=[*BENCHMARKS, "eval", "all"], help="which benchmark; `eval --help` has options of its own"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds after the warm-up")
     parser.add_argument("--out", type=Path, default=Path("reports/benchmarks"), help="folder of the CSV files")
@@ -354,6 +360,8 @@ def main() -> None:
     args = parser.parse_args()
     for name in BENCHMARKS if args.what == "all" else [args.what]:
         BENCHMARKS[name](args)
+    if args.what == "all":
+        evaluation_speed.main([])
 
 
 BENCHMARKS = {

@@ -1,6 +1,6 @@
 """Time of `--model moa` against `--model hf` on the four zero-shot tasks, with the scores checked to be equal.
 
-    python scripts/evaluation_speed.py --model DIR --hub FOLDER --limit 100 --batch-sizes 1,8,32,64
+    python scripts/benchmark.py eval --model DIR --hub FOLDER --limit 100 --batch-sizes 1,8,32,64
 
 `--hub` is a folder with the four data sets laid out as on the hub (allenai/ai2_arc and so on). Both sides hold the
 same weights in the same process; hf runs at each batch size, then its fastest and moa take turns. `--limit N` takes N
@@ -277,12 +277,10 @@ def benchmark_eval(args: argparse.Namespace) -> None:
     print("\n" + report(rows))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
-    benchmark_eval(parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()
+    benchmark_eval(parser.parse_args(arguments))
