@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
+# In "<function doc_to_text at 0x7f...>", which the harness writes for a task's functions: another in every process.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")
 _RESULTS = re.compile(rf"(?!samples_).*_({_DATE})\.json")
 _TOLERANCE = 1e-9  # of a mean that is recomputed from the samples; only rounding may differ
 _NOT_METRICS = ("alias", "name", "sample_len", "sample_count", "samples", "bypass")
@@ -176,7 +178,7 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(_read_text(path))
+        content = json.loads(_ADDRESS.sub("", _read_text(path)))
     except json.JSONDecodeError as error:
         raise _broken(path, f"not valid JSON ({error})", "the file is cut or damaged: run lm_eval again") from None
     if not isinstance(content, dict):

@@ -121,6 +121,17 @@ def test_the_paired_csv_against_the_samples_and_scipy(report):
         assert float(row["high_95"]) == pytest.approx(change + 1.96 * error, abs=0.4 * error + 0.005)
 
 
+def test_the_address_of_a_function_is_no_difference(tmp_path, write_results):
+    files = [write_results(tmp_path / str(number), f"models/{number}") for number in range(2)]
+    for file, address in zip(files, ("7efc30f46a20", "7f4115cdea20"), strict=True):
+        content = json.loads(file.read_text())
+        content["configs"]["winogrande"]["doc_to_text"] = f"<function doc_to_text at 0x{address}>"
+        file.write_text(json.dumps(content))
+    summary = write_zero_shot(files, tmp_path / "out").summary
+    assert "model_args.pretrained" in summary
+    assert "doc_to_text" not in summary
+
+
 def test_the_page_is_well_formed_and_loads_nothing(report):
     out = report[1]
     text = (out / "index.html").read_text()
