@@ -6,9 +6,9 @@ A RESULT is what `lm_eval ... --output_path DIR --log_samples` wrote: DIR, a mod
 import argparse
 import sys
 
-from moa_eval.comparison import NotComparableError
-from moa_eval.harness_output import ResultsError
-from moa_eval.zero_shot_report import write_zero_shot
+from moa_eval.training.comparison import NotComparableError
+from moa_eval.zero_shot.output import ResultsError
+from moa_eval.zero_shot.report import write_zero_shot
 
 
 def main(arguments: list[str] | None = None) -> int:

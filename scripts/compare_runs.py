@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from moa_eval.comparison import NotComparableError
-from moa_eval.report import write_report
-from moa_eval.runs import RunFolderError
+from moa_eval.training.comparison import NotComparableError
+from moa_eval.training.report import write_report
+from moa_eval.training.runs import RunFolderError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,7 +23,9 @@ HOMES = {
     "torchcodec": {"moa_vision"},
     "accelerate": {"moa_train"},
     "jsonargparse": {"moa_train"},
-    "matplotlib": {"moa_eval"},
+    "altair": {"moa_eval"},
+    "vl_convert": {"moa_eval"},
+    "rich": {"moa_train"},
     "jinja2": {"moa_eval"},
     "lm_eval": {"moa_eval"},
     "transformers": {"moa_lm", "moa_eval"},  # models there; their attention interface, for scoring, here

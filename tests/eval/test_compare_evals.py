@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moa_eval import formatting
-from moa_eval.harness_output import read_evaluation
-from moa_eval.zero_shot import compare_evaluations
-from moa_eval.zero_shot_report import write_zero_shot
-from moa_eval.zero_shot_verdict import caveats, verdict
+from moa_eval.page import formatting
+from moa_eval.zero_shot.contrasts import compare_evaluations
+from moa_eval.zero_shot.output import read_evaluation
+from moa_eval.zero_shot.report import write_zero_shot
+from moa_eval.zero_shot.verdict import caveats, verdict
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_evals.py"
 LABELS = {"arc_challenge": "ARC-C", "hellaswag": "HellaSwag", "openbookqa": "OpenBookQA", "winogrande": "WinoGrande"}

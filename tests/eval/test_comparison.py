@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from moa_eval import formatting
-from moa_eval.comparison import NotComparableError, compare, config_difference, difference, role
-from moa_eval.runs import read_run
+from moa_eval.page import formatting
+from moa_eval.training.comparison import NotComparableError, compare, config_difference, difference, role
+from moa_eval.training.runs import read_run
 
 scalars = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.5, 1.0, "x", "absent"])
 values = st.recursive(

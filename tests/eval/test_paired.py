@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moa_eval import paired
+from moa_eval.zero_shot import paired
 
 
 def answers(seed, size, first=0.5, second=0.5, shared=0.6):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moa_eval.report import write_report
+from moa_eval.training.report import write_report
 
 MOA = "vit_tiny_patch4_qdmoa"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_runs.py"

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from moa_eval.runs import RunFolderError, read_run, split_encoder
+from moa_eval.training.runs import RunFolderError, read_run, split_encoder
 
 
 def edit_rows(folder, change):

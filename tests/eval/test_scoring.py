@@ -10,10 +10,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moa_eval import prefix_tree
-from moa_eval.prefix_tree import Request
-from moa_eval.scoring import PrefixTreeScorer
-from moa_eval.tree_attention import IMPLEMENTATION
+from moa_eval.harness import prefix_tree
+from moa_eval.harness.prefix_tree import Request
+from moa_eval.harness.scoring import PrefixTreeScorer
+from moa_eval.harness.tree_attention import IMPLEMENTATION
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
 
 CPU = torch.device("cpu")

@@ -2,9 +2,9 @@ import re
 
 import pytest
 
-from moa_eval.comparison import compare
-from moa_eval.runs import read_run
-from moa_eval.verdict import caveats, verdict
+from moa_eval.training.comparison import compare
+from moa_eval.training.runs import read_run
+from moa_eval.training.verdict import caveats, verdict
 
 MOA = "vit_tiny_patch4_qdmoa"
 

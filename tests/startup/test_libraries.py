@@ -80,7 +80,7 @@ model = get_model("moa")
 print(model.__module__, model.__name__, model is sys.modules["moa_eval.harness"].MoALM)
 """
     process = python("-c", code)
-    assert process.stdout == "[] True True None\nmoa_eval.harness MoALM True\n"
+    assert process.stdout == "[] True True None\nmoa_eval.harness.model MoALM True\n"
 
 
 def test_lm_eval_after_our_harness_by_hand(python):

@@ -1,8 +1,8 @@
 """Log-likelihoods of many continuations, shared prefixes computed once. Knows torch and transformers, not lm_eval.
 
-Requests become token trees (`moa_eval.prefix_tree`); several trees, alike in size, are laid end to end in ONE row of
+Requests become token trees (`prefix_tree.py`); several trees, alike in size, are laid end to end in ONE row of
 tokens without padding, so that embeddings, norms, linear layers and routers see exactly the positions needed. Only
-attention takes the trees apart (`moa_eval.tree_attention`). Position ids are depths in the tree, so that rotary and
+attention takes the trees apart (`tree_attention.py`). Position ids are depths in the tree, so that rotary and
 learned positions are those of the plain text. The head computes logits for the positions that score something, and
 log-softmax runs in float32 over a few rows at a time.
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from moa_eval.prefix_tree import Batch, Request, Segment, batches, pack, plan, truncated
-from moa_eval.tree_attention import NotPackableError, Packing, packed
+from moa_eval.harness.prefix_tree import Batch, Request, Segment, batches, pack, plan, truncated
+from moa_eval.harness.tree_attention import NotPackableError, Packing, packed
 
 # What one batch may hold if the batch size is left to us. Enough positions to fill the processor; logits of this many
 # bytes are what HFLM holds for one or two sequences on a CPU, and for a fraction of its batch on a GPU.

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moa_eval import plots
-from moa_eval.comparison import compare
-from moa_eval.runs import read_run
+from moa_eval.training import figures as plots
+from moa_eval.training.comparison import compare
+from moa_eval.training.runs import read_run
 
 MOA = "vit_tiny_patch4_qdmoa"
 

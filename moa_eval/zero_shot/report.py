@@ -9,13 +9,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moa_eval import formatting, paired, plots
-from moa_eval.comparison import config_difference, show
-from moa_eval.figures import PALETTE, Plot
-from moa_eval.harness_output import Evaluation, read_evaluation
-from moa_eval.pages import Row, as_csv, figure_files, render, write
-from moa_eval.zero_shot import AVERAGE, HEADLINE, ZERO_SHOT, Contrast, ZeroShot, compare_evaluations, label_of
-from moa_eval.zero_shot_verdict import ALPHA, averaged, caveats, verdict
+from moa_eval.page import formatting
+from moa_eval.page.charts import PALETTE, Plot
+from moa_eval.page.writing import Row, as_csv, figure_files, render, write
+from moa_eval.training import figures as plots
+from moa_eval.training.comparison import config_difference, show
+from moa_eval.zero_shot import paired
+from moa_eval.zero_shot.contrasts import (
+    AVERAGE,
+    HEADLINE,
+    ZERO_SHOT,
+    Contrast,
+    ZeroShot,
+    compare_evaluations,
+    label_of,
+)
+from moa_eval.zero_shot.output import Evaluation, read_evaluation
+from moa_eval.zero_shot.verdict import ALPHA, averaged, caveats, verdict
 
 _TORCH = re.compile(r"^PyTorch version: (.+)$", re.MULTILINE)
 _GPU = re.compile(r"^GPU 0: (.+)$", re.MULTILINE)

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from moa_eval import formatting
-from moa_eval.comparison import CONFIDENCE, Comparison, Contrast, mean, quotient, show, spell
+from moa_eval.page import formatting
+from moa_eval.training.comparison import CONFIDENCE, Comparison, Contrast, mean, quotient, show, spell
 
 SPACES = {"loss_norm": "normalized space", "loss_pixel": "pixel space"}
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from moa_eval import plots
-from moa_eval.comparison import Comparison, compare, mean, quotient, role, show
-from moa_eval.figures import PALETTE, Plot
-from moa_eval.pages import Row, as_csv, figure_files, render, write
-from moa_eval.runs import Columns, Run, read_run
-from moa_eval.verdict import SPACES, caveats, verdict
+from moa_eval.page.charts import PALETTE, Plot
+from moa_eval.page.writing import Row, as_csv, figure_files, render, write
+from moa_eval.training import figures as plots
+from moa_eval.training.comparison import Comparison, compare, mean, quotient, role, show
+from moa_eval.training.runs import Columns, Run, read_run
+from moa_eval.training.verdict import SPACES, caveats, verdict
 
 Tables = dict[str, list[Row]]
 

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from scipy.special import stdtrit
 
-from moa_eval import formatting
-from moa_eval.runs import Run, split_encoder
+from moa_eval.page import formatting
+from moa_eval.training.runs import Run, split_encoder
 
 CONFIDENCE = 0.95
 ABSENT = "absent"  # stands for the value of a key that a configuration lacks

@@ -11,9 +11,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
-from moa_eval.comparison import Comparison
-from moa_eval.figures import GRID, INK, MARKERS, PALETTE, Plot, render
-from moa_eval.runs import Columns, Run
+from moa_eval.page.charts import GRID, INK, MARKERS, PALETTE, Plot, render
+from moa_eval.training.comparison import Comparison
+from moa_eval.training.runs import Columns, Run
 
 _SIZE_INCHES = (4.3, 3.0)
 _LEGEND_ROW_INCHES = 0.18

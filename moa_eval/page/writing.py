@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from moa_eval import figures, formatting
+from moa_eval.page import charts, formatting
 
 Row = dict[str, Any]
 
@@ -35,7 +35,7 @@ def render(templates: Mapping[str, str], content: Mapping[str, Any]) -> dict[str
     HTML is escaped; a name that is not in the content is an error.
     """
     environment = Environment(
-        loader=PackageLoader("moa_eval"),
+        loader=PackageLoader("moa_eval.page"),
         autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -44,7 +44,7 @@ def render(templates: Mapping[str, str], content: Mapping[str, Any]) -> dict[str
     for text in FILTERS:
         environment.filters[text.__name__] = text
     environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
-    shared = {"palette": figures.PALETTE}
+    shared = {"palette": charts.PALETTE}
     return {page: environment.get_template(name).render(shared | dict(content)) for page, name in templates.items()}
 
 
@@ -59,7 +59,7 @@ def write(out: Path, files: Mapping[str, str | bytes]) -> None:
             path.write_text(content, encoding="utf-8")
 
 
-def figure_files(plots: Mapping[str, figures.Plot]) -> dict[str, str | bytes]:
+def figure_files(plots: Mapping[str, charts.Plot]) -> dict[str, str | bytes]:
     """Both files of every figure, for `write`."""
     files: dict[str, str | bytes] = {}
     for name, plot in plots.items():

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator
 
-from moa_eval import formatting
-from moa_eval.comparison import show, spell
-from moa_eval.paired import CONFIDENCE, POWER
-from moa_eval.zero_shot import AVERAGE, HEADLINE, ZERO_SHOT, Contrast, ZeroShot, label_of
+from moa_eval.page import formatting
+from moa_eval.training.comparison import show, spell
+from moa_eval.zero_shot.contrasts import AVERAGE, HEADLINE, ZERO_SHOT, Contrast, ZeroShot, label_of
+from moa_eval.zero_shot.paired import CONFIDENCE, POWER
 
 ALPHA = round(1 - CONFIDENCE, 10)
 _FEW = 10  # discordant items below which the bootstrap's percentiles are coarse

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moa_eval.prefix_tree import Batch
+from moa_eval.harness.prefix_tree import Batch
 
 IMPLEMENTATION = "moa_prefix_tree"  # no mask function is registered under this name: transformers then builds no mask
 # Arguments of attention that change its formula in ways not reproduced here.

@@ -32,8 +32,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import moa_lm  # noqa: F401  registers moa_llama with transformers
-from moa_eval.prefix_tree import Request
-from moa_eval.scoring import PrefixTreeScorer
+from moa_eval.harness.prefix_tree import Request
+from moa_eval.harness.scoring import PrefixTreeScorer
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -88,7 +88,7 @@ class MoALM(HFLM):
     """lm-eval model "moa": any causal language model that transformers loads, `moa_llama` included.
 
     Takes the arguments of `lm_eval.models.huggingface.HFLM` and inherits generation and rolling likelihood.
-    Continuations are scored with every shared prefix computed once (`moa_eval.scoring`), to HFLM's values in float32.
+    Continuations are scored with every shared prefix computed once (`scoring.py`), to HFLM's values in float32.
     In half precision log-softmax still runs in float32 unless `softmax_dtype` says otherwise; HFLM rounds it. A model
     that this would not be exact for is scored by HFLM's own code, and a warning says why.
 

@@ -1,0 +1,1 @@
+"""Run folders -> comparison -> verdict, tables and figures."""

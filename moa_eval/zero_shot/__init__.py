@@ -1,0 +1,1 @@
+"""Harness results -> comparison -> verdict, tables and figure."""
