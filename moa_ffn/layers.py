@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_ffn import blocks, eager
-from moa_ffn.activations import resolve_activations
+from moa_ffn.activations import ACTIVATIONS, resolve_activations
 from moa_ffn.reference import gate_function
 from moa_ffn.spec import DEFAULT_GATE_ACTIVATIONS, DEFAULT_UP_ACTIVATIONS, FFNSpec
 
@@ -166,6 +166,20 @@ class FFN(nn.Module):
             return pair
         one = x.new_ones(*x.shape[:-1], 1)
         return (one if gate is None else gate).unsqueeze(-1) * (one if up is None else up).unsqueeze(-2)
+
+    def shares(self, x: Tensor) -> Tensor:
+        """How much each term contributes to a token's sum, x (..., dim) -> (..., K1, K2), adding up to 1.
+
+        The root mean square over the hidden width of C_kl(x) f_k(a) g_l(b), divided by the sum of these over all
+        terms: unlike a coefficient, it knows how large the activations are. 0 where every term is 0.
+        """
+        a = self.gate_proj(x)
+        b = None if self.up_proj is None else self.up_proj(x)
+        f = [ACTIVATIONS[name].function(a).square() for name in self.spec.gate_dictionary]
+        g = [None] if b is None else [ACTIVATIONS[name].function(b).square() for name in self.spec.up_dictionary]
+        energy = [[(fk if gl is None else fk * gl).mean(-1) for gl in g] for fk in f]
+        size = torch.stack([torch.stack(row, -1) for row in energy], -2).sqrt() * self.mixing(x).abs()
+        return size / size.sum((-2, -1), keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x (..., dim).

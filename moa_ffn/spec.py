@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moa_ffn.activations import resolve_activations
+from moa_ffn.activations import ACTIVATIONS, resolve_activations
 
 Gate = Literal["sigmoid", "tanh", "softmax"]
 Branch = Literal["gate", "up"]
@@ -130,6 +130,14 @@ class FFNSpec:
         """Free mixing coefficients of a token: 0, K1, K2, K1 + K2 or K1 * K2."""
         k1, k2 = len(self.gate_dictionary), len(self.up_dictionary)
         return {"fixed": 0, "gate": k1, "up": k2, "separable": k1 + k2, "full": k1 * k2}[self.form]
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms f_k(a) g_l(b), row by row, such as "g·id"; of f_k(a) alone, "g", for Type-I."""
+        gate, up = (
+            [ACTIVATIONS[name].abbreviation for name in names] for names in (self.gate_dictionary, self.up_dictionary)
+        )
+        return tuple(f"{f}·{g}" for f in gate for g in up) if self.type_two else tuple(gate)
 
     def extra_parameters(self, dim: int) -> int:
         """Parameters beyond the fixed FFN of the same widths: num_coefficients * (dim [+ 1 with bias]) for MoA,

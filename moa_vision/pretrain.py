@@ -25,6 +25,7 @@ from moa_vision.data import BadSampleLimit, DataConfig, ImageBatch, normalize, t
 from moa_vision.export import export_encoder
 from moa_vision.index import open_index
 from moa_vision.mae import MAE, create_mae, forward_flops, parameter_counts
+from moa_vision.mixing import mixing_maps, save_mixing
 from moa_vision.photographs import make_photograph_shards
 from moa_vision.reconstruct import save_reconstructions
 from moa_vision.table import BadSample
@@ -174,14 +175,17 @@ class MAETask:
         return losses | {"loss": losses["loss_norm" if self.mae.norm_pix_loss else "loss_pixel"]}
 
     def visualize(self, model: nn.Module, folder: Path, step: int) -> None:
-        """Draw the same few held-out images, masked and reconstructed, each time."""
+        """Draw the same few held-out images, masked and reconstructed, each time, and note how their tokens mix."""
         if self._shown is None:
             return
         images, noise, keys = self._shown
         images, noise = (tensor.to(next(model.parameters()).device) for tensor in (images, noise))
+        images = self._normalized(images)
+        maps = mixing_maps(self.mae, images, noise)
+        save_mixing(maps, keys, self.mae.grid_size, folder / "mixing", step=step)
         save_reconstructions(
             self.mae,
-            self._normalized(images),
+            images,
             noise,
             keys,
             folder / "reconstructions",
