@@ -4,8 +4,9 @@ Shapes: B images, C channels, p patch size, K = p * p * C values a patch, L patc
 and M = L - V are masked, P prefix tokens (class, registers), D encoder width, E decoder width.
 
 Exact savings over the plain formulation: only visible patches are embedded; decoder tokens keep the order prefix,
-visible, masked (attention does not see order, positions are added before); the last decoder block and the head
-compute masked tokens only.
+visible, masked (attention does not see order, positions are added before); the first decoder block normalizes and
+projects the mask token once a position, not once an image; the last decoder block and the head compute masked tokens
+only.
 """
 
 import difflib
@@ -189,12 +190,15 @@ class MAE(nn.Module):
         """Predict the masked patches (B, M, K) from latent tokens (B, P + V, D) and both sets of indices."""
         x = self.decoder_embed(latent)
         prefix = x.shape[1] - visible.shape[1]
-        seen = x[:, prefix:] + self.decoder_pos[visible]
-        x = torch.cat([x[:, :prefix], seen, self.mask_token + self.decoder_pos[masked]], dim=1)
-        *blocks, last = self.decoder_blocks
-        for block in blocks:
-            x = block(x)
-        return self.decoder_head(self.decoder_norm(last(x, outputs=masked.shape[1])))
+        seen = torch.cat([x[:, :prefix], x[:, prefix:] + self.decoder_pos[visible]], dim=1)
+        # As yet, the mask tokens of one position are the same in all images: L rows stand for all B * M of them.
+        x = torch.cat([seen.flatten(0, 1), self.mask_token[0] + self.decoder_pos])
+        own = torch.arange(seen.shape[0] * seen.shape[1], device=x.device).view(seen.shape[:2])
+        rows = torch.cat([own, own.numel() + masked], dim=1)
+        first, last = self.decoder_blocks[0], self.decoder_blocks[-1]
+        for block in self.decoder_blocks:
+            x = block(x, rows=rows if block is first else None, outputs=masked.shape[1] if block is last else None)
+        return self.decoder_head(self.decoder_norm(x))
 
     def patchify(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to patches (B, L, K); patches row by row, a patch's values in the order (p, p, C)."""
@@ -249,11 +253,14 @@ class MAE(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """timm's `Block` with the option of computing the last tokens only.
+    """timm's `Block` with the options of projecting equal tokens once, and of computing the last tokens only.
 
     Shape:
-        x (B, N, E) to (B, N, E), or with `outputs=n` to (B, n, E): the last n tokens of the same result. All N tokens
-        are keys and values, but only n are queries and go through the MLP.
+        x (B, N, E) to (B, N, E).
+        With `rows` (B, N), int64: x (R, E) holds distinct tokens, and token n of image b is x[rows[b, n]]. Only R
+        tokens are normalized and projected to queries, keys and values.
+        With `outputs=n`: to (B, n, E), the last n tokens of the same result. All N tokens are keys and values, but
+        only n are queries and go through the MLP.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp: nn.Module) -> None:
@@ -265,10 +272,13 @@ class DecoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = mlp
 
-    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor | None = None, outputs: int | None = None) -> Tensor:
         """Attend, then the MLP, each on a normalized copy and added to its input."""
         kept = slice(None if outputs is None else -outputs, None)
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self.qkv(self.norm1(x))
+        if rows is not None:  # in x's precision: backward adds up a row's gradients from the whole batch
+            x, qkv = F.embedding(rows, x), F.embedding(rows, qkv.to(x.dtype))
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, E / heads)
         mixed = F.scaled_dot_product_attention(q[:, :, kept], k, v)
         x = x[:, kept] + self.proj(mixed.transpose(1, 2).flatten(2))
@@ -395,13 +405,19 @@ def parameter_counts(mae: MAE) -> dict[str, int]:
 
 
 def forward_flops(mae: MAE) -> int:
-    """Floating-point operations of one image's forward pass (a multiply-add is two), matrix products only.
+    """Floating-point operations of one more image in a forward pass (a multiply-add is two), matrix products only.
 
-    Counted by `torch.utils.flop_counter` on the meta device: nothing is computed, and no weight is copied.
+    What is computed, not what the plain formulation would take. Left out is the part that a batch of any size needs
+    once, the first decoder block's 6 L E^2 for the mask token. Counted by `torch.utils.flop_counter` on the meta
+    device: nothing is computed, and no weight is copied.
     """
     weights = {name: tensor.to("meta") for name, tensor in (*mae.named_parameters(), *mae.named_buffers())}
     (rows, columns), p = mae.grid_size, mae.patch_size
-    images = torch.empty(1, mae.in_chans, rows * p, columns * p, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(mae, weights, (images,))
-    return counter.get_total_flops()
+
+    def flops(images: int) -> int:
+        batch = torch.empty(images, mae.in_chans, rows * p, columns * p, device="meta")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(mae, weights, (batch,))
+        return counter.get_total_flops()
+
+    return flops(2) - flops(1)
