@@ -1,0 +1,87 @@
+"""Every run's configuration and folder, checked before the first run starts, so that a typo costs nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moa_train.config import LoopConfig, OptimConfig, RunConfig, ScheduleConfig
+from moa_train.records import RunFolder
+from moa_train.sweep.grid import PlannedRun
+from moa_train.sweep.state import DONE, Job
+
+Main = Callable[[Sequence[str]], Any]
+"""A training script's function main(arguments)."""
+
+
+def load_main(script: Path) -> Main:
+    """Return the function `main(arguments)` of a training script. Raises ValueError if there is none."""
+    name = f"swept_{script.stem}"
+    spec = importlib.util.spec_from_file_location(name, script)
+    if spec is None or spec.loader is None or not script.is_file():
+        raise ValueError(f"--script is {str(script)!r}; it must be a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    if not hasattr(module, "main"):
+        raise ValueError(f"--script {script} has no function main(arguments), as scripts/pretrain_mae.py has")
+    return module.main
+
+
+def check(runs: Sequence[PlannedRun], main: Main, harmless: frozenset[str]) -> list[Job]:
+    """Return a job for each run; those that are done, with the configuration of today, are marked as skipped.
+
+    Args:
+        runs: The runs.
+        main: The training script's function.
+        harmless: Keys that may change when a run is resumed.
+
+    Raises:
+        ValueError: a key, type or value that cannot be, or a folder that holds another run; the message names it.
+    """
+    jobs = []
+    for run in runs:
+        tree = resolve(run, main)
+        changed = RunFolder(run.folder).check(tree, tree["resume"], harmless)
+        job = Job(run)
+        job.look()
+        if job.progress.state in DONE and not changed:  # else the run itself is asked, with --resume force
+            job.state, job.skipped = job.progress.state, True
+        jobs.append(job)
+    return jobs
+
+
+def resolve(run: PlannedRun, main: Main) -> dict[str, Any]:
+    """Return the run's whole configuration, as the training script resolves it.
+
+    Raises:
+        ValueError: a key, type or value that cannot be; the message is the script's own.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main([*run.arguments, "--print_config"])
+    except SystemExit as ended:
+        if ended.code:
+            raise ValueError(f"{run.name}: {err.getvalue().strip()}") from None
+    tree = yaml.safe_load(out.getvalue())
+    try:
+        check_ranges(tree)
+    except ValueError as error:
+        raise ValueError(f"{run.name}: {error}") from None
+    return tree
+
+
+def check_ranges(tree: Mapping[str, Any]) -> None:
+    """Check the values that every run's configuration has. Raises ValueError naming the key."""
+    parts = {"optim": OptimConfig, "schedule": ScheduleConfig, "loop": LoopConfig}
+    own = {field.name: tree[field.name] for field in fields(RunConfig) if field.name not in parts}
+    RunConfig(**own, **{name: kind(**tree[name]) for name, kind in parts.items()})

@@ -1,0 +1,152 @@
+"""How each run is doing, as its folder tells, and how long all will take."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moa_train.records import RunFolder
+from moa_train.sweep.grid import PlannedRun
+
+TAIL_BYTES = 1 << 16
+"""What is read of a metrics file to see how far the run is: its last rows."""
+
+DONE = ("finished", "diverged")
+"""States in which a run has said what it had to say."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        state: "none" (nothing written yet), "begun", "finished" or "diverged" (its last loss or gradient not finite).
+        step, total: Finished optimizer steps, and all; 0 while unknown.
+        loss, val_loss: The newest training and validation loss.
+        throughput: Samples per second, newest.
+        wall_s: Seconds of training so far.
+    """
+
+    state: str = "none"
+    step: int = 0
+    total: int = 0
+    loss: float | None = None
+    val_loss: float | None = None
+    throughput: float | None = None
+    wall_s: float = 0.0
+
+    @property
+    def duration_s(self) -> float | None:
+        """Seconds of training that the whole run takes, None while unknown."""
+        return self.wall_s * self.total / self.step if self.step and self.total else None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds of training to go, None while unknown."""
+        if self.state in DONE:
+            return 0.0
+        return None if self.duration_s is None else max(0.0, self.duration_s - self.wall_s)
+
+
+GOING = ("waiting", "queued", "running", "elsewhere")
+"""States in which a run is still to be done by this sweep."""
+
+
+@dataclass
+class Job:
+    """A run of a sweep and what has become of it.
+
+    Attributes:
+        run: The run.
+        state: "waiting", "queued" (on the cluster), "running", "elsewhere" (another process is at it), "finished",
+            "diverged", "stopped" or "failed".
+        progress: How far it is, as last seen.
+        skipped: It was done before this session.
+    """
+
+    run: PlannedRun
+    state: str = "waiting"
+    progress: Progress = field(default_factory=Progress)
+    skipped: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has said what it had to say."""
+        return self.state in DONE
+
+    def look(self) -> None:
+        """Bring `progress` up to date."""
+        self.progress = observe(self.run.folder)
+
+
+def time_left_s(jobs: Sequence[Job], at_once: int) -> float | None:
+    """Return the seconds until no run is left to do, `at_once` at a time; None while no run's duration is known.
+
+    A run that has not begun is taken to last as long as the others do on average. Training alone is counted, and
+    runs that have failed or stopped are not.
+    """
+    known = [job.progress.duration_s for job in jobs if job.progress.duration_s is not None]
+    if not known:
+        return None
+    usual = statistics.fmean(known)
+    left = [usual if job.progress.left_s is None else job.progress.left_s for job in jobs if job.state in GOING]
+    return max([sum(left) / at_once, *left], default=0.0)
+
+
+def observe(folder: Path) -> Progress:
+    """Return how far the run in `folder` is; a folder that is missing or holds no rows has not begun."""
+    rows = last_rows(folder / "metrics.jsonl")
+    train = [row for row in rows if row.get("kind") == "train"]
+    val = [row for row in rows if row.get("kind") == "val"]
+    if not train:
+        return Progress()
+    last = train[-1]
+    return Progress(
+        state=_state(folder, last),
+        step=last["step"],
+        total=total_steps(folder, last),
+        loss=last["loss"],
+        val_loss=val[-1].get("loss_norm", val[-1].get("loss")) if val else None,
+        throughput=last.get("throughput"),
+        wall_s=last["wall_s"],
+    )
+
+
+def _state(folder: Path, last: dict[str, Any]) -> str:
+    if last["loss"] is None or last.get("grad_norm", 0.0) is None:  # NaN and infinity are written as null
+        return "diverged"
+    return "finished" if RunFolder(folder).status() == "finished" else "begun"
+
+
+def total_steps(folder: Path, row: dict[str, Any]) -> int:
+    """Return the steps of the whole run, from a row's step and epoch and the configured epochs; 0 if unknown."""
+    try:
+        epochs = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["schedule"]["epochs"]
+        return max(1, round(epochs * round(row["step"] / row["epoch"])))
+    except (OSError, KeyError, TypeError, ZeroDivisionError, yaml.YAMLError):
+        return 0
+
+
+def last_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the whole rows in the end of a metrics file, none if there is no file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]  # a last line without an end is still being written
+    except OSError:
+        return []
+    rows = []
+    for line in lines[1:] if size > TAIL_BYTES else lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
