@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -143,6 +143,10 @@ class RunConfig:
         """The run folder."""
         return Path(self.out) / self.name
 
+    def gentler(self) -> tuple[str, ...]:
+        """Return options, each enough by itself, with which a run may go on whose loss was not finite."""
+        return f"--optim.lr {self.optim.lr / 2:.3g}", "--optim.clip_grad 1.0"
+
 
 HARMLESS = frozenset(
     {"out", "resume"}
@@ -159,21 +163,39 @@ def require(key: str, value: Any, allowed: bool, wanted: str) -> None:
 
 
 def parse_config(
-    kind: type[Config], arguments: Sequence[str], *, program: str, summary: str, default: Path | None = None
+    kind: type[Config],
+    arguments: Sequence[str],
+    *,
+    program: str,
+    summary: str,
+    default: Path | None = None,
+    plain: Mapping[str, dict[str, Any]] | None = None,
 ) -> Config:
     """Parse command-line arguments into a config dataclass.
 
     `--config FILE` (several are layered in order) and `--key.subkey VALUE`, where later ones win; without `--config`
     the file `default` is read first. `--help` and `--print_config` print and exit with code 0.
 
+    Args:
+        kind: The dataclass.
+        arguments: Words of the command line.
+        program, summary: Name and purpose of the program, for --help and messages.
+        default: File that is read when none is named.
+        plain: Fields of `kind` that are ordinary arguments rather than keys: what `add_argument` takes, by "name" (a
+            word without a key) or "--name", e.g. {"run": {"type": str, "help": "..."}}.
+
     Raises:
         SystemExit: code 2, after one message on stderr that names the key, the file or the value at fault.
     """
-    usage = "%(prog)s [--config FILE] [--KEY.SUBKEY VALUE ...]"
-    parser = ArgumentParser(prog=program, usage=usage, description=summary, exit_on_error=False)
+    plain = plain or {}
+    words = "".join(f"{name.upper()} " for name in plain if not name.startswith("-"))
+    usage = f"%(prog)s {words}[--config FILE] [--KEY.SUBKEY VALUE ...]"
+    parser = ArgumentParser(prog=program, usage=usage, description=summary, exit_on_error=False, allow_abbrev=False)
     usual = "" if default is None else f" (without one: {default.name})"
     parser.add_argument("--config", action="config", help=f"YAML file; keys given after it override it{usual}")
-    parser.add_class_arguments(kind)
+    for name, options in plain.items():
+        parser.add_argument(name, **options)
+    parser.add_class_arguments(kind, skip={name.removeprefix("--") for name in plain})
     given = any(argument.split("=")[0] == "--config" for argument in arguments)
     first = [] if given or default is None else [f"--config={default}"]
     try:

@@ -20,11 +20,11 @@ from moa_train.checkpoint import Generators, get_generators, of_all_processes, o
 from moa_train.config import HARMLESS, RunConfig, as_tree
 from moa_train.durable import new_folder
 from moa_train.journal import Journal, State, check_trackers
-from moa_train.optim import build_optimizer, describe_groups
+from moa_train.optim import build_optimizer, describe_groups, set_rate
 from moa_train.plan import Costs, make_plan, measure_costs
 from moa_train.records import RunFolder, command_line
 from moa_train.signals import EXIT_STOPPED, StopRequests
-from moa_train.task import Share, Task
+from moa_train.task import OwnOptimizer, Share, Task
 
 
 class NonFiniteError(Exception):
@@ -104,13 +104,18 @@ class Trainer:
         if config.loop.compile:
             self.bare.compile()  # in place: the names in the state dict stay
         self.model = accelerator.prepare_model(self.bare)
-        self.optimizer = build_optimizer(self.bare, config.optim, task.no_weight_decay())
+        self.optimizer = self._build_optimizer()
 
         self.state, self.generators, self.saved_step = State(), Generators(), -1
         damaged = self._resume()
         self.warnings = [f"passed over a damaged checkpoint: {message}" for message in damaged]
         self.warnings += [f"continuing with another value of {message}" for message in changed]
         self.journal = Journal(config, task, self.plan, self.costs, accelerator, self.state)
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        if isinstance(self.task, OwnOptimizer):
+            return self.task.optimizer(self.config.optim)
+        return build_optimizer(self.bare, self.config.optim, self.task.no_weight_decay())
 
     def _measure_costs(self) -> Costs:
         def loss(batch: Any) -> Tensor:
@@ -177,16 +182,14 @@ class Trainer:
         raise NonFiniteError(
             f"step {step}: the loss is {float(loss)} and the gradient norm {float(grad_norm)}, at lr {lr:.3g}. "
             f"Nothing was updated, and the state before this step is saved in {self.folder.checkpoints}. "
-            "Continue with a lower rate or with clipped gradients:\n"
-            f"  {command_line()} --resume force --optim.lr {self.config.optim.lr / 2:.3g}\n"
-            f"  {command_line()} --resume force --optim.clip_grad 1.0"
+            "Continue with a lower rate or with clipped gradients:"
+            + "".join(f"\n  {command_line()} --resume force {option}" for option in self.config.gentler())
         )
 
     def _update(self, lr: float, grad_norm: Tensor) -> None:
         if self.config.optim.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self.bare.parameters(), self.config.optim.clip_grad, grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step += 1

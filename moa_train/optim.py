@@ -61,10 +61,28 @@ def build_optimizer(model: nn.Module, config: OptimConfig, no_decay: Collection[
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def describe_groups(optimizer: torch.optim.Optimizer) -> str:
-    """Return e.g. "AdamW: 50 tensors (5,359,104) with weight decay 0.05; 101 tensors (38,592) without"."""
-    parts = []
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of every group to `lr`, times the group's "lr_scale" where it has one (timm's convention)."""
     for group in optimizer.param_groups:
-        decay = f"with weight decay {group['weight_decay']:g}" if group["weight_decay"] else "without"
-        parts.append(f"{len(group['params'])} tensors ({sum(p.numel() for p in group['params']):,}) {decay}")
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> str:
+    """Return e.g. "AdamW: 50 tensors (5,359,104) with weight decay 0.05; 101 tensors (38,592) without".
+
+    Groups that differ in their rate only are told together, followed by the range of their "lr_scale".
+    """
+    parameters: dict[float, list[torch.Tensor]] = {}
+    for group in optimizer.param_groups:
+        parameters.setdefault(group["weight_decay"], []).extend(group["params"])
+    parts = [
+        f"{len(tensors)} tensors ({sum(tensor.numel() for tensor in tensors):,}) "
+        + (f"with weight decay {decay:g}" if decay else "without")
+        for decay, tensors in sorted(parameters.items(), reverse=True)
+    ]
+    if not any(parameters):
+        parts[0] += " weight decay"
+    scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+    if min(scales) < max(scales):
+        parts.append(f"rates scaled by {min(scales):.3g} to {max(scales):.3g}")
     return f"{type(optimizer).__name__}: " + "; ".join(parts)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from moa_train.config import OptimConfig
 from moa_train.plan import Plan
 
 
@@ -81,4 +83,19 @@ class Task(Protocol):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the trained model, in the form in which others load it, into the empty `folder`."""
+        ...
+
+
+@runtime_checkable
+class OwnOptimizer(Protocol):
+    """A task that brings its own optimizer in place of `moa_train.optim.build_optimizer`'s AdamW.
+
+    A parameter group with an "lr_scale" (timm's name) is stepped at that multiple of the scheduled rate.
+    """
+
+    def optimizer(self, config: OptimConfig) -> Optimizer:
+        """Return the optimizer of the task's model, which is on its device by then.
+
+        Every value of its state must be a tensor, so that a checkpoint can hold it.
+        """
         ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moa_train.config import HARMLESS, RunConfig, parse_config, require
 from moa_train.loop import run
@@ -20,15 +18,15 @@ from moa_train.plan import Plan
 from moa_train.progress import count
 from moa_train.signals import ignore_stop_signals
 from moa_train.task import Share
+from moa_vision.bad_samples import BadSamples
 from moa_vision.cache import DataError
-from moa_vision.data import BadSampleLimit, DataConfig, ImageBatch, normalize, train_loader, val_loader
+from moa_vision.data import DataConfig, ImageBatch, normalize, train_loader, val_loader
 from moa_vision.export import export_encoder
 from moa_vision.index import open_index
 from moa_vision.mae import MAE, create_mae, forward_flops, parameter_counts
 from moa_vision.mixing import mixing_maps, save_mixing
 from moa_vision.photographs import make_photograph_shards
 from moa_vision.reconstruct import save_reconstructions
-from moa_vision.table import BadSample
 
 DATA_HARMLESS = {"data.workers", "data.cache_dir", "data.max_bad_samples"}
 """Keys of the data that may change when a run is resumed."""
@@ -223,50 +221,11 @@ class MAETask:
 
     def _good(self, batches: Iterable[ImageBatch]) -> Iterator[Images]:
         """Pass on what can be used, and keep count of what cannot."""
-        try:
-            for batch in batches:
-                self.bad_samples.note(batch.bad)
-                if len(batch.images):
-                    yield Images(batch.images, batch.noise)
-        except DataError as error:  # a worker's carries its traceback before the message
-            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+        for batch in self.bad_samples.good(batches):
+            yield Images(batch.images, batch.noise)
 
     def _normalized(self, images: Tensor) -> Tensor:
         return normalize(images, self.data.mean, self.data.std)
-
-
-class BadSamples:
-    """The samples that a run could not use, each once, as lines of bad_samples.jsonl in its folder.
-
-    Args:
-        path: The file; what it holds from earlier sessions counts.
-        limit: How many are put up with.
-    """
-
-    def __init__(self, path: Path, limit: int) -> None:
-        self.path = path
-        self.known = BadSampleLimit(limit)
-        self.known.samples.update({(sample.shard, sample.key): sample for sample in self._read()})
-
-    def note(self, bad: Sequence[BadSample]) -> None:
-        """Record and tell those not seen before. Raises DataError beyond the limit."""
-        for sample in dict.fromkeys(bad):
-            if (sample.shard, sample.key) in self.known.samples:
-                continue
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(sample._asdict()) + "\n")
-            tqdm.write(f"warning: skipped {sample.key} in {sample.shard}: {sample.reason}")
-            self.known.add([sample])
-
-    def recorded(self) -> int:
-        """Return how many there are, those of other processes included."""
-        return len({(sample.shard, sample.key) for sample in self._read()})
-
-    def _read(self) -> list[BadSample]:
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without an end was cut short
-        return [BadSample(**json.loads(line)) for line in lines]
 
 
 def build_mae(config: ModelConfig) -> MAE:

@@ -119,3 +119,29 @@ def test_differing_keys():
         "optim.eps: 1 -> 'absent'",
         "optim.lr: 0.1 -> 0.2",
     ]
+
+
+def test_fields_that_are_plain_arguments(runs, write, capsys):
+    """A field may be a word, or take several words; the rest stay keys, and files may set them all the same."""
+    plain = {
+        "name": {"type": str, "help": "the run's name"},
+        "--resume": {"choices": ["auto", "never"], "default": "auto", "help": "what to do"},
+    }
+
+    def parse(*arguments):
+        return parse_config(runs.toy.ToyConfig, arguments, program="toy", summary="A toy.", plain=plain)
+
+    config = parse("mine", "--resume", "never", "--optim.lr=0.5")
+    assert (config.name, config.resume, config.optim.lr) == ("mine", "never", 0.5)
+    assert parse("mine", write("resume: never\n")).resume == "never"
+    for arguments, told in (([], "required: name"), (["--help"], "toy NAME [--config FILE]")):
+        with pytest.raises(SystemExit):
+            parse(*arguments)
+        captured = capsys.readouterr()
+        assert told in captured.out + captured.err
+
+
+def test_a_key_cut_short_is_an_error(parse, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--optim.weight_deca=0.1")
+    assert stop.value.code == 2 and "did you mean optim.weight_decay?" in capsys.readouterr().err

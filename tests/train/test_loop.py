@@ -176,3 +176,30 @@ def test_bf16_autocast_keeps_float32_weights(runs):
     last = runs.out / "half" / "checkpoints" / "step_00000015" / "model.safetensors"
     assert {tensor.dtype for tensor in load_file(last).values()} == {torch.float32}
     assert set(load_file(last)) == {"0.weight", "0.bias", "3.weight", "3.bias"}
+
+
+def test_a_task_may_bring_its_optimizer(runs, monkeypatch):
+    """Plain gradient descent, the first layer at half the rate, written out beside it."""
+
+    def optimizer(task, config):
+        first, last = list(task.model[0].parameters()), list(task.model[3].parameters())
+        return torch.optim.SGD([{"params": first, "lr_scale": 0.5}, {"params": last}], lr=config.lr)
+
+    monkeypatch.setattr(runs.toy.ToyTask, "optimizer", optimizer, raising=False)
+    changed = {"model__dropout": 0.0, "schedule__warmup_epochs": 0, "schedule__epochs": 1}
+    assert runs("run", **changed) == 0
+    config = runs.toy.parse_config(runs.toy.ToyConfig, runs.arguments("run", **changed), program="toy", summary="")
+    torch.manual_seed(config.seed)
+    model, losses = runs.toy.ToyTask(config).model, []
+    for step in range(5):
+        rows = [runs.toy.sample(config.seed, 0, step * 8 + i) for i in range(8)]
+        x, y = (torch.stack(part) for part in zip(*rows, strict=True))
+        loss = (model(x) - y).square().mean()
+        losses.append(loss.item())
+        model.zero_grad()
+        loss.backward()
+        rate = 0.01 * 0.5 * (1 + math.cos(math.pi * step / 5))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter -= (rate / 2 if name.startswith("0") else rate) * parameter.grad
+    assert [row["loss"] for row in runs.rows("run", "train")] == pytest.approx(losses, rel=1e-5)

@@ -6,7 +6,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from moa_train.config import OptimConfig
-from moa_train.optim import build_optimizer, describe_groups, lr_at, parameter_groups
+from moa_train.optim import build_optimizer, describe_groups, lr_at, parameter_groups, set_rate
 
 
 def a_parameter(lr):
@@ -24,6 +24,21 @@ def test_rate_equals_timm(warmup, total, min_lr):
         rate = lr_at(step, lr=0.5, min_lr=min_lr, warmup_steps=warmup, total_steps=total)
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-15)
     assert lr_at(total, lr=0.5, min_lr=min_lr, warmup_steps=warmup, total_steps=total) == pytest.approx(min_lr)
+
+
+def test_layer_wise_rates_equal_timm():
+    ours, theirs = (
+        torch.optim.SGD(
+            [{"params": [nn.Parameter(torch.zeros(1))], **extra} for extra in ({"lr_scale": 0.3}, {})], 0.5
+        )
+        for _ in range(2)
+    )
+    scheduler = CosineLRScheduler(theirs, 15, lr_min=0.01, warmup_t=5, warmup_prefix=True, t_in_epochs=False)
+    for step in range(20):
+        scheduler.step_update(step)
+        set_rate(ours, lr_at(step, lr=0.5, min_lr=0.01, warmup_steps=5, total_steps=20))
+        rates = [group["lr"] for group in ours.param_groups]
+        assert rates == pytest.approx([group["lr"] for group in theirs.param_groups], rel=1e-12, abs=1e-15)
 
 
 def test_rate_equals_torch():
@@ -79,3 +94,15 @@ def test_optimizer():
     assert optimizer.defaults["betas"] == (0.9, 0.95) and optimizer.defaults["fused"]
     assert describe_groups(optimizer) == "AdamW: 2 tensors (52) with weight decay 0.1; 4 tensors (18) without"
     assert not build_optimizer(Model(), OptimConfig(fused=False)).defaults["fused"]
+
+
+def test_groups_that_differ_in_rate_only_are_told_together():
+    first, second, third = (nn.Parameter(torch.zeros(size)) for size in (2, 3, 4))
+    groups = [
+        {"params": [first], "weight_decay": 0.0, "lr_scale": 0.25},
+        {"params": [second], "weight_decay": 0.05, "lr_scale": 0.25},
+        {"params": [third], "weight_decay": 0.05, "lr_scale": 1.0},
+    ]
+    told = describe_groups(torch.optim.SGD(groups, 0.1))
+    assert told == "SGD: 2 tensors (7) with weight decay 0.05; 1 tensors (2) without; rates scaled by 0.25 to 1"
+    assert describe_groups(a_parameter(0.1)) == "SGD: 1 tensors (1) without weight decay"

@@ -1,0 +1,58 @@
+"""The samples that a run could not use: told once, counted over all its sessions, and kept as lines of a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from moa_vision.cache import DataError
+from moa_vision.data import BadSampleLimit, ImageBatch
+from moa_vision.table import BadSample
+
+
+class BadSamples:
+    """The samples that a run could not use, each once, as lines of a JSON Lines file.
+
+    Args:
+        path: The file; what it holds from earlier sessions counts.
+        limit: How many are put up with.
+    """
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self.path = path
+        self.known = BadSampleLimit(limit)
+        self.known.samples.update({(sample.shard, sample.key): sample for sample in self._read()})
+
+    def good(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
+        """Pass on the batches that hold anything, and note what they lack. Raises DataError beyond the limit."""
+        try:
+            for batch in batches:
+                self.note(batch.bad)
+                if len(batch.images):
+                    yield batch
+        except DataError as error:  # a worker's carries its traceback before the message
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+
+    def note(self, bad: Sequence[BadSample]) -> None:
+        """Record and tell those not seen before. Raises DataError beyond the limit."""
+        for sample in dict.fromkeys(bad):
+            if (sample.shard, sample.key) in self.known.samples:
+                continue
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(sample._asdict()) + "\n")
+            tqdm.write(f"warning: skipped {sample.key} in {sample.shard}: {sample.reason}")
+            self.known.add([sample])
+
+    def recorded(self) -> int:
+        """Return how many there are, those of other processes included."""
+        return len({(sample.shard, sample.key) for sample in self._read()})
+
+    def _read(self) -> list[BadSample]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without an end was cut short
+        return [BadSample(**json.loads(line)) for line in lines]
