@@ -1,6 +1,11 @@
-"""What a set of runs says: arms (runs that differ in seed only), differences with their uncertainty, and the verdict.
+"""What a set of runs says: who competes, at which rate, by how much they differ, and how sure that is.
 
-The first run's arm is the baseline. All losses are reconstruction losses on the masked patches of held-out images.
+    run          one run folder
+    arm          runs that differ in their seed only
+    contender    arms that differ in their peak rate only: usually one FFN. Its best arm, by which it is compared, is
+                 the one with the lowest mean final validation loss
+
+The first run's contender is the baseline. All losses are losses on held-out data.
 """
 
 import json
@@ -15,7 +20,7 @@ from PIL import Image
 from scipy.special import stdtrit
 
 from moa_eval.page import formatting
-from moa_eval.training.runs import Run, split_encoder
+from moa_eval.training.runs import Kind, Run, split_encoder
 
 CONFIDENCE = 0.95
 ABSENT = "absent"  # stands for the value of a key that a configuration lacks
@@ -28,8 +33,12 @@ _BOOKKEEPING = (
 )  # fmt: skip
 _MUST_MATCH = (
     "data.", "loop.val_samples", "model.img_size", "model.mask_ratio", "model.norm_pix_loss",
-    "model.encoder_args.patch_size", "schedule.batch_size", "schedule.epochs",
+    "model.encoder_args.patch_size", "model.tokenizer", "model.vocab_size", "schedule.batch_size", "schedule.epochs",
+    "schedule.steps", "schedule.tokens",
 )  # fmt: skip
+_FFN = ("model.ffn", "model.decoder_ffn", "model.encoder_args.mlp_ratio")
+_AMONG_CONTENDER = ("identity", "bookkeeping", "peak rate")  # in what runs of one contender may differ
+SHOWN_RUNS = 8  # so many runs can all be told apart in one figure
 
 FFN_NAMES = {
     "relu2": "ReLU²", "gelu": "GELU", "la": "LA", "moa": "MoA", "swiglu": "SwiGLU", "onela": "one-LA",
@@ -57,33 +66,59 @@ class Arm:
     Attributes:
         label: How the page calls them, such as "qd-MoA" or "qd-MoA, lr 1.2e-3".
         runs: Their positions in the list of runs.
+        rate: Their peak learning rate.
     """
 
     label: str
     runs: tuple[int, ...]
+    rate: float
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Arms that differ in their peak learning rate only.
+
+    Attributes:
+        label: How the page calls them, such as "qd-MoA".
+        arms: Their positions in the list of arms, by rising rate.
+        best: The arm with the lowest mean final loss among those of which no run diverged and all got as far as any
+            run of the contender did; None if there is no such arm. A contender's only arm is its best as long as one
+            run of it has a finite loss.
+        chosen: Whether there was more than one rate to choose from.
+    """
+
+    label: str
+    arms: tuple[int, ...]
+    best: int | None
+    chosen: bool
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """One arm against the baseline in one loss, after the same number of images.
+    """One arm against another in one loss, after the same number of images or tokens.
 
     Attributes:
-        arm: The arm's position in the list of arms.
-        samples: Images seen where the two are compared; None if no validation is common to them.
-        values, baseline: The loss by seed, diverged runs left out.
-        interval: The difference, arm minus baseline.
+        arm, reference: Positions in the list of arms.
+        seen: Images or tokens seen where the two are compared; None if no validation is common to them.
+        values, baseline: The loss by seed of the arm and of the reference, diverged runs left out.
+        interval: The difference, arm minus reference.
     """
 
     arm: int
-    samples: int | None
+    reference: int
+    seen: int | None
     values: dict[int, float]
     baseline: dict[int, float]
     interval: Interval
 
     @property
     def relative(self) -> float:
-        """The mean difference as a fraction of the baseline's mean."""
+        """The mean difference as a fraction of the reference's mean."""
         return quotient(self.interval.mean, mean(self.baseline.values()))
+
+    def adjusted(self, comparisons: int) -> Interval:
+        """The same difference with an interval that, with those of all `comparisons`, holds at `CONFIDENCE`."""
+        return difference(self.values, self.baseline, comparisons)
 
 
 def mean(values: Any) -> float:
@@ -97,11 +132,19 @@ def quotient(value: float, baseline: float) -> float:
     return value / baseline if baseline else math.nan
 
 
-def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Interval:
+def deviation(values: Any) -> float:
+    """The standard deviation (n - 1) of some numbers, NaN for fewer than two."""
+    values = list(values)
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def difference(values: Mapping[int, float], baseline: Mapping[int, float], comparisons: int = 1) -> Interval:
     """The mean difference of two arms' losses by seed, with Student's interval at `CONFIDENCE`.
 
     Equal sets of seeds are paired (they share the order of the data, the crops and the masks): the t interval of the
-    differences. Other sets: Welch's t interval (Welch 1947, "The generalization of Student's problem").
+    differences. Other sets: Welch's t interval (Welch 1947, "The generalization of Student's problem"). With several
+    `comparisons` the interval is so wide that all of them together hold at `CONFIDENCE` (Dunn 1961, "Multiple
+    comparisons among means").
     """
     a, b = np.array([*values.values()]), np.array([*baseline.values()])
     paired = values.keys() == baseline.keys()
@@ -115,15 +158,15 @@ def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> In
         squares = [np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)]
         spread = squares[0] ** 2 / (len(a) - 1) + squares[1] ** 2 / (len(b) - 1)
         freedom = sum(squares) ** 2 / spread if spread > 0 else len(a) + len(b) - 2.0
-    half = float(stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * math.sqrt(sum(squares))
+    half = float(stdtrit(freedom, 1 - (1 - CONFIDENCE) / (2 * comparisons))) * math.sqrt(sum(squares))
     return Interval(centre, centre - half, centre + half, paired)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys; an empty dictionary stays a value."""
+    """Nested dictionaries as one, with dotted keys; an empty dictionary has none, as if its key were absent."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
@@ -154,7 +197,7 @@ def role(key: str, values: Sequence[Any]) -> str:
     for name, keys in (("identity", _IDENTITY), ("bookkeeping", _BOOKKEEPING), ("must match", _MUST_MATCH)):
         if any(key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in keys):
             return name
-    return "FFN" if key.split(".")[-1].startswith("ffn_") or key == "model.decoder_ffn" else "setting"
+    return "FFN" if key.split(".")[-1].startswith("ffn_") or key in _FFN else "setting"
 
 
 @dataclass(frozen=True)
@@ -162,107 +205,255 @@ class Comparison:
     """Runs side by side.
 
     Attributes:
-        runs, labels: The runs as given and what the page calls them; the first belongs to the baseline.
-        arms: Runs that differ in seed only, together; the baseline's arm first.
+        runs, labels: By contender, rate and seed, and what the page calls them; the baseline's come first.
+        arms: Runs that differ in seed only, together; by contender and rate.
+        contenders: Arms that differ in peak rate only, together; the baseline first.
         differing: `config_difference` of the runs.
         incomparable: Why the losses cannot be compared as they stand, one line per reason.
-        metric: The loss of the verdict: the baseline's training objective, "loss_norm" or "loss_pixel".
+        metric: The loss of the verdict, a column of the validation rows: the baseline's training objective.
     """
 
     runs: tuple[Run, ...]
     labels: tuple[str, ...]
     arms: tuple[Arm, ...]
+    contenders: tuple[Contender, ...]
     differing: dict[str, list[Any]]
     incomparable: tuple[str, ...]
     metric: str
 
+    @property
+    def kind(self) -> Kind:
+        """What all of these runs train."""
+        return self.runs[0].kind
+
+    @property
+    def reference(self) -> int | None:
+        """The baseline's best arm, which the others are compared with; None if the baseline has none."""
+        return self.contenders[0].best
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """The runs that figures show at first: all if they are few, else those of the best arms."""
+        best = [contender.best for contender in self.contenders if contender.best is not None]
+        if len(self.runs) <= SHOWN_RUNS or not best:
+            return tuple(range(len(self.runs)))
+        return tuple(run for arm in best for run in self.arms[arm].runs)
+
     def arm_of(self, run: int) -> int:
         """The position of the arm that a run belongs to."""
         return next(index for index, arm in enumerate(self.arms) if run in arm.runs)
+
+    def contender_of(self, run: int) -> int:
+        """The position of the contender that a run belongs to."""
+        arm = self.arm_of(run)
+        return next(index for index, contender in enumerate(self.contenders) if arm in contender.arms)
+
+    def best_run(self, contender: int) -> int:
+        """The run that shows what a contender does: the best arm's first that did not diverge, else its first."""
+        own = self.contenders[contender]
+        runs = self.arms[own.arms[0] if own.best is None else own.best].runs
+        return next((run for run in runs if self.runs[run].diverged_at is None), runs[0])
 
     def keys(self, *roles: str) -> list[str]:
         """The differing keys of some roles."""
         return [key for key, values in self.differing.items() if role(key, values) in roles]
 
     def contrasts(self, loss: str) -> list[Contrast]:
-        """Every other arm against the baseline in "loss_norm" or "loss_pixel", at the last validation they share."""
-        return [self._contrast(arm, loss) for arm in range(1, len(self.arms))]
+        """The best arm of every other contender against the baseline's, in one loss, where they have one."""
+        best = [contender.best for contender in self.contenders[1:]]
+        return [
+            self.contrast(arm, self.reference, loss) for arm in best if arm is not None and self.reference is not None
+        ]
 
-    def _contrast(self, arm: int, loss: str) -> Contrast:
-        pair = [[self.runs[run] for run in self.arms[side].runs] for side in (arm, 0)]
-        usable = [[run for run in side if run.diverged_at is None and len(run.validation["step"])] for side in pair]
-        seen = [set(run.validation["samples"]) for side in usable for run in side]
+    def equal_rates(self, loss: str) -> list[Contrast]:
+        """Every arm of the other contenders against the baseline's arm of the same peak rate, where there is one."""
+        baseline = {self.arms[arm].rate: arm for arm in self.contenders[0].arms}
+        return [
+            self.contrast(arm, baseline[self.arms[arm].rate], loss)
+            for contender in self.contenders[1:]
+            for arm in contender.arms
+            if self.arms[arm].rate in baseline
+        ]
+
+    def contrast(self, arm: int, reference: int, loss: str) -> Contrast:
+        """One arm against another in one loss, at the last validation they share."""
+        sides = [[self.runs[run] for run in self.arms[side].runs] for side in (arm, reference)]
+        usable = [[run for run in side if _usable(run)] for side in sides]
+        seen = [set(run.validation[run.counter]) for side in usable for run in side]
         common = set.intersection(*seen) if all(usable) else set()
         if not common:
-            return Contrast(arm, None, {}, {}, Interval(math.nan, math.nan, math.nan, False))
-        samples = max(common)
-        values, baseline = (_by_seed(side, loss, samples) for side in usable)
-        return Contrast(arm, int(samples), values, baseline, difference(values, baseline))
+            return Contrast(arm, reference, None, {}, {}, Interval(math.nan, math.nan, math.nan, False))
+        at = max(common)
+        values, baseline = (by_seed(side, [_at(run, loss, at) for run in side]) for side in usable)
+        return Contrast(arm, reference, int(at), values, baseline, difference(values, baseline))
 
 
-def compare(runs: Sequence[Run], *, strict: bool = False) -> Comparison:
-    """Put runs side by side; the first is the baseline.
+def compare(runs: Sequence[Run], *, strict: bool = False, baseline: str | None = None) -> Comparison:
+    """Put runs side by side; the first belongs to the baseline, unless `baseline` names another.
+
+    Args:
+        runs: In any order.
+        strict: Refuse what would otherwise be a warning.
+        baseline: A contender's label ("SwiGLU"), an FFN ("swiglu"), or a run's name or folder.
 
     Raises:
-        NotComparableError: A folder is given twice; or `strict`, and the runs differ in data, masks, batch, budget or
-            image size.
+        NotComparableError: A folder is given twice, some train language models and some autoencoders, or nothing is
+            called `baseline`; or `strict`, and the runs differ in data, masks, batch, budget or image size.
         ValueError: There is no run.
     """
     if not runs:
         raise ValueError("runs is empty; give at least one run")
+    _check_alike(runs)
+    runs = _ordered(runs, baseline)
+    metric = _metric(runs[0])
+    arms, contenders = _contenders(runs, metric)
+    labels = _labels(runs, arms)
+    differing = config_difference([run.config for run in runs])
+    best = [own.arms if own.best is None else (own.best,) for own in contenders]
+    compared = [run for own in best for arm in own for run in arms[arm].runs]
+    incomparable = (
+        *_unequal_keys(differing, labels),
+        *_unequal_budget(runs, labels, compared),
+        *_unequal_tiles(runs, labels),
+    )
+    if strict and incomparable:
+        raise NotComparableError(f"not comparable: {'; '.join(incomparable)}; without --strict this is a warning")
+    return Comparison(tuple(runs), labels, arms, contenders, differing, incomparable, metric)
+
+
+def by_seed(runs: Sequence[Run], values: Sequence[float]) -> dict[int, float]:
+    """One value per run -> one per seed: a seed that was run twice is one observation, not two."""
+    pairs = list(zip([run.seed for run in runs], values, strict=True))
+    return {seed: mean(value for own, value in pairs if own == seed) for seed in sorted({own for own, _ in pairs})}
+
+
+def spell(labels: Sequence[str], values: Sequence[str]) -> str:
+    """Values with the runs that have them: "10 (SwiGLU), 20 (qd-MoA)"; of many runs the first few."""
+    owners = {value: [label for label, own in zip(labels, values, strict=True) if own == value] for value in values}
+    return ", ".join(f"{value} ({_first_few(own)})" for value, own in owners.items())
+
+
+def enumerate_words(words: Sequence[str]) -> str:
+    """Words as a list in a sentence: "a", "a and b", "a, b and c"."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _first_few(labels: Sequence[str], limit: int = 4) -> str:
+    more = len(labels) - limit
+    return ", ".join(labels) if more <= 1 else f"{', '.join(labels[:limit])} and {more} more"
+
+
+def _check_alike(runs: Sequence[Run]) -> None:
     folders = [run.folder.resolve() for run in runs]
     for folder in folders:
         if folders.count(folder) > 1:
             raise NotComparableError(f"{folder}: given {folders.count(folder)} times; give every run once")
-    arms = _arms(runs)
-    labels = _labels(runs, arms)
-    differing = config_difference([run.config for run in runs])
-    incomparable = (*_unequal_keys(differing, labels), *_unequal_budget(runs, labels), *_unequal_tiles(runs, labels))
-    if strict and incomparable:
-        raise NotComparableError(f"not comparable: {'; '.join(incomparable)}; without --strict this is a warning")
-    metric = "loss_norm" if flatten(runs[0].config).get("model.norm_pix_loss", True) else "loss_pixel"
-    return Comparison(tuple(runs), labels, arms, differing, incomparable, metric)
+    for run in runs:
+        if run.kind != runs[0].kind:
+            raise NotComparableError(
+                f"{runs[0].folder} is a {runs[0].kind.name} and {run.folder} a {run.kind.name}; "
+                "give each its own --section"
+            )
 
 
-def spell(labels: Sequence[str], values: Sequence[str]) -> str:
-    """Values with the runs that have them: "10 (SwiGLU), 20 (qd-MoA)"."""
-    return ", ".join(
-        f"{value} ({', '.join(label for label, own in zip(labels, values, strict=True) if own == value)})"
-        for value in dict.fromkeys(values)
-    )
+def _metric(run: Run) -> str:
+    if len(run.losses) == 1:
+        return next(iter(run.losses))
+    return "loss_norm" if flatten(run.config).get("model.norm_pix_loss", True) else "loss_pixel"
 
 
-def _by_seed(runs: Sequence[Run], loss: str, samples: float) -> dict[int, float]:
-    at = [float(run.validation[loss][run.validation["samples"] == samples][-1]) for run in runs]
-    # A seed that was run twice is one observation, not two.
-    return {
-        seed: mean(value for run, value in zip(runs, at, strict=True) if run.seed == seed)
-        for seed in sorted({run.seed for run in runs})
-    }
+def _usable(run: Run) -> bool:
+    return run.diverged_at is None and len(run.validation["step"]) > 0
+
+
+def _at(run: Run, loss: str, seen: float) -> float:
+    return float(run.validation[loss][run.validation[run.counter] == seen][-1])
 
 
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _arms(runs: Sequence[Run]) -> tuple[Arm, ...]:
+def _groups(runs: Sequence[Run], *leave_out: str) -> list[tuple[int, ...]]:
+    """Positions of runs that are equal in all keys but those of some roles, together, in the order of appearance."""
     groups: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
-        method = {k: v for k, v in flatten(run.config).items() if role(k, [v]) not in ("identity", "bookkeeping")}
+        method = {key: value for key, value in flatten(run.config).items() if role(key, [value]) not in leave_out}
         groups.setdefault(_canonical(method), []).append(index)
-    members = [tuple(group) for group in groups.values()]
-    return tuple(Arm(_arm_label(runs, group, members), group) for group in members)
+    return [tuple(group) for group in groups.values()]
 
 
-def _arm_label(runs: Sequence[Run], group: tuple[int, ...], groups: Sequence[tuple[int, ...]]) -> str:
+def _ordered(runs: Sequence[Run], baseline: str | None) -> list[Run]:
+    """The baseline's runs first; each contender's by rate, then seed, then as given."""
+    groups = _groups(runs, *_AMONG_CONTENDER)
+    if baseline is not None:
+        first = _find(runs, groups, baseline)
+        groups = [groups[first], *groups[:first], *groups[first + 1 :]]
+    return [
+        runs[index]
+        for group in groups
+        for index in sorted(group, key=lambda index: (runs[index].peak_lr, runs[index].seed))
+    ]
+
+
+def _find(runs: Sequence[Run], groups: Sequence[tuple[int, ...]], name: str) -> int:
+    """The contender that a name means, by its label, its FFN, or the name or folder of a run."""
+    labels = [_contender_label(runs, group, groups) for group in groups]
+    if name in labels:
+        return labels.index(name)
+    named = [
+        {text for run in group for text in (runs[run].ffn, runs[run].name, str(runs[run].folder))} for group in groups
+    ]
+    found = [index for index, names in enumerate(named) if name in names]
+    if len(found) == 1:
+        return found[0]
+    what = "belongs to several" if found else "is none"
+    raise NotComparableError(f"--baseline {name} {what} of the contenders; give one of: {'; '.join(labels)}")
+
+
+def _contenders(runs: Sequence[Run], metric: str) -> tuple[tuple[Arm, ...], tuple[Contender, ...]]:
+    groups = _groups(runs, *_AMONG_CONTENDER)
+    arms: list[Arm] = []
+    contenders = []
+    for group in groups:
+        label = _contender_label(runs, group, groups)
+        rates = sorted({runs[run].peak_lr for run in group})
+        first = len(arms)
+        for rate in rates:
+            own = tuple(run for run in group if runs[run].peak_lr == rate)
+            arms.append(Arm(f"{label}, lr {formatting.rate(rate)}" if len(rates) > 1 else label, own, rate))
+        best = _best([[runs[run] for run in arm.runs] for arm in arms[first:]], metric)
+        own_arms = tuple(range(first, len(arms)))
+        contenders.append(Contender(label, own_arms, None if best is None else own_arms[best], len(rates) > 1))
+    return tuple(arms), tuple(contenders)
+
+
+def _best(arms: Sequence[Sequence[Run]], metric: str) -> int | None:
+    if len(arms) == 1:
+        return 0 if any(map(_usable, arms[0])) else None
+    ends = [run.validation[run.counter][-1] for arm in arms for run in arm if _usable(run)]
+    complete = {
+        index: mean(by_seed(arm, [_at(run, metric, max(ends)) for run in arm]).values())
+        for index, arm in enumerate(arms)
+        if all(_usable(run) and run.validation[run.counter][-1] == max(ends) for run in arm)
+    }
+    return min(complete, key=lambda index: complete[index], default=None)
+
+
+def _contender_label(runs: Sequence[Run], group: tuple[int, ...], groups: Sequence[tuple[int, ...]]) -> str:
+    """The FFN, and what sets it apart from other contenders with the same FFN."""
     run = runs[group[0]]
     label = FFN_NAMES.get(run.ffn, run.ffn)
     rivals = [runs[other[0]].config for other in groups if runs[other[0]].ffn == run.ffn]
-    differing = {k: v for k, v in config_difference(rivals).items() if role(k, v) not in ("identity", "bookkeeping")}
     own = flatten(run.config)
-    if len(differing) > 2:
+    apart = [
+        key
+        for key, values in config_difference(rivals).items()
+        if role(key, values) not in _AMONG_CONTENDER and key in own
+    ]
+    if len(apart) > 3:
         return f"{label}, {run.name}"
-    return ", ".join([label, *(f"{key.split('.')[-1]} {show(own[key])}" for key in differing if key in own)])
+    return ", ".join([label, *(f"{key.split('.')[-1].removeprefix('ffn_')} {show(own[key])}" for key in apart)])
 
 
 def _labels(runs: Sequence[Run], arms: Sequence[Arm]) -> tuple[str, ...]:
@@ -293,11 +484,12 @@ def _unequal_keys(differing: Mapping[str, list[Any]], labels: Sequence[str]) -> 
     return [f"{key}: {spell(labels, [show(value) for value in differing[key]])}" for key in keys]
 
 
-def _unequal_budget(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
-    seen = {label: run.samples for label, run in zip(labels, runs, strict=True) if run.diverged_at is None}
+def _unequal_budget(runs: Sequence[Run], labels: Sequence[str], compared: Sequence[int]) -> list[str]:
+    """Of the runs that are compared: rates that were not picked may be unfinished."""
+    seen = {labels[run]: runs[run].seen for run in compared if runs[run].diverged_at is None}
     if len(set(seen.values())) < 2:
         return []
-    return [f"images seen: {spell([*seen], [formatting.grouped(value) for value in seen.values()])}"]
+    return [f"{runs[0].unit}s seen: {spell([*seen], [formatting.grouped(value) for value in seen.values()])}"]
 
 
 def _unequal_tiles(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:

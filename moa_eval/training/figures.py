@@ -1,238 +1,315 @@
-"""What the figures show: losses against images and time, and accuracies with their intervals; one panel each."""
+"""What the figures of training runs show: losses, peak rates, what the encoders are worth, and how tokens mix."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import altair as alt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
-from matplotlib.transforms import blended_transform_factory
-from numpy.typing import NDArray
 
-from moa_eval.page.charts import GRID, INK, MARKERS, PALETTE, Plot, render
-from moa_eval.training.comparison import Comparison
-from moa_eval.training.runs import Columns, Run
+from moa_eval.page import formatting
+from moa_eval.page.charts import MUTED, Chart, colour, colours, draw, shapes
+from moa_eval.training.comparison import Comparison, by_seed, mean
+from moa_eval.training.curves import CROSS, Axis, Line, Rows, draw_curves, short, smooth
+from moa_eval.training.mixing import STATIC, Mixing
+from moa_eval.training.runs import Run
 
-_SIZE_INCHES = (4.3, 3.0)
-_LEGEND_ROW_INCHES = 0.18
-_WARM_UP = 0.1  # the part of the x axis whose losses do not set the y axis: there every loss falls steeply
-_Z_95 = 1.959964  # half the width of a normal 95 % interval, in standard errors
-
-Values = NDArray[np.float64]
-Line = tuple[int, Values, Values]  # the run's position, x, y
+_OUTLIER = 4.0  # a mean loss further above the best than so many times the median distance does not set the y axis
+_PARTS_COLOUR = 6  # position in the palette of the colours of encoder and decoder, which are no contender's
 
 
-@dataclass(frozen=True)
-class _Axis:
-    label: str
-    values: Callable[[Columns], Values]
-    formatter: EngFormatter | None = None
-
-
-def draw(comparison: Comparison) -> dict[str, Plot]:
-    """Draw every figure that these runs have data for, by name."""
-    images = _Axis("images seen", lambda rows: rows["samples"], EngFormatter(sep=" "))
-    time = _time_axis(comparison.runs)
-    plots = [
-        _curves(comparison, "validation_loss", "Validation loss, normalized space", "loss_norm", images),
-        _differences(comparison, "validation_difference", "Validation loss, difference to the baseline", images),
-        _curves(comparison, "validation_loss_pixel", "Validation loss, pixel space", "loss_pixel", images),
-        _curves(comparison, "train_loss", "Training loss", None, images),
-        _curves(comparison, "validation_loss_time", "Validation loss, normalized space", "loss_norm", time),
-        _curves(comparison, "train_loss_time", "Training loss", None, time),
-    ]
-    return {plot.name: plot for plot in plots if plot is not None}
-
-
-def accuracies(rows: Sequence[str], labels: Sequence[str], values: Values, errors: Values, name: str) -> Plot:
-    """Accuracies of several models in several tasks, as points with their normal 95 % intervals.
+def draw_all(comparison: Comparison, mixing: Mapping[int, Mixing]) -> dict[str, Chart]:
+    """Draw every figure that these runs have data for, by name.
 
     Args:
-        rows: What to call each task, from top to bottom.
-        labels: What to call each model; the first is the baseline.
-        values, errors: Percent (tasks, models), the standard errors NaN where unknown.
-        name: The figure's name.
+        comparison: The runs.
+        mixing: How the tokens of a run mix, by the run's position.
     """
-    title = "Accuracy, with 95 % intervals over items"
-    spread = 0.6 if len(labels) > 1 else 0.0
-    offsets = np.linspace(-spread / 2, spread / 2, len(labels))
-
-    def fill(axes: Axes) -> None:
-        handles = []
-        for model in range(len(labels)):
-            colour, marker = PALETTE[model % len(PALETTE)][0], MARKERS[model % len(MARKERS)]
-            at = np.arange(len(rows)) + offsets[model]
-            half = _Z_95 * np.nan_to_num(errors[:, model])
-            axes.hlines(at, values[:, model] - half, values[:, model] + half, colors=colour, gid=f"run-{model}")
-            look = {"color": colour, "linestyle": "", "marker": marker, "markersize": 5}
-            axes.plot(values[:, model], at, gid=f"run-{model}", **look)
-            handles.append(Line2D([], [], **look))
-        for row in range(1, len(rows)):
-            axes.axhline(row - 0.5, color=GRID, linewidth=0.8)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_yticks(range(len(rows)), rows, color=INK)
-        axes.grid(visible=False, axis="y")
-        axes.grid(visible=True, axis="x")
-        axes.set_xlabel("accuracy, %")
-        _place_legend(axes, handles, list(labels))
-
-    height = 0.95 + len(rows) * (0.2 + 0.14 * len(labels))
-    return render(name, title, (_SIZE_INCHES[0], height), fill)
+    return {chart.name: chart for chart in _charts(comparison, mixing) if chart is not None}
 
 
-def smooth(values: Values) -> Values:
-    """A centred mean over about a twenty-fifth of the rows (N values in, N out); fewer than 50 rows stay as they are.
+def _charts(comparison: Comparison, mixing: Mapping[int, Mixing]) -> Iterator[Chart | None]:
+    counter, unit = comparison.kind.counter, comparison.kind.unit
+    seen = Axis(f"{unit}s seen", lambda run, rows: rows[counter])
+    flops = Axis("training FLOPs", lambda run, rows: rows[counter] * run.flops_per_unit)
+    time = _time_axis(comparison.runs)
+    main, *others = comparison.kind.losses
+    yield _validation(comparison, "validation_loss", main, seen)
+    yield _differences(comparison, main, seen)
+    for loss in others:
+        yield _validation(comparison, f"validation_{loss}", loss, seen)
+    yield _training(comparison, "train_loss", seen)
+    yield _validation(comparison, "validation_loss_flops", main, flops)
+    yield _validation(comparison, "validation_loss_time", main, time)
+    yield _training(comparison, "train_loss_time", time)
+    yield _rates(comparison)
+    yield _probes(comparison)
+    best = [comparison.best_run(contender) for contender in range(len(comparison.contenders))]
+    shown = {run: mixing[run] for run in best if run in mixing}
+    terms = [*dict.fromkeys(term for own in shown.values() for layer in own.last for term in layer.terms)]
+    for run, own in shown.items():
+        yield _mixing_depth(comparison, run, own, terms)
+        yield _mixing_training(comparison, run, own)
 
-    At the ends the window holds only what is there. A value that is not finite stays so and spoils no other.
-    """
-    half = len(values) // 50
-    finite = np.isfinite(values)
-    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    number = np.concatenate([[0], np.cumsum(finite)])
-    at = np.arange(len(values))
-    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return np.where(finite, (total[high] - total[low]) / np.maximum(number[high] - number[low], 1), np.nan)
 
-
-def _time_axis(runs: tuple[Run, ...]) -> _Axis:
+def _time_axis(runs: Sequence[Run]) -> Axis:
     longest = max(run.wall_s for run in runs)
     unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60) if longest > 120 else ("seconds", 1)
-    return _Axis(f"training time, {unit}", lambda rows: rows["wall_s"] / seconds)
+    return Axis(f"training time, {unit}", lambda run, rows: rows["wall_s"] / seconds, "~g")
 
 
-def _curves(comparison: Comparison, name: str, title: str, loss: str | None, axis: _Axis) -> Plot | None:
-    """Losses against one axis: a column of the validation rows, or the smoothed training loss."""
+def _validation(comparison: Comparison, name: str, loss: str, axis: Axis) -> Chart | None:
+    lines = [
+        Line(index, axis.values(run, run.validation), run.validation[loss])
+        for index, run in enumerate(comparison.runs)
+    ]
+    return draw_curves(comparison, name, f"Validation loss, {comparison.kind.losses[loss]}", lines, axis)
+
+
+def _training(comparison: Comparison, name: str, axis: Axis) -> Chart | None:
+    lines = [
+        Line(index, axis.values(run, run.train), smooth(run.train["loss"]), run.train["loss"])
+        for index, run in enumerate(comparison.runs)
+    ]
+    return draw_curves(comparison, name, "Training loss", lines, axis)
+
+
+def _differences(comparison: Comparison, loss: str, axis: Axis) -> Chart | None:
+    """Validation loss minus the mean of the baseline's best arm, wherever all of its runs have a validation."""
+    counter, reference = comparison.kind.counter, comparison.reference
+    if reference is None:
+        return None
+    members = comparison.arms[reference].runs
+    steady = [run for run in members if comparison.runs[run].diverged_at is None] or members
+    baseline = [comparison.runs[run].validation for run in steady]
+    shared = set.intersection(*(set(rows[counter]) for rows in baseline))
+    means = {at: mean(rows[loss][rows[counter] == at][-1] for rows in baseline) for at in sorted(shared)}
     lines = []
     for index, run in enumerate(comparison.runs):
-        rows = run.train if loss is None else run.validation
-        values = rows["loss" if loss is None else loss]
-        if np.isfinite(values).any():
-            lines.append((index, axis.values(rows), values))
-    if not lines:
+        at = [row for row, seen in enumerate(run.validation[counter]) if seen in means]
+        y = run.validation[loss][at] - np.array([means[run.validation[counter][row]] for row in at])
+        if members != (index,):
+            lines.append(Line(index, axis.values(run, run.validation)[at], y))
+    return draw_curves(
+        comparison, "validation_difference", "Validation loss, difference to the baseline", lines, axis, zero=True
+    )
+
+
+def _rates(comparison: Comparison) -> Chart | None:
+    """The final loss against the peak rate: a point a seed, a line a contender through the means over seeds."""
+    seeds, arms = _rate_rows(comparison)
+    if not any(contender.chosen for contender in comparison.contenders) or not arms:
         return None
+    labels = [contender.label for contender in comparison.contenders]
+    rates = sorted({arm.rate for arm in comparison.arms})
+    x = (
+        alt.X("rate:Q").title("peak learning rate")
+        .axis(values=rates, labelExpr=_rate_labels(rates), labelOverlap="greedy")
+        .scale(type="log", nice=False, domain=[rates[0] / 1.2, rates[-1] * 1.2])
+    )  # fmt: skip
+    place = {"x": x, "color": alt.Color("ffn:N").scale(colours(labels))}
+    inside = {"y": alt.value(alt.ExprRef("scale('y', datum.loss)"))}
+    tooltip = [
+        alt.Tooltip("label:N").title("rate of"),
+        alt.Tooltip("seed:N"),
+        alt.Tooltip("text:N").title("final loss"),
+    ]
+    points, means = (alt.Chart(alt.InlineData(values=rows)) for rows in (seeds, arms))
+    shape = alt.Shape("ffn:N").scale(shapes(labels))
+    y = alt.Y("low:Q").title("final validation loss").scale(zero=False)
+    layers = [
+        points.transform_filter("datum.inside").transform_aggregate(low="min(loss)", high="max(loss)")
+        .mark_rule(opacity=0).encode(y=y, y2=alt.Y2("high:Q")),
+        means.mark_line(clip=True, strokeWidth=1.8).encode(**place, **inside),
+        points.transform_filter("datum.inside").mark_point(filled=True, size=36, opacity=0.6)
+        .encode(**place, **inside, shape=shape, tooltip=tooltip),
+        means.transform_filter("datum.best").mark_point(size=170, strokeWidth=2)
+        .encode(**place, **inside, tooltip=[tooltip[0], alt.Tooltip("text:N").title("lowest mean")]),
+        # What lies above the frame, and what has no loss at all, stands at its upper edge, each contender in a row.
+        *(points.transform_filter(f"!datum.inside && datum.diverged == {diverged}")
+          .mark_point(size=55, strokeWidth=2, shape=mark)
+          .encode(**place, y=alt.value(alt.ExprRef("6 + 12 * datum.group")), tooltip=tooltip)
+          for diverged, mark in ((1, CROSS), (0, "triangle-up"))),
+    ]  # fmt: skip
+    title = f"Final validation loss against the peak rate, {comparison.kind.losses[comparison.metric]}"
+    return draw("loss_against_rate", title, alt.layer(*layers))
 
-    def fill(axes: Axes) -> None:
-        for index, x, y in lines:
-            if loss is None and len(y) >= 50:
-                axes.plot(x, y, color=_colour(comparison, index), alpha=0.22, linewidth=0.8, gid=f"run-{index}")
-                _line(axes, comparison, index, x, smooth(y))
-            else:
-                _line(axes, comparison, index, x, y, markers=loss is not None)
-        _limit(axes, comparison, [(index, x, y if loss else smooth(y)) for index, x, y in lines])
-        _legend(axes, comparison, [index for index, _, _ in lines])
 
-    return _draw(name, title, axis, fill)
+def _rate_rows(comparison: Comparison) -> tuple[Rows, Rows]:
+    """A row a run, and a row an arm with a finite mean; "group" is the contender, "inside" if the frame shows it."""
+    seeds: Rows = []
+    arms: Rows = []
+    for group, contender in enumerate(comparison.contenders):
+        for arm in contender.arms:
+            own = comparison.arms[arm]
+            runs = [comparison.runs[run] for run in own.runs]
+            losses = {run.folder: _final(run, comparison.metric) for run in runs}
+            row = {"group": group, "ffn": contender.label, "label": own.label, "rate": own.rate}
+            finite = [run for run in runs if np.isfinite(losses[run.folder])]
+            centre = mean(by_seed(finite, [losses[run.folder] for run in finite]).values())
+            if finite:
+                best = arm == contender.best
+                arms.append(row | {"loss": short(centre), "best": best, "text": formatting.loss(centre)})
+            for run in runs:
+                value = losses[run.folder]
+                diverged = run.diverged_at is not None
+                text = f"diverged at step {run.diverged_at}" if diverged else formatting.loss(value)
+                at = {"loss": short(value)} if np.isfinite(value) else {}
+                seeds.append(row | at | {"seed": run.seed, "text": text})
+    limit = _highest_shown([row["loss"] for row in arms])
+    for row in seeds:
+        row["inside"] = "loss" in row and row["loss"] <= limit
+        row["diverged"] = int("loss" not in row)
+    return seeds, arms
 
 
-def _differences(comparison: Comparison, name: str, title: str, axis: _Axis) -> Plot | None:
-    """Validation loss minus the mean of the baseline's runs, wherever all of those have a validation."""
-    loss = comparison.metric
-    steady = [run for run in comparison.arms[0].runs if comparison.runs[run].diverged_at is None]
-    baseline = [comparison.runs[run].validation for run in steady or comparison.arms[0].runs]
-    shared = set.intersection(*(set(rows["samples"]) for rows in baseline))
-    reference = {
-        samples: np.mean([rows[loss][rows["samples"] == samples][-1] for rows in baseline])
-        for samples in sorted(shared)
+def _final(run: Run, loss: str) -> float:
+    values = run.validation[loss]
+    return float(values[-1]) if run.diverged_at is None and len(values) else np.nan
+
+
+def _highest_shown(means: Sequence[float]) -> float:
+    """The highest loss that sets the y axis, so that one bad rate does not flatten the rest."""
+    if not means:
+        return np.inf
+    excess = np.array(means) - min(means)
+    return min(means) + _OUTLIER * float(np.median(excess)) if np.median(excess) > 0 else np.inf
+
+
+def _rate_labels(rates: Sequence[float]) -> str:
+    """A Vega expression that writes each rate as the page does."""
+    names = ", ".join(f"'{rate!r}': '{formatting.rate(rate)}'" for rate in rates)
+    return f"{{{names}}}[toString(datum.value)] || datum.label"
+
+
+def _probes(comparison: Comparison) -> Chart | None:
+    """What encoders are worth beyond the baseline's: a point a run, a bar through the mean of the runs shown."""
+    rows = _probe_rows(comparison)
+    if len({row["ffn"] for row in rows}) < 2:
+        return None
+    labels = [contender.label for contender in comparison.contenders]
+    order = [name for name in ("knn", "linear", "finetune") if any(row["probe"] == name for row in rows)]
+    order += [*dict.fromkeys(row["probe"] for row in rows if row["probe"] not in order)]
+    data = alt.Chart(alt.InlineData(values=rows))
+    place = {
+        "x": alt.X("probe:N").title(None).sort(order).axis(labelAngle=0),
+        "xOffset": alt.XOffset("ffn:N").scale(domain=labels),
+        "color": alt.Color("ffn:N").scale(colours(labels)),
+        "y": alt.Y("points:Q").title("difference to the baseline, points").scale(zero=True),
     }
-    lines = []
-    for index, run in enumerate(comparison.runs):
-        if comparison.arms[0].runs == (index,):
-            continue
-        at = [row for row, samples in enumerate(run.validation["samples"]) if samples in reference]
-        y = run.validation[loss][at] - np.array([reference[run.validation["samples"][row]] for row in at])
-        if np.isfinite(y).any():
-            lines.append((index, axis.values(run.validation)[at], y))
-    if not lines:
+    tooltip = [
+        alt.Tooltip("label:N").title("run"),
+        alt.Tooltip("probe:N"),
+        alt.Tooltip("accuracy:Q").title("accuracy, %").format(".2f"),
+        alt.Tooltip("points:Q").title("difference").format("+.2f"),
+    ]
+    means = data.transform_aggregate(points="mean(points)", groupby=["ffn", "probe"])
+    layers = [
+        means.mark_tick(size=18, thickness=2).encode(**place),
+        data.mark_point(filled=True, size=40, opacity=0.7).encode(
+            **place, shape=alt.Shape("ffn:N").scale(shapes(labels)), tooltip=tooltip
+        ),
+    ]
+    hidden = [run for run in range(len(comparison.runs)) if run not in comparison.shown]
+    title = "Accuracy of the encoders, difference to the baseline"
+    return draw("probe", title, alt.layer(*layers), hidden=hidden)
+
+
+def _probe_rows(comparison: Comparison) -> Rows:
+    """A row a run and measurement, with its distance in points from the mean of the baseline's best arm."""
+    members = [] if comparison.reference is None else comparison.arms[comparison.reference].runs
+    baseline = [probe for run in members for probe in comparison.runs[run].probes]
+    means = {own.name: mean(probe.accuracy for probe in baseline if probe.name == own.name) for own in baseline}
+    return [
+        {
+            "run": index,
+            "label": comparison.labels[index],
+            "ffn": comparison.contenders[comparison.contender_of(index)].label,
+            "probe": probe.name,
+            "accuracy": short(100 * probe.accuracy),
+            "points": short(100 * (probe.accuracy - means[probe.name])),
+        }
+        for index, run in enumerate(comparison.runs)
+        for probe in run.probes
+        if probe.name in means
+    ]
+
+
+def _mixing_depth(comparison: Comparison, run: int, mixing: Mixing, terms: Sequence[str]) -> Chart:
+    """Every coefficient over the depth of the network: its mean, and the middle 90 % of the tokens."""
+    rows = [
+        {"run": run, "layer": layer.name, "part": layer.part, "term": term}
+        | {key: short(getattr(layer, key)[at]) for key in ("mean", "low", "high", "std", "share")}
+        for layer in mixing.last
+        for at, term in enumerate(layer.terms)
+    ]
+    own = [term for term in terms if any(row["term"] == term for row in rows)]
+    scale = alt.Scale(domain=own, range=[colour(terms.index(term)) for term in own])
+    data = alt.Chart(alt.InlineData(values=rows))
+    place = {
+        "x": _layers([layer.name for layer in mixing.last]),
+        "xOffset": alt.XOffset("term:N").sort(own).scale(paddingInner=0.4),
+        "color": alt.Color("term:N").sort(own).scale(scale),
+    }
+    tooltip = [
+        alt.Tooltip("layer:N"),
+        alt.Tooltip("term:N").title("coefficient of"),
+        alt.Tooltip("mean:Q").format(".3f"),
+        alt.Tooltip("low:Q").title("5th percentile").format(".3f"),
+        alt.Tooltip("high:Q").title("95th percentile").format(".3f"),
+        alt.Tooltip("std:Q").title("standard deviation").format(".3f"),
+        alt.Tooltip("share:Q").title("share of the sum").format(".1%"),
+    ]
+    y = alt.Y("low:Q").title("coefficient").scale(zero=False)
+    layers = [
+        data.mark_rule(strokeWidth=2, opacity=0.45, strokeCap="round").encode(
+            **place, y=y, y2=alt.Y2("high:Q"), tooltip=tooltip
+        ),
+        data.mark_point(filled=True, size=26, opacity=1).encode(**place, y=alt.Y("mean:Q"), tooltip=tooltip),
+    ]
+    title = f"{comparison.labels[run]}: coefficients over depth, with the middle 90 % of the tokens"
+    return draw(f"mixing_depth_{run}", title, alt.layer(*layers))
+
+
+def _layers(names: Sequence[str]) -> alt.X:
+    parts = [*dict.fromkeys(name.split(".")[0] for name in names)]
+    shown = "split(datum.label, '.')[1]"
+    title = "layer"
+    if len(parts) > 1:
+        shown = f"slice(datum.label, 0, 1) + {shown}"
+        title = f"layer ({', '.join(f'{part[0]}: {part}' for part in parts)})"
+    return alt.X("layer:N").sort(list(names)).title(title).axis(labelAngle=0, labelExpr=shown, labelOverlap="greedy")
+
+
+def _mixing_training(comparison: Comparison, run: int, mixing: Mixing) -> Chart | None:
+    """How much a layer's coefficients vary from token to token, during training; None for a single record."""
+    rows: Rows = []
+    train, counter = comparison.runs[run].train, comparison.kind.counter
+    for step, layers in mixing.steps.items():
+        seen = float(np.interp(step, train["step"], train[counter])) if len(train["step"]) else float(step)
+        for depth, layer in enumerate(layers):
+            spread = float(np.sqrt(np.mean(np.square(layer.std))))
+            row: dict[str, Any] = {"run": run, "layer": layer.name, "part": layer.part, "depth": depth}
+            rows.append(row | {"seen": short(seen), "spread": short(spread)})
+    if len(mixing.steps) < 2:
         return None
-
-    def fill(axes: Axes) -> None:
-        axes.axhline(0, color=_colour(comparison, 0), linewidth=1.4)
-        for index, x, y in lines:
-            _line(axes, comparison, index, x, y, markers=True)
-        _limit(axes, comparison, lines, baseline=0.0)
-        _legend(axes, comparison, [0, *(index for index, _, _ in lines)])
-
-    return _draw(name, title, axis, fill)
-
-
-def _line(axes: Axes, comparison: Comparison, run: int, x: Values, y: Values, *, markers: bool = False) -> None:
-    arm = comparison.arm_of(run)
-    alone = len(comparison.arms[arm].runs) == 1
-    axes.plot(
-        x, y, color=_colour(comparison, run), gid=f"run-{run}", linestyle=_dash(arm), alpha=1.0 if alone else 0.8,
-        linewidth=1.8 if alone else 1.2, marker=MARKERS[arm % len(MARKERS)] if markers else "",
-        markersize=4 if alone else 3, markevery=max(1, len(x) // 10),
-    )  # fmt: skip
-
-
-def _limit(axes: Axes, comparison: Comparison, lines: list[Line], baseline: float | None = None) -> None:
-    """Fit the y axis to what is of interest: neither the first steep fall nor the peak of a run that diverges.
-
-    A cross at the last finite value marks a run that diverges, at the frame where that value lies outside.
-    """
-    start = _WARM_UP * max(float(x[-1]) for _, x, _ in lines)
-    late = [(run, y[(x >= start) & np.isfinite(y)]) for run, x, y in lines]
-    steady = [y for run, y in late if comparison.runs[run].diverged_at is None]
-    bounds = [] if baseline is None else [baseline]
-    low = np.concatenate([*(y for _, y in late), bounds])
-    high = np.concatenate([*steady, bounds]) if any(map(len, steady)) else low
-    if not len(low):
-        return
-    bottom, top = float(low.min()), float(high.max())
-    margin = 0.06 * (top - bottom) or 0.01 * abs(top) or 0.01
-    axes.set_ylim(bottom - margin, top + margin)
-    for run, x, y in lines:
-        finite = np.flatnonzero(np.isfinite(y))
-        if comparison.runs[run].diverged_at is not None and len(finite):
-            at = np.clip(y[finite[-1]], bottom, top)
-            axes.plot(
-                x[finite[-1]], at, color=_colour(comparison, run), gid=f"run-{run}",
-                marker="x", markersize=7, markeredgewidth=1.8,
-            )  # fmt: skip
-
-
-def _legend(axes: Axes, comparison: Comparison, runs: list[int]) -> None:
-    """Name the arms between the title and the axes, where no line can run through the names."""
-    arms = sorted({comparison.arm_of(run) for run in runs})
-    handles, labels = [], []
-    for arm in arms:
-        colour, marker = PALETTE[arm % len(PALETTE)][0], MARKERS[arm % len(MARKERS)]
-        number = len(comparison.arms[arm].runs)
-        handles.append(Line2D([], [], color=colour, linestyle=_dash(arm), marker=marker, markersize=4))
-        labels.append(comparison.arms[arm].label + (f" ({number} runs)" if number > 1 else ""))
-    _place_legend(axes, handles, labels)
-
-
-def _place_legend(axes: Axes, handles: list[Line2D], labels: list[str]) -> None:
-    figure = axes.get_figure(root=True)
-    assert figure is not None, "these axes belong to a figure"
-    columns = max(1, 56 // (max(map(len, labels)) + 6))
-    rows = -(-len(labels) // columns)
-    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW_INCHES * (rows - 1))  # the axes keep their height
-    axes.legend(
-        handles, labels, ncols=columns, loc="lower left", borderaxespad=0.0, borderpad=0.2, columnspacing=1.6,
-        bbox_to_anchor=(0.005, 1.02), bbox_transform=blended_transform_factory(figure.transFigure, axes.transAxes),
-    )  # fmt: skip
-
-
-def _colour(comparison: Comparison, run: int) -> str:
-    return PALETTE[comparison.arm_of(run) % len(PALETTE)][0]
-
-
-def _dash(arm: int) -> Literal["-", "--"]:
-    return "-" if arm < len(PALETTE) else "--"
-
-
-def _draw(name: str, title: str, axis: _Axis, fill: Callable[[Axes], None]) -> Plot:
-    def fill_and_scale(axes: Axes) -> None:
-        fill(axes)
-        axes.set_xlabel(axis.label)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        if axis.formatter:
-            axes.xaxis.set_major_formatter(axis.formatter)
-        axes.set_xlim(left=0)
-
-    return render(name, title, _SIZE_INCHES, fill_and_scale)
+    parts = [*dict.fromkeys(row["part"] for row in rows)]
+    data = alt.Chart(alt.InlineData(values=rows))
+    place = {
+        "x": alt.X("seen:Q").title(f"{comparison.kind.unit}s seen").axis(format="~s", tickCount=6).scale(nice=False),
+        "y": alt.Y("spread:Q").title("deviation over tokens"),
+        "color": alt.Color("part:N").scale(colours(parts, _PARTS_COLOUR)),
+        "opacity": alt.Opacity("depth:O").scale(range=[0.3, 1]).legend(None),
+    }
+    tooltip = [
+        alt.Tooltip("layer:N"),
+        alt.Tooltip("seen:Q").title(f"{comparison.kind.unit}s seen").format(".4~s"),
+        alt.Tooltip("spread:Q").title("deviation over tokens").format(".3f"),
+    ]
+    static = alt.Chart(alt.InlineData(values=[{"static": STATIC}])).mark_rule(color=MUTED, strokeDash=[4, 3])
+    layers = [
+        static.encode(y=alt.Y("static:Q")),
+        data.mark_line(strokeWidth=1.4).encode(**place, detail="layer:N"),
+        data.mark_point(filled=True, size=24).encode(**place, tooltip=tooltip),
+    ]
+    title = f"{comparison.labels[run]}: spread of the coefficients over tokens, layer by layer"
+    return draw(f"mixing_training_{run}", title, alt.layer(*layers))

@@ -4,95 +4,223 @@ import math
 from collections.abc import Sequence
 
 from moa_eval.page import formatting
-from moa_eval.training.comparison import CONFIDENCE, Comparison, Contrast, mean, quotient, show, spell
+from moa_eval.training.comparison import (
+    CONFIDENCE,
+    Comparison,
+    Contender,
+    Contrast,
+    enumerate_words,
+    mean,
+    quotient,
+    show,
+    spell,
+)
+from moa_eval.training.tables import cost_rows, edge, probe_rows, unequal_probes
 
-SPACES = {"loss_norm": "normalized space", "loss_pixel": "pixel space"}
+_METHODS = {"knn": "k-nearest-neighbour", "linear": "linear-probe", "finetune": "fine-tuned"}
 
 
 def verdict(comparison: Comparison) -> list[str]:
-    """One or two sentences: the difference to the baseline in final reconstruction loss, and how sure it is."""
-    contrasts = [contrast for contrast in comparison.contrasts(comparison.metric) if contrast.samples is not None]
+    """One or two sentences: the best alternative's difference to the baseline in final loss, and how sure it is.
+
+    Every contender speaks by its best arm. With several alternatives the interval is widened for all of them.
+    """
+    contrasts = _shared(comparison)
     if not contrasts:
         return [_no_difference(comparison)]
-    best = min(contrasts, key=lambda contrast: mean(contrast.values.values()))
-    return [_difference(comparison, best), _certainty(comparison, best)]
+    best = _leading(contrasts)
+    return [_difference(comparison, best, len(contrasts)), _certainty(comparison, best, len(contrasts))]
 
 
 def caveats(comparison: Comparison) -> list[str]:
-    """What limits the verdict, one sentence each; empty if nothing does."""
+    """What limits the verdict, and what else it should be read with, one sentence each; empty if nothing does."""
     return [
         *_choice_caveats(comparison),
+        *_rate_caveats(comparison),
+        *_equal_rate_caveats(comparison),
         *_run_caveats(comparison),
         *_cause_caveats(comparison),
         *_space_caveats(comparison),
+        *_probe_notes(comparison),
         *_cost_caveats(comparison),
     ]
 
 
-def _difference(comparison: Comparison, contrast: Contrast) -> str:
-    arm, baseline = comparison.arms[contrast.arm].label, comparison.arms[0].label
-    value, reference = mean(contrast.values.values()), mean(contrast.baseline.values())
+def _shared(comparison: Comparison) -> list[Contrast]:
+    return [contrast for contrast in comparison.contrasts(comparison.metric) if contrast.seen is not None]
+
+
+def _leading(contrasts: Sequence[Contrast]) -> Contrast:
+    return min(contrasts, key=lambda contrast: mean(contrast.values.values()))
+
+
+def _contender(comparison: Comparison, arm: int) -> Contender:
+    return comparison.contenders[comparison.contender_of(comparison.arms[arm].runs[0])]
+
+
+def _at_rate(comparison: Comparison, arm: int) -> str:
+    """The contender, with the rate of the arm where there was a choice."""
+    contender = _contender(comparison, arm)
+    rate = f" at its best rate ({formatting.rate(comparison.arms[arm].rate)})" if contender.chosen else ""
+    return contender.label + rate
+
+
+def _difference(comparison: Comparison, contrast: Contrast, alternatives: int) -> str:
+    arm, reference = (_at_rate(comparison, side) for side in (contrast.arm, contrast.reference))
+    value, baseline = mean(contrast.values.values()), mean(contrast.baseline.values())
     centre = contrast.interval.mean
-    direction = "below" if centre < 0 else "above" if centre > 0 else "from"
+    if alternatives > 1 and centre < 0:
+        arm = f"{arm}, the lowest of {alternatives} alternatives,"
+    elif alternatives > 1:
+        arm = f"{arm}, the nearest of {alternatives} alternatives,"
     average = "on average " if max(len(contrast.values), len(contrast.baseline)) > 1 else ""
-    size = f"{formatting.signed(centre)[1:]} ({formatting.share(contrast.relative)}) {direction} {baseline}"
+    size = f"{formatting.signed(centre)[1:]} ({formatting.share(contrast.relative)}) {_direction(centre)} {reference}"
     return (
-        f"{arm} is {average}{size} in validation reconstruction loss: "
-        f"{formatting.loss(value)} against {formatting.loss(reference)} "
-        f"after {formatting.grouped(contrast.samples or 0)} images ({SPACES[comparison.metric]})."
+        f"{arm} is {average}{size} in validation {comparison.kind.objective}: "
+        f"{formatting.loss(value)} against {formatting.loss(baseline)} "
+        f"after {formatting.grouped(contrast.seen or 0)} {comparison.kind.unit}s "
+        f"({comparison.kind.losses[comparison.metric]})."
     )
 
 
-def _certainty(comparison: Comparison, contrast: Contrast) -> str:
-    sides = [(comparison.arms[contrast.arm].label, contrast.values), (comparison.arms[0].label, contrast.baseline)]
+def _direction(difference: float) -> str:
+    return "below" if difference < 0 else "above" if difference > 0 else "from"
+
+
+def _certainty(comparison: Comparison, contrast: Contrast, alternatives: int) -> str:
+    sides = [(contrast.arm, contrast.values), (contrast.reference, contrast.baseline)]
     if comparison.incomparable:
         return "The runs are not comparable as they stand: this is no evidence about the FFN."
-    single = [label for label, values in sides if len(values) < 2]
+    single = [_contender(comparison, arm).label for arm, values in sides if len(values) < 2]
     if single:
         return f"One seed{f' of {single[0]}' if len(single) == 1 else ''}: not evidence of a general difference."
-    centre, low, high, paired = contrast.interval
+    centre, low, high, paired = contrast.adjusted(alternatives)
     seeds = f"{len(contrast.values)} paired" if paired else f"{len(contrast.values)} and {len(contrast.baseline)}"
+    widened = f", widened for {alternatives} alternatives" if alternatives > 1 else ""
     reading = (
         "includes zero: these seeds do not settle which is better"
         if low <= 0 <= high
         else f"excludes zero: in this setting the {'lower' if centre < 0 else 'higher'} loss is more than seed noise"
     )
     limits = f"{formatting.signed(low)} to {formatting.signed(high)}"
-    return f"The {CONFIDENCE * 100:.0f} % interval over {seeds} seeds, {limits}, {reading}."
+    return f"The {CONFIDENCE * 100:.0f} % interval over {seeds} seeds{widened}, {limits}, {reading}."
 
 
 def _no_difference(comparison: Comparison) -> str:
-    baseline = comparison.arms[0].label
-    if len(comparison.arms) > 1:
-        return f"No other FFN shares a validation of finite loss with {baseline}: there is no difference to report."
-    runs = [run for run in comparison.runs if run.diverged_at is None and len(run.validation["step"])]
-    if not runs:
-        return f"{baseline} has no validation of finite loss, and there is nothing to compare it with."
-    finals = [float(run.validation[comparison.metric][-1]) for run in runs]
+    baseline = comparison.contenders[0]
+    if len(comparison.contenders) > 1 and baseline.best is None:
+        return (
+            f"{baseline.label} has no rate at which every run kept a finite loss: there is nothing to compare with."
+        )
+    if len(comparison.contenders) > 1:
+        shares = "No other FFN shares a validation of finite loss with"
+        return f"{shares} {baseline.label}: there is no difference to report."
+    if baseline.best is None:
+        return f"{baseline.label} has no validation of finite loss, and there is nothing to compare it with."
+    runs = [comparison.runs[run] for run in comparison.arms[baseline.best].runs]
+    finals = [
+        float(run.validation[comparison.metric][-1])
+        for run in runs
+        if run.diverged_at is None and len(run.validation["step"])
+    ]
     average = f"on average over {len(finals)} runs " if len(finals) > 1 else ""
     return (
-        f"{baseline} has {average}a validation reconstruction loss of {formatting.loss(mean(finals))} "
-        f"({SPACES[comparison.metric]}); there is nothing to compare it with."
+        f"{_at_rate(comparison, baseline.best)} has {average}a validation {comparison.kind.objective} of "
+        f"{formatting.loss(mean(finals))} ({comparison.kind.losses[comparison.metric]}); "
+        "there is nothing to compare it with."
     )
 
 
 def _choice_caveats(comparison: Comparison) -> list[str]:
-    others = len(comparison.arms) - 1
-    return [f"The verdict takes the best of {others} alternatives, which flatters it."] if others > 1 else []
+    others = len(_shared(comparison))
+    if others < 2:
+        return []
+    return [
+        f"The verdict takes the best of {others} alternatives, which flatters it; intervals in tables are as for one."
+    ]
+
+
+def _rate_caveats(comparison: Comparison) -> list[str]:
+    """How the rates were picked."""
+    notes = []
+    chosen = [contender for contender in comparison.contenders if contender.chosen]
+    labels = [contender.label for contender in comparison.contenders]
+    if chosen:
+        tried = [len(contender.arms) for contender in comparison.contenders]
+        words = "The best rate is picked by the validation loss that is reported"
+        if len(set(tried)) == 1:
+            notes.append(f"{words}, of {tried[0]} each.")
+        else:
+            counts = spell(labels, [*map(str, tried)])
+            notes.append(f"{words}, of {counts} rates; more rates tried flatter a contender.")
+    for contender in chosen:
+        at = edge(comparison, contender)
+        if contender.best is not None and at:
+            rate, further = (
+                formatting.rate(comparison.arms[contender.best].rate),
+                {"lowest": "lower", "highest": "higher"}[at],
+            )
+            notes.append(
+                f"The best rate of {contender.label}, {rate}, is the {at} tried: a {further} one may be better."
+            )
+        seeds = {len({comparison.runs[run].seed for run in comparison.arms[arm].runs}) for arm in contender.arms}
+        if len(seeds) > 1:
+            notes.append(f"The rates of {contender.label} were tried with {min(seeds)} to {max(seeds)} seeds.")
+    for contender in comparison.contenders:
+        if contender.chosen and contender.best is None:
+            notes.append(f"{contender.label} has no rate at which every run came to the end with a finite loss.")
+    rates = {arm.rate for arm in comparison.arms}
+    if not chosen and len(rates) > 1:
+        shown = [formatting.rate(comparison.arms[contender.arms[0]].rate) for contender in comparison.contenders]
+        notes.append(f"Peak learning rates differ: {spell(labels, shown)}.")
+    return notes
+
+
+def _equal_rate_caveats(comparison: Comparison) -> list[str]:
+    """The verdict's contender at the baseline's rates, where rates were picked."""
+    if not _shared(comparison) or not any(contender.chosen for contender in comparison.contenders):
+        return []
+    leading = _leading(_shared(comparison))
+    leader, baseline = _contender(comparison, leading.arm), comparison.contenders[0].label
+    equal = [
+        contrast
+        for contrast in comparison.equal_rates(comparison.metric)
+        if contrast.arm in leader.arms and contrast.seen == leading.seen  # not where one is still being trained
+    ]
+    if not equal:
+        return [f"{leader.label} and {baseline} have no rate in common at which both came to the end."]
+    below = sum(contrast.interval.mean < 0 for contrast in equal)
+    listed = enumerate_words(
+        [
+            f"{formatting.signed(contrast.interval.mean)} at {formatting.rate(comparison.arms[contrast.arm].rate)}"
+            for contrast in equal
+        ]
+    )
+    return [f"At equal rates {leader.label} is below {baseline} at {below} of {len(equal)}: {listed}."]
 
 
 def _run_caveats(comparison: Comparison) -> list[str]:
     notes = []
-    for run, label in zip(comparison.runs, comparison.labels, strict=True):
-        if run.diverged_at is not None:
-            step = formatting.grouped(run.diverged_at)
-            notes.append(
-                f"{label} diverged: its loss or gradient is not finite at step {step}; the verdict leaves it out."
-            )
-        elif run.status != "finished":
-            notes.append(f"{label} is {run.status}: it has seen {formatting.grouped(run.samples)} images.")
-        recorded = run.figure("final", "loss_norm")
-        if len(run.validation["step"]) and math.isfinite(recorded) and recorded != run.validation["loss_norm"][-1]:
+    labelled = list(zip(comparison.runs, comparison.labels, strict=True))
+    diverged = [
+        f"{label} (step {formatting.grouped(run.diverged_at)})"
+        for run, label in labelled
+        if run.diverged_at is not None
+    ]
+    if diverged:
+        notes.append(
+            f"Diverged, with a loss or gradient that is not finite, and left out: {enumerate_words(diverged)}."
+        )
+    for status in ("stopped", "unfinished"):
+        own = [
+            f"{label} ({formatting.grouped(run.seen)} {run.unit}s)" for run, label in labelled if run.status == status
+        ]
+        if own:
+            notes.append(f"{status.capitalize()}: {enumerate_words(own)}.")
+    for run, label in labelled:
+        recorded = run.figure("final", comparison.metric)
+        last = run.validation[comparison.metric][-1:]
+        if len(last) and math.isfinite(recorded) and recorded != last[0]:
             notes.append(f"{label}: summary.json has another final loss than metrics.jsonl, which is what is shown.")
     for arm in comparison.arms:
         seeds = [comparison.runs[run].seed for run in arm.runs]
@@ -103,41 +231,77 @@ def _run_caveats(comparison: Comparison) -> list[str]:
 
 def _cause_caveats(comparison: Comparison) -> list[str]:
     notes = []
-    if len({run.peak_lr for run in comparison.runs}) > 1:
-        rates = [formatting.rate(comparison.runs[arm.runs[0]].peak_lr) for arm in comparison.arms]
-        notes.append(f"Peak learning rates differ: {spell([arm.label for arm in comparison.arms], rates)}.")
     if settings := comparison.keys("setting"):
-        notes.append(f"More than FFN and peak rate differs ({_and(settings)}): a difference is not the FFN's alone.")
-    seeds = [{comparison.runs[run].seed for run in arm.runs} for arm in comparison.arms]
+        listed = enumerate_words(settings)
+        notes.append(f"More than FFN and peak rate differs ({listed}): a difference is not the FFN's alone.")
+    best = [(own.label, own.best) for own in comparison.contenders if own.best is not None]
+    seeds = [{comparison.runs[run].seed for run in comparison.arms[arm].runs} for _, arm in best]
     if any(own.isdisjoint(seeds[0]) for own in seeds[1:]):
-        shown = [_and([str(seed) for seed in sorted(own)]) for own in seeds]
-        notes.append(f"Seeds differ: {spell([arm.label for arm in comparison.arms], shown)}.")
+        shown = [enumerate_words([str(seed) for seed in sorted(own)]) for own in seeds]
+        notes.append(f"Seeds differ: {spell([label for label, _ in best], shown)}.")
     return notes
 
 
 def _space_caveats(comparison: Comparison) -> list[str]:
-    """The other loss may point the other way."""
-    other = next(loss for loss in SPACES if loss != comparison.metric)
+    """Another loss may point the other way."""
     notes = []
-    for one, two in zip(comparison.contrasts(comparison.metric), comparison.contrasts(other), strict=True):
-        if one.interval.mean * two.interval.mean < 0:
-            shown = formatting.signed(two.interval.mean)
-            notes.append(f"In {SPACES[other]} {comparison.arms[one.arm].label} has the other sign: {shown}.")
+    for loss, space in comparison.kind.losses.items():
+        pairs = zip(comparison.contrasts(comparison.metric), comparison.contrasts(loss), strict=True)
+        for one, two in pairs:
+            if one.interval.mean * two.interval.mean < 0:
+                label, shown = _contender(comparison, one.arm).label, formatting.signed(two.interval.mean)
+                notes.append(f"In {space} {label} has the other sign: {shown}.")
+    return notes
+
+
+def _probe_notes(comparison: Comparison) -> list[str]:
+    """What the encoders of the verdict's two sides are worth in classification, where both were measured."""
+    notes = []
+    leaders = [_contender(comparison, _leading(shared).arm).label] if (shared := _shared(comparison)) else []
+    for row in probe_rows(comparison):
+        if row["contender"] not in leaders or math.isnan(row["difference"]):
+            continue
+        gap, accuracy = row["difference"], row["accuracy"]
+        method = _METHODS.get(row["method"], row["method"])
+        limits = f"95 % interval {formatting.points(row['low_95'])} to {formatting.points(row['high_95'])}"
+        notes.append(
+            f"{row['contender']}'s encoder is {formatting.points(gap)[1:]} points {_direction(gap)} "
+            f"{comparison.contenders[0].label}'s in {method} accuracy ({row['probe']}): "
+            f"{formatting.accuracy(accuracy)} % against {formatting.accuracy(accuracy - gap)} % "
+            f"({'one seed' if math.isnan(row['low_95']) else limits})."
+        )
+    for name, keys in unequal_probes(comparison).items():
+        notes.append(f"The runs were not all measured in the same way in {name}: {enumerate_words(keys)} differ.")
     return notes
 
 
 def _cost_caveats(comparison: Comparison) -> list[str]:
     notes = []
-    totals = [comparison.runs[arm.runs[0]].figure("parameters", "total") for arm in comparison.arms]
-    for arm, total in zip(comparison.arms[1:], totals[1:], strict=True):
+    first = [comparison.runs[comparison.arms[own.arms[0]].runs[0]] for own in comparison.contenders]
+    totals = [run.figure("parameters", "total") for run in first]
+    baseline = comparison.contenders[0].label
+    for contender, total in zip(comparison.contenders[1:], totals[1:], strict=True):
         share = quotient(total, totals[0])
         if abs(share - 1) > 0.01:
-            notes.append(f"{arm.label} has {formatting.ratio(share)} the parameters of {comparison.arms[0].label}.")
+            notes.append(f"{contender.label} has {formatting.ratio(share)} the parameters of {baseline}.")
+    notes += _speed_caveats(comparison)
     devices = [show(run.device) for run in comparison.runs]
     if len(set(devices)) > 1:
         notes.append(f"Devices differ, so speed and memory do not compare: {spell(comparison.labels, devices)}.")
     return notes
 
 
-def _and(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+def _speed_caveats(comparison: Comparison) -> list[str]:
+    """The verdict is after equal images or tokens: how far that is from equal time."""
+    shared = _shared(comparison)
+    if not shared:
+        return []
+    leader, baseline = _contender(comparison, _leading(shared).arm).label, comparison.contenders[0].label
+    speed = next(row["units_per_s_ratio"] for row in cost_rows(comparison) if row["contender"] == leader)
+    if math.isnan(speed) or abs(speed - 1) <= 0.05:
+        return []
+    unit = comparison.kind.unit
+    return [
+        f"{leader} sees {formatting.ratio(speed)} as many {unit}s a second as {baseline}: "
+        f"losses are compared after the same number of {unit}s, not after the same time."
+    ]

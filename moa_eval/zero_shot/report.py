@@ -1,18 +1,17 @@
-"""Harness results -> the paper's zero-shot table, the paired tests, one figure and one page."""
+"""Harness results -> one section of a page: the paper's zero-shot table, the paired tests and one figure."""
 
 import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from moa_eval.page import formatting
-from moa_eval.page.charts import PALETTE, Plot
-from moa_eval.page.writing import Row, as_csv, figure_files, render, write
-from moa_eval.training import figures as plots
+from moa_eval.page.charts import Chart
+from moa_eval.page.writing import Row, Section, Series
 from moa_eval.training.comparison import config_difference, show
 from moa_eval.zero_shot import paired
 from moa_eval.zero_shot.contrasts import (
@@ -24,6 +23,7 @@ from moa_eval.zero_shot.contrasts import (
     compare_evaluations,
     label_of,
 )
+from moa_eval.zero_shot.figures import accuracies
 from moa_eval.zero_shot.output import Evaluation, read_evaluation
 from moa_eval.zero_shot.verdict import ALPHA, averaged, caveats, verdict
 
@@ -31,31 +31,49 @@ _TORCH = re.compile(r"^PyTorch version: (.+)$", re.MULTILINE)
 _GPU = re.compile(r"^GPU 0: (.+)$", re.MULTILINE)
 
 
-class Written(NamedTuple):
-    """A report on disk: the path of its page, and its summary in Markdown."""
+def zero_shot_section(
+    results: Sequence[str | Path], *, slug: str = "zero-shot", title: str | None = None, baseline: str | None = None
+) -> Section:
+    """Compare harness results, the first of which is the baseline unless another is named.
 
-    page: Path
-    summary: str
-
-
-def write_zero_shot(
-    results: Sequence[str | Path], out: str | Path, *, title: str | None = None, baseline: str | None = None
-) -> Written:
-    """Compare harness results, the first of which is the baseline unless another is named, and write the report.
-
-    Writes `out`/index.html (self-contained), zero_shot.md, zero_shot.csv, paired.csv and figures/accuracy.{svg,png}.
+    Args:
+        results: Folders that lm_eval wrote, or results files.
+        slug: Name of the section in file names and ids.
+        title: Heading (default: the models' names).
+        baseline: A model's name, or one of `results`.
 
     Raises:
         ResultsError: Results are missing or broken.
         NotComparableError: They did not ask the same questions in the same way, or none is called `baseline`.
     """
     comparison = compare_evaluations([read_evaluation(path) for path in results], baseline)
-    figures = draw(comparison)
-    pages = _render(comparison, figures, title)
-    out = Path(out)
-    tables = {"zero_shot.csv": as_csv(score_rows(comparison)), "paired.csv": as_csv(paired_rows(comparison))}
-    write(out, tables | figure_files(figures) | pages)
-    return Written(out / "index.html", pages["zero_shot.md"])
+    settings, differences = settings_rows(comparison), difference_rows(comparison)
+    return Section(
+        slug=slug,
+        title=title or _title(comparison),
+        template="zero_shot",
+        content={
+            "comparison": comparison,
+            "labels": comparison.labels,
+            "average_of": averaged(comparison) if comparison.averages() else "",
+            "cells": _cells(comparison),
+            "tests": _tests(comparison),
+            "settings": settings,
+            "differences": differences,
+            "resamples": paired.RESAMPLES,
+            "seed": paired.SEED,
+        },
+        tables={
+            "zero_shot": score_rows(comparison),
+            "paired": paired_rows(comparison),
+            "settings": settings,
+            "config": differences,
+        },
+        charts=draw(comparison),
+        verdict=verdict(comparison),
+        caveats=caveats(comparison),
+        series=[Series(label, label, model) for model, label in enumerate(comparison.labels)],
+    )
 
 
 def score_rows(comparison: ZeroShot) -> list[Row]:
@@ -129,7 +147,7 @@ def difference_rows(comparison: ZeroShot) -> list[Row]:
     ]
 
 
-def draw(comparison: ZeroShot) -> dict[str, Plot]:
+def draw(comparison: ZeroShot) -> dict[str, Chart]:
     """The figure of all accuracies; none where no task has a score between 0 and 1 per item."""
     shown = []
     for task in _ordered(comparison):
@@ -140,7 +158,7 @@ def draw(comparison: ZeroShot) -> dict[str, Plot]:
         return {}
     scores = 100 * np.array([row for _, row in shown])  # (tasks, models, value and error)
     labels = [label for label, _ in shown]
-    return {"accuracy": plots.accuracies(labels, comparison.labels, scores[..., 0], scores[..., 1], "accuracy")}
+    return {"accuracy": accuracies(labels, comparison.labels, scores[..., 0], scores[..., 1], "accuracy")}
 
 
 def _ordered(comparison: ZeroShot) -> list[str]:
@@ -248,23 +266,3 @@ def _test(comparison: ZeroShot, contrast: Contrast) -> Row:
         "detectable": shown(contrast.detectable).lstrip("+±"),
         "seen": contrast.p_holm < ALPHA,
     }
-
-
-def _render(comparison: ZeroShot, figures: dict[str, Plot], title: str | None) -> dict[str, str]:
-    content = {
-        "title": title or _title(comparison),
-        "comparison": comparison,
-        "labels": comparison.labels,
-        "verdict": verdict(comparison),
-        "caveats": caveats(comparison),
-        "average_of": averaged(comparison) if comparison.averages() else "",
-        "cells": _cells(comparison),
-        "tests": _tests(comparison),
-        "settings": settings_rows(comparison),
-        "differences": difference_rows(comparison),
-        "resamples": paired.RESAMPLES,
-        "seed": paired.SEED,
-        "figures": figures,
-        "series": [model % len(PALETTE) for model in range(len(comparison.labels))],
-    }
-    return render({"zero_shot.md": "zero_shot.md", "index.html": "zero_shot.html"}, content)

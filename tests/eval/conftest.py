@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.numpy import save_file
 
 
 def default_config(name, seed, encoder, lr):
@@ -32,6 +33,11 @@ def default_config(name, seed, encoder, lr):
     }
 
 
+def language_config(name, seed, ffn, lr):
+    config = default_config(name, seed, ffn, lr)
+    return config | {"model": {"ffn": ffn, "size": "dense-0.12b"}, "data": {"train": "text/train", "val": "text/val"}}
+
+
 def curve(steps, final, seed, name):
     """A falling loss that ends at `final` but for a little noise."""
     noise = np.random.default_rng([seed, *name.encode()]).normal(0, 0.002, steps)
@@ -40,12 +46,17 @@ def curve(steps, final, seed, name):
 
 def write_run(
     root, name="baseline", *, encoder="vit_tiny_patch4_swiglu", lr=3e-4, seed=0, final=0.5, steps=40, nan_from=None,
-    status="finished", mixing=0, keys=("images/b", "images/a"), tile_size=16, changes=None,
+    status="finished", mixing=0, keys=("images/b", "images/a"), tile_size=16, changes=None, ffn=None, spread=None,
+    probes=None,
 ):  # fmt: skip
-    """Write a run folder and return its path; `changes` are dotted configuration keys."""
+    """Write a run folder and return its path; `changes` are dotted configuration keys.
+
+    With `ffn` it is a language model's. `spread` is the standard deviation over tokens of the coefficients that it
+    records; `probes` maps measurements to accuracies.
+    """
     folder = root / name
     folder.mkdir(parents=True)
-    config = default_config(name, seed, encoder, lr)
+    config = language_config(name, seed, ffn, lr) if ffn else default_config(name, seed, encoder, lr)
     for key, value in (changes or {}).items():
         *path, last = key.split(".")
         node = config
@@ -59,18 +70,67 @@ def write_run(
         "packages": {"timm": "1.0.20"},
     }  # fmt: skip
     (folder / "env.json").write_text(json.dumps(environment))
-    rows = _rows(curve(steps, final, seed, name), nan_from)
+    rows = _rows(curve(steps, final, seed, name), nan_from, language=ffn is not None)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _write_reconstructions(folder / "reconstructions", keys, seed=seed, size=tile_size)
+    if ffn is None:
+        _write_reconstructions(folder / "reconstructions", keys, seed=seed, size=tile_size)
+    if spread is not None:
+        write_mixing(folder / "mixing", keys, spread, part="model" if ffn else "encoder")
+    for probe, accuracy in (probes or {}).items():
+        _write_probe(folder / "probe" / f"{probe}.json", probe, accuracy)
     if status is not None:
         (folder / "summary.json").write_text(json.dumps(_summary(config, rows, status, mixing)))
     return folder
+
+
+def write_mixing(folder, keys, spread, *, part="encoder", terms=("g·id", "s·id", "r2·id"), adaptive=True):
+    """Two layers of `terms` on a grid of 2 x 2 patches; of layer 1 the first term never varies."""
+    folder.mkdir(parents=True)
+    layers = [f"{part}.0", f"{part}.1"]
+    for step in (20, 40):
+        rows = []
+        for index, layer in enumerate(layers):
+            std = [spread * step / 40] * len(terms)
+            if index == 1:
+                std[0] = 0.0
+            rows.append(
+                {
+                    "layer": layer, "coefficients": terms, "token_adaptive": adaptive, "mean": [0.5] * len(terms),
+                    "std": std, "low": [0.5 - spread] * len(terms), "high": [0.5 + spread] * len(terms),
+                    "share": [0.5, *[0.5 / (len(terms) - 1)] * (len(terms) - 1)],
+                }
+            )  # fmt: skip
+        (folder / f"step_{step:08d}.json").write_text(json.dumps({"step": step, "layers": rows}))
+    if part == "model":
+        return
+    shares = np.random.default_rng(0).dirichlet(np.ones(len(terms)), (len(keys), len(layers), 4)).astype(np.float16)
+    save_file({f"{part}.shares": shares, f"{part}.coefficients": shares}, folder / "maps.safetensors")
+    parts = {part: {"layers": layers, "coefficients": terms}}
+    index = {"step": 40, "grid": [2, 2], "keys": list(keys), "parts": parts}
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def _write_probe(path, name, accuracy):
+    content = {
+        "method": name.split("-")[0], "name": name, "accuracy": accuracy, "top5": None, "train": "shards/train",
+        "val": "shards/val", "train_samples": 500, "val_samples": 100, "settings": {"k": 20}, "seed": 0,
+        "wall_s": 1.5, "step": 40,
+    }  # fmt: skip
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
 
 
 @pytest.fixture
 def make_run(tmp_path):
     """`write_run` into a folder of the test's own."""
     return partial(write_run, tmp_path / "runs")
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Sections without charts, for tests of everything else: drawing is most of the time."""
+    monkeypatch.setattr("moa_eval.training.figures.draw_all", lambda comparison, mixing: {})
+    monkeypatch.setattr("moa_eval.zero_shot.report.draw", lambda comparison: {})
 
 
 @pytest.fixture(scope="session")
@@ -162,30 +222,32 @@ def write_results_fixture():
     return write_results
 
 
-def _rows(losses, nan_from):
+def _rows(losses, nan_from, language=False):
     steps = len(losses)
     rows = []
     for step, loss in enumerate(losses.tolist(), start=1):
         loss = math.nan if nan_from is not None and step >= nan_from else loss
-        where = {"step": step, "epoch": 10 * step / steps, "samples": 64 * step}
+        where = {"step": step, "epoch": 10 * step / steps, "tokens" if language else "samples": 64 * step}
         speed = {"lr": 1e-4, "grad_norm": 1.0, "throughput": 100.0 + step, "mfu": None}
         rows.append({"kind": "train", **where, "loss": loss, **speed, "wall_s": 0.5 * step})
         if step % 10 == 0:
-            values = {"loss": loss + 0.01, "loss_norm": loss + 0.01, "loss_pixel": 0.3 * loss}
+            spaces = {} if language else {"loss_norm": loss + 0.01, "loss_pixel": 0.3 * loss}
+            values = {"loss": loss + 0.01, **spaces}
             rows.append({"kind": "val", **where, **values, "wall_s": 0.5 * step})
     return rows
 
 
 def _summary(config, rows, status, mixing):
     vals = [row for row in rows if row["kind"] == "val"]
-    losses = ("loss", "loss_norm", "loss_pixel")
-    best = min(vals, key=lambda row: row["loss_norm"], default=None)
+    losses = [key for key in ("loss", "loss_norm", "loss_pixel") if vals and key in vals[0]]
+    best = min(vals, key=lambda row: row["loss"], default=None)
+    counter = "tokens" if "tokens" in rows[-1] else "samples"
     return {
         "name": config["name"],
         "seed": config["seed"],
         "status": status,
         "steps": rows[-1]["step"],
-        "samples": rows[-1]["samples"],
+        counter: rows[-1][counter],
         "final": {key: vals[-1][key] for key in losses} if vals else None,
         "best": {key: best[key] for key in (*losses, "step")} if best else None,
         "train_loss": rows[-1]["loss"],
@@ -196,7 +258,7 @@ def _summary(config, rows, status, mixing):
             "ffn": 500_000,
             "mixing": mixing,
         },
-        "flops_per_sample": 3_000_000 + 10 * mixing,
+        f"flops_per_{counter[:-1]}": 3_000_000 + 10 * mixing,
         "flops_total": 1e12,
         "wall_s": rows[-1]["wall_s"],
         "throughput": 120.0,

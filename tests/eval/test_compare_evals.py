@@ -1,23 +1,19 @@
 import csv
 import json
 import math
-import runpy
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from moa_eval.page import formatting
+from moa_eval.page.writing import write_page
 from moa_eval.zero_shot.contrasts import compare_evaluations
 from moa_eval.zero_shot.output import read_evaluation
-from moa_eval.zero_shot.report import write_zero_shot
+from moa_eval.zero_shot.report import zero_shot_section
 from moa_eval.zero_shot.verdict import caveats, verdict
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_evals.py"
 LABELS = {"arc_challenge": "ARC-C", "hellaswag": "HellaSwag", "openbookqa": "OpenBookQA", "winogrande": "WinoGrande"}
 METRICS = {"arc_challenge": ["acc", "acc_norm"], "winogrande": ["acc"], "piqa": ["acc", "acc_norm"]}
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -49,8 +45,14 @@ class Page(HTMLParser):
 
 
 def rows(out, name):
-    with (out / name).open(newline="") as file:
+    with (out / "tables" / name).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def write(files, out, title=None):
+    """Write the page of some results; return its folder."""
+    section = zero_shot_section(files, title=title)
+    return write_page([section], out, title=section.title, command="scripts/compare_evals.py").parent
 
 
 def compared(files):
@@ -70,7 +72,7 @@ def report(tmp_path_factory, write_results):
         write_results(root / str(number), f"models/{name}", skill=skill, items=200, tasks=tasks)
         for number, (name, skill) in enumerate({"Llama <i>": 0.4, "one|MoA": 0.42, "qd-MoA": 0.6}.items())
     ]
-    return files, write_zero_shot(files, root / "out", title="Zero & shot").page.parent
+    return files, write(files, root / "out", "Zero & shot")
 
 
 def test_the_csv_has_the_harness_values(report):
@@ -127,24 +129,9 @@ def test_the_address_of_a_function_is_no_difference(tmp_path, write_results):
         content = json.loads(file.read_text())
         content["configs"]["winogrande"]["doc_to_text"] = f"<function doc_to_text at 0x{address}>"
         file.write_text(json.dumps(content))
-    summary = write_zero_shot(files, tmp_path / "out").summary
+    summary = (write(files, tmp_path / "out") / "summary.md").read_text()
     assert "model_args.pretrained" in summary
     assert "doc_to_text" not in summary
-
-
-def test_the_page_is_well_formed_and_loads_nothing(report):
-    out = report[1]
-    text = (out / "index.html").read_text()
-    page = Page(text)
-    assert not {"script", "link", "iframe", "object", "img"} & {tag for tag, _ in page.tags}
-    assert "http://" not in text.replace("http://www.w3.org/", "") and "https://" not in text
-    assert "url(http" not in text and "@import" not in text
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    for tag, attributes in page.tags:
-        assert "src" not in attributes
-        if target := attributes.get("href"):
-            assert target[1:] in ids if target.startswith("#") else tag in ("a", "use") and (out / target).is_file()
 
 
 def test_the_page_has_every_task_model_and_setting(report):
@@ -174,7 +161,7 @@ def test_the_page_has_every_task_model_and_setting(report):
 
 
 def test_the_summary_is_a_table_for_a_pull_request(report):
-    text = (report[1] / "zero_shot.md").read_text()
+    text = (report[1] / "summary.md").read_text()
     assert text.startswith("# Zero & shot\n\n**qd-MoA is ")
     assert "one\\|MoA" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
@@ -184,32 +171,29 @@ def test_the_summary_is_a_table_for_a_pull_request(report):
 
 
 def test_the_figure_is_drawn_where_the_values_are(report):
-    """The x coordinates of a model's marks are one linear function of its accuracies."""
+    """Every point of the chart is a model's accuracy in a task, with its 95 % interval."""
     files, out = report
     assert (out / "figures" / "accuracy.png").stat().st_size > 1000
-    root = ElementTree.fromstring((out / "figures" / "accuracy.svg").read_text())
-    results = json.loads(files[2].read_text())["results"]
-    keys = {task: "acc,none" if task == "winogrande" else "acc_norm,none" for task in LABELS}
-    four = [results[task][key] for task, key in keys.items()]
-    values = [*four, np.mean(four), results["piqa"]["acc_norm,none"]]
-    marks = [
-        [float(use.get("x")) for use in group.iter("{http://www.w3.org/2000/svg}use")]
-        for group in root.iter()
-        if group.get("id") == "run-2"
+    section = zero_shot_section(files)
+    assert [(own.label, own.group, own.shown) for own in section.series] == [
+        (model, model, True) for model in ("Llama <i>", "one|MoA", "qd-MoA")
     ]
-    (at,) = [own for own in marks if own]
-    assert stats.linregress(values, at).rvalue == pytest.approx(1, abs=1e-6)
+    results = json.loads(files[2].read_text())["results"]
+    keys = {task: "acc" if task == "winogrande" else "acc_norm" for task in LABELS}
+    points = {(row["run"], row["task"]): row for row in data(section.charts["accuracy"].spec)}
+    for task, metric in keys.items():
+        value, error = (100 * results[task][f"{metric}{kind},none"] for kind in ("", "_stderr"))
+        point = points[2, LABELS[task]]
+        assert (point["accuracy"], point["low"]) == pytest.approx((value, value - 1.959964 * error))
+    average = np.mean([100 * results[task][f"{metric},none"] for task, metric in keys.items()])
+    assert points[2, "Average"]["accuracy"] == pytest.approx(average)
 
 
-def test_the_same_results_give_the_same_bytes(report, tmp_path):
-    files, out = report
-    write_zero_shot(files, tmp_path / "again", title="Zero & shot")
-    written = sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
-    assert [str(path) for path in written] == [
-        "figures/accuracy.png", "figures/accuracy.svg", "index.html", "paired.csv", "zero_shot.csv", "zero_shot.md",
-    ]  # fmt: skip
-    for path in written:
-        assert (out / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
+def data(spec):
+    """All inline data of a Vega-Lite specification."""
+    own = [row for dataset in spec.get("datasets", {}).values() for row in dataset]
+    own += spec.get("data", {}).get("values", [])
+    return own + [row for layer in spec.get("layer", []) for row in data(layer)]
 
 
 def test_a_difference_too_small_to_see_is_said_to_be(tmp_path, write_results):
@@ -263,11 +247,12 @@ def test_equal_answers_are_said_to_be_equal(tmp_path, write_results):
 )
 def test_other_sets_of_tasks(tmp_path, write_results, tasks, words):
     files = [write_results(tmp_path, f"m/{n}", skill=s, items=150, tasks=tasks) for n, s in (("a", 0.4), ("b", 0.6))]
-    written = write_zero_shot(files, tmp_path / "out")
-    Page(written.page.read_text())
-    assert words in written.summary
+    out = write(files, tmp_path / "out")
+    Page((out / "index.html").read_text())
+    summary = (out / "summary.md").read_text()
+    assert words in summary
     partial = "ARC-C and OpenBookQA are missing, so the average is not the paper's."
-    assert (partial in written.summary) == (len(tasks) == 2 and "hellaswag" in tasks)
+    assert (partial in summary) == (len(tasks) == 2 and "hellaswag" in tasks)
 
 
 def test_what_a_reader_should_know_is_said(tmp_path, write_results):
@@ -293,16 +278,17 @@ def test_a_metric_that_is_no_mean_is_shown_and_not_tested(tmp_path, write_result
         content = json.loads(file.read_text())
         content["results"]["wikitext"]["word_perplexity,none"] = 25.25
         file.write_text(json.dumps(content))
-    out = write_zero_shot(files, tmp_path / "out").page.parent
+    out = write(files, tmp_path / "out")
     assert {row["metric"] for row in rows(out, "zero_shot.csv")} == {"acc", "word_perplexity"}
     assert {row["metric"] for row in rows(out, "paired.csv")} == {"acc"}
     assert "25.2500" in (out / "index.html").read_text()
 
 
 def test_one_result_is_reported_alone(tmp_path, write_results):
-    written = write_zero_shot([write_results(tmp_path, "m/a")], tmp_path / "out")
-    Page(written.page.read_text())
-    assert "on the average of the four tasks; there is nothing to compare it with." in written.summary
+    out = write([write_results(tmp_path, "m/a")], tmp_path / "out")
+    Page((out / "index.html").read_text())
+    summary = (out / "summary.md").read_text()
+    assert "on the average of the four tasks; there is nothing to compare it with." in summary
 
 
 @pytest.mark.parametrize(
@@ -322,47 +308,3 @@ def test_one_result_is_reported_alone(tmp_path, write_results):
 )
 def test_numbers_as_a_reader_sees_them(function, value, text):
     assert function(value) == text
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the script; return its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return (caught.value.code, *capsys.readouterr())
-
-    return run
-
-
-def test_the_command_prints_the_summary_and_where_the_page_is(tmp_path, write_results, command):
-    files = [write_results(tmp_path / name, f"m/{name}", seed=seed) for seed, name in enumerate("ab")]
-    code, out, err = command(*(tmp_path / "ab"[i] for i in (0, 1)), "--out", tmp_path / "out", "--baseline", "b")
-    assert (code, err) == (0, "")
-    assert out.endswith(f"\n{tmp_path / 'out' / 'index.html'}\n")
-    assert out.startswith((tmp_path / "out" / "zero_shot.md").read_text())
-    assert "# a against b" in out
-    assert command(files[0], "--out", tmp_path / "one", "--title", "Mine")[0] == 0
-    assert "<h1>Mine</h1>" in (tmp_path / "one" / "index.html").read_text()
-
-
-def test_the_command_refuses_in_one_line(tmp_path, write_results, command):
-    good = write_results(tmp_path / "good", "m/good")
-    shots = write_results(tmp_path / "shots", "m/shots", shots=5)
-    bare = write_results(tmp_path / "bare", "m/bare", log_samples=False)
-    out = ("--out", tmp_path / "out")
-    for arguments, words in (
-        ((tmp_path / "gone", *out), "gone: no such file or folder"),
-        ((good, shots, *out), "not comparable: arc_challenge: 0 shots in good, 5 in shots"),
-        ((good, bare, *out), "run lm_eval with --log_samples"),
-        ((good, good, *out), "given 2 times"),
-        ((good, "--baseline", "x", *out), "no result is called 'x'"),
-        ((good, "--out", good), str(good)),
-    ):
-        code, printed, err = command(*arguments)
-        assert (code, printed) == (2, "")
-        assert err.startswith("compare_evals.py: error: ") and words in err
-        assert err.count("\n") == 1
-    assert not (tmp_path / "out").exists()

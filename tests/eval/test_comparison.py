@@ -9,7 +9,7 @@ from PIL import Image
 from scipy import stats
 
 from moa_eval.page import formatting
-from moa_eval.training.comparison import NotComparableError, compare, config_difference, difference, role
+from moa_eval.training.comparison import NotComparableError, compare, config_difference, difference, role, spell
 from moa_eval.training.runs import read_run
 
 scalars = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.5, 1.0, "x", "absent"])
@@ -22,7 +22,7 @@ configs = st.dictionaries(st.sampled_from("abc"), values, max_size=3)
 
 
 def leaves(tree, path=()):
-    if isinstance(tree, dict) and (tree or not path):
+    if isinstance(tree, dict):
         return [leaf for key, value in tree.items() for leaf in leaves(value, (*path, key))]
     return [path]
 
@@ -32,7 +32,7 @@ def look_up(tree, path):
         if not isinstance(tree, dict) or key not in tree:
             return "absent"
         tree = tree[key]
-    return "absent" if isinstance(tree, dict) and tree else tree
+    return "absent" if isinstance(tree, dict) else tree
 
 
 def has(tree, path):
@@ -109,12 +109,140 @@ def test_runs_that_differ_in_seed_and_bookkeeping_are_one_arm(make_run):
         make_run("hot", seed=0, encoder="vit_tiny_patch4_qdmoa", lr=1.2e-3),
     ]
     comparison = compare([read_run(folder) for folder in folders])
-    assert [arm.runs for arm in comparison.arms] == [(0, 2), (1, 3), (4,)]
+    assert [arm.runs for arm in comparison.arms] == [(0, 1), (2, 3), (4,)]
     assert [arm.label for arm in comparison.arms] == ["SwiGLU", "qd-MoA, lr 3e-4", "qd-MoA, lr 1.2e-3"]
     assert comparison.labels == (
-        "SwiGLU, seed 0", "qd-MoA, lr 3e-4, seed 0", "SwiGLU, seed 1", "qd-MoA, lr 3e-4, seed 1", "qd-MoA, lr 1.2e-3",
+        "SwiGLU, seed 0", "SwiGLU, seed 1", "qd-MoA, lr 3e-4, seed 0", "qd-MoA, lr 3e-4, seed 1", "qd-MoA, lr 1.2e-3",
     )  # fmt: skip
+    assert [run.name for run in comparison.runs] == ["s0", "s1", "m0", "m1", "hot"]
     assert comparison.incomparable == ()
+
+
+def sweep(make_run, finals):
+    """Runs by (FFN, rate, seed) with their final losses."""
+    return [
+        read_run(make_run(f"{ffn}_{rate}_{seed}", encoder=f"vit_tiny_patch4_{ffn}", lr=rate, seed=seed, final=final))
+        for (ffn, rate, seed), final in finals.items()
+    ]
+
+
+def test_arms_that_differ_in_rate_are_one_contender_and_the_lowest_mean_is_its_best(make_run):
+    losses = {
+        1e-3: (0.40, 0.56),
+        2e-3: (0.45, 0.47),
+        4e-3: (0.50, 0.51),
+    }  # the lowest single loss is not the lowest mean
+    finals = {("swiglu", 1e-3, 0): 0.5, ("swiglu", 1e-3, 1): 0.5}
+    finals |= {
+        ("qdmoa", rate, seed): final for rate, own in reversed(losses.items()) for seed, final in enumerate(own)
+    }
+    comparison = compare(sweep(make_run, finals))
+    assert [(own.label, own.arms, own.best, own.chosen) for own in comparison.contenders] == [
+        ("SwiGLU", (0,), 0, False), ("qd-MoA", (1, 2, 3), 2, True),
+    ]  # fmt: skip
+    assert [(arm.label, arm.rate, arm.runs) for arm in comparison.arms] == [
+        ("SwiGLU", 1e-3, (0, 1)), ("qd-MoA, lr 1e-3", 1e-3, (2, 3)), ("qd-MoA, lr 2e-3", 2e-3, (4, 5)),
+        ("qd-MoA, lr 4e-3", 4e-3, (6, 7)),
+    ]  # fmt: skip
+    assert [comparison.contender_of(run) for run in range(8)] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert comparison.best_run(1) == 4
+    (contrast,) = comparison.contrasts("loss_norm")
+    assert (contrast.arm, contrast.reference) == (2, 0)
+    assert contrast.interval.mean == pytest.approx(-0.04, abs=0.01)
+    assert [(own.arm, own.reference) for own in comparison.equal_rates("loss_norm")] == [(1, 0)]
+
+
+def test_a_rate_at_which_a_run_diverged_or_fell_short_is_not_the_best(make_run):
+    runs = [read_run(make_run("base"))]
+    moa = {"encoder": "vit_tiny_patch4_qdmoa"}
+    runs += [read_run(make_run(f"hot{seed}", **moa, lr=4e-3, seed=seed, final=0.1)) for seed in (0, 1)]
+    runs += [read_run(make_run("bad", **moa, lr=2e-3, final=0.1, nan_from=35))]
+    runs += [read_run(make_run("short", **moa, lr=1e-3, final=0.1, steps=30, status="stopped"))]
+    runs += [read_run(make_run("fine", **moa, lr=5e-4, final=0.4))]
+    runs[1] = read_run(make_run("diverging", **moa, lr=4e-3, seed=3, final=0.1, nan_from=38))
+    comparison = compare(runs)
+    contender = comparison.contenders[1]
+    assert contender.best is not None and comparison.arms[contender.best].rate == 5e-4
+    assert comparison.incomparable == ()  # the short run's rate is not compared
+    worse = compare([runs[0], runs[1], runs[3]])
+    assert worse.contenders[1].best is None
+    assert worse.contrasts("loss_norm") == []
+
+
+def test_the_baseline_can_be_named(make_run):
+    runs = sweep(make_run, {("qdmoa", 1e-3, 0): 0.5, ("swiglu", 1e-3, 0): 0.5, ("swiglu", 2e-3, 0): 0.4})
+    assert compare(runs).contenders[0].label == "qd-MoA"
+    for name in ("SwiGLU", "swiglu", "swiglu_0.002_0", str(runs[1].folder)):
+        comparison = compare(runs, baseline=name)
+        assert [own.label for own in comparison.contenders] == ["SwiGLU", "qd-MoA"], name
+        assert comparison.reference == 1
+    with pytest.raises(
+        NotComparableError, match="--baseline gelu is none of the contenders; give one of: qd-MoA; SwiGLU"
+    ):
+        compare(runs, baseline="gelu")
+
+
+def test_figures_show_the_best_arms_when_there_are_many_runs(make_run):
+    finals = {("swiglu", 1e-3, seed): 0.5 for seed in range(2)}
+    finals |= {("qdmoa", rate, seed): 0.4 + 40 * rate for rate in (1e-3, 2e-3, 4e-3) for seed in range(2)}
+    few = sweep(make_run, finals)
+    assert compare(few).shown == tuple(range(8))
+    more = compare([*few, *sweep(make_run, {("qdmoa", 8e-3, 0): 0.9})])
+    assert more.shown == (0, 1, 2, 3)
+    assert {more.arm_of(run) for run in more.shown} == {0, 1}
+
+
+def test_contenders_of_one_ffn_are_told_apart_by_what_they_set(make_run):
+    changes = [{}, {"ffn_gate": "tanh"}, {"ffn_up_activations": "id,r2"}, {"mlp_ratio": 5.0}]
+    runs = [
+        read_run(
+            make_run(f"r{i}_{rate}", encoder="vit_tiny_patch4_qdmoa", lr=rate, changes={"model.encoder_args": own})
+        )
+        for i, own in enumerate(changes)
+        for rate in (1e-3, 2e-3)
+    ]
+    comparison = compare(runs)
+    assert [own.label for own in comparison.contenders] == [
+        "qd-MoA", "qd-MoA, gate tanh", "qd-MoA, up_activations id,r2", "qd-MoA, mlp_ratio 5",
+    ]  # fmt: skip
+    # An empty dictionary differs from one with an FFN's setting in that setting alone.
+    assert comparison.keys("setting") == []
+    assert comparison.labels[3] == "qd-MoA, gate tanh, lr 2e-3"
+
+
+def test_language_models_and_autoencoders_need_sections_of_their_own(make_run):
+    runs = [read_run(make_run("lm", ffn="swiglu")), read_run(make_run("mae"))]
+    with pytest.raises(NotComparableError, match=r"lm is a language model and .*mae a masked autoencoder"):
+        compare(runs)
+
+
+def test_language_models_are_compared_in_cross_entropy(make_run):
+    runs = [read_run(make_run(ffn, ffn=ffn, final=final)) for ffn, final in (("swiglu", 3.2), ("qdmoa", 3.1))]
+    comparison = compare(runs)
+    assert comparison.metric == "loss"
+    assert [own.label for own in comparison.contenders] == ["SwiGLU", "qd-MoA"]
+    assert comparison.keys("setting", "must match") == []
+    (contrast,) = comparison.contrasts("loss")
+    assert contrast.interval.mean == runs[1].validation["loss"][-1] - runs[0].validation["loss"][-1]
+
+
+@pytest.mark.parametrize("comparisons", [1, 2, 5])
+@pytest.mark.parametrize("paired", [True, False], ids=["paired", "welch"])
+def test_the_interval_for_several_comparisons_has_bonferronis_level(comparisons, paired):
+    rng = np.random.default_rng(comparisons)
+    a, b = rng.normal(0.5, 0.02, 4), rng.normal(0.52, 0.01, 4)
+    found = difference(
+        dict(enumerate(a)), {seed + 10 * (not paired): loss for seed, loss in enumerate(b)}, comparisons
+    )
+    test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
+    expected = test.confidence_interval(1 - 0.05 / comparisons)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+def test_of_many_runs_with_one_value_the_first_are_named():
+    labels = [f"r{index}" for index in range(9)]
+    assert spell(labels, ["10"] * 5 + ["20"] * 4) == "10 (r0, r1, r2, r3, r4), 20 (r5, r6, r7, r8)"
+    assert spell(labels, ["10"] * 9) == "10 (r0, r1, r2, r3 and 5 more)"
 
 
 def test_labels_are_unique_even_for_the_same_run_twice(make_run):
@@ -136,6 +264,9 @@ def test_labels_are_unique_even_for_the_same_run_twice(make_run):
         ("model.encoder", ["vit_base_patch16_swiglu", "vit_tiny_patch16_swiglu"], "setting"),
         ("model.encoder", ["vit_base_patch16_swiglu", "vit_base_patch8_swiglu"], "must match"),
         ("model.encoder_args.ffn_gate", ["tanh", "sigmoid"], "FFN"),
+        ("model.encoder_args.mlp_ratio", [4.0, 5.0], "FFN"),
+        ("model.ffn", ["swiglu", "qdmoa"], "FFN"),
+        ("model.size", ["dense-0.12b", "dense-0.5b"], "setting"),
         ("model.encoder_args.patch_size", [4, 8], "must match"),
         ("model.img_size", [32, 64], "must match"),
         ("data.train", ["a", "b"], "must match"),
@@ -180,7 +311,7 @@ def test_other_pixels_or_masks_are_found_in_the_pictures(make_run, tile, words):
 def test_a_contrast_is_taken_at_the_last_validation_that_all_share(make_run):
     runs = [read_run(make_run("a")), read_run(make_run("b", encoder="vit_tiny_patch4_qdmoa", steps=30, status=None))]
     (contrast,) = compare(runs).contrasts("loss_norm")
-    assert contrast.samples == 30 * 64
+    assert contrast.seen == 30 * 64
     assert contrast.interval.mean == runs[1].validation["loss_norm"][2] - runs[0].validation["loss_norm"][2]
 
 

@@ -1,74 +1,184 @@
-import io
+"""What figures of runs and of harness results show."""
+
 import re
 from xml.etree import ElementTree
 
-import matplotlib as mpl
 import numpy as np
 import pytest
-from PIL import Image
 
-from moa_eval.training import figures as plots
+from moa_eval.page.charts import PALETTE
+from moa_eval.training import figures
 from moa_eval.training.comparison import compare
+from moa_eval.training.curves import smooth
+from moa_eval.training.mixing import read_all
 from moa_eval.training.runs import read_run
+from moa_eval.zero_shot.figures import accuracies
 
 MOA = "vit_tiny_patch4_qdmoa"
+SVG = "{http://www.w3.org/2000/svg}"
+RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
+
+
+def draw(folders):
+    comparison = compare([read_run(folder) for folder in folders])
+    return comparison, figures.draw_all(comparison, read_all(comparison))
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory, write_run_into):
-    root = tmp_path_factory.mktemp("plots")
-    folders = [write_run_into(root, "a", steps=120), write_run_into(root, "b", steps=120, encoder=MOA, nan_from=95)]
-    before = dict(mpl.rcParams)
-    result = plots.draw(compare([read_run(folder) for folder in folders]))
-    assert dict(mpl.rcParams) == before
-    return result
+def pair(tmp_path_factory, write_run_into):
+    """Two runs, one of which diverges."""
+    root = tmp_path_factory.mktemp("pair")
+    return draw(
+        [write_run_into(root, "a", steps=120), write_run_into(root, "b", steps=120, encoder=MOA, nan_from=95)]
+    )
 
 
-def test_every_figure_is_drawn_as_svg_and_png(drawn):
-    assert list(drawn) == [
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory, write_run_into):
+    """Two FFNs at four rates with two seeds; the highest rate of one diverges, that of the other is far worse."""
+    root, folders = tmp_path_factory.mktemp("sweep"), []
+    for encoder, finals in (("vit_tiny_patch4_swiglu", (0.56, 0.54, 0.53, 3.0)), (MOA, (0.55, 0.52, 0.53, 0.5))):
+        for rate, final in zip(RATES, finals, strict=True):
+            for seed in (0, 1):
+                diverges = encoder == MOA and rate == RATES[-1]
+                folders.append(
+                    write_run_into(
+                        root, f"{encoder}{rate}{seed}", encoder=encoder, lr=rate, seed=seed, final=final,
+                        nan_from=30 if diverges else None, spread=0.1 if encoder == MOA else None,
+                        probes={"knn": 0.5 + 0.1 * (encoder == MOA) + 0.01 * seed},
+                    )
+                )  # fmt: skip
+    return draw(folders)
+
+
+def rows(chart, *columns):
+    """The rows of a chart's data that have these columns."""
+    return [row for values in chart.spec["datasets"].values() for row in values if set(columns) <= set(row)]
+
+
+def paths(svg, kind):
+    """The pieces of SVG that draw one kind of mark, with their colours."""
+    groups = ElementTree.fromstring(svg).iter(f"{SVG}g")
+    own = [group for group in groups if f"mark-{kind} role-mark" in group.get("class", "")]
+    return [(path.get("stroke") or path.get("fill"), path) for group in own for path in group.iter(f"{SVG}path")]
+
+
+def test_two_runs_have_their_curves(pair):
+    assert list(pair[1]) == [
         "validation_loss", "validation_difference", "validation_loss_pixel", "train_loss",
-        "validation_loss_time", "train_loss_time",
+        "validation_loss_flops", "validation_loss_time", "train_loss_time",
     ]  # fmt: skip
-    for plot in drawn.values():
-        assert ElementTree.fromstring(plot.svg).tag == "{http://www.w3.org/2000/svg}svg"
-        with Image.open(io.BytesIO(plot.png)) as image:
-            assert image.size == (860, 600)
 
 
-def test_a_page_can_hold_all_figures_and_retint_them(drawn):
-    ids = []
-    for plot in drawn.values():
-        assert not re.search(r"#[0-9a-f]{6}\b", plot.inline), "a colour that the page cannot change"
-        assert "xmlns" not in plot.inline and "<style" not in plot.inline
-        root = ElementTree.fromstring(plot.inline)
-        own = [element.get("id") for element in root.iter() if element.get("id")]
-        references = re.findall(r"url\(#([^)]+)\)", plot.inline) + re.findall(r'href="#([^"]+)"', plot.inline)
-        assert references and set(references) <= set(own)
-        ids += own
-        assert {element.get("data-run") for element in root.iter()} - {None} <= {"0", "1"}
-        assert root.get("aria-label") == plot.title
-    assert len(ids) == len(set(ids))
-
-
-def test_a_curve_passes_through_its_values(tmp_path, write_run_into):
-    """Both coordinates of the path's vertices are linear in the values; the first one lies above the frame."""
-    run = read_run(write_run_into(tmp_path, "a", steps=120))
-    root = ElementTree.fromstring(plots.draw(compare([run]))["validation_loss"].inline)
-    (line,) = [element for element in root.iter() if element.get("data-run") == "0"]
-    path = next(element for element in line.iter() if element.tag == "path").get("d", "")
-    points = np.array([[float(number) for number in pair] for pair in re.findall(r"[ML] (\S+) (\S+)", path)])[1:]
+def test_a_curve_passes_through_its_values(pair):
+    """Both coordinates of the path's vertices are linear in the values."""
+    comparison, charts = pair
+    run = comparison.runs[0]
+    (path,) = [path for colour, path in paths(charts["validation_loss"].svg, "line") if colour == PALETTE[0][0]]
+    points = np.array([[float(x) for x in pair] for pair in re.findall(r"[ML]([-\d.e]+),([-\d.e]+)", path.get("d"))])
+    assert len(points) == len(run.validation["step"])
     for axis, column, direction in ((0, "samples", 1), (1, "loss_norm", -1)):
-        values = run.validation[column][1:]
-        slope, offset = np.polyfit(values, points[:, axis], 1)
+        slope, offset = np.polyfit(run.validation[column], points[:, axis], 1)
         assert np.sign(slope) == direction
-        np.testing.assert_allclose(points[:, axis], slope * values + offset, atol=1e-4)
+        np.testing.assert_allclose(points[:, axis], slope * run.validation[column] + offset, atol=0.01)
+
+
+def test_the_axis_leaves_out_the_start_and_what_a_diverging_run_does(pair):
+    comparison, charts = pair
+    late = [own.validation["loss_norm"][own.validation["samples"] >= 0.1 * 64 * 120] for own in comparison.runs]
+    fitted = [row["y"] for row in rows(charts["validation_loss"], "run", "y") if "early" not in row]
+    assert max(fitted) == pytest.approx(late[0].max(), rel=1e-5)
+    assert min(fitted) == pytest.approx(min(np.nanmin(own) for own in late), rel=1e-5)
+    assert comparison.runs[0].validation["loss_norm"][0] > 1.05 * max(fitted)
+
+
+def test_a_cross_marks_where_a_run_diverged(pair):
+    (end,) = rows(pair[1]["validation_loss"], "diverged")
+    assert (end["run"], end["x"], end["diverged"]) == (1, 64 * 90, "95")
+    assert rows(pair[1]["validation_difference"], "diverged")
+
+
+def test_differences_are_to_the_baseline_at_equal_images(pair):
+    comparison, charts = pair
+    a, b = (run.validation["loss_norm"] for run in comparison.runs)
+    found = {row["x"]: row["y"] for row in rows(charts["validation_difference"], "run", "y") if row["run"] == 1}
+    for at, difference in zip(comparison.runs[0].validation["samples"], b - a, strict=True):
+        if np.isfinite(difference):
+            assert found[at] == pytest.approx(difference, rel=1e-4)
+    assert {row["run"] for row in rows(charts["validation_difference"], "y")} == {1}
+
+
+def test_flops_are_those_of_the_images_seen(pair):
+    comparison, charts = pair
+    last = [row["x"] for row in rows(charts["validation_loss_flops"], "x", "y") if row["run"] == 0][-1]
+    assert last == 64 * 120 * comparison.runs[0].summary["flops_per_sample"]
 
 
 def test_one_run_has_no_difference_and_a_run_without_rows_has_no_figure(make_run):
-    assert "validation_difference" not in plots.draw(compare([read_run(make_run("a"))]))
+    assert "validation_difference" not in draw([make_run("a")])[1]
     folder = make_run("empty", status=None)
     (folder / "metrics.jsonl").write_text("")
-    assert plots.draw(compare([read_run(folder)])) == {}
+    assert draw([folder])[1] == {}
+
+
+def test_a_language_model_has_its_own_words(make_run):
+    charts = draw([make_run("a", ffn="swiglu"), make_run("b", ffn="qdmoa")])[1]
+    assert charts["validation_loss"].title == "Validation loss, cross-entropy"
+    assert "tokens seen" in charts["validation_loss"].svg and "images" not in charts["validation_loss"].svg
+    assert "validation_loss_pixel" not in charts
+
+
+def test_runs_at_other_rates_are_off_at_first(sweep):
+    comparison, charts = sweep
+    hidden = next(own["value"] for own in charts["validation_loss"].spec["params"] if own["name"] == "hidden")
+    assert sorted({*hidden} | {*comparison.shown}) == [*range(16)] and len(comparison.shown) == 4
+    assert len(paths(charts["validation_loss"].svg, "line")) == 4
+
+
+def test_the_figure_of_rates_has_every_run_once(sweep):
+    comparison, charts = sweep
+    seeds = rows(charts["loss_against_rate"], "seed")
+    assert [(row["rate"], row["seed"]) for row in seeds] == [(run.peak_lr, run.seed) for run in comparison.runs]
+    for row, run in zip(seeds, comparison.runs, strict=True):
+        if run.diverged_at is not None:
+            assert row["diverged"] and not row["inside"] and row["text"] == "diverged at step 30"
+        else:
+            assert row["loss"] == pytest.approx(run.validation["loss_norm"][-1], rel=1e-5)
+    outside = {(row["group"], row["rate"]) for row in seeds if not row["inside"]}
+    assert outside == {(0, 2.4e-3), (1, 2.4e-3)}, "one bad rate must not flatten the rest"
+
+
+def test_the_figure_of_rates_rings_the_lowest_mean(sweep):
+    means = rows(sweep[1]["loss_against_rate"], "best")
+    assert [(row["group"], row["rate"]) for row in means if row["best"]] == [(0, 1.2e-3), (1, 6e-4)]
+    assert "3e-4" in sweep[1]["loss_against_rate"].svg and "1.2e-3" in sweep[1]["loss_against_rate"].svg
+
+
+def test_probes_are_differences_to_the_mean_of_the_baseline(sweep):
+    comparison, charts = sweep
+    for row in rows(charts["probe"], "points"):
+        expected = 100 * (comparison.runs[row["run"]].probes[0].accuracy - 0.505)
+        assert row["points"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_mixing_is_drawn_for_the_best_run_of_every_mixture(sweep):
+    comparison, charts = sweep
+    run = comparison.best_run(1)
+    assert [name for name in charts if name.startswith("mixing")] == [f"mixing_depth_{run}", f"mixing_training_{run}"]
+    depth = rows(charts[f"mixing_depth_{run}"], "term")
+    assert len(depth) == 2 * 3 and all((row["low"], row["mean"], row["high"]) == (0.4, 0.5, 0.6) for row in depth)
+    training = rows(charts[f"mixing_training_{run}"], "spread")
+    assert {row["seen"] for row in training} == {20 * 64, 40 * 64}
+    last = {row["layer"]: row["spread"] for row in training if row["seen"] == 40 * 64}
+    assert last["encoder.0"] == pytest.approx(0.1)
+    assert last["encoder.1"] == pytest.approx(0.1 * np.sqrt(2 / 3), rel=1e-5)
+
+
+def test_a_long_run_is_thinned_but_keeps_its_ends(make_run):
+    comparison, charts = draw([make_run("a", steps=2000)])
+    x = [row["x"] for row in rows(charts["train_loss"], "x", "y")]
+    assert len(x) < 1000 and (min(x), max(x)) == (64, 64 * 2000)
+    assert len(comparison.runs[0].train["step"]) == 2000
 
 
 @pytest.mark.parametrize("size", [1, 49, 50, 99, 100, 333])
@@ -79,18 +189,20 @@ def test_smoothing_is_the_mean_of_the_window(size):
     expected = [
         np.nan if np.isnan(values[i]) else np.nanmean(values[max(0, i - half) : i + half + 1]) for i in range(size)
     ]
-    np.testing.assert_allclose(plots.smooth(values), expected, atol=1e-12)
+    np.testing.assert_allclose(smooth(values), expected, atol=1e-12)
 
 
-def luminance(colour):
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return np.dot(linear, [0.2126, 0.7152, 0.0722])
-
-
-@pytest.mark.parametrize(("ground", "theme"), [("#fffefc", 0), ("#15181d", 1)])
-def test_lines_stand_out_from_the_page(ground, theme):
-    """WCAG 2.1, 1.4.11: graphics have a contrast of at least 3 to 1."""
-    for colours in plots.PALETTE:
-        low, high = sorted([luminance(ground), luminance(colours[theme])])
-        assert (high + 0.05) / (low + 0.05) >= 3
+def test_accuracies_have_normal_intervals():
+    chart = accuracies(
+        ["x", "y"], ["a", "b"], np.array([[50.0, 60], [70, 80]]), np.array([[1.0, 2], [3, np.nan]]), "n"
+    )
+    found = [(row["run"], row["task"], row["accuracy"], row["low"], row["high"]) for row in rows(chart, "accuracy")]
+    expected = [(0, "x", 50, 1), (1, "x", 60, 2), (0, "y", 70, 3), (1, "y", 80, 0)]
+    for row, (model, task, value, error) in zip(found, expected, strict=True):
+        assert row == (
+            model,
+            task,
+            value,
+            pytest.approx(value - 1.96 * error, abs=1e-3),
+            pytest.approx(value + 1.96 * error, abs=1e-3),
+        )

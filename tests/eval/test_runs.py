@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from moa_eval.training.runs import RunFolderError, read_run, split_encoder
+from moa_eval.training.runs import RunFolderError, find_runs, read_run, split_encoder
 
 
 def edit_rows(folder, change):
@@ -24,7 +24,8 @@ def test_a_run_is_what_its_files_say(make_run):
         for key, values in columns.items():
             want = [math.nan if row.get(key) is None else row[key] for row in expected]
             np.testing.assert_array_equal(values, want)
-    assert run.samples == 40 * 64
+    assert run.seen == 40 * 64
+    assert (run.counter, run.unit, run.flops_per_unit) == ("samples", "image", 3_005_000)
     assert run.wall_s == 20.0
     assert run.throughput == 120.0
     assert run.figure("parameters", "mixing") == 500
@@ -74,12 +75,45 @@ def test_other_kinds_of_rows_are_left_alone(make_run):
     assert len(read_run(folder).train["step"]) == 10
 
 
+def test_a_language_run_counts_tokens_and_has_one_loss(make_run):
+    folder = make_run("lm", ffn="qdmoa", final=3.0)
+    run = read_run(folder)
+    assert (run.kind.name, run.ffn, run.counter, run.unit) == ("language model", "qdmoa", "tokens", "token")
+    assert run.losses == {"loss": "cross-entropy"}
+    assert (run.seen, run.flops_per_unit, run.reconstructions) == (40 * 64, 3_000_000, ())
+    assert set(run.validation) == {"step", "tokens", "loss", "wall_s", "epoch"}
+    edit_rows(folder, lambda rows: [{k: v for k, v in row.items() if k != "tokens"} for row in rows])
+    with pytest.raises(RunFolderError, match="has no number 'tokens'"):
+        read_run(folder)
+
+
+def test_probes_are_read_by_name(make_run):
+    run = read_run(make_run(probes={"linear": 0.625, "knn-imagenet": 0.5, "knn": 0.25}))
+    assert [(probe.name, probe.method, probe.accuracy) for probe in run.probes] == [
+        ("knn-imagenet", "knn", 0.5), ("knn", "knn", 0.25), ("linear", "linear", 0.625),
+    ]  # fmt: skip
+    assert math.isnan(run.probes[0].top5)
+    assert (run.probes[0].step, run.probes[0].val_samples, run.probes[0].settings) == (40, 100, {"k": 20})
+
+
+def test_a_folder_of_run_folders_stands_for_its_runs(make_run):
+    folders = [make_run("b"), make_run("a"), make_run("c")]
+    sweep = folders[0].parent
+    (sweep / "logs").mkdir()
+    assert find_runs(sweep) == [sweep / "a", sweep / "b", sweep / "c"]
+    assert find_runs(folders[0]) == folders[:1]
+    with pytest.raises(
+        RunFolderError, match=r"logs: neither a run folder nor a folder of run folders; is config\.yaml"
+    ):
+        find_runs(sweep / "logs")
+
+
 def test_a_run_may_have_no_rows_and_no_images_yet(make_run):
     folder = make_run(status=None)
     (folder / "metrics.jsonl").write_text("")
     shutil.rmtree(folder / "reconstructions")
     run = read_run(folder)
-    assert (run.samples, run.wall_s, run.diverged_at, run.reconstructions) == (0, 0.0, None, ())
+    assert (run.seen, run.wall_s, run.diverged_at, run.reconstructions) == (0, 0.0, None, ())
 
 
 def replace(name, old, new):
@@ -126,6 +160,10 @@ FAULTS = {  # what is done to the folder -> the file and the words that the mess
         "not a plain file name",
     ),
     "no key": (replace("reconstructions/index.json", '"key"', '"kee"'), "reconstructions/index.json", "has no 'key'"),
+    "probe without accuracy": (
+        replace("probe/knn.json", '"accuracy"', '"acuracy"'), "probe/knn.json", "has no 'accuracy'",
+    ),
+    "probe with text": (replace("probe/knn.json", "0.5", '"half"'), "probe/knn.json", "wrong type"),
     "no list": (
         lambda folder: (folder / "reconstructions/index.json").write_text('{"step": 1, "images": 2}'),
         "reconstructions/index.json",
@@ -137,7 +175,7 @@ FAULTS = {  # what is done to the folder -> the file and the words that the mess
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_folder_gives_one_line_that_names_the_file(make_run, fault):
     change, file, words = FAULTS[fault]
-    folder = make_run()
+    folder = make_run(probes={"knn": 0.5})
     change(folder)
     with pytest.raises(RunFolderError) as caught:
         read_run(folder)

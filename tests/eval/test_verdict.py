@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from scipy import stats
 
 from moa_eval.training.comparison import compare
 from moa_eval.training.runs import read_run
@@ -47,15 +48,123 @@ def test_the_side_with_one_seed_is_named(make_run):
     assert say(folders)[0][1] == "One seed of SwiGLU: not evidence of a general difference."
 
 
-def test_the_best_of_several_is_said_to_be_picked(make_run):
-    folders = [
-        make_run("a"),
-        make_run("b", encoder=MOA, final=0.4),
-        make_run("c", encoder="vit_tiny_patch4_moa", final=0.3),
-    ]
-    sentences, notes = say(folders)
-    assert sentences[0].startswith("MoA is ")
+@pytest.mark.parametrize(
+    ("final", "words"),
+    [(0.3, "MoA, the lowest of 2 alternatives, is "), (0.7, "MoA, the nearest of 2 alternatives, is ")],
+    ids=["below", "above"],
+)
+def test_the_best_of_several_is_said_to_be_picked_and_its_interval_widened(make_run, final, words):
+    runs = {
+        name: [
+            make_run(f"{name}{seed}", encoder=f"vit_tiny_patch4_{name}", seed=seed, final=own) for seed in range(3)
+        ]
+        for name, own in (("swiglu", 0.5), ("qdmoa", final + 0.1), ("moa", final))
+    }
+    sentences, notes = say([folder for own in runs.values() for folder in own])
+    assert sentences[0].startswith(words)
     assert "the best of 2 alternatives" in notes
+    finals = {name: [read_run(folder).validation["loss_norm"][-1] for folder in own] for name, own in runs.items()}
+    limits = stats.ttest_rel(finals["moa"], finals["swiglu"]).confidence_interval(1 - 0.05 / 2)
+    shown = f"{limits.low:+.4f} to {limits.high:+.4f}".replace("-", "−")
+    assert f"over 3 paired seeds, widened for 2 alternatives, {shown}, " in sentences[1]
+
+
+def sweep(make_run, finals):
+    """Folders of one SwiGLU run and of runs by (rate, seed) of qd-MoA."""
+    return [make_run("base", lr=1e-3, final=0.5)] + [
+        make_run(f"moa_{rate}_{seed}", encoder=MOA, lr=rate, seed=seed, final=final)
+        for (rate, seed), final in finals.items()
+    ]
+
+
+def test_the_best_rates_are_said_and_how_they_were_picked(make_run):
+    folders = sweep(make_run, {(1e-3, 0): 0.48, (2e-3, 0): 0.4, (4e-3, 0): 0.45})
+    a, b = (read_run(folders[index]).validation["loss_norm"][-1] for index in (0, 2))
+    sentences, notes = say(folders)
+    assert sentences[0].startswith(f"qd-MoA at its best rate (2e-3) is {a - b:.4f} (")
+    assert ") below SwiGLU in validation" in sentences[0]
+    assert (
+        "The best rate is picked by the validation loss that is reported, of 1 (SwiGLU), 3 (qd-MoA) rates; "
+        "more rates tried flatter a contender."
+    ) in notes
+    assert "tried: a" not in notes  # 2e-3 lies inside
+    assert "At equal rates qd-MoA is below SwiGLU at 1 of 1: −0.0" in notes
+    assert "Peak learning rates differ" not in notes
+
+
+def test_a_rate_that_is_still_being_trained_is_not_compared(make_run):
+    folders = sweep(make_run, {(2e-3, 0): 0.4})
+    folders.append(make_run("short", encoder=MOA, lr=1e-3, final=0.4, steps=30, status=None))
+    notes = say(folders)[1]
+    assert "qd-MoA and SwiGLU have no rate in common at which both came to the end." in notes
+    assert "Unfinished: qd-MoA, lr 1e-3 (1 920 images)." in " ".join(notes.split())
+
+
+def test_another_speed_is_said(make_run):
+    folders = [make_run("a"), make_run("b", encoder=MOA)]
+    path = folders[1] / "summary.json"
+    path.write_text(path.read_text().replace('"throughput": 120.0', '"throughput": 60.0'))
+    assert (
+        "qd-MoA sees 0.50× as many images a second as SwiGLU: losses are compared after the same number of images, "
+        "not after the same time."
+    ) in say(folders)[1]
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ((0.40, 0.45), "The best rate of qd-MoA, 1e-3, is the lowest tried: a lower one may be better."),
+        ((0.45, 0.40), "The best rate of qd-MoA, 2e-3, is the highest tried: a higher one may be better."),
+    ],
+    ids=["lowest", "highest"],
+)
+def test_a_best_rate_at_the_edge_is_said_to_be(make_run, losses, words):
+    folders = sweep(make_run, {(rate, 0): loss for rate, loss in zip((1e-3, 2e-3), losses, strict=True)})
+    assert words in say(folders)[1]
+
+
+def test_rates_with_unequal_seeds_are_named(make_run):
+    folders = sweep(make_run, {(1e-3, 0): 0.4, (1e-3, 1): 0.4, (2e-3, 0): 0.5})
+    assert "The rates of qd-MoA were tried with 1 to 2 seeds." in say(folders)[1]
+
+
+def test_a_contender_without_a_good_rate_is_named(make_run):
+    folders = [make_run("base", lr=1e-3)]
+    folders += [make_run(f"moa{rate}", encoder=MOA, lr=rate, nan_from=20) for rate in (1e-3, 2e-3)]
+    sentences, notes = say(folders)
+    assert sentences[0].startswith("No other FFN shares a validation of finite loss with SwiGLU")
+    assert "qd-MoA has no rate at which every run came to the end with a finite loss." in notes
+    assert "left out: qd-MoA, lr 1e-3 (step 20) and qd-MoA, lr 2e-3 (step 20)." in notes
+    turned = [*folders[1:], folders[0]]
+    assert say(turned)[0] == [
+        "qd-MoA has no rate at which every run kept a finite loss: there is nothing to compare with."
+    ]
+
+
+def test_a_language_model_has_a_loss_over_tokens(make_run):
+    folders = [make_run("a", ffn="swiglu", final=3.2), make_run("b", ffn="qdmoa", final=3.1)]
+    sentences, notes = say(folders)
+    assert re.fullmatch(
+        r"qd-MoA is 0\.\d{4} \(\d\.\d\d %\) below SwiGLU in validation loss: 3\.\d{4} against 3\.\d{4} "
+        r"after 2 560 tokens \(cross-entropy\)\.",
+        sentences[0],
+    )
+    assert notes == ""
+
+
+def test_what_the_encoders_are_worth_is_said_beside_the_loss(make_run):
+    folders = [
+        make_run(f"{name}{seed}", encoder=f"vit_tiny_patch4_{name}", seed=seed, probes={"knn": base + 0.01 * seed})
+        for name, base in (("swiglu", 0.5), ("qdmoa", 0.54))
+        for seed in (0, 1)
+    ]
+    assert (
+        "qd-MoA's encoder is 4.00 points above SwiGLU's in k-nearest-neighbour accuracy (knn): 54.50 % against "
+        "50.50 % (95 % interval +4.00 to +4.00)."
+    ) in say(folders)[1]
+    path = folders[0] / "probe/knn.json"
+    path.write_text(path.read_text().replace('{"k": 20}', '{"k": 10}'))
+    assert "The runs were not all measured in the same way in knn: settings differ." in say(folders)[1]
 
 
 def test_incomparable_runs_are_no_evidence(make_run):
@@ -69,7 +178,7 @@ def test_a_diverged_run_is_left_out_and_named(make_run):
     assert sentences == [
         "No other FFN shares a validation of finite loss with SwiGLU: there is no difference to report."
     ]
-    assert "qd-MoA diverged: its loss or gradient is not finite at step 25; the verdict leaves it out." in notes
+    assert "Diverged, with a loss or gradient that is not finite, and left out: qd-MoA (step 25)." in notes
 
 
 def test_one_run_stands_alone(make_run):
@@ -84,7 +193,7 @@ def test_one_run_stands_alone(make_run):
 def test_a_run_without_validation_has_nothing_to_say(make_run):
     sentences, notes = say([make_run("a", steps=5, status=None)])
     assert sentences == ["SwiGLU has no validation of finite loss, and there is nothing to compare it with."]
-    assert notes == "SwiGLU is unfinished: it has seen 320 images."
+    assert notes == "Unfinished: SwiGLU (320 images)."
 
 
 def test_what_else_differs_is_said(make_run):

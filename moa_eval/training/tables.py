@@ -1,0 +1,477 @@
+"""Every table, made once: CSV files, Markdown and the page show the same rows of plain values.
+
+A column that ends in `_difference` or `_ratio` compares with the baseline: its best arm, or its median over runs. NaN
+stands for what is not known or does not apply.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from moa_eval.page import formatting
+from moa_eval.page.writing import Row
+from moa_eval.training.comparison import (
+    Comparison,
+    Contender,
+    Contrast,
+    by_seed,
+    deviation,
+    difference,
+    mean,
+    quotient,
+    role,
+    show,
+)
+from moa_eval.training.mixing import STATIC, Mixing
+from moa_eval.training.runs import AUTOENCODER, LANGUAGE_MODEL, Columns, Run, RunFolderError
+
+Tables = dict[str, list[Row]]
+
+TOLERANCE = 0.01  # rates whose loss lies within this part of the best one's are said to be as good
+_COSTS: dict[str, Callable[[Run], float]] = {  # column -> where a run keeps it
+    "parameters": lambda run: run.figure("parameters", "total"),
+    "mixing_parameters": lambda run: run.figure("parameters", "mixing"),
+    "flops_per_unit": lambda run: run.flops_per_unit,
+    "units_per_s": lambda run: run.throughput,
+    "peak_memory_mib": lambda run: run.figure("peak_memory_mib"),
+    "training_time_s": lambda run: run.wall_s,
+}
+_UNSHOWN_KEYS = ("name", "out", "resume")  # of the configuration: the table of runs names the runs
+_DIFFERENCE = ("difference", "relative", "low_95", "high_95")
+_CORNERS = {"final": lambda values: values[-1], "best": lambda values: np.nanmin(values)}
+
+
+def make_tables(comparison: Comparison, mixings: Mapping[int, Mixing]) -> Tables:
+    """Every table by name; one that has nothing to say is empty."""
+    labelled = list(zip(comparison.labels, comparison.runs, strict=True))
+    return {
+        "losses": loss_rows(comparison),
+        "runs": run_rows(comparison),
+        "rates": rate_rows(comparison),
+        "tolerance": tolerance_rows(comparison),
+        "equal_rates": equal_rate_rows(comparison),
+        "costs": cost_rows(comparison),
+        "probe": probe_rows(comparison),
+        "probe_runs": probe_run_rows(comparison),
+        "reconstructions": [row for label, run in labelled for row in _reconstruction_rows(label, run)],
+        "mixing": mixing_rows(comparison, mixings),
+        "config": config_rows(comparison),
+        "environment": environment_rows(comparison, packages=False),
+        "packages": environment_rows(comparison, packages=True),
+        "validation": [row for label, run in labelled for row in _curve_rows(label, run, run.validation)],
+        "train": [row for label, run in labelled for row in _curve_rows(label, run, run.train)],
+    }
+
+
+def loss_rows(comparison: Comparison) -> list[Row]:
+    """A row a contender, at its best rate: final and best validation loss in every space, over seeds.
+
+    "final" is the last validation, "best" the lowest; both are means over seeds, `_sd` their standard deviation.
+    The difference and its 95 % interval are of the last validation that both sides share.
+    """
+    rows = []
+    for contender in comparison.contenders:
+        arm = None if contender.best is None else comparison.arms[contender.best]
+        runs = [] if arm is None else _finite(comparison, arm.runs)
+        row: Row = {
+            "contender": contender.label,
+            "rate": math.nan if arm is None else arm.rate,
+            "rates_tried": len(contender.arms),
+            "seeds": len({run.seed for run in runs}),
+            "unit": comparison.kind.unit,
+            "seen": min((run.seen for run in runs), default=0),
+        }
+        for loss in comparison.kind.losses:
+            for corner in _CORNERS:
+                values = _over_seeds(runs, loss, corner).values()
+                row |= {f"{corner}_{loss}": mean(values), f"{corner}_{loss}_sd": deviation(values)}
+            row |= _difference_columns(loss, _contrast_of(comparison, contender, loss))
+        rows.append(row)
+    return rows
+
+
+def run_rows(comparison: Comparison) -> list[Row]:
+    """A row a run: final and best validation loss; differences are to the mean of the baseline's best arm."""
+    reference = comparison.reference
+    baseline = [] if reference is None else _finite(comparison, comparison.arms[reference].runs)
+    rows = []
+    for index, (label, run) in enumerate(zip(comparison.labels, comparison.runs, strict=True)):
+        arm = comparison.arm_of(index)
+        contender = comparison.contenders[comparison.contender_of(index)]
+        row: Row = {
+            "run": label,
+            "contender": contender.label,
+            "name": run.name,
+            "rate": run.peak_lr,
+            "seed": run.seed,
+            "is_best": arm == contender.best,
+            "status": run.status,
+            "unit": run.unit,
+            "seen": run.seen,
+        }
+        for loss in comparison.kind.losses:
+            for corner in _CORNERS:
+                value = _corner(run, loss, corner)
+                gap = value - mean(_over_seeds(baseline, loss, corner).values())
+                row |= {
+                    f"{corner}_{loss}": value,
+                    f"{corner}_{loss}_difference": gap,
+                    f"{corner}_{loss}_relative": quotient(gap, value - gap),
+                }
+        rows.append(row)
+    return rows
+
+
+def rate_rows(comparison: Comparison) -> list[Row]:
+    """A row an arm: its final loss over seeds, and by which part that exceeds its contender's best.
+
+    The loss is the last recorded one; while runs of an arm are unfinished, its excess is not known.
+    """
+    rows = []
+    for contender in comparison.contenders:
+        best = math.nan if contender.best is None else _arm_mean(comparison, contender.best)
+        for arm in contender.arms:
+            own = comparison.arms[arm]
+            finals = _over_seeds(_finite(comparison, own.runs), comparison.metric, "final")
+            values = [*finals.values()]
+            unfinished = sum(comparison.runs[run].status in ("stopped", "unfinished") for run in own.runs)
+            rows.append(
+                {
+                    "contender": contender.label,
+                    "rate": own.rate,
+                    "loss": comparison.metric,
+                    "seeds": len(values),
+                    "mean": mean(values),
+                    "sd": deviation(values),
+                    "min": min(values, default=math.nan),
+                    "max": max(values, default=math.nan),
+                    "runs": len(own.runs),
+                    "diverged": sum(comparison.runs[run].diverged_at is not None for run in own.runs),
+                    "unfinished": unfinished,
+                    "is_best": arm == contender.best,
+                    "excess": math.nan if unfinished else quotient(mean(values) - best, best),
+                }
+            )
+    return rows
+
+
+def tolerance_rows(comparison: Comparison) -> list[Row]:
+    """A row a contender: which rates were tried and how far the good ones reach.
+
+    "edge" says whether the best rate is the "lowest" or "highest" tried, so that a better one may lie beyond it.
+    "span" is the ratio of the highest to the lowest rate within 1 % of the best arm's loss, without a worse or
+    diverged rate between.
+    """
+    rows = []
+    for contender in comparison.contenders:
+        rates = [comparison.arms[arm].rate for arm in contender.arms]
+        low, high = _good_rates(comparison, contender)
+        best = math.nan if contender.best is None else comparison.arms[contender.best].rate
+        rows.append(
+            {
+                "contender": contender.label,
+                "rates_tried": len(rates),
+                "lowest_rate": rates[0],
+                "highest_rate": rates[-1],
+                "best_rate": best,
+                "edge": edge(comparison, contender),
+                "low_good_rate": low,
+                "high_good_rate": high,
+                "span": quotient(high, low),
+                "diverged_rates": sum(
+                    any(comparison.runs[run].diverged_at is not None for run in comparison.arms[arm].runs)
+                    for arm in contender.arms
+                ),
+            }
+        )
+    return rows
+
+
+def edge(comparison: Comparison, contender: Contender) -> str:
+    """Where in its grid a contender's best rate lies: "lowest" or "highest"; "" inside, or without a choice."""
+    if not contender.chosen or contender.best is None:
+        return ""
+    return {contender.arms[0]: "lowest", contender.arms[-1]: "highest"}.get(contender.best, "")
+
+
+def equal_rate_rows(comparison: Comparison) -> list[Row]:
+    """Every other contender against the baseline at each peak rate that both were trained at, in every space."""
+    rows = []
+    for loss in comparison.kind.losses:
+        for contrast in comparison.equal_rates(loss):
+            run = comparison.arms[contrast.arm].runs[0]
+            rows.append(
+                {
+                    "contender": comparison.contenders[comparison.contender_of(run)].label,
+                    "baseline": comparison.contenders[0].label,
+                    "rate": comparison.arms[contrast.arm].rate,
+                    "loss": loss,
+                    "seen": contrast.seen or 0,
+                    "seeds": len(contrast.values),
+                    "baseline_seeds": len(contrast.baseline),
+                    "mean": mean(contrast.values.values()),
+                    "baseline_mean": mean(contrast.baseline.values()),
+                    "difference": contrast.interval.mean,
+                    "relative": contrast.relative,
+                    "low_95": contrast.interval.low,
+                    "high_95": contrast.interval.high,
+                }
+            )
+    return rows
+
+
+def cost_rows(comparison: Comparison) -> list[Row]:
+    """A row a contender: medians over the runs of its best arm (of all its runs if it has none), as ratios too."""
+    rows: list[Row] = []
+    for contender in comparison.contenders:
+        arms = contender.arms if contender.best is None else (contender.best,)
+        runs = [comparison.runs[run] for arm in arms for run in comparison.arms[arm].runs]
+        row: Row = {"contender": contender.label, "runs": len(runs), "unit": comparison.kind.unit}
+        row["device"] = ", ".join(dict.fromkeys(run.device for run in runs))
+        for name, read in _COSTS.items():
+            row[name] = median([value for value in map(read, runs) if not math.isnan(value)] or [math.nan])
+            row[f"{name}_ratio"] = quotient(row[name], (rows[0] if rows else row)[name])
+        row["mixing_share"] = quotient(row["mixing_parameters"], row["parameters"])
+        rows.append(row)
+    return rows
+
+
+def probe_rows(comparison: Comparison) -> list[Row]:
+    """What the encoders of every contender's best arm are worth: a row a contender and measurement, over seeds."""
+    rows = []
+    for name in _probe_names(comparison):
+        baseline: dict[int, float] = {}
+        for contender in comparison.contenders:
+            arm = contender.best
+            runs = [] if arm is None else [comparison.runs[run] for run in comparison.arms[arm].runs]
+            found = [(run, probe) for run in runs for probe in run.probes if probe.name == name]
+            if not found:
+                continue
+            values = by_seed([run for run, _ in found], [probe.accuracy for _, probe in found])
+            first = contender is comparison.contenders[0]
+            baseline = values if first else baseline
+            gap = difference(values, baseline) if baseline and not first else None
+            rows.append(
+                {
+                    "probe": name,
+                    "method": found[0][1].method,
+                    "contender": contender.label,
+                    "rate": comparison.arms[arm].rate if arm is not None else math.nan,
+                    "seeds": len(values),
+                    "accuracy": mean(values.values()),
+                    "accuracy_sd": deviation(values.values()),
+                    "top5": mean(probe.top5 for _, probe in found),
+                    "difference": gap.mean if gap else math.nan,
+                    "low_95": gap.low if gap else math.nan,
+                    "high_95": gap.high if gap else math.nan,
+                    "val_samples": min(probe.val_samples for _, probe in found),
+                }
+            )
+    return rows
+
+
+def probe_run_rows(comparison: Comparison) -> list[Row]:
+    """A row a run and measurement of its encoder, of all runs."""
+    return [
+        {
+            "run": label,
+            "probe": probe.name,
+            "method": probe.method,
+            "accuracy": probe.accuracy,
+            "top5": probe.top5,
+            "step": "" if probe.step is None else probe.step,
+            "train": probe.train,
+            "train_samples": probe.train_samples,
+            "val": probe.val,
+            "val_samples": probe.val_samples,
+            "settings": show(probe.settings),
+        }
+        for label, run in zip(comparison.labels, comparison.runs, strict=True)
+        for probe in run.probes
+    ]
+
+
+def unequal_probes(comparison: Comparison) -> dict[str, list[str]]:
+    """Measurements that were not taken in the same way for all runs: name -> what differs."""
+    unequal = {}
+    for name in _probe_names(comparison):
+        probes = [probe for run in comparison.runs for probe in run.probes if probe.name == name]
+        keys = [
+            key for key in ("train", "val", "settings") if len({show(getattr(probe, key)) for probe in probes}) > 1
+        ]
+        if keys:
+            unequal[name] = keys
+    return unequal
+
+
+def mixing_rows(comparison: Comparison, mixings: Mapping[int, Mixing]) -> list[Row]:
+    """A row a run, recorded step, layer and coefficient: its spread over the tokens and its share of the sum."""
+    return [
+        {
+            "run": comparison.labels[run],
+            "step": step,
+            "layer": layer.name,
+            "coefficient": term,
+            "token_adaptive": layer.token_adaptive,
+            **{key: float(getattr(layer, key)[at]) for key in ("mean", "std", "low", "high", "share")},
+            "static": bool(layer.std[at] < STATIC),
+        }
+        for run, mixing in mixings.items()
+        for step, layers in mixing.steps.items()
+        for layer in layers
+        for at, term in enumerate(layer.terms)
+    ]
+
+
+def config_rows(comparison: Comparison) -> list[Row]:
+    """The keys of the configuration that differ, with the values of every contender."""
+    members = [[run for arm in own.arms for run in comparison.arms[arm].runs] for own in comparison.contenders]
+    rows = []
+    for key, values in comparison.differing.items():
+        if key in _UNSHOWN_KEYS:
+            continue
+        row: Row = {"key": key, "kind": role(key, values)}
+        for contender, runs in zip(comparison.contenders, members, strict=True):
+            row[contender.label] = ", ".join(dict.fromkeys(show(values[run]) for run in runs))
+        rows.append(row)
+    return rows
+
+
+def environment_rows(comparison: Comparison, *, packages: bool) -> list[Row]:
+    """The versions of the packages, or everything else but the command: a row a key and value, with its runs.
+
+    "runs" is "all" where every run has the value.
+    """
+    shown = [run.environment.get("packages", {}) if packages else run.environment for run in comparison.runs]
+    rows = []
+    for key in dict.fromkeys(key for values in shown for key in values if key not in ("packages", "command")):
+        texts = [show(values.get(key)) for values in shown]
+        for text in dict.fromkeys(texts):
+            owners = [label for label, own in zip(comparison.labels, texts, strict=True) if own == text]
+            rows.append(
+                {"key": key, "value": text, "runs": "all" if len(owners) == len(shown) else "; ".join(owners)}
+            )
+    return rows
+
+
+def results_markdown(losses: str | Path) -> str:
+    """The table of results for a README, from a report's tables/losses.csv.
+
+    Raises:
+        RunFolderError: The file cannot be read or is another table.
+    """
+    path = Path(losses)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path}: cannot be read ({error}); give the losses.csv of a report") from None
+    columns = set(rows[0]) if rows else set()
+    kinds = [kind for kind in (AUTOENCODER, LANGUAGE_MODEL) if {f"final_{loss}" for loss in kind.losses} <= columns]
+    if not kinds:
+        raise RunFolderError(f"{path}: not a table of losses; give the losses.csv of a report")
+    spaces = kinds[0].losses
+    heads = [f"{space} | difference | 95 % interval" for space in spaces.values()]
+    lines = [f"| | peak rate | seeds | {' | '.join(heads)} |", "|---|---:|---:|" + "---:|---:|---:|" * len(spaces)]
+    lines += [_results_line(row, [*spaces], baseline=row is rows[0]) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _results_line(row: Mapping[str, str], losses: Sequence[str], *, baseline: bool) -> str:
+    rate = float(row["rate"])
+    cells = [row["contender"], formatting.UNKNOWN if math.isnan(rate) else formatting.rate(rate), row["seeds"]]
+    for loss in losses:
+        value, sd, gap, relative, low, high = (
+            float(row[key])
+            for key in (f"final_{loss}", f"final_{loss}_sd", *(f"{loss}_{column}" for column in _DIFFERENCE))
+        )
+        spread = f" ± {formatting.deviation(sd)}" if math.isfinite(sd) else ""
+        limits = (
+            f"{formatting.signed(low)} to {formatting.signed(high)}" if math.isfinite(low) else formatting.UNKNOWN
+        )
+        cells += [
+            formatting.UNKNOWN if math.isnan(value) else formatting.loss(value) + spread,
+            "baseline" if baseline else formatting.change(gap, relative),
+            "" if baseline else limits,
+        ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _finite(comparison: Comparison, runs: Sequence[int]) -> list[Run]:
+    """The runs that have validations and none of whose losses is not finite."""
+    own = [comparison.runs[run] for run in runs]
+    return [run for run in own if run.diverged_at is None and len(run.validation["step"])]
+
+
+def _corner(run: Run, loss: str, corner: str) -> float:
+    values = run.validation[loss]
+    if corner == "best" and not np.isfinite(values).any():
+        return math.nan
+    return float(_CORNERS[corner](values)) if len(values) else math.nan
+
+
+def _over_seeds(runs: Sequence[Run], loss: str, corner: str) -> dict[int, float]:
+    return by_seed(runs, [_corner(run, loss, corner) for run in runs])
+
+
+def _arm_mean(comparison: Comparison, arm: int) -> float:
+    runs = _finite(comparison, comparison.arms[arm].runs)
+    return mean(_over_seeds(runs, comparison.metric, "final").values())
+
+
+def _contrast_of(comparison: Comparison, contender: Contender, loss: str) -> Contrast | None:
+    if contender is comparison.contenders[0]:
+        return None
+    return next((own for own in comparison.contrasts(loss) if own.arm == contender.best), None)
+
+
+def _difference_columns(loss: str, contrast: Contrast | None) -> Row:
+    if contrast is None:
+        return {f"{loss}_{name}": math.nan for name in _DIFFERENCE} | {f"{loss}_interval": ""}
+    interval = contrast.interval
+    values = (interval.mean, contrast.relative, interval.low, interval.high)
+    row: Row = {f"{loss}_{name}": value for name, value in zip(_DIFFERENCE, values, strict=True)}
+    kind = "" if math.isnan(interval.low) else "paired t" if interval.paired else "Welch t"
+    return row | {f"{loss}_interval": kind}
+
+
+def _good_rates(comparison: Comparison, contender: Contender) -> tuple[float, float]:
+    """The lowest and highest rate around the best one that are as good; NaN without a best one."""
+    if contender.best is None:
+        return math.nan, math.nan
+    limit = _arm_mean(comparison, contender.best) * (1 + TOLERANCE)
+
+    def good(arm: int) -> bool:
+        complete = len(_finite(comparison, comparison.arms[arm].runs)) == len(comparison.arms[arm].runs)
+        return complete and _arm_mean(comparison, arm) <= limit
+
+    low = high = contender.arms.index(contender.best)
+    while low > 0 and good(contender.arms[low - 1]):
+        low -= 1
+    while high < len(contender.arms) - 1 and good(contender.arms[high + 1]):
+        high += 1
+    return comparison.arms[contender.arms[low]].rate, comparison.arms[contender.arms[high]].rate
+
+
+def _probe_names(comparison: Comparison) -> list[str]:
+    order = ("knn", "linear", "finetune")
+    names = {probe.name: probe.method for run in comparison.runs for probe in run.probes}
+    return sorted(names, key=lambda name: (order.index(names[name]) if names[name] in order else len(order), name))
+
+
+def _curve_rows(label: str, run: Run, columns: Columns) -> list[Row]:
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    rows = ({"run": label} | dict(zip(columns, row, strict=True)) for row in values)
+    return [row | {key: int(row[key]) for key in ("step", run.counter)} for row in rows]
+
+
+def _reconstruction_rows(label: str, run: Run) -> list[Row]:
+    return [
+        {"run": label, "step": run.reconstructions_step, "key": image.key}
+        | {"loss_norm": image.loss_norm, "loss_pixel": image.loss_pixel}
+        for image in run.reconstructions
+    ]

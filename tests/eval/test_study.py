@@ -1,0 +1,180 @@
+import csv
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from moa_eval.study import compare_runs
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+MOA = "vit_tiny_patch4_qdmoa"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a script; return its exit code, stdout and stderr."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+        return (caught.value.code, *capsys.readouterr())
+
+    return run
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_command_prints_the_verdict_and_where_the_page_is(make_run, tmp_path, command):
+    folders = [make_run("a"), make_run("b", encoder=MOA, spread=0.1)]
+    code, out, err = command("compare_runs.py", *folders, "--out", tmp_path / "out", "--title", "Mine & yours")
+    *verdict, page = out.splitlines()
+    assert (code, page, err) == (0, str(tmp_path / "out" / "index.html"), "")
+    assert "".join(verdict) in (tmp_path / "out" / "summary.md").read_text().replace("**", "")
+    assert "<h1>Mine &amp; yours</h1>" in (tmp_path / "out" / "index.html").read_text()
+    assert {"tables/losses.csv", "tables/mixing.csv", "figures/validation_loss.svg"} <= set(files(tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_same_runs_give_the_same_bytes_wherever_the_options_stand(make_run, tmp_path, command):
+    folders = [make_run("a", probes={"knn": 0.5}), make_run("b", encoder=MOA, spread=0.1)]
+    command("compare_runs.py", *folders, "--out", tmp_path / "out", "--title", "Mine")
+    command("compare_runs.py", "--out", tmp_path / "again", "--title", "Mine", *folders)
+    written = files(tmp_path / "out")
+    assert written == files(tmp_path / "again")
+    for name in written:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_sections_of_runs_and_results_share_one_page_in_order(make_run, write_results, tmp_path, command):
+    runs = [make_run("a"), make_run("b", encoder=MOA)]
+    language = [make_run("c", ffn="swiglu"), make_run("d", ffn="qdmoa")]
+    results = [write_results(tmp_path / name, f"m/{name}") for name in "xy"]
+    code, out, err = command(
+        "compare_runs.py", *runs, "--section", "Language models", *language, "--evals", "Zero shot", *results,
+        "--section", "Language models", language[0], "--baseline", "SwiGLU", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    titles = ["qd-MoA against SwiGLU", "Language models", "Zero shot", "Language models"]
+    assert [line.split(": ")[0] for line in out.splitlines()[:-1]] == titles
+    tables = {path.parts[1] for path in map(Path, files(tmp_path / "out")) if path.parts[0] == "tables"}
+    assert tables == {"training", "language-models", "language-models-2", "zero-shot"}
+    text = (tmp_path / "out" / "index.html").read_text()
+    places = [text.index(f">{title}<") for title in titles[:3]]
+    assert places == sorted(places)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_evaluations_come_with_a_section_of_runs(make_run, write_results, tmp_path, command):
+    results = [write_results(tmp_path / name, f"m/{name}") for name in "xy"]
+    code, out, _ = command(
+        "compare_evals.py", *results, "--runs", "Training", make_run("c", ffn="swiglu"), "--baseline", "y",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0
+    assert [line.split(": ")[0] for line in out.splitlines()[:-1]] == ["x against y", "Training"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_readmes_table_is_printed_from_the_csv(make_run, tmp_path, command):
+    command("compare_runs.py", make_run("a"), make_run("b", encoder=MOA), "--out", tmp_path / "out")
+    path = tmp_path / "out" / "tables" / "losses.csv"
+    code, out, err = command("compare_runs.py", "--table", path)
+    assert (code, err) == (0, "")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = out.splitlines()
+    assert len(lines) == 2 + len(rows) and all(line.startswith("|") for line in lines)
+    for line, row in zip(lines[2:], rows, strict=True):
+        assert line.split(" | ")[0] == f"| {row['contender']}"
+        assert f" {float(row['final_loss_norm']):.4f} " in line
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_study_in_progress_is_reported(make_run, tmp_path):
+    """Runs that have just begun, stopped and diverged beside finished ones."""
+    folders = [make_run("a"), make_run("nan", encoder=MOA, nan_from=25, keys=("images/a",), spread=0.1)]
+    folders += [make_run("cut", encoder="vit_tiny_patch4_gelu", steps=20, status="stopped")]
+    folders += [make_run("empty", encoder="vit_tiny_patch4_moa", status=None, keys=())]
+    (folders[-1] / "metrics.jsonl").write_text("")
+    assert compare_runs([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "index.html").read_text()
+    for status in ("diverged", "stopped", "unfinished"):
+        assert status in text
+    with (tmp_path / "out" / "tables" / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["finished", "diverged", "stopped", "unfinished"]
+    assert [row["seen"] for row in rows] == ["2560", "2560", "1280", "0"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_commands_refuse_in_one_line(make_run, write_results, tmp_path, command):
+    good, other = make_run("a"), make_run("b", changes={"data.val": "other"})
+    language = make_run("lm", ffn="swiglu")
+    result = write_results(tmp_path / "good", "m/good")
+    shots = write_results(tmp_path / "shots", "m/shots", shots=5)
+    file = tmp_path / "file"
+    file.write_text("")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    out = ("--out", tmp_path / "out")
+    for script, arguments, words in (
+        ("compare_runs.py", (tmp_path / "gone", *out), "gone: no such folder"),
+        ("compare_runs.py", (empty, *out), "empty: neither a run folder nor a folder of run folders"),
+        ("compare_runs.py", (good, other, "--strict", *out), "not comparable: data.val"),
+        ("compare_runs.py", (good, good, *out), "given 2 times"),
+        ("compare_runs.py", (good, language, *out), "give each its own --section"),
+        ("compare_runs.py", (good, "--baseline", "relu", *out), "--baseline relu is none of the contenders"),
+        ("compare_runs.py", (good, "--evals", "Title", tmp_path / "gone", *out), "gone: no such file or folder"),
+        ("compare_runs.py", (good, "--out", file), str(file)),
+        ("compare_runs.py", ("--table", file), "give the losses.csv of a report"),
+        ("compare_evals.py", (tmp_path / "gone", *out), "gone: no such file or folder"),
+        ("compare_evals.py", (result, shots, *out), "not comparable: arc_challenge: 0 shots in good, 5 in shots"),
+        ("compare_evals.py", (result, result, *out), "given 2 times"),
+        ("compare_evals.py", (result, "--baseline", "x", *out), "no result is called 'x'"),
+        ("compare_evals.py", (result, "--out", result), str(result)),
+    ):
+        code, printed, err = command(script, *arguments)
+        assert (code, printed) == (2, ""), arguments
+        assert err.startswith(f"{script}: error: ") and words in err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--out", "out"), "give what to compare, and --out DIR"),
+        (("run",), "give what to compare, and --out DIR"),
+        (("--section", "Title", "--out", "out"), "--section Title: give a title and at least one RUN"),
+        (("--evals", "Title", "--out", "out"), "--evals Title: give a title and at least one RESULT"),
+    ],
+    ids=["nothing", "no out", "no run", "no result"],
+)
+def test_a_command_that_lacks_something_says_so(command, arguments, words):
+    code, _, err = command("compare_runs.py", *arguments)
+    assert code == 2 and words in err
+
+
+@pytest.mark.parametrize("script", ["compare_runs.py", "compare_evals.py"])
+def test_help_names_every_option(command, script):
+    code, out, _ = command(script, "--help")
+    assert code == 0
+    assert {"--out", "--title", "--section", "--baseline"} <= set(re.findall(r"--[a-z]+", out))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_summary_holds_what_the_run_folders_say(make_run, tmp_path):
+    """From metrics.jsonl to the text of a pull request."""
+    folders = [make_run("a", final=0.5), make_run("b", encoder=MOA, final=0.4)]
+    compare_runs([*map(str, folders), "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "summary.md").read_text()
+    for folder in folders:
+        row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert row["kind"] == "val" and f"{row['loss_norm']:.4f}" in text and f"{row['loss_pixel']:.4f}" in text
