@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from moa_eval.page.writing import Section, write_page
 from moa_eval.training.comparison import NotComparableError
+from moa_eval.training.reading import RunFolderError
+from moa_eval.training.readme import results_markdown
 from moa_eval.training.report import training_section
-from moa_eval.training.runs import RunFolderError
-from moa_eval.training.tables import results_markdown
 from moa_eval.zero_shot.output import ResultsError
 from moa_eval.zero_shot.report import zero_shot_section
 

@@ -19,7 +19,9 @@ PALETTE = (
 MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
 INK, MUTED, GRID, PAPER = "#1b1f26", "#666d78", "#e3e2de", "#fffefc"
 TOKENS = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
-    light: f"series-{index}" for index, (light, _) in enumerate(PALETTE)
+    own: f"{name}-{index}"
+    for index, twins in enumerate(PALETTE)
+    for name, own in zip(("series", "twin"), twins, strict=True)
 }  # colour of a chart -> CSS variable of the page that stands for it
 
 AnyChart = alt.Chart | alt.LayerChart | alt.FacetChart  # the last because `alt.layer` says that it may return one

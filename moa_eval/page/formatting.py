@@ -1,6 +1,9 @@
 """Numbers as a reader sees them: fixed digits, a true minus sign, SI prefixes, a dash for what is not known."""
 
+import json
 import math
+from collections.abc import Sequence
+from typing import Any
 
 UNKNOWN = "–"
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -107,6 +110,31 @@ def rate(value: float) -> str:
     """A learning rate in its shortest exact form: 0.0012 is "1.2e-3"."""
     mantissa, exponent = f"{value:.6e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if 0 < value < 0.01 else f"{value:g}"
+
+
+def show(value: Any) -> str:
+    """A configuration value as text: small numbers in their short form, null as "none"."""
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return rate(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def spell(labels: Sequence[str], values: Sequence[str]) -> str:
+    """Values with the runs that have them: "10 (SwiGLU), 20 (qd-MoA)"; of many runs the first few."""
+    owners = {value: [label for label, own in zip(labels, values, strict=True) if own == value] for value in values}
+    return ", ".join(f"{value} ({_first_few(own)})" for value, own in owners.items())
+
+
+def enumerate_words(words: Sequence[str]) -> str:
+    """Words as a list in a sentence: "a", "a and b", "a, b and c"."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _first_few(labels: Sequence[str], limit: int = 4) -> str:
+    more = len(labels) - limit
+    return ", ".join(labels) if more <= 1 else f"{', '.join(labels[:limit])} and {more} more"
 
 
 def _fixed(value: float, digits: int) -> str:

@@ -4,8 +4,9 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ FILTERS = (
     formatting.ratio, formatting.count, formatting.grouped, formatting.memory, formatting.duration, formatting.rate,
     formatting.accuracy, formatting.points, formatting.probability,
 )  # fmt: skip
+
+
+_LIST = "files.json"  # what a page consists of: file -> SHA-256
 
 
 class Series(NamedTuple):
@@ -106,13 +110,14 @@ def groups(series: Sequence[Series]) -> list[Group]:
 
 
 def write_page(sections: Sequence[Section], out: str | Path, *, title: str, command: str) -> Path:
-    """Write `out`/index.html (self-contained), summary.md, figures/*.{svg,png} and tables/*.csv.
+    """Write `out`/index.html (self-contained), summary.md, figures/*.{svg,png}, tables/*.csv and the list of these.
 
     The files of several sections lie in figures/SLUG and tables/SLUG, and their ids on the page begin with "SLUG-".
 
     Args:
         sections: What the page shows, in this order.
-        out: The folder; made where it lacks, files that are there are replaced one by one.
+        out: The folder; made where it lacks. Files that are there are replaced one by one, and what an earlier page
+            left there and this one has not is removed, unless it was changed since. All else stays.
         title: Title of the page.
         command: What wrote it, such as "scripts/compare_runs.py".
 
@@ -131,13 +136,18 @@ def write_page(sections: Sequence[Section], out: str | Path, *, title: str, comm
     for section, place in zip(sections, places, strict=True):
         files |= _files(section, place)
     out = Path(out)
-    for name, content in (files | _pages(sections, places, title, command)).items():
+    files |= _pages(sections, places, title, command)
+    earlier = _listed(out)
+    for name, content in files.items():
         _write(out / name, content)
+    digests = {name: _digest(content) for name, content in files.items()}
+    _write(out / _LIST, json.dumps(digests, indent=1) + "\n")
+    _remove(out, {name: digest for name, digest in earlier.items() if name not in digests})
     return out / "index.html"
 
 
 def _files(section: Section, place: _Place) -> Files:
-    files: Files = {f"tables/{place.folder}{name}.csv": as_csv(rows) for name, rows in section.tables.items()}
+    files: Files = {f"tables/{place.folder}{name}.csv": as_csv(rows) for name, rows in section.tables.items() if rows}
     for name, chart in section.charts.items():
         files |= {f"figures/{place.folder}{name}.svg": chart.svg, f"figures/{place.folder}{name}.png": chart.png}
     return files | {f"figures/{place.folder}{name}.png": content for name, content in section.pictures.items()}
@@ -189,6 +199,32 @@ def _scripts(environment: Environment) -> list[Markup]:
 def _hash(script: str) -> str:
     """The source expression of a Content Security Policy that allows this script and no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}'"
+
+
+def _digest(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def _listed(out: Path) -> dict[str, str]:
+    """The files of the page that was written to a folder before; none if there is no list that can be read."""
+    try:
+        listed = json.loads((out / _LIST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(name): str(digest) for name, digest in listed.items()} if isinstance(listed, dict) else {}
+
+
+def _remove(out: Path, files: Mapping[str, str]) -> None:
+    """Remove files of a folder whose content is still that of their digests, and folders that this leaves empty."""
+    for name, digest in files.items():
+        path = out / name
+        if not path.resolve().is_relative_to(out.resolve()) or path.is_symlink() or not path.is_file():
+            continue
+        if _digest(path.read_bytes()) == digest:
+            path.unlink()
+            for parent in path.relative_to(out).parents[:-1]:
+                if not any((out / parent).iterdir()):
+                    (out / parent).rmdir()
 
 
 def _write(path: Path, content: str | bytes) -> None:

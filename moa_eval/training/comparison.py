@@ -8,35 +8,21 @@
 The first run's contender is the baseline. All losses are losses on held-out data.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.special import stdtrit
 
 from moa_eval.page import formatting
-from moa_eval.training.runs import Kind, Run, split_encoder
+from moa_eval.page.formatting import show, spell
+from moa_eval.training.configuration import canonical, config_difference, flatten, role
+from moa_eval.training.runs import Kind, Run
+from moa_eval.training.seeds import Interval, by_seed, difference, mean, quotient
 
-CONFIDENCE = 0.95
-ABSENT = "absent"  # stands for the value of a key that a configuration lacks
-
-# A name that ends in a dot stands for all keys below it. Keys in none of the lists are settings of the method.
-_IDENTITY = ("name", "seed", "out", "resume")
-_BOOKKEEPING = (
-    "data.workers", "data.cache_dir", "data.max_bad_samples", "optim.fused", "loop.micro_batch_size", "loop.compile",
-    "loop.log_every", "loop.val_every", "loop.visualize", "loop.save_every", "loop.keep", "loop.trackers",
-)  # fmt: skip
-_MUST_MATCH = (
-    "data.", "loop.val_samples", "model.img_size", "model.mask_ratio", "model.norm_pix_loss",
-    "model.encoder_args.patch_size", "model.tokenizer", "model.vocab_size", "schedule.batch_size", "schedule.epochs",
-    "schedule.steps", "schedule.tokens",
-)  # fmt: skip
-_FFN = ("model.ffn", "model.decoder_ffn", "model.encoder_args.mlp_ratio")
 _AMONG_CONTENDER = ("identity", "bookkeeping", "peak rate")  # in what runs of one contender may differ
 SHOWN_RUNS = 8  # so many runs can all be told apart in one figure
 
@@ -48,15 +34,6 @@ FFN_NAMES = {
 
 class NotComparableError(ValueError):
     """The runs cannot be compared: one is given twice, or they differ in what must be the same."""
-
-
-class Interval(NamedTuple):
-    """A mean difference over seeds and its two-sided confidence interval (NaN limits for fewer than two seeds)."""
-
-    mean: float
-    low: float
-    high: float
-    paired: bool
 
 
 @dataclass(frozen=True)
@@ -81,9 +58,9 @@ class Contender:
     Attributes:
         label: How the page calls them, such as "qd-MoA".
         arms: Their positions in the list of arms, by rising rate.
-        best: The arm with the lowest mean final loss among those of which no run diverged and all got as far as any
-            run of the contender did; None if there is no such arm. A contender's only arm is its best as long as one
-            run of it has a finite loss.
+        best: The arm with the lowest mean final loss among those of which no run diverged and at least one got as far
+            as any run of the contender did; the mean is over these. None if there is no such arm. A contender's only
+            arm is its best as long as one run of it has a finite loss.
         chosen: Whether there was more than one rate to choose from.
     """
 
@@ -119,85 +96,6 @@ class Contrast:
     def adjusted(self, comparisons: int) -> Interval:
         """The same difference with an interval that, with those of all `comparisons`, holds at `CONFIDENCE`."""
         return difference(self.values, self.baseline, comparisons)
-
-
-def mean(values: Any) -> float:
-    """The mean of some numbers, NaN for none."""
-    values = list(values)
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def quotient(value: float, baseline: float) -> float:
-    """Their quotient, NaN for a baseline of zero."""
-    return value / baseline if baseline else math.nan
-
-
-def deviation(values: Any) -> float:
-    """The standard deviation (n - 1) of some numbers, NaN for fewer than two."""
-    values = list(values)
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-
-def difference(values: Mapping[int, float], baseline: Mapping[int, float], comparisons: int = 1) -> Interval:
-    """The mean difference of two arms' losses by seed, with Student's interval at `CONFIDENCE`.
-
-    Equal sets of seeds are paired (they share the order of the data, the crops and the masks): the t interval of the
-    differences. Other sets: Welch's t interval (Welch 1947, "The generalization of Student's problem"). With several
-    `comparisons` the interval is so wide that all of them together hold at `CONFIDENCE` (Dunn 1961, "Multiple
-    comparisons among means").
-    """
-    a, b = np.array([*values.values()]), np.array([*baseline.values()])
-    paired = values.keys() == baseline.keys()
-    centre = mean(a) - mean(b)
-    if min(len(a), len(b)) < 2:
-        return Interval(centre, math.nan, math.nan, paired)
-    if paired:
-        squares = [np.var([values[seed] - baseline[seed] for seed in values], ddof=1) / len(a)]
-        freedom = len(a) - 1.0
-    else:
-        squares = [np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)]
-        spread = squares[0] ** 2 / (len(a) - 1) + squares[1] ** 2 / (len(b) - 1)
-        freedom = sum(squares) ** 2 / spread if spread > 0 else len(a) + len(b) - 2.0
-    half = float(stdtrit(freedom, 1 - (1 - CONFIDENCE) / (2 * comparisons))) * math.sqrt(sum(squares))
-    return Interval(centre, centre - half, centre + half, paired)
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys; an empty dictionary has none, as if its key were absent."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def config_difference(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The dotted keys whose values are not all equal, with one value per configuration (or `ABSENT`)."""
-    flats = [flatten(config) for config in configs]
-    keys = dict.fromkeys(key for flat in flats for key in flat)  # the order of first appearance
-    found = {}
-    for key in keys:
-        texts = {_canonical(flat[key]) if key in flat else None for flat in flats}
-        if len(texts) > 1:
-            found[key] = [flat.get(key, ABSENT) for flat in flats]
-    return found
-
-
-def role(key: str, values: Sequence[Any]) -> str:
-    """What a difference in a key means: "identity", "FFN", "peak rate", "bookkeeping", "must match" or "setting"."""
-    if key == "model.encoder":
-        names = [split_encoder(str(value)) for value in values]
-        if len({name.patch for name in names}) > 1:
-            return "must match"
-        return "FFN" if len({name.size for name in names}) == 1 else "setting"
-    if key == "optim.lr":
-        return "peak rate"
-    for name, keys in (("identity", _IDENTITY), ("bookkeeping", _BOOKKEEPING), ("must match", _MUST_MATCH)):
-        if any(key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in keys):
-            return name
-    return "FFN" if key.split(".")[-1].startswith("ffn_") or key in _FFN else "setting"
 
 
 @dataclass(frozen=True)
@@ -254,6 +152,14 @@ class Comparison:
         runs = self.arms[own.arms[0] if own.best is None else own.best].runs
         return next((run for run in runs if self.runs[run].diverged_at is None), runs[0])
 
+    def falls_short(self, run: int) -> bool:
+        """Whether a run that did not diverge is not as far as its contender's furthest: its loss is no final one."""
+        own = self.runs[run]
+        contender = self.contenders[self.contender_of(run)]
+        rivals = [self.runs[other] for arm in contender.arms for other in self.arms[arm].runs]
+        furthest = max((rival.validation[rival.counter][-1] for rival in rivals if _usable(rival)), default=0)
+        return own.diverged_at is None and not (_usable(own) and own.validation[own.counter][-1] == furthest)
+
     def keys(self, *roles: str) -> list[str]:
         """The differing keys of some roles."""
         return [key for key, values in self.differing.items() if role(key, values) in roles]
@@ -276,15 +182,19 @@ class Comparison:
         ]
 
     def contrast(self, arm: int, reference: int, loss: str) -> Contrast:
-        """One arm against another in one loss, at the last validation they share."""
-        sides = [[self.runs[run] for run in self.arms[side].runs] for side in (arm, reference)]
-        usable = [[run for run in side if _usable(run)] for side in sides]
-        seen = [set(run.validation[run.counter]) for side in usable for run in side]
-        common = set.intersection(*seen) if all(usable) else set()
+        """One arm against another in one loss, at the last validation they share.
+
+        Seeds that are unfinished where others of their arm have come to the end are left out.
+        """
+        usable = [[run for run in self.arms[side].runs if _usable(self.runs[run])] for side in (arm, reference)]
+        complete = [[run for run in side if not self.falls_short(run)] or side for side in usable]
+        sides = [[self.runs[run] for run in side] for side in complete]
+        seen = [set(run.validation[run.counter]) for side in sides for run in side]
+        common = set.intersection(*seen) if all(sides) else set()
         if not common:
             return Contrast(arm, reference, None, {}, {}, Interval(math.nan, math.nan, math.nan, False))
         at = max(common)
-        values, baseline = (by_seed(side, [_at(run, loss, at) for run in side]) for side in usable)
+        values, baseline = (by_seed(side, [_at(run, loss, at) for run in side]) for side in sides)
         return Contrast(arm, reference, int(at), values, baseline, difference(values, baseline))
 
 
@@ -309,38 +219,14 @@ def compare(runs: Sequence[Run], *, strict: bool = False, baseline: str | None =
     arms, contenders = _contenders(runs, metric)
     labels = _labels(runs, arms)
     differing = config_difference([run.config for run in runs])
-    best = [own.arms if own.best is None else (own.best,) for own in contenders]
-    compared = [run for own in best for arm in own for run in arms[arm].runs]
     incomparable = (
         *_unequal_keys(differing, labels),
-        *_unequal_budget(runs, labels, compared),
+        *_unequal_budget(runs, labels, _compared(runs, arms, contenders)),
         *_unequal_tiles(runs, labels),
     )
     if strict and incomparable:
         raise NotComparableError(f"not comparable: {'; '.join(incomparable)}; without --strict this is a warning")
     return Comparison(tuple(runs), labels, arms, contenders, differing, incomparable, metric)
-
-
-def by_seed(runs: Sequence[Run], values: Sequence[float]) -> dict[int, float]:
-    """One value per run -> one per seed: a seed that was run twice is one observation, not two."""
-    pairs = list(zip([run.seed for run in runs], values, strict=True))
-    return {seed: mean(value for own, value in pairs if own == seed) for seed in sorted({own for own, _ in pairs})}
-
-
-def spell(labels: Sequence[str], values: Sequence[str]) -> str:
-    """Values with the runs that have them: "10 (SwiGLU), 20 (qd-MoA)"; of many runs the first few."""
-    owners = {value: [label for label, own in zip(labels, values, strict=True) if own == value] for value in values}
-    return ", ".join(f"{value} ({_first_few(own)})" for value, own in owners.items())
-
-
-def enumerate_words(words: Sequence[str]) -> str:
-    """Words as a list in a sentence: "a", "a and b", "a, b and c"."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _first_few(labels: Sequence[str], limit: int = 4) -> str:
-    more = len(labels) - limit
-    return ", ".join(labels) if more <= 1 else f"{', '.join(labels[:limit])} and {more} more"
 
 
 def _check_alike(runs: Sequence[Run]) -> None:
@@ -370,16 +256,12 @@ def _at(run: Run, loss: str, seen: float) -> float:
     return float(run.validation[loss][run.validation[run.counter] == seen][-1])
 
 
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
-
-
 def _groups(runs: Sequence[Run], *leave_out: str) -> list[tuple[int, ...]]:
     """Positions of runs that are equal in all keys but those of some roles, together, in the order of appearance."""
     groups: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
         method = {key: value for key, value in flatten(run.config).items() if role(key, [value]) not in leave_out}
-        groups.setdefault(_canonical(method), []).append(index)
+        groups.setdefault(canonical(method), []).append(index)
     return [tuple(group) for group in groups.values()]
 
 
@@ -432,12 +314,23 @@ def _best(arms: Sequence[Sequence[Run]], metric: str) -> int | None:
     if len(arms) == 1:
         return 0 if any(map(_usable, arms[0])) else None
     ends = [run.validation[run.counter][-1] for arm in arms for run in arm if _usable(run)]
+    finished = [[run for run in arm if _usable(run) and run.validation[run.counter][-1] == max(ends)] for arm in arms]
     complete = {
-        index: mean(by_seed(arm, [_at(run, metric, max(ends)) for run in arm]).values())
-        for index, arm in enumerate(arms)
-        if all(_usable(run) and run.validation[run.counter][-1] == max(ends) for run in arm)
+        index: mean(by_seed(own, [_at(run, metric, max(ends)) for run in own]).values())
+        for index, (arm, own) in enumerate(zip(arms, finished, strict=True))
+        if own and all(run.diverged_at is None for run in arm)
     }
     return min(complete, key=lambda index: complete[index], default=None)
+
+
+def _compared(runs: Sequence[Run], arms: Sequence[Arm], contenders: Sequence[Contender]) -> list[int]:
+    """The furthest runs of every contender's best arm; of all its arms if it has none."""
+    compared = []
+    for own in contenders:
+        members = [run for arm in (own.arms if own.best is None else (own.best,)) for run in arms[arm].runs]
+        furthest = max(runs[run].seen for run in members)
+        compared += [run for run in members if runs[run].seen == furthest or runs[run].status == "finished"]
+    return compared
 
 
 def _contender_label(runs: Sequence[Run], group: tuple[int, ...], groups: Sequence[tuple[int, ...]]) -> str:
@@ -470,22 +363,13 @@ def _labels(runs: Sequence[Run], arms: Sequence[Arm]) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def show(value: Any) -> str:
-    """A configuration value as text: small numbers in their short form, null as "none"."""
-    if value is None:
-        return "none"
-    if isinstance(value, float):
-        return formatting.rate(value)
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
 def _unequal_keys(differing: Mapping[str, list[Any]], labels: Sequence[str]) -> list[str]:
     keys = [key for key, values in differing.items() if role(key, values) == "must match"]
     return [f"{key}: {spell(labels, [show(value) for value in differing[key]])}" for key in keys]
 
 
 def _unequal_budget(runs: Sequence[Run], labels: Sequence[str], compared: Sequence[int]) -> list[str]:
-    """Of the runs that are compared: rates that were not picked may be unfinished."""
+    """Of the runs that are compared: rates that were not picked, and further seeds, may be unfinished."""
     seen = {labels[run]: runs[run].seen for run in compared if runs[run].diverged_at is None}
     if len(set(seen.values())) < 2:
         return []

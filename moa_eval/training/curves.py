@@ -21,6 +21,7 @@ _MARKED_POINTS = 25  # a line of no more points shows them
 _AT = "scale('y', datum.y)"  # pixels from the upper edge
 _HELD = f"clamp({_AT}, 0, height)"  # a mark outside the frame would stretch the figure, even if nobody sees it
 _VISIBLE = f"inrange({_AT}, [0, height])"
+_PLAIN_ZERO = "datum.value === 0 ? '0' : datum.label"  # not "0k"
 _DIGITS = 6  # significant ones of a value in a figure
 
 Values = NDArray[np.float64]
@@ -79,7 +80,7 @@ def draw_curves(
     if not lines:
         return None
     points = _points(comparison, lines)
-    x = alt.X("x:Q").title(axis.label).axis(format=axis.format, tickCount=6).scale(nice=False)
+    x = alt.X("x:Q").title(axis.label).axis(format=axis.format, labelExpr=_PLAIN_ZERO, tickCount=6).scale(nice=False)
     what = "difference" if zero else "loss"
     labels = [contender.label for contender in comparison.contenders]
     place = {"x": x, "color": alt.Color("ffn:N").scale(colours(labels))}
@@ -163,7 +164,10 @@ def _crosses(comparison: Comparison, ends: Rows, place: dict[str, Any]) -> alt.C
 
 
 def _named(comparison: Comparison, rows: Rows) -> alt.Chart:
-    """Rows with a "run" get its label, its contender's label as "ffn", and whether its rate is the "best" one."""
+    """Rows with a "run" get its label, its contender's label as "ffn", and whether its rate is the "best" one.
+
+    Vega looks the names up while it draws: written into every row, they would be most of the page.
+    """
     best = {contender.best for contender in comparison.contenders}
     names = []
     for run, label in enumerate(comparison.labels):

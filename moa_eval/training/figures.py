@@ -7,11 +7,12 @@ import altair as alt
 import numpy as np
 
 from moa_eval.page import formatting
-from moa_eval.page.charts import MUTED, Chart, colour, colours, draw, shapes
-from moa_eval.training.comparison import Comparison, by_seed, mean
+from moa_eval.page.charts import MUTED, Chart, colours, draw, shapes
+from moa_eval.training.comparison import Comparison
 from moa_eval.training.curves import CROSS, Axis, Line, Rows, draw_curves, short, smooth
-from moa_eval.training.mixing import STATIC, Mixing
+from moa_eval.training.mixing import STATIC, Mixing, of_best_runs, term_colours
 from moa_eval.training.runs import Run
+from moa_eval.training.seeds import by_seed, mean
 
 _OUTLIER = 4.0  # a mean loss further above the best than so many times the median distance does not set the y axis
 _PARTS_COLOUR = 6  # position in the palette of the colours of encoder and decoder, which are no contender's
@@ -43,11 +44,9 @@ def _charts(comparison: Comparison, mixing: Mapping[int, Mixing]) -> Iterator[Ch
     yield _training(comparison, "train_loss_time", time)
     yield _rates(comparison)
     yield _probes(comparison)
-    best = [comparison.best_run(contender) for contender in range(len(comparison.contenders))]
-    shown = {run: mixing[run] for run in best if run in mixing}
-    terms = [*dict.fromkeys(term for own in shown.values() for layer in own.last for term in layer.terms)]
+    shown = of_best_runs(comparison, mixing)
     for run, own in shown.items():
-        yield _mixing_depth(comparison, run, own, terms)
+        yield _mixing_depth(comparison, run, own, term_colours(shown))
         yield _mixing_training(comparison, run, own)
 
 
@@ -120,7 +119,9 @@ def _rates(comparison: Comparison) -> Chart | None:
         points.transform_filter("datum.inside").transform_aggregate(low="min(loss)", high="max(loss)")
         .mark_rule(opacity=0).encode(y=y, y2=alt.Y2("high:Q")),
         means.mark_line(clip=True, strokeWidth=1.8).encode(**place, **inside),
-        points.transform_filter("datum.inside").mark_point(filled=True, size=36, opacity=0.6)
+        points.transform_filter("datum.inside && !datum.early").mark_point(filled=True, size=36, opacity=0.6)
+        .encode(**place, **inside, shape=shape, tooltip=tooltip),
+        points.transform_filter("datum.inside && datum.early").mark_point(size=36, strokeWidth=1.5)
         .encode(**place, **inside, shape=shape, tooltip=tooltip),
         means.transform_filter("datum.best").mark_point(size=170, strokeWidth=2)
         .encode(**place, **inside, tooltip=[tooltip[0], alt.Tooltip("text:N").title("lowest mean")]),
@@ -135,31 +136,40 @@ def _rates(comparison: Comparison) -> Chart | None:
 
 
 def _rate_rows(comparison: Comparison) -> tuple[Rows, Rows]:
-    """A row a run, and a row an arm with a finite mean; "group" is the contender, "inside" if the frame shows it."""
+    """A row a run, and a row an arm with a finite mean over its complete runs.
+
+    "group" is the contender; "inside" says that the frame shows a run, "early" that it is unfinished.
+    """
     seeds: Rows = []
     arms: Rows = []
     for group, contender in enumerate(comparison.contenders):
         for arm in contender.arms:
             own = comparison.arms[arm]
-            runs = [comparison.runs[run] for run in own.runs]
-            losses = {run.folder: _final(run, comparison.metric) for run in runs}
             row = {"group": group, "ffn": contender.label, "label": own.label, "rate": own.rate}
-            finite = [run for run in runs if np.isfinite(losses[run.folder])]
-            centre = mean(by_seed(finite, [losses[run.folder] for run in finite]).values())
+            seeds += [row | rest for run in own.runs if (rest := _rate_row(comparison, run))]
+            complete = [comparison.runs[run] for run in own.runs if not comparison.falls_short(run)]
+            finite = [run for run in complete if np.isfinite(_final(run, comparison.metric))]
             if finite:
+                centre = mean(by_seed(finite, [_final(run, comparison.metric) for run in finite]).values())
                 best = arm == contender.best
                 arms.append(row | {"loss": short(centre), "best": best, "text": formatting.loss(centre)})
-            for run in runs:
-                value = losses[run.folder]
-                diverged = run.diverged_at is not None
-                text = f"diverged at step {run.diverged_at}" if diverged else formatting.loss(value)
-                at = {"loss": short(value)} if np.isfinite(value) else {}
-                seeds.append(row | at | {"seed": run.seed, "text": text})
     limit = _highest_shown([row["loss"] for row in arms])
     for row in seeds:
         row["inside"] = "loss" in row and row["loss"] <= limit
-        row["diverged"] = int("loss" not in row)
     return seeds, arms
+
+
+def _rate_row(comparison: Comparison, index: int) -> dict[str, Any] | None:
+    """What the figure of rates shows of a run; None before its first validation."""
+    run, early = comparison.runs[index], comparison.falls_short(index)
+    value = _final(run, comparison.metric)
+    row = {"seed": run.seed, "early": early, "diverged": int(np.isnan(value))}
+    if run.diverged_at is not None:
+        return row | {"text": f"diverged at step {run.diverged_at}"}
+    if np.isnan(value):
+        return None
+    unfinished = f", unfinished: {formatting.grouped(run.seen)} {run.unit}s" if early else ""
+    return row | {"loss": short(value), "text": f"{formatting.loss(value)}{unfinished}"}
 
 
 def _final(run: Run, loss: str) -> float:
@@ -234,7 +244,7 @@ def _probe_rows(comparison: Comparison) -> Rows:
     ]
 
 
-def _mixing_depth(comparison: Comparison, run: int, mixing: Mixing, terms: Sequence[str]) -> Chart:
+def _mixing_depth(comparison: Comparison, run: int, mixing: Mixing, tints: Mapping[str, str]) -> Chart:
     """Every coefficient over the depth of the network: its mean, and the middle 90 % of the tokens."""
     rows = [
         {"run": run, "layer": layer.name, "part": layer.part, "term": term}
@@ -242,8 +252,8 @@ def _mixing_depth(comparison: Comparison, run: int, mixing: Mixing, terms: Seque
         for layer in mixing.last
         for at, term in enumerate(layer.terms)
     ]
-    own = [term for term in terms if any(row["term"] == term for row in rows)]
-    scale = alt.Scale(domain=own, range=[colour(terms.index(term)) for term in own])
+    own = mixing.terms
+    scale = alt.Scale(domain=own, range=[tints[term] for term in own])
     data = alt.Chart(alt.InlineData(values=rows))
     place = {
         "x": _layers([layer.name for layer in mixing.last]),

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file
 
 from moa_eval.page.charts import PALETTE
 from moa_eval.training.comparison import Comparison
-from moa_eval.training.runs import Reconstruction, broken, read_json
+from moa_eval.training.reading import broken, read_json
+from moa_eval.training.runs import Reconstruction
 
 STATIC = 0.01  # a gate lies between 0 and 1 (-1 and 1 for tanh): below a hundredth no token departs from the blend
 MAPPED_IMAGES = 4
@@ -100,6 +101,11 @@ class Mixing:
         """The layers at the last recorded step."""
         return self.steps[max(self.steps)]
 
+    @property
+    def terms(self) -> list[str]:
+        """What is mixed anywhere at the last recorded step, in the order of appearance."""
+        return [*dict.fromkeys(term for layer in self.last for term in layer.terms)]
+
 
 def read_all(comparison: Comparison) -> dict[int, Mixing]:
     """What the runs recorded, by their position; runs without mixing are left out.
@@ -142,6 +148,22 @@ def sentences(label: str, mixing: Mixing) -> list[str]:
     return found
 
 
+def of_best_runs(comparison: Comparison, mixings: Mapping[int, Mixing]) -> dict[int, Mixing]:
+    """Those of the runs that stand for a contender, by position."""
+    runs = [comparison.best_run(contender) for contender in range(len(comparison.contenders))]
+    return {run: mixings[run] for run in runs if run in mixings}
+
+
+def term_colours(mixings: Mapping[int, Mixing]) -> dict[str, str]:
+    """A colour "#rrggbb" a term, the same wherever it occurs, so that maps and figures of all FFNs can be compared.
+
+    The palette's light colours, from the ninth term on their twins for dark ground, then both again.
+    """
+    terms = dict.fromkeys(term for mixing in mixings.values() for term in mixing.terms)
+    both = [own for twins in zip(*PALETTE, strict=True) for own in twins]
+    return {term: both[position % len(both)] for position, term in enumerate(terms)}
+
+
 def sections(comparison: Comparison, mixings: Mapping[int, Mixing]) -> list[dict[str, Any]]:
     """For the best run of every contender that mixes: its maps over the first images, with legend and sentences.
 
@@ -149,24 +171,18 @@ def sections(comparison: Comparison, mixings: Mapping[int, Mixing]) -> list[dict
         Dictionaries with run, label, legend (term and colour), layers (names), images (key, original and cells: one
         map per layer, all of them data URIs) and sentences.
     """
-    runs = [comparison.best_run(contender) for contender in range(len(comparison.contenders))]
-    mixing_runs = [run for run in runs if run in mixings]
-    # One colour a term wherever it occurs, so that the maps of two FFNs can be compared.
-    terms = dict.fromkeys(term for run in mixing_runs for layer in mixings[run].last for term in layer.terms)
-    colours = dict(zip(terms, map(_colour, range(len(terms))), strict=True))
+    shown = of_best_runs(comparison, mixings)
+    colours = term_colours(shown)
     return [
         {
             "run": run,
             "label": comparison.labels[run],
-            "legend": [
-                {"term": term, "colour": colours[term]}
-                for term in dict.fromkeys(term for layer in mixings[run].last for term in layer.terms)
-            ],
-            "layers": [layer for maps in mixings[run].maps.values() for layer in maps.layers],
-            "images": _images(mixings[run], comparison.runs[run].reconstructions, colours),
-            "sentences": sentences(comparison.labels[run], mixings[run]),
+            "legend": [{"term": term, "colour": colours[term]} for term in mixing.terms],
+            "layers": [layer for maps in mixing.maps.values() for layer in maps.layers],
+            "images": _images(mixing, comparison.runs[run].reconstructions, colours),
+            "sentences": sentences(comparison.labels[run], mixing),
         }
-        for run in mixing_runs
+        for run, mixing in shown.items()
     ]
 
 
@@ -285,11 +301,6 @@ def _data_uri(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.quantize(_COLOURS, dither=Image.Dither.NONE).save(file, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-
-
-def _colour(position: int) -> str:
-    light, dark = PALETTE[position % len(PALETTE)]
-    return light if position // len(PALETTE) % 2 == 0 else dark
 
 
 def _rgb(colour: str) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ from PIL import Image
 from moa_eval.page.writing import Row, Section, Series
 from moa_eval.training import figures, mixing
 from moa_eval.training.comparison import Comparison, compare
-from moa_eval.training.runs import Run, find_runs, read_run
+from moa_eval.training.reading import find_runs, read_run
+from moa_eval.training.runs import Run
 from moa_eval.training.tables import make_tables
 from moa_eval.training.verdict import caveats, verdict
 

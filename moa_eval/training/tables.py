@@ -4,30 +4,20 @@ A column that ends in `_difference` or `_ratio` compares with the baseline: its 
 stands for what is not known or does not apply.
 """
 
-import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 
-from moa_eval.page import formatting
+from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row
-from moa_eval.training.comparison import (
-    Comparison,
-    Contender,
-    Contrast,
-    by_seed,
-    deviation,
-    difference,
-    mean,
-    quotient,
-    role,
-    show,
-)
+from moa_eval.training.comparison import Comparison, Contender, Contrast
+from moa_eval.training.configuration import role
 from moa_eval.training.mixing import STATIC, Mixing
-from moa_eval.training.runs import AUTOENCODER, LANGUAGE_MODEL, Columns, Run, RunFolderError
+from moa_eval.training.probes import probe_rows, probe_run_rows
+from moa_eval.training.runs import Columns, Run
+from moa_eval.training.seeds import by_seed, deviation, mean, quotient
 
 Tables = dict[str, list[Row]]
 
@@ -70,13 +60,14 @@ def make_tables(comparison: Comparison, mixings: Mapping[int, Mixing]) -> Tables
 def loss_rows(comparison: Comparison) -> list[Row]:
     """A row a contender, at its best rate: final and best validation loss in every space, over seeds.
 
-    "final" is the last validation, "best" the lowest; both are means over seeds, `_sd` their standard deviation.
+    "final" is the last validation, "best" the lowest, of runs that came to the end; both are means over seeds, `_sd`
+    their standard deviation.
     The difference and its 95 % interval are of the last validation that both sides share.
     """
     rows = []
     for contender in comparison.contenders:
         arm = None if contender.best is None else comparison.arms[contender.best]
-        runs = [] if arm is None else _finite(comparison, arm.runs)
+        runs = [] if arm is None else _complete(comparison, arm.runs)
         row: Row = {
             "contender": contender.label,
             "rate": math.nan if arm is None else arm.rate,
@@ -97,7 +88,7 @@ def loss_rows(comparison: Comparison) -> list[Row]:
 def run_rows(comparison: Comparison) -> list[Row]:
     """A row a run: final and best validation loss; differences are to the mean of the baseline's best arm."""
     reference = comparison.reference
-    baseline = [] if reference is None else _finite(comparison, comparison.arms[reference].runs)
+    baseline = [] if reference is None else _complete(comparison, comparison.arms[reference].runs)
     rows = []
     for index, (label, run) in enumerate(zip(comparison.labels, comparison.runs, strict=True)):
         arm = comparison.arm_of(index)
@@ -129,16 +120,14 @@ def run_rows(comparison: Comparison) -> list[Row]:
 def rate_rows(comparison: Comparison) -> list[Row]:
     """A row an arm: its final loss over seeds, and by which part that exceeds its contender's best.
 
-    The loss is the last recorded one; while runs of an arm are unfinished, its excess is not known.
+    Runs that diverged or are unfinished are counted, and do not enter the loss.
     """
     rows = []
     for contender in comparison.contenders:
         best = math.nan if contender.best is None else _arm_mean(comparison, contender.best)
         for arm in contender.arms:
             own = comparison.arms[arm]
-            finals = _over_seeds(_finite(comparison, own.runs), comparison.metric, "final")
-            values = [*finals.values()]
-            unfinished = sum(comparison.runs[run].status in ("stopped", "unfinished") for run in own.runs)
+            values = [*_over_seeds(_complete(comparison, own.runs), comparison.metric, "final").values()]
             rows.append(
                 {
                     "contender": contender.label,
@@ -151,9 +140,9 @@ def rate_rows(comparison: Comparison) -> list[Row]:
                     "max": max(values, default=math.nan),
                     "runs": len(own.runs),
                     "diverged": sum(comparison.runs[run].diverged_at is not None for run in own.runs),
-                    "unfinished": unfinished,
+                    "unfinished": sum(map(comparison.falls_short, own.runs)),
                     "is_best": arm == contender.best,
-                    "excess": math.nan if unfinished else quotient(mean(values) - best, best),
+                    "excess": quotient(mean(values) - best, best),
                 }
             )
     return rows
@@ -163,8 +152,8 @@ def tolerance_rows(comparison: Comparison) -> list[Row]:
     """A row a contender: which rates were tried and how far the good ones reach.
 
     "edge" says whether the best rate is the "lowest" or "highest" tried, so that a better one may lie beyond it.
-    "span" is the ratio of the highest to the lowest rate within 1 % of the best arm's loss, without a worse or
-    diverged rate between.
+    "span" is the ratio of the highest to the lowest rate within 1 % of the best arm's loss, without a worse,
+    diverged or unfinished rate between.
     """
     rows = []
     for contender in comparison.contenders:
@@ -225,11 +214,15 @@ def equal_rate_rows(comparison: Comparison) -> list[Row]:
 
 
 def cost_rows(comparison: Comparison) -> list[Row]:
-    """A row a contender: medians over the runs of its best arm (of all its runs if it has none), as ratios too."""
+    """A row a contender: medians over the runs of its best arm (of all its runs if it has none), as ratios too.
+
+    Unfinished runs enter only where there are no others: their training time is not that of the whole.
+    """
     rows: list[Row] = []
     for contender in comparison.contenders:
         arms = contender.arms if contender.best is None else (contender.best,)
-        runs = [comparison.runs[run] for arm in arms for run in comparison.arms[arm].runs]
+        members = [run for arm in arms for run in comparison.arms[arm].runs]
+        runs = _complete(comparison, members) or [comparison.runs[run] for run in members]
         row: Row = {"contender": contender.label, "runs": len(runs), "unit": comparison.kind.unit}
         row["device"] = ", ".join(dict.fromkeys(run.device for run in runs))
         for name, read in _COSTS.items():
@@ -238,74 +231,6 @@ def cost_rows(comparison: Comparison) -> list[Row]:
         row["mixing_share"] = quotient(row["mixing_parameters"], row["parameters"])
         rows.append(row)
     return rows
-
-
-def probe_rows(comparison: Comparison) -> list[Row]:
-    """What the encoders of every contender's best arm are worth: a row a contender and measurement, over seeds."""
-    rows = []
-    for name in _probe_names(comparison):
-        baseline: dict[int, float] = {}
-        for contender in comparison.contenders:
-            arm = contender.best
-            runs = [] if arm is None else [comparison.runs[run] for run in comparison.arms[arm].runs]
-            found = [(run, probe) for run in runs for probe in run.probes if probe.name == name]
-            if not found:
-                continue
-            values = by_seed([run for run, _ in found], [probe.accuracy for _, probe in found])
-            first = contender is comparison.contenders[0]
-            baseline = values if first else baseline
-            gap = difference(values, baseline) if baseline and not first else None
-            rows.append(
-                {
-                    "probe": name,
-                    "method": found[0][1].method,
-                    "contender": contender.label,
-                    "rate": comparison.arms[arm].rate if arm is not None else math.nan,
-                    "seeds": len(values),
-                    "accuracy": mean(values.values()),
-                    "accuracy_sd": deviation(values.values()),
-                    "top5": mean(probe.top5 for _, probe in found),
-                    "difference": gap.mean if gap else math.nan,
-                    "low_95": gap.low if gap else math.nan,
-                    "high_95": gap.high if gap else math.nan,
-                    "val_samples": min(probe.val_samples for _, probe in found),
-                }
-            )
-    return rows
-
-
-def probe_run_rows(comparison: Comparison) -> list[Row]:
-    """A row a run and measurement of its encoder, of all runs."""
-    return [
-        {
-            "run": label,
-            "probe": probe.name,
-            "method": probe.method,
-            "accuracy": probe.accuracy,
-            "top5": probe.top5,
-            "step": "" if probe.step is None else probe.step,
-            "train": probe.train,
-            "train_samples": probe.train_samples,
-            "val": probe.val,
-            "val_samples": probe.val_samples,
-            "settings": show(probe.settings),
-        }
-        for label, run in zip(comparison.labels, comparison.runs, strict=True)
-        for probe in run.probes
-    ]
-
-
-def unequal_probes(comparison: Comparison) -> dict[str, list[str]]:
-    """Measurements that were not taken in the same way for all runs: name -> what differs."""
-    unequal = {}
-    for name in _probe_names(comparison):
-        probes = [probe for run in comparison.runs for probe in run.probes if probe.name == name]
-        keys = [
-            key for key in ("train", "val", "settings") if len({show(getattr(probe, key)) for probe in probes}) > 1
-        ]
-        if keys:
-            unequal[name] = keys
-    return unequal
 
 
 def mixing_rows(comparison: Comparison, mixings: Mapping[int, Mixing]) -> list[Row]:
@@ -358,53 +283,15 @@ def environment_rows(comparison: Comparison, *, packages: bool) -> list[Row]:
     return rows
 
 
-def results_markdown(losses: str | Path) -> str:
-    """The table of results for a README, from a report's tables/losses.csv.
-
-    Raises:
-        RunFolderError: The file cannot be read or is another table.
-    """
-    path = Path(losses)
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunFolderError(f"{path}: cannot be read ({error}); give the losses.csv of a report") from None
-    columns = set(rows[0]) if rows else set()
-    kinds = [kind for kind in (AUTOENCODER, LANGUAGE_MODEL) if {f"final_{loss}" for loss in kind.losses} <= columns]
-    if not kinds:
-        raise RunFolderError(f"{path}: not a table of losses; give the losses.csv of a report")
-    spaces = kinds[0].losses
-    heads = [f"{space} | difference | 95 % interval" for space in spaces.values()]
-    lines = [f"| | peak rate | seeds | {' | '.join(heads)} |", "|---|---:|---:|" + "---:|---:|---:|" * len(spaces)]
-    lines += [_results_line(row, [*spaces], baseline=row is rows[0]) for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _results_line(row: Mapping[str, str], losses: Sequence[str], *, baseline: bool) -> str:
-    rate = float(row["rate"])
-    cells = [row["contender"], formatting.UNKNOWN if math.isnan(rate) else formatting.rate(rate), row["seeds"]]
-    for loss in losses:
-        value, sd, gap, relative, low, high = (
-            float(row[key])
-            for key in (f"final_{loss}", f"final_{loss}_sd", *(f"{loss}_{column}" for column in _DIFFERENCE))
-        )
-        spread = f" ± {formatting.deviation(sd)}" if math.isfinite(sd) else ""
-        limits = (
-            f"{formatting.signed(low)} to {formatting.signed(high)}" if math.isfinite(low) else formatting.UNKNOWN
-        )
-        cells += [
-            formatting.UNKNOWN if math.isnan(value) else formatting.loss(value) + spread,
-            "baseline" if baseline else formatting.change(gap, relative),
-            "" if baseline else limits,
-        ]
-    return f"| {' | '.join(cells)} |"
-
-
 def _finite(comparison: Comparison, runs: Sequence[int]) -> list[Run]:
     """The runs that have validations and none of whose losses is not finite."""
     own = [comparison.runs[run] for run in runs]
     return [run for run in own if run.diverged_at is None and len(run.validation["step"])]
+
+
+def _complete(comparison: Comparison, runs: Sequence[int]) -> list[Run]:
+    """Those of them that came to the end of their contender's training."""
+    return _finite(comparison, [run for run in runs if not comparison.falls_short(run)])
 
 
 def _corner(run: Run, loss: str, corner: str) -> float:
@@ -419,7 +306,7 @@ def _over_seeds(runs: Sequence[Run], loss: str, corner: str) -> dict[int, float]
 
 
 def _arm_mean(comparison: Comparison, arm: int) -> float:
-    runs = _finite(comparison, comparison.arms[arm].runs)
+    runs = _complete(comparison, comparison.arms[arm].runs)
     return mean(_over_seeds(runs, comparison.metric, "final").values())
 
 
@@ -446,7 +333,7 @@ def _good_rates(comparison: Comparison, contender: Contender) -> tuple[float, fl
     limit = _arm_mean(comparison, contender.best) * (1 + TOLERANCE)
 
     def good(arm: int) -> bool:
-        complete = len(_finite(comparison, comparison.arms[arm].runs)) == len(comparison.arms[arm].runs)
+        complete = len(_complete(comparison, comparison.arms[arm].runs)) == len(comparison.arms[arm].runs)
         return complete and _arm_mean(comparison, arm) <= limit
 
     low = high = contender.arms.index(contender.best)
@@ -455,12 +342,6 @@ def _good_rates(comparison: Comparison, contender: Contender) -> tuple[float, fl
     while high < len(contender.arms) - 1 and good(contender.arms[high + 1]):
         high += 1
     return comparison.arms[contender.arms[low]].rate, comparison.arms[contender.arms[high]].rate
-
-
-def _probe_names(comparison: Comparison) -> list[str]:
-    order = ("knn", "linear", "finetune")
-    names = {probe.name: probe.method for run in comparison.runs for probe in run.probes}
-    return sorted(names, key=lambda name: (order.index(names[name]) if names[name] in order else len(order), name))
 
 
 def _curve_rows(label: str, run: Run, columns: Columns) -> list[Row]:

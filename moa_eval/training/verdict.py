@@ -4,20 +4,14 @@ import math
 from collections.abc import Sequence
 
 from moa_eval.page import formatting
-from moa_eval.training.comparison import (
-    CONFIDENCE,
-    Comparison,
-    Contender,
-    Contrast,
-    enumerate_words,
-    mean,
-    quotient,
-    show,
-    spell,
-)
-from moa_eval.training.tables import cost_rows, edge, probe_rows, unequal_probes
+from moa_eval.page.formatting import enumerate_words, show, spell
+from moa_eval.training.comparison import Comparison, Contender, Contrast
+from moa_eval.training.probes import probe_rows, unequal_probes
+from moa_eval.training.seeds import CONFIDENCE, mean, quotient
+from moa_eval.training.tables import cost_rows, edge
 
 _METHODS = {"knn": "k-nearest-neighbour", "linear": "linear-probe", "finetune": "fine-tuned"}
+_UNFINISHED = ("stopped", "unfinished")
 
 
 def verdict(comparison: Comparison) -> list[str]:
@@ -91,9 +85,12 @@ def _certainty(comparison: Comparison, contrast: Contrast, alternatives: int) ->
     sides = [(contrast.arm, contrast.values), (contrast.reference, contrast.baseline)]
     if comparison.incomparable:
         return "The runs are not comparable as they stand: this is no evidence about the FFN."
+    unfinished = sum(run.status in _UNFINISHED for run in comparison.runs)
+    early = f"Provisional: {unfinished} of {len(comparison.runs)} runs are unfinished. " if unfinished else ""
     single = [_contender(comparison, arm).label for arm, values in sides if len(values) < 2]
     if single:
-        return f"One seed{f' of {single[0]}' if len(single) == 1 else ''}: not evidence of a general difference."
+        whose = f" of {single[0]}" if len(single) == 1 else ""
+        return f"{early}One seed{whose}: not evidence of a general difference."
     centre, low, high, paired = contrast.adjusted(alternatives)
     seeds = f"{len(contrast.values)} paired" if paired else f"{len(contrast.values)} and {len(contrast.baseline)}"
     widened = f", widened for {alternatives} alternatives" if alternatives > 1 else ""
@@ -103,7 +100,7 @@ def _certainty(comparison: Comparison, contrast: Contrast, alternatives: int) ->
         else f"excludes zero: in this setting the {'lower' if centre < 0 else 'higher'} loss is more than seed noise"
     )
     limits = f"{formatting.signed(low)} to {formatting.signed(high)}"
-    return f"The {CONFIDENCE * 100:.0f} % interval over {seeds} seeds{widened}, {limits}, {reading}."
+    return f"{early}The {CONFIDENCE * 100:.0f} % interval over {seeds} seeds{widened}, {limits}, {reading}."
 
 
 def _no_difference(comparison: Comparison) -> str:
@@ -149,10 +146,10 @@ def _rate_caveats(comparison: Comparison) -> list[str]:
         tried = [len(contender.arms) for contender in comparison.contenders]
         words = "The best rate is picked by the validation loss that is reported"
         if len(set(tried)) == 1:
-            notes.append(f"{words}, of {tried[0]} each.")
+            notes.append(f"{words}, of {tried[0]} each; intervals take the pick as given.")
         else:
             counts = spell(labels, [*map(str, tried)])
-            notes.append(f"{words}, of {counts} rates; more rates tried flatter a contender.")
+            notes.append(f"{words}, of {counts} rates: more rates flatter, and intervals take the pick as given.")
     for contender in chosen:
         at = edge(comparison, contender)
         if contender.best is not None and at:
@@ -163,7 +160,11 @@ def _rate_caveats(comparison: Comparison) -> list[str]:
             notes.append(
                 f"The best rate of {contender.label}, {rate}, is the {at} tried: a {further} one may be better."
             )
-        seeds = {len({comparison.runs[run].seed for run in comparison.arms[arm].runs}) for arm in contender.arms}
+        complete = [
+            {comparison.runs[run].seed for run in comparison.arms[arm].runs if not comparison.falls_short(run)}
+            for arm in contender.arms
+        ]
+        seeds = {len(own) for own in complete if own}
         if len(seeds) > 1:
             notes.append(f"The rates of {contender.label} were tried with {min(seeds)} to {max(seeds)} seeds.")
     for contender in comparison.contenders:
@@ -182,21 +183,19 @@ def _equal_rate_caveats(comparison: Comparison) -> list[str]:
         return []
     leading = _leading(_shared(comparison))
     leader, baseline = _contender(comparison, leading.arm), comparison.contenders[0].label
-    equal = [
-        contrast
-        for contrast in comparison.equal_rates(comparison.metric)
-        if contrast.arm in leader.arms and contrast.seen == leading.seen  # not where one is still being trained
-    ]
+    common = [own for own in comparison.equal_rates(comparison.metric) if own.arm in leader.arms]
+    equal = [own for own in common if own.seen == leading.seen]  # not where one is still being trained
     if not equal:
         return [f"{leader.label} and {baseline} have no rate in common at which both came to the end."]
     below = sum(contrast.interval.mean < 0 for contrast in equal)
+    which = " that are finished" if len(equal) < len(common) else ""
     listed = enumerate_words(
         [
             f"{formatting.signed(contrast.interval.mean)} at {formatting.rate(comparison.arms[contrast.arm].rate)}"
             for contrast in equal
         ]
     )
-    return [f"At equal rates {leader.label} is below {baseline} at {below} of {len(equal)}: {listed}."]
+    return [f"At equal rates {leader.label} is below {baseline} at {below} of {len(equal)}{which}: {listed}."]
 
 
 def _run_caveats(comparison: Comparison) -> list[str]:
@@ -211,7 +210,7 @@ def _run_caveats(comparison: Comparison) -> list[str]:
         notes.append(
             f"Diverged, with a loss or gradient that is not finite, and left out: {enumerate_words(diverged)}."
         )
-    for status in ("stopped", "unfinished"):
+    for status in _UNFINISHED:
         own = [
             f"{label} ({formatting.grouped(run.seen)} {run.unit}s)" for run, label in labelled if run.status == status
         ]

@@ -11,8 +11,9 @@ import numpy as np
 
 from moa_eval.page import formatting
 from moa_eval.page.charts import Chart
+from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row, Section, Series
-from moa_eval.training.comparison import config_difference, show
+from moa_eval.training.configuration import config_difference
 from moa_eval.zero_shot import paired
 from moa_eval.zero_shot.contrasts import (
     AVERAGE,

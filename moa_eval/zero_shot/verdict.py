@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from moa_eval.page import formatting
-from moa_eval.training.comparison import show, spell
+from moa_eval.page.formatting import enumerate_words, show, spell
 from moa_eval.zero_shot.contrasts import AVERAGE, HEADLINE, ZERO_SHOT, Contrast, ZeroShot, label_of
 from moa_eval.zero_shot.paired import CONFIDENCE, POWER
 
@@ -37,7 +37,7 @@ def caveats(comparison: ZeroShot) -> list[str]:
 def averaged(comparison: ZeroShot) -> str:
     """What the average is over, in words: "the four tasks"."""
     names = [label_of(task) for task in comparison.averaged]
-    return "the four tasks" if len(names) == len(ZERO_SHOT) else _and(names)
+    return "the four tasks" if len(names) == len(ZERO_SHOT) else enumerate_words(names)
 
 
 def _primary(comparison: ZeroShot, model: int) -> Contrast | None:
@@ -81,7 +81,8 @@ def _certainty(comparison: ZeroShot, contrast: Contrast) -> str:
         else f"no difference of this size can be seen with {items}; the smallest that would be seen in {_TYPICAL} "
         f"is about {formatting.accuracy(contrast.detectable)} points"
     )
-    return f"The {CONFIDENCE * 100:.0f} % interval over {items} is {limits} points{test}: {reading}."
+    alone = ", as for one model alone," if len(comparison.labels) > 2 else ""
+    return f"The {CONFIDENCE * 100:.0f} % interval over {items}{alone} is {limits} points{test}: {reading}."
 
 
 def _alone(comparison: ZeroShot) -> str:
@@ -103,7 +104,7 @@ def _by_task(comparison: ZeroShot) -> str:
     if not tests:
         return f"{absent}, and no task has a right or wrong answer per item to be tested."
     tested = f"after Holm's correction for {len(tests)} test{'s' if len(tests) > 1 else ''}"
-    return f"{absent}; {tested} {_and(seen) if seen else 'no task'} differs from {comparison.labels[0]}."
+    return f"{absent}; {tested} {enumerate_words(seen) if seen else 'no task'} differs from {comparison.labels[0]}."
 
 
 def _tests(comparison: ZeroShot) -> list[Contrast]:
@@ -122,7 +123,7 @@ def _test_caveats(comparison: ZeroShot) -> Iterator[str]:
     tests = _tests(comparison)
     if len(tests) > 1 and comparison.averages():
         seen = [_named(comparison, contrast) for contrast in tests if contrast.p_holm < ALPHA]
-        found = f"{_and(seen)} differ{'s' if len(seen) == 1 else ''}" if seen else "no single task differs"
+        found = f"{enumerate_words(seen)} differ{'s' if len(seen) == 1 else ''}" if seen else "no single task differs"
         yield f"Task by task, after Holm's correction for {len(tests)} tests, {found}."
     if len(others) > 1:
         yield f"The verdict takes the best of {len(others)} alternatives, which flatters it."
@@ -146,7 +147,7 @@ def _task_caveats(comparison: ZeroShot) -> Iterator[str]:
     missing = [task.label for name, task in ZERO_SHOT.items() if name not in comparison.averaged]
     if missing and comparison.averages():
         are = "is" if len(missing) == 1 else "are"
-        yield f"{_and(missing)} {are} missing, so the average is not the paper's."
+        yield f"{enumerate_words(missing)} {are} missing, so the average is not the paper's."
     first = comparison.evaluations[0]
     if first.limit is not None:
         yield f"Run with --limit {first.limit:g}: these are not the whole tasks."
@@ -180,7 +181,3 @@ def _reading_caveats(comparison: ZeroShot) -> Iterator[str]:
 def _p(value: float) -> str:
     shown = formatting.probability(value)
     return (f"p {shown}" if shown.startswith("<") else f"p = {shown}").replace(" ", "\u00a0")
-
-
-def _and(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -9,8 +9,11 @@ from PIL import Image
 from scipy import stats
 
 from moa_eval.page import formatting
-from moa_eval.training.comparison import NotComparableError, compare, config_difference, difference, role, spell
-from moa_eval.training.runs import read_run
+from moa_eval.page.formatting import spell
+from moa_eval.training.comparison import NotComparableError, compare
+from moa_eval.training.configuration import config_difference, role
+from moa_eval.training.reading import read_run
+from moa_eval.training.seeds import difference
 
 scalars = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.5, 1.0, "x", "absent"])
 values = st.recursive(
@@ -169,6 +172,19 @@ def test_a_rate_at_which_a_run_diverged_or_fell_short_is_not_the_best(make_run):
     assert worse.contrasts("loss_norm") == []
 
 
+def test_an_unfinished_seed_neither_moves_the_best_rate_nor_enters_the_difference(make_run):
+    finals = {("swiglu", 1e-3, 0): 0.5, ("qdmoa", 1e-3, 0): 0.45, ("qdmoa", 2e-3, 0): 0.4}
+    runs = sweep(make_run, finals)
+    before = compare(runs)
+    runs.append(read_run(make_run("s", encoder="vit_tiny_patch4_qdmoa", lr=2e-3, seed=1, steps=30, status=None)))
+    after = compare(runs)
+    assert [own.best for own in after.contenders] == [own.best for own in before.contenders] == [0, 2]
+    assert [after.falls_short(run) for run in range(4)] == [False, False, False, True]
+    assert after.contrasts("loss_norm") == before.contrasts("loss_norm")
+    assert after.equal_rates("loss_norm") == before.equal_rates("loss_norm")
+    assert after.incomparable == ()
+
+
 def test_the_baseline_can_be_named(make_run):
     runs = sweep(make_run, {("qdmoa", 1e-3, 0): 0.5, ("swiglu", 1e-3, 0): 0.5, ("swiglu", 2e-3, 0): 0.4})
     assert compare(runs).contenders[0].label == "qd-MoA"
@@ -294,9 +310,10 @@ def test_incomparable_runs_are_named_by_key_and_refused_when_strict(make_run):
 
 
 def test_another_budget_in_fact_is_found_without_a_differing_key(make_run):
-    runs = [read_run(make_run("a")), read_run(make_run("b", steps=30, status="stopped"))]
+    moa = {"encoder": "vit_tiny_patch4_qdmoa"}
+    runs = [read_run(make_run("a")), read_run(make_run("b", **moa, steps=30, status="stopped"))]
     (reason,) = compare(runs).incomparable
-    assert reason.replace("\u202f", "") == "images seen: 2560 (SwiGLU, seed 0, a), 1920 (SwiGLU, seed 0, b)"
+    assert reason.replace("\u202f", "") == "images seen: 2560 (SwiGLU), 1920 (qd-MoA)"
 
 
 @pytest.mark.parametrize(("tile", "words"), [("original", "pixels of 1"), ("masked", "mask of 1")])

@@ -1,5 +1,6 @@
 """What figures of runs and of harness results show."""
 
+import json
 import re
 from xml.etree import ElementTree
 
@@ -10,8 +11,8 @@ from moa_eval.page.charts import PALETTE
 from moa_eval.training import figures
 from moa_eval.training.comparison import compare
 from moa_eval.training.curves import smooth
-from moa_eval.training.mixing import read_all
-from moa_eval.training.runs import read_run
+from moa_eval.training.mixing import read_all, sections
+from moa_eval.training.reading import read_run
 from moa_eval.zero_shot.figures import accuracies
 
 MOA = "vit_tiny_patch4_qdmoa"
@@ -152,6 +153,38 @@ def test_the_figure_of_rates_rings_the_lowest_mean(sweep):
     means = rows(sweep[1]["loss_against_rate"], "best")
     assert [(row["group"], row["rate"]) for row in means if row["best"]] == [(0, 1.2e-3), (1, 6e-4)]
     assert "3e-4" in sweep[1]["loss_against_rate"].svg and "1.2e-3" in sweep[1]["loss_against_rate"].svg
+
+
+def test_an_unfinished_run_is_hollow_and_in_no_mean(make_run):
+    folders = [make_run("a", lr=1e-3), make_run("b", lr=2e-3, final=0.45)]
+    folders.append(make_run("c", lr=2e-3, seed=1, steps=30, status=None))
+    chart = draw(folders)[1]["loss_against_rate"]
+    assert [row["early"] for row in rows(chart, "seed")] == [False, False, True]
+    assert rows(chart, "seed")[2]["text"].replace("\u202f", "").endswith(", unfinished: 1920 images")
+    assert [row["loss"] for row in rows(chart, "best")] == [row["loss"] for row in rows(chart, "seed")[:2]]
+
+
+def test_no_axis_begins_with_zero_thousands(pair):
+    texts = [text.text for text in ElementTree.fromstring(pair[1]["validation_loss"].svg).iter(f"{SVG}text")]
+    assert "0k" not in texts and "0" in texts
+
+
+def test_terms_have_the_colours_of_the_maps_beyond_the_palette_too(make_run):
+    folder = make_run("a", encoder=MOA, spread=0.1)
+    terms = [f"f{index}·id" for index in range(len(PALETTE) + 3)]
+    for path in (folder / "mixing").glob("step_*.json"):
+        content = json.loads(path.read_text())
+        for layer in content["layers"]:
+            layer["coefficients"] = terms
+            layer |= {key: [0.1] * len(terms) for key in ("mean", "std", "low", "high", "share")}
+        path.write_text(json.dumps(content))
+    (folder / "mixing/index.json").unlink()
+    comparison, charts = draw([folder])
+    (shown,) = sections(comparison, read_all(comparison))
+    legend = {entry["term"]: entry["colour"] for entry in shown["legend"]}
+    scale = charts["mixing_depth_0"].spec["layer"][0]["encoding"]["color"]["scale"]
+    assert dict(zip(scale["domain"], scale["range"], strict=True)) == legend
+    assert list(legend) == terms and len(set(legend.values())) == len(terms)
 
 
 def test_probes_are_differences_to_the_mean_of_the_baseline(sweep):

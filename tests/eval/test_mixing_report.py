@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from moa_eval.training.comparison import compare
 from moa_eval.training.mixing import overlay, read_all, read_mixing, sections, sentences
-from moa_eval.training.runs import RunFolderError, read_run
+from moa_eval.training.reading import RunFolderError, read_run
 
 MOA = "vit_tiny_patch4_qdmoa"
 COLOURS = ["#ff0000", "#00ff00", "#0000ff"]

@@ -2,6 +2,7 @@
 
 import base64
 import fcntl
+import hashlib
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 
 import altair as alt
 import numpy as np
@@ -172,7 +174,7 @@ def browser(tmp_path_factory):
 def test_one_section_writes_its_files_beside_the_page(page):
     names = {str(path.relative_to(page.parent)) for path in page.parent.rglob("*") if path.is_file()}
     assert names == {
-        "index.html", "summary.md", "tables/zero_shot.csv", "tables/settings.csv",
+        "index.html", "summary.md", "files.json", "tables/zero_shot.csv", "tables/settings.csv",
         "figures/accuracy.svg", "figures/accuracy.png", "figures/map.png",
     }  # fmt: skip
     assert "<title>One &lt;page&gt;</title>" in page.read_text()
@@ -194,6 +196,27 @@ def test_several_sections_share_a_page_without_sharing_names(tmp_path):
         assert (tmp_path / link).is_file(), link
     assert text.count("vegaEmbed=") == 1
     assert (tmp_path / "summary.md").read_text().count("## Section ") == 2
+
+
+def test_what_an_earlier_page_left_is_removed_and_nothing_else(tmp_path):
+    section = small_section()
+    more = {"old": [{"x": 1}], "edited": [{"x": 1}], "empty": []}
+    earlier = replace(section, tables=section.tables | more, pictures={"a": b"1"}, charts={})
+    write_page([earlier], tmp_path, title="x", command="y")
+    assert (tmp_path / "tables/old.csv").is_file() and not (tmp_path / "tables/empty.csv").exists()
+    (tmp_path / "tables/edited.csv").write_text("mine")
+    (tmp_path / "tables/mine.csv").write_text("mine")
+    outside = tmp_path.parent / f"{tmp_path.name}.outside"
+    outside.write_text("x")
+    listed = json.loads((tmp_path / "files.json").read_text())
+    listed[f"../{outside.name}"] = hashlib.sha256(b"x").hexdigest()
+    (tmp_path / "files.json").write_text(json.dumps(listed))
+    write_page([replace(section, charts={}, pictures={})], tmp_path, title="x", command="y")
+    assert outside.read_text() == "x"
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
+        "index.html", "summary.md", "files.json", "tables", "tables/zero_shot.csv", "tables/settings.csv",
+        "tables/edited.csv", "tables/mine.csv",
+    }  # fmt: skip
 
 
 def test_sections_need_slugs_of_their_own(tmp_path):

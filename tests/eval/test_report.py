@@ -3,8 +3,8 @@ import json
 
 import pytest
 
+from moa_eval.training.reading import read_run
 from moa_eval.training.report import gallery, training_section
-from moa_eval.training.runs import read_run
 
 MOA = "vit_tiny_patch4_qdmoa"
 URI = "data:image/png;base64,"

@@ -5,7 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
-from moa_eval.training.runs import RunFolderError, find_runs, read_run, split_encoder
+from moa_eval.training.reading import RunFolderError, find_runs, read_run
+from moa_eval.training.runs import split_encoder
 
 
 def edit_rows(folder, change):

@@ -9,8 +9,9 @@ from scipy import stats
 from moa_eval.page.writing import as_csv
 from moa_eval.training.comparison import compare
 from moa_eval.training.mixing import read_all
-from moa_eval.training.runs import RunFolderError, read_run
-from moa_eval.training.tables import make_tables, results_markdown
+from moa_eval.training.reading import RunFolderError, read_run
+from moa_eval.training.readme import results_markdown
+from moa_eval.training.tables import make_tables
 
 MOA = "vit_tiny_patch4_qdmoa"
 SPACES = ("loss_norm", "loss_pixel")
@@ -118,6 +119,27 @@ def test_tolerance_is_the_span_of_rates_as_good_as_the_best(sweep):
     assert (second["lowest_rate"], second["highest_rate"], second["best_rate"]) == (5e-4, 4e-3, 2e-3)
     assert (second["low_good_rate"], second["high_good_rate"], second["span"]) == (1e-3, 2e-3, 2.0)
     assert (second["edge"], second["diverged_rates"]) == ("", 1)
+
+
+def test_what_is_unfinished_is_counted_and_enters_no_loss(make_run):
+    moa = {"encoder": MOA, "lr": 1e-3}
+    folders = [make_run("a", lr=1e-3), make_run("b", **moa), make_run("c", encoder=MOA, lr=2e-3, final=0.6)]
+    before = tabulate(folders)
+    cut = {"steps": 30, "status": None}
+    folders += [make_run("d", **moa, seed=1, **cut), make_run("e", encoder=MOA, lr=5e-4, final=0.1, **cut)]
+    after = tabulate(folders)
+    early, best, worse = after["rates"][1:]
+    assert (early["seeds"], early["runs"], early["unfinished"]) == (0, 1, 1) and math.isnan(early["mean"])
+    assert (best["mean"], best["seeds"], best["unfinished"], best["is_best"]) == (
+        last(folders[1], "loss_norm"),
+        1,
+        1,
+        True,
+    )
+    assert worse == before["rates"][2]
+    assert after["tolerance"][1]["low_good_rate"] == 1e-3
+    assert after["costs"] == before["costs"]
+    assert [row["final_loss_norm"] for row in after["losses"]] == [row["final_loss_norm"] for row in before["losses"]]
 
 
 def test_equal_rates_compare_like_with_like(sweep):

@@ -4,7 +4,7 @@ import pytest
 from scipy import stats
 
 from moa_eval.training.comparison import compare
-from moa_eval.training.runs import read_run
+from moa_eval.training.reading import read_run
 from moa_eval.training.verdict import caveats, verdict
 
 MOA = "vit_tiny_patch4_qdmoa"
@@ -84,8 +84,8 @@ def test_the_best_rates_are_said_and_how_they_were_picked(make_run):
     assert sentences[0].startswith(f"qd-MoA at its best rate (2e-3) is {a - b:.4f} (")
     assert ") below SwiGLU in validation" in sentences[0]
     assert (
-        "The best rate is picked by the validation loss that is reported, of 1 (SwiGLU), 3 (qd-MoA) rates; "
-        "more rates tried flatter a contender."
+        "The best rate is picked by the validation loss that is reported, of 1 (SwiGLU), 3 (qd-MoA) rates: "
+        "more rates flatter, and intervals take the pick as given."
     ) in notes
     assert "tried: a" not in notes  # 2e-3 lies inside
     assert "At equal rates qd-MoA is below SwiGLU at 1 of 1: −0.0" in notes
@@ -98,6 +98,15 @@ def test_a_rate_that_is_still_being_trained_is_not_compared(make_run):
     notes = say(folders)[1]
     assert "qd-MoA and SwiGLU have no rate in common at which both came to the end." in notes
     assert "Unfinished: qd-MoA, lr 1e-3 (1 920 images)." in " ".join(notes.split())
+
+
+def test_a_study_in_progress_is_provisional(make_run):
+    folders = sweep(make_run, {(1e-3, 0): 0.4, (2e-3, 0): 0.45})
+    assert "Provisional" not in say(folders)[0][1]
+    folders.append(make_run("short", encoder=MOA, lr=4e-3, final=0.1, steps=30, status=None))
+    assert say(folders)[0][1] == (
+        "Provisional: 1 of 4 runs are unfinished. One seed: not evidence of a general difference."
+    )
 
 
 def test_another_speed_is_said(make_run):

@@ -12,7 +12,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.numpy import load_file
 
-from moa_eval.training.runs import read_run
+from moa_eval.training.reading import read_run
 from moa_train.config import as_tree, flatten, parse_config
 from moa_train.signals import EXIT_STOPPED
 from moa_vision import pretrain
