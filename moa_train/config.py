@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+import yaml
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
 Config = TypeVar("Config")
 
@@ -170,11 +171,13 @@ def parse_config(
     summary: str,
     default: Path | None = None,
     plain: Mapping[str, dict[str, Any]] | None = None,
+    check: Callable[[Config], object] | None = None,
 ) -> Config:
     """Parse command-line arguments into a config dataclass.
 
     `--config FILE` (several are layered in order) and `--key.subkey VALUE`, where later ones win; without `--config`
-    the file `default` is read first. `--help` and `--print_config` print and exit with code 0.
+    the file `default` is read first. `--help` prints the keys, `--print_config` the values as they were given, and
+    `--check` all values once they have been found to be possible; each ends with exit code 0.
 
     Args:
         kind: The dataclass.
@@ -183,16 +186,28 @@ def parse_config(
         default: File that is read when none is named.
         plain: Fields of `kind` that are ordinary arguments rather than keys: what `add_argument` takes, by "name" (a
             word without a key) or "--name", e.g. {"run": {"type": str, "help": "..."}}.
+        check: What `--check` does beyond building the dataclass; raises ValueError for what a run would refuse.
 
     Raises:
-        SystemExit: code 2, after one message on stderr that names the key, the file or the value at fault.
+        SystemExit: code 0 after those three; code 2, after one message on stderr that names the key, the file or the
+            value at fault.
     """
     plain = plain or {}
-    words = "".join(f"{name.upper()} " for name in plain if not name.startswith("-"))
+    words = "".join(
+        f"{options.get('metavar', name.upper())}{' ...' if options.get('nargs') == '+' else ''} "
+        for name, options in plain.items()
+        if not name.startswith("-")
+    )
     usage = f"%(prog)s {words}[--config FILE] [--KEY.SUBKEY VALUE ...]"
     parser = ArgumentParser(prog=program, usage=usage, description=summary, exit_on_error=False, allow_abbrev=False)
     usual = "" if default is None else f" (without one: {default.name})"
     parser.add_argument("--config", action="config", help=f"YAML file; keys given after it override it{usual}")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        default=SUPPRESS,
+        help="find out whether this can be run, print all values, and end",
+    )
     for name, options in plain.items():
         parser.add_argument(name, **options)
     parser.add_class_arguments(kind, skip={name.removeprefix("--") for name in plain})
@@ -204,9 +219,16 @@ def parse_config(
         for group in {str(action.dest).partition(".")[0] for action in parser._actions if "." in str(action.dest)}:
             mapping = isinstance(namespace[group], Namespace)
             require(group, namespace[group], mapping, "keys with values")  # jsonargparse lets a list through
-        return kind(**parser.instantiate(namespace).as_dict())
+        checking = namespace.pop("check", False)
+        config = kind(**parser.instantiate(namespace).as_dict())
+        if checking and check is not None:
+            check(config)
     except (ArgumentError, ValueError) as error:
         _refuse(parser, str(error))
+    if checking:
+        print(yaml.safe_dump(as_tree(config), sort_keys=False), end="")
+        raise SystemExit(0)
+    return config
 
 
 def _refuse(parser: ArgumentParser, message: str) -> NoReturn:

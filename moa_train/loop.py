@@ -77,6 +77,18 @@ def run(
             accelerator.end_training()
 
 
+def check(config: RunConfig, build_task: Callable[[], Task]) -> None:
+    """Raise the ValueError, or the task's own error, with which `run` would refuse the configuration anywhere.
+
+    The task is built without weights (on torch's "meta" device), nothing is written, and the run folder is not looked
+    at. What depends on the number of devices is left to `run`.
+    """
+    check_trackers(config.loop.trackers)
+    with torch.device("meta"):
+        task = build_task()
+    make_plan(config, task.samples_per_epoch, world_size=1)
+
+
 class Trainer:
     """One session of a run; it takes the run up where its folder left it.
 

@@ -54,6 +54,32 @@ class Progress:
             self._bar.close()
 
 
+class CountBar(tqdm):
+    """tqdm that also serves a log: on a terminal a live bar; elsewhere a line now and then, with rate and time left.
+
+    Args:
+        total: How many there are.
+        title: What is done with them.
+        unit: What they are, e.g. "img".
+    """
+
+    def __init__(self, *, total: int, title: str, unit: str) -> None:
+        self._live = sys.stderr.isatty()
+        form = None if self._live else "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left"
+        every_s = 0.1 if self._live else LINE_EVERY_S
+        # delay: the first line is due after that time too, so that what is quick says nothing in a log
+        super().__init__(
+            total=total, desc=title, unit=unit, leave=False, bar_format=form, mininterval=every_s, delay=every_s
+        )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Draw the bar or print the line; called by tqdm."""
+        if self._live:
+            super().display(msg, pos)
+        elif msg is None:  # "" is how tqdm takes a bar away
+            print(self, flush=True)
+
+
 def duration(seconds: float) -> str:
     """Return e.g. "48 s", "5 min 20 s", "3 h 05 min", "2 d 04 h"."""
     whole = round(seconds)

@@ -13,13 +13,15 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from moa_train.config import HARMLESS, differing_keys, require
 from moa_train.durable import write_json, write_text
+
+if TYPE_CHECKING:
+    import torch  # imported where a device is described: who only reads run folders need not wait for it
 
 Row = dict[str, Any]
 
@@ -139,6 +141,8 @@ def _losses(row: Row) -> Row:
 
 def describe_environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """Return what env.json holds: versions of every imported package, device, processor, git commit, command line."""
+    import torch
+
     on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),

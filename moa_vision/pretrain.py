@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from moa_train.config import HARMLESS, RunConfig, parse_config, require
-from moa_train.loop import run
+from moa_train.loop import check, run
 from moa_train.plan import Plan
 from moa_train.progress import count
 from moa_train.signals import ignore_stop_signals
@@ -245,11 +246,37 @@ def build_mae(config: ModelConfig) -> MAE:
 
 def build_task(config: MAEConfig) -> MAETask:
     """Return the task; where it wants the demo's photographs and they are missing, make their shards first."""
-    wanted = {Path(pattern) for pattern in (config.data.train, config.data.val) if pattern}
-    if any(path.parent == PHOTOGRAPHS and not (path / "manifest.json").exists() for path in wanted):
+    if photographs_are_missing(config.data):
+        make_photographs(config.data)
+    return MAETask(config)
+
+
+def make_photographs(data: DataConfig) -> None:
+    """Make the demo's shards; of several runs that start at the same time (a sweep's), one does and the rest wait."""
+    PHOTOGRAPHS.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{PHOTOGRAPHS}.lock"):
+        if not photographs_are_missing(data):
+            return
         print(f"making shards of the photographs that come with scikit-image in {PHOTOGRAPHS}")
         make_photograph_shards(PHOTOGRAPHS)
-    return MAETask(config)
+
+
+def photographs_are_missing(data: DataConfig) -> bool:
+    """Whether the data are the demo's photographs, whose shards `build_task` has yet to make."""
+    wanted = {Path(pattern) for pattern in (data.train, data.val) if pattern}
+    return any(path.parent == PHOTOGRAPHS and not (path / "manifest.json").exists() for path in wanted)
+
+
+def check_config(config: MAEConfig) -> None:
+    """Raise ValueError for a model that cannot be built, data that are not there, or a batch that cannot be."""
+    if photographs_are_missing(config.data):
+        with torch.device("meta"):
+            build_mae(config.model)
+        return
+    try:
+        check(config, partial(MAETask, config))
+    except DataError as error:
+        raise ValueError(str(error)) from error
 
 
 def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
@@ -262,5 +289,6 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
         program="pretrain_mae.py",
         summary="Pre-train a masked autoencoder. The same command continues a run that was stopped.",
         default=default,
+        check=check_config,
     )
     return run(config, partial(build_task, config), harmless=HARMLESS | DATA_HARMLESS, expected=(DataError,))

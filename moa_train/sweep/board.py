@@ -142,11 +142,18 @@ def cells_of(job: Job) -> list[str]:
         job.run.name,
         f"{job.state} before" if job.skipped else job.state,
         f"{p.step:,}/{p.total:,}" if p.step else "",
-        "" if p.loss is None else f"{p.loss:.4f}",
-        "" if p.val_loss is None else f"{p.val_loss:.4f}",
+        _loss(p.loss),
+        _loss(p.val_loss),
         f"{p.throughput:.4g}" if p.throughput else "",
         "" if left is None else duration(left),
     ]
+
+
+def _loss(value: float | None) -> str:
+    """Return a loss with four digits after the point, one that has gone astray in short."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def table(jobs: Sequence[Job], room: int) -> Table:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from moa_train.config import LoopConfig, OptimConfig, RunConfig, ScheduleConfig
 from moa_train.records import RunFolder
 from moa_train.sweep.grid import PlannedRun
 from moa_train.sweep.state import DONE, Job
 
 Main = Callable[[Sequence[str]], Any]
-"""A training script's function main(arguments)."""
+"""A training script's function main(arguments), which parses them with `moa_train.config.parse_config`."""
 
 
 def load_main(script: Path) -> Main:
@@ -60,28 +59,20 @@ def check(runs: Sequence[PlannedRun], main: Main, harmless: frozenset[str]) -> l
 
 
 def resolve(run: PlannedRun, main: Main) -> dict[str, Any]:
-    """Return the run's whole configuration, as the training script resolves it.
+    """Return the run's whole configuration, as the training script resolves and checks it.
 
     Raises:
-        ValueError: a key, type or value that cannot be; the message is the script's own.
+        ValueError: the run cannot be: a key, a value, missing data; the message is the script's own.
     """
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main([*run.arguments, "--print_config"])
+            main([*run.arguments, "--check"])
     except SystemExit as ended:
         if ended.code:
-            raise ValueError(f"{run.name}: {err.getvalue().strip()}") from None
+            message = re.sub(r"^\S+: error: ", "", err.getvalue().strip())  # without the script's name
+            raise ValueError(f"{run.name}: {message}") from None
     tree = yaml.safe_load(out.getvalue())
-    try:
-        check_ranges(tree)
-    except ValueError as error:
-        raise ValueError(f"{run.name}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{run.name}: the training script does not print its configuration when asked to --check it")
     return tree
-
-
-def check_ranges(tree: Mapping[str, Any]) -> None:
-    """Check the values that every run's configuration has. Raises ValueError naming the key."""
-    parts = {"optim": OptimConfig, "schedule": ScheduleConfig, "loop": LoopConfig}
-    own = {field.name: tree[field.name] for field in fields(RunConfig) if field.name not in parts}
-    RunConfig(**own, **{name: kind(**tree[name]) for name, kind in parts.items()})

@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-
 from moa_train.signals import EXIT_STOPPED, StopRequests
 from moa_train.sweep.board import Board
 from moa_train.sweep.grid import PlannedRun
@@ -202,6 +200,8 @@ def visible_devices(environment: Mapping[str, str]) -> list[str]:
     listed = environment.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         return [device for device in listed.split(",") if device.strip()]
+    import torch  # here, so that --help, or a command on a login node, need not wait for it
+
     return [str(i) for i in range(torch.cuda.device_count())]
 
 

@@ -36,7 +36,10 @@ class LinearConfig:
         epochs: Passes over the training samples.
         warmup_epochs: Of them, those in which the rate rises.
         batch_size: Global batch.
-        blr: Peak rate for a batch of 256; the rate is blr * batch_size / 256.
+        blr: Peak rate for a batch of 256; the rate is blr * batch_size / 256. The default belongs to MAE's batch and
+            length. LARS moves the weights by rate / 1000 of their own norm, however large the gradients, so that the
+            rate itself, 6.4 there, is what carries over: take a blr of about 1600 / batch_size (6.4 for 256), and
+            more for fewer than some 2,000 steps. Too low a rate makes any encoder look bad.
         min_lr: Rate at the end.
         momentum: Of LARS.
         weight_decay: Of the linear layer's weights.

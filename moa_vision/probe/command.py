@@ -7,6 +7,7 @@ RUN/probe/linear/      finetune/        run folders, as those of pre-training
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,7 +30,7 @@ from moa_vision.cache import DataError
 from moa_vision.data import DataConfig
 from moa_vision.pretrain import DATA_HARMLESS
 from moa_vision.probe.classify import ClassifierRun, FinetuneConfig, FinetuneTask, LinearConfig, LinearTask
-from moa_vision.probe.encoders import TrainedEncoder, find_encoder
+from moa_vision.probe.encoders import TrainedEncoder, find_encoders
 from moa_vision.probe.knn import KNNConfig, extract, knn_accuracies
 from moa_vision.probe.labelled import LabelledData
 
@@ -57,13 +59,14 @@ class ProbeConfig:
     """What to find out about which encoder, on which data.
 
     Args:
-        run: A finished run's folder, or an export folder.
+        runs: Finished runs' folders, export folders, or sweeps' folders (all their finished runs).
         method: Any of knn, linear, finetune.
         train: Labelled training shards; null: the run's own.
         val: Labelled held-out shards; null: the run's own.
         name: Tells results on other data apart: those of knn go into probe/knn-NAME.json; "" is none.
         seed: Seed of new weights, the order of the data and every augmentation.
-        resume: auto continues a method that has begun; never refuses to; force continues even though keys differ.
+        resume: auto continues a method that has begun; never refuses to; force continues even though keys differ,
+            and does knn again though its result is there.
         data: How labelled images are read.
         knn: Nearest neighbours.
         linear: The linear probe.
@@ -71,7 +74,7 @@ class ProbeConfig:
         loop: How the training loop runs; micro_batch_size, precision and val_samples are those of knn, too.
     """
 
-    run: str
+    runs: Sequence[str]
     method: Sequence[Method] = ("knn",)
     train: str | None = None
     val: str | None = None
@@ -94,7 +97,12 @@ class ProbeConfig:
 
 
 WORDS: dict[str, dict[str, Any]] = {
-    "run": {"type": str, "help": "a finished run's folder, or an export folder"},
+    "runs": {
+        "nargs": "+",
+        "type": str,
+        "metavar": "RUN",
+        "help": "a finished run's folder, an export folder, or a sweep's folder: all its finished runs",
+    },
     "--method": {
         "nargs": "+",
         "type": Method,
@@ -135,6 +143,9 @@ def plan_knn(config: ProbeConfig, encoder: TrainedEncoder) -> Job:
     images, model = LabelledData(data, encoder.image_size, bad_samples), encoder.features(config.knn.pool)
     neighbours = f"at most the {len(images.train)} training samples"
     require("knn.k", config.knn.k, max(config.knn.k) <= len(images.train), neighbours)
+    known = {} if config.resume == "force" else known_result(config, encoder)
+    if known:
+        return partial(tell, known, result_path(config, encoder, "knn"), "found before")
     return partial(probe_knn, config, encoder, images, model)
 
 
@@ -166,6 +177,28 @@ def probe_knn(config: ProbeConfig, encoder: TrainedEncoder, images: LabelledData
         wall_s=time.perf_counter() - begin,
     )
     return 0
+
+
+def known_result(config: ProbeConfig, encoder: TrainedEncoder) -> dict[str, Any]:
+    """Return the result of nearest neighbours that is there for this encoder, these data and settings; else {}."""
+    try:
+        found = json.loads(result_path(config, encoder, "knn").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    data = data_config(config, encoder)
+    wanted = {"encoder": encoder.identity(), "train": data.train, "val": data.val, "reading": reading(config, data)}
+    wanted = json.loads(json.dumps(wanted | {"settings": asdict(config.knn)}))
+    settings = {key: value for key, value in found.get("settings", {}).items() if key != "accuracies"}
+    return found if wanted == {key: found.get(key) for key in wanted} | {"settings": settings} else {}
+
+
+def reading(config: ProbeConfig, data: DataConfig) -> dict[str, Any]:
+    """Return what else decides over a result of nearest neighbours: crops, numbers of samples, precision."""
+    return {
+        "val_crop_pct": data.val_crop_pct,
+        "val_samples": config.loop.val_samples,
+        "precision": config.loop.precision,
+    }
 
 
 def plan_training(method: Literal["linear", "finetune"], config: ProbeConfig, encoder: TrainedEncoder) -> Job:
@@ -250,12 +283,11 @@ def write_result(
     wall_s: float,
 ) -> None:
     """Write RUN/probe/METHOD.json and tell the accuracy, a fraction of the held-out samples."""
-    data, name = data_config(config, encoder), label(config, method)
-    path = encoder.folder / "probe" / f"{name}.json"
+    data, path = data_config(config, encoder), result_path(config, encoder, method)
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "method": method,
-        "name": name,
+        "name": label(config, method),
         "accuracy": accuracy,
         "top5": top5,
         "train": data.train,
@@ -266,10 +298,24 @@ def write_result(
         "seed": config.seed,
         "wall_s": wall_s,
         "step": encoder.step,
+        "encoder": encoder.identity(),
+        "reading": reading(config, data),
     }
     write_json(path, result)
-    five = "" if top5 is None else f" (top 5: {top5:.2%})"
-    print(f"{name:<11} {accuracy:.2%}{five} of {val_samples:,} held-out images: {path}")
+    tell(result, path)
+
+
+def result_path(config: ProbeConfig, encoder: TrainedEncoder, method: Method) -> Path:
+    """Return the file of a method's result."""
+    return encoder.folder / "probe" / f"{label(config, method)}.json"
+
+
+def tell(result: dict[str, Any], path: Path, remark: str = "") -> int:
+    """Print a result, and return the exit code."""
+    five = "" if result["top5"] is None else f" (top 5: {result['top5']:.2%})"
+    accuracy = f"{result['accuracy']:.2%}{five} of {result['val_samples']:,} held-out images"
+    print(f"{result['name']:<11} {accuracy}: {path}{remark and ', '}{remark}")
+    return 0
 
 
 def check(config: ProbeConfig, processes: int) -> None:
@@ -282,7 +328,7 @@ def check(config: ProbeConfig, processes: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says, method after method; return the first exit code that is not 0.
+    """Do what the command line says, run after run, method after method; return the first exit code that is not 0.
 
     0: all done. 1: a loss was not finite, or the data failed. 2: what was asked for cannot be done. 75: stopped and
     saved; the same command continues. Failures are told in one message.
@@ -293,20 +339,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         program="probe.py",
         summary="Tell what a trained encoder is worth. The same command continues what was stopped.",
         plain=WORDS,
+        check=check_all,
     )
+    try:
+        check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        chosen = encoders(config)
+    except (ValueError, OSError) as error:
+        return _refuse(error)
+    for encoder in chosen:
+        try:
+            jobs = plan(config, encoder)
+        except (ValueError, OSError, DataError) as error:
+            return _refuse(error)
+        for job in jobs:
+            try:
+                code = job()
+            except KeyboardInterrupt:  # nearest neighbours: they keep nothing, and take no stop requests
+                print("interrupted; the same command begins with this method again", file=sys.stderr)
+                return 130
+            if code:
+                return code
+    return 0
+
+
+def _refuse(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def encoders(config: ProbeConfig) -> list[TrainedEncoder]:
+    """Return all encoders that are asked for, and tell which of a sweep's runs have none. Raises ValueError."""
+    found = [find_encoders(path) for path in config.runs]
+    lacking = [str(run) for _, runs in found for run in runs]
+    if lacking:
+        print(f"passed over {', '.join(lacking)}: not finished, so without an encoder", file=sys.stderr)
+    return list({encoder.folder.resolve(): encoder for some, _ in found for encoder in some}.values())
+
+
+def plan(config: ProbeConfig, encoder: TrainedEncoder) -> list[Job]:
+    """Return a job for each method, all checked before the first begins. Raises ValueError, DataError."""
     plans: dict[Method, Callable[[ProbeConfig, TrainedEncoder], Job]] = {
         "knn": plan_knn,
         "linear": partial(plan_training, "linear"),
         "finetune": partial(plan_training, "finetune"),
     }
+    return [plans[method](config, encoder) for method in dict.fromkeys(config.method)]
+
+
+def check_all(config: ProbeConfig) -> None:
+    """Raise ValueError for what cannot be done with any of the encoders."""
     try:
-        check(config, int(os.environ.get("WORLD_SIZE", "1")))
-        encoder = find_encoder(config.run)
-        jobs = [plans[method](config, encoder) for method in dict.fromkeys(config.method)]
-    except (ValueError, OSError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for job in jobs:
-        if code := job():
-            return code
-    return 0
+        for encoder in encoders(config):
+            plan(config, encoder)
+    except (OSError, DataError) as error:
+        raise ValueError(str(error)) from error

@@ -102,6 +102,24 @@ class TrainedEncoder:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def find_encoders(path: str | Path) -> tuple[list[TrainedEncoder], list[Path]]:
+    """Return the encoder of a run folder or of an export folder; of a sweep's folder, those of all its runs, by name.
+
+    The second list holds the sweep's runs that have none: not finished, or diverged.
+
+    Raises:
+        ValueError: `path` is neither, or no run of the sweep has an encoder.
+    """
+    path = Path(path)
+    runs = sorted(config.parent for config in path.glob("*/config.yaml"))
+    if not runs or any((path / name).exists() for name in ("config.yaml", "config.json")):
+        return [find_encoder(path)], []
+    finished = [run for run in runs if (run / "export" / "model.safetensors").exists()]
+    if not finished:
+        raise ValueError(f"none of the {len(runs)} runs in {path} is finished; give finished ones")
+    return [find_encoder(run) for run in finished], [run for run in runs if run not in finished]
+
+
 def find_encoder(path: str | Path) -> TrainedEncoder:
     """Return the encoder of a run folder or of an export folder.
 

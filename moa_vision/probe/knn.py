@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moa_train.config import require
+from moa_train.progress import CountBar
 from moa_vision.data import DataConfig, normalize
 from moa_vision.probe.encoders import Pool
 from moa_vision.probe.labelled import LabelledImages
@@ -60,7 +60,7 @@ def extract(
     """
     device = next(model.parameters()).device
     values, labels = [], []
-    with tqdm(total=total, desc="features", unit="img", leave=False, disable=None) as bar:
+    with CountBar(total=total, title="features", unit="img") as bar:
         for batch in batches:
             images = normalize(batch.images.to(device, non_blocking=True), data.mean, data.std)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -119,12 +119,14 @@ def knn_accuracies(
     """
     most = max(config.k)
     right = dict.fromkeys(config.k, torch.zeros(2, dtype=torch.int64))
-    for start in range(0, len(val.labels), chunk):
-        queries, truth = val.values[start : start + chunk], val.labels[start : start + chunk]
-        similarity, number = neighbours(queries, train.values, most)
-        for k in config.k:
-            ballot = votes(similarity[:, :k], train.labels[number[:, :k]], num_classes, config.temperature)
-            best = ballot.topk(min(5, num_classes), dim=1)
-            top = (best.indices == truth[:, None]) & (best.values > 0)  # a class without a vote is no answer
-            right[k] = right[k] + torch.stack([top[:, 0].sum(), top.sum()]).cpu()
+    with CountBar(total=len(val.labels), title="neighbours", unit="img") as bar:
+        for start in range(0, len(val.labels), chunk):
+            queries, truth = val.values[start : start + chunk], val.labels[start : start + chunk]
+            similarity, number = neighbours(queries, train.values, most)
+            for k in config.k:
+                ballot = votes(similarity[:, :k], train.labels[number[:, :k]], num_classes, config.temperature)
+                best = ballot.topk(min(5, num_classes), dim=1)
+                top = (best.indices == truth[:, None]) & (best.values > 0)  # a class without a vote is no answer
+                right[k] = right[k] + torch.stack([top[:, 0].sum(), top.sum()]).cpu()
+            bar.update(len(truth))
     return {k: (int(one) / len(val.labels), int(five) / len(val.labels)) for k, (one, five) in right.items()}

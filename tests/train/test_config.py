@@ -30,6 +30,40 @@ def test_yaml_types(parse, write):
     assert config.loop.trackers == ("tensorboard",)
 
 
+def test_check_prints_all_values_or_what_is_wrong(parse, write, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--check", "--optim.lr=1e-5")
+    assert stop.value.code == 0
+    assert parse(write(capsys.readouterr().out)) == parse("--optim.lr=1e-5")
+    with pytest.raises(SystemExit) as stop:
+        parse("--check", "--optim.betas=[0.9, 2]")
+    assert stop.value.code == 2 and "optim.betas is (0.9, 2.0)" in capsys.readouterr().err
+
+
+def test_check_may_ask_for_more_than_values(runs, capsys):
+    def check(config):
+        seen.append(config.seed)
+        if config.seed:
+            raise ValueError("the seed is taken")
+
+    def parse(*arguments):
+        return parse_config(runs.toy.ToyConfig, arguments, program="toy", summary="", check=check)
+
+    seen = []
+    assert parse("--seed=1").seed == 1 and not seen, "only where it is asked for"
+    for seed, code in ((0, 0), (1, 2)):
+        with pytest.raises(SystemExit) as stop:
+            parse("--check", f"--seed={seed}")
+        assert stop.value.code == code
+    assert seen == [0, 1] and "the seed is taken" in capsys.readouterr().err
+
+
+def test_check_is_no_key_of_the_printed_configuration(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("--print_config")
+    assert "check" not in capsys.readouterr().out
+
+
 def test_later_arguments_win(parse, write):
     first = write("optim: {lr: 1e-2, eps: 1e-7}\nmodel: {width: 16}\n", "1.yaml")
     second = write("optim: {lr: 2e-2}\n", "2.yaml")

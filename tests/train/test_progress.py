@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from moa_train import progress
-from moa_train.progress import Progress, count, duration
+from moa_train.progress import LINE_EVERY_S, CountBar, Progress, count, duration
 
 
 class Terminal(io.StringIO):
@@ -59,3 +59,26 @@ def test_duration(seconds, text):
 )
 def test_count(number, text):
     assert count(number) == text
+
+
+def test_a_count_is_told_in_a_log_now_and_then(capsys, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    with CountBar(total=600, title="features", unit="img") as bar:
+        for _ in range(6):
+            clock[0] += LINE_EVERY_S / 2 + 1
+            bar.update(100)
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [
+        "features: 200/600,  6.25img/s, 01:03 left",
+        "features: 400/600,  6.25img/s, 00:32 left",
+        "features: 600/600,  6.25img/s, 00:00 left",
+    ]
+    assert not told.err
+
+
+def test_what_is_quick_says_nothing_in_a_log(capsys):
+    with CountBar(total=2, title="features", unit="img") as bar:
+        bar.update(2)
+    told = capsys.readouterr()
+    assert not told.out and not told.err

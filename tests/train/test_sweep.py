@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -16,11 +17,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from rich.console import Console
 
 from moa_train.config import HARMLESS
 from moa_train.signals import EXIT_STOPPED
-from moa_train.sweep.board import Board, LiveBoard
+from moa_train.sweep.board import Board, LiveBoard, one_line
 from moa_train.sweep.command import main
 from moa_train.sweep.grid import PlannedRun, expand, parse_seeds, parse_settings, short, split_values
 from moa_train.sweep.local import open_log, slot_environments
@@ -36,7 +38,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from moa_train.config import RunConfig, as_tree, parse_config
+from moa_train.config import RunConfig, as_tree, parse_config, require
 from moa_train.signals import EXIT_STOPPED, StopRequests
 
 
@@ -53,6 +55,10 @@ class Config(RunConfig):
     trouble: str = "none"
     step_s: float = 0.0
     words: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("step_s", self.step_s, self.step_s >= 0, "0 or above")
 
 
 def main(arguments):
@@ -319,11 +325,13 @@ def test_commas_inside_brackets_and_quotes_do_not_separate():
         (["--set", "optim.lrr=1e-3"], "did you mean optim.lr?"),
         (["--set", "optim.lr=1e-3,-1"], "one_lr-1_s0: optim.lr is -1.0; it must be above 0"),
         (["--set", "optim.lr=fast"], "optim.lr"),
+        (["--set", "step_s=1,-1"], "one_step_s-1_s0: step_s is -1.0; it must be 0 or above"),
         (["--", "--schedule.epochs", "0"], "schedule.epochs is 0.0; it must be above 0"),
         (["--", "--seed=3"], "--seed stands after --, which cannot be: use --seeds"),
         (["--set", "optim.lr=1", "--", "--optim.lr", "2"], "it is among --set"),
         (["--script", "missing.py"], "--script is 'missing.py'; it must be a Python file"),
         (["--script", "report_only.py"], "has no function main(arguments)"),
+        (["--script", "deaf.py"], "does not print its configuration when asked to --check it"),
         (["--launch", "acelerate launch"], "--launch begins with 'acelerate'"),
         (["--config", "missing.yaml"], "missing.yaml cannot be read"),
         (["--config", "one.yaml", "one.yaml"], "--config gives 'one.yaml' twice"),
@@ -332,11 +340,13 @@ def test_commas_inside_brackets_and_quotes_do_not_separate():
         "key",
         "range",
         "type",
+        "range of the script's own key",
         "extra",
         "extra seed",
         "extra swept",
         "script",
         "no main",
+        "no check",
         "launch",
         "config",
         "config twice",
@@ -344,6 +354,7 @@ def test_commas_inside_brackets_and_quotes_do_not_separate():
 )
 def test_a_typo_costs_nothing(sweeps, capsys, arguments, message):
     Path("report_only.py").write_text("")
+    Path("deaf.py").write_text("def main(arguments): ...")
     assert sweeps(*arguments) == 2
     assert message in capsys.readouterr().err
     assert not Path("runs").exists()
@@ -405,7 +416,7 @@ def test_a_stop_is_passed_on_waited_for_and_continued(sweeps, capfd):
 
 def test_a_killed_sweep_leaves_its_run_alone_and_the_next_one_waits_for_it(sweeps, capsys):
     """kill -9 of the sweep: its child goes on. The next sweep must not run the same folder a second time."""
-    extra = ["--", "--step_s", "1", "--schedule.epochs", "4"]
+    extra = ["--", "--step_s", "0.5", "--schedule.epochs", "4"]
     command = [sys.executable, "sweep.py", *sweeps.configs(["one"]), *extra]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     wait_for(lambda: Path("runs/one_s0/metrics.jsonl").exists(), process)
@@ -552,6 +563,14 @@ def test_the_live_table_shows_what_matters_where_not_all_fits():
     assert "[red]the disk is full[/red]" in text  # a log's brackets are no markup
 
 
+def test_a_loss_that_has_gone_astray_is_told_in_short():
+    run = PlannedRun("run", Path(), {}, 0, Path("runs"))
+    assert (
+        one_line(Job(run, "diverged", Progress("diverged", 2, 14, 4620213895036928.0)))
+        == "run, step 2/14, loss 4.62e+15"
+    )
+
+
 def test_without_a_terminal_there_are_lines_at_most_once_a_minute(capsys, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
@@ -677,6 +696,41 @@ def test_without_slurm_it_says_so(sweeps, capsys, monkeypatch):
 
 
 # The real thing
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.mask_ratio=2", "model.mask_ratio is 2.0; it must be between 0 and 1"),
+        ("model.encoder=vit_tiny_patch16_qdmao", "did you mean vit_tiny_patch16_qdmoa"),
+        ("model.encoder_args={ffn_gat: tanh}", "unknown 'ffn_gat' for vit_tiny_patch16_swiglu"),
+        ("data.train=nowhere", "'nowhere' does not exist"),
+        ("data.train=damaged.tar", "damaged.tar"),
+        ("schedule.batch_size=100", "schedule.batch_size is 100; it must be a multiple of"),
+        ("loop.trackers=[tensorbord]", "loop.trackers names 'tensorbord'"),
+    ],
+    ids=["model", "encoder", "its argument", "no data", "damaged data", "batch", "tracker"],
+)
+def test_what_pretraining_would_refuse_is_refused_before_the_first_run(sweeps, monkeypatch, capsys, setting, message):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(sweeps.folder / "cache"))
+    write_tar(Path("tiny.tar"))
+    Path("damaged.tar").write_text("no tar")
+    arguments = ["--config", str(ROOT / "configs/mae/laptop_swiglu.yaml"), "--set", setting, "--out", "runs"]
+    extra = ["--", "--data.val=null", *(() if "data.train" in setting else ("--data.train=tiny.tar",))]
+    options = {"script": ROOT / "scripts/pretrain_mae.py", "report": ["false"]}
+    assert main([*arguments, *extra], **options, harmless=lambda: HARMLESS) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and not Path("runs").exists()
+
+
+def write_tar(path):
+    """Write a tar of one picture."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size = len(picture.getvalue())
+        tar.addfile(info, io.BytesIO(picture.getvalue()))
 
 
 def test_pretraining(sweeps, monkeypatch, capsys):

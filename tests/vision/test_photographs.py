@@ -1,11 +1,13 @@
 """The demo's shards: split by photograph, reproducible, and of the stated size."""
 
 import tarfile
+import threading
 
 import numpy as np
 import skimage.data
 
-from moa_vision import photographs
+from moa_vision import photographs, pretrain
+from moa_vision.data import DataConfig
 from moa_vision.photographs import CROP_PIXELS, TRAIN, VAL, crops, make_photograph_shards, photograph_folder
 
 
@@ -38,3 +40,29 @@ def test_shards_hold_every_crop_once(tmp_path, monkeypatch):
         with tarfile.open(path) as tar:
             keys |= {name.removesuffix(".jpg") for name in tar.getnames() if name.endswith(".jpg")}
     assert keys == {f"{name.split('.')[0]}_{number:03d}" for name in TRAIN[:2] for number in range(3)}
+
+
+def test_runs_that_start_together_make_the_shards_once(tmp_path, monkeypatch):
+    """The runs of a sweep with --jobs: one makes the shards, the others wait for it."""
+    monkeypatch.chdir(tmp_path)
+    made, both = [], threading.Barrier(2)
+
+    def make(folder):
+        made.append(folder)
+        for split in ("train", "val"):
+            (folder / split).mkdir(parents=True)
+            (folder / split / "manifest.json").write_text("{}")
+
+    def start():
+        both.wait()
+        pretrain.make_photographs(data)
+
+    monkeypatch.setattr(pretrain, "make_photograph_shards", make)
+    data = DataConfig(train=str(pretrain.PHOTOGRAPHS / "train"), val=str(pretrain.PHOTOGRAPHS / "val"))
+    assert pretrain.photographs_are_missing(data)
+    threads = [threading.Thread(target=start) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [pretrain.PHOTOGRAPHS] and not pretrain.photographs_are_missing(data)

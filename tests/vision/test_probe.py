@@ -3,10 +3,9 @@
 import json
 import os
 import random
+import runpy
+import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -199,6 +198,50 @@ def test_an_export_folder_and_other_data_under_a_name(run_probe, encoder_run, la
     found = result(alone, "knn-other")
     assert (found["method"], found["name"], found["step"]) == ("knn", "knn-other", None)
     assert (found["train_samples"], found["val_samples"]) == (30, 12)
+
+
+def test_all_finished_runs_of_a_sweep_and_others(run_probe, encoder_run, tmp_path, capsys):
+    """A folder of runs stands for those of its runs that have an encoder; each run is taken once."""
+    for name in ("b", "a", "unfinished"):
+        shutil.copytree(encoder_run, tmp_path / "sweep" / name)
+    shutil.rmtree(tmp_path / "sweep" / "unfinished" / "export")
+    (tmp_path / "sweep" / "logs").mkdir()
+    folders = [str(tmp_path / "sweep"), str(tmp_path / "sweep" / "a"), str(encoder_run)]
+    assert probe.main([*folders, "--knn.k=[5]"]) == 0
+    told = capsys.readouterr()
+    assert f"passed over {tmp_path}/sweep/unfinished: not finished" in told.err
+    lines = [line.rpartition(": ")[2] for line in told.out.splitlines() if line.startswith("knn ")]
+    assert lines == [
+        f"{folder}/probe/knn.json" for folder in (f"{tmp_path}/sweep/a", f"{tmp_path}/sweep/b", encoder_run)
+    ]
+    shutil.rmtree(tmp_path / "sweep" / "a" / "export")
+    shutil.rmtree(tmp_path / "sweep" / "b" / "export")
+    assert probe.main(folders[:1]) == 2
+    assert "none of the 3 runs in" in capsys.readouterr().err
+
+
+def test_nearest_neighbours_are_not_looked_for_twice(run_probe, encoder_run, monkeypatch, capsys):
+    extract, calls = probe.extract, []
+    monkeypatch.setattr(probe, "extract", lambda *words, **named: calls.append(1) or extract(*words, **named))
+    assert run_probe("knn", knn__k="[5, 3]") == 0 and len(calls) == 2
+    expected = capsys.readouterr().out.strip()
+    assert run_probe("knn", knn__k="[5, 3]") == 0 and len(calls) == 2
+    assert capsys.readouterr().out.strip() == f"{expected}, found before"
+    changes = ({"knn__k": "[3, 5]"}, {"loop__val_samples": 9}, {"data__val_crop_pct": 0.5}, {"resume": "force"})
+    for number, changed in enumerate(changes, 2):
+        assert run_probe("knn", **({"knn__k": "[5, 3]"} | changed)) == 0 and len(calls) == 2 * number
+    weights = encoder_run / "export" / "model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, weights)
+    assert run_probe("knn", knn__k="[5, 3]") == 0 and len(calls) == 2 * number + 2, "another encoder"
+
+
+def test_check_finds_what_is_wrong_and_does_nothing(arguments, encoder_run, capsys):
+    for words, code in ((["--knn.k=[5]"], 0), (["--knn.k=[49]"], 2), (["--train=no.tar", "--val=no.tar"], 2)):
+        with pytest.raises(SystemExit) as stop:
+            probe.main([*arguments("knn"), *words, "--check"])
+        assert stop.value.code == code
+    assert "'no.tar' does not exist" in capsys.readouterr().err
+    assert not (encoder_run / "probe").exists()
 
 
 # ------------------------------------------------------------------------------------------------ recipes
@@ -385,20 +428,29 @@ def test_work_is_counted_once_for_what_is_frozen(arguments, encoder_run):
     assert probe.classifier_run(config, encoder, "linear").gentler() == ("--linear.blr 15",)
 
 
-def test_fine_tuning_killed_and_resumed(run_probe, arguments, encoder_run):
-    """kill -9 in a process of its own, then on in this one: as if nothing had been."""
+class Crash(BaseException):
+    """Ends a run as kill -9 does: nothing is saved on the way out."""
+
+
+def test_fine_tuning_broken_off_and_resumed(run_probe, encoder_run, monkeypatch):
+    """Rows of steps behind the last checkpoint are there, and are run again: as if nothing had been."""
     folder, unbroken = encoder_run / "probe" / "finetune", encoder_run / "unbroken"
     assert run_probe("finetune") == 0
     expected = result(encoder_run, "finetune")
     folder.rename(unbroken)
-    command = [sys.executable, str(ROOT / "scripts/probe.py"), *arguments("finetune")]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or '"step": 4' not in metrics.read_text():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    loss, seen = FinetuneTask.loss, []
+
+    def breaking(self, model, batch):
+        seen.append(1)
+        if len(seen) == 2 + 2 * 4 + 2:  # two made-up batches, two micro-batches a step, within the fifth step
+            raise Crash
+        return loss(self, model, batch)
+
+    monkeypatch.setattr(FinetuneTask, "loss", breaking)
+    with pytest.raises(Crash):
+        run_probe("finetune")
+    assert last_checkpoint(folder).name == "step_00000003" and rows(folder)[-1]["step"] == 4
+    monkeypatch.setattr(FinetuneTask, "loss", loss)
     assert run_probe("finetune", data__workers=1) == 0
     assert rows(folder) == rows(unbroken)
     ours, theirs = (load_file(last_checkpoint(f) / "model.safetensors") for f in (folder, unbroken))
@@ -479,12 +531,13 @@ def test_a_wrong_key_is_told(arguments, changed, told, capsys):
     assert stop.value.code == 2 and told in capsys.readouterr().err
 
 
-def test_help(capsys):
+def test_help(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["probe.py", "--help"])
     with pytest.raises(SystemExit) as stop:
-        probe.main(["--help"])
+        runpy.run_path(str(ROOT / "scripts/probe.py"), run_name="__main__")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for words in ("probe.py RUN", "--method {knn,linear,finetune}", "--linear.blr", "Labelled held-out shards"):
+    for words in ("probe.py RUN ...", "--method {knn,linear,finetune}", "--linear.blr", "Labelled held-out shards"):
         assert words in text
 
 
