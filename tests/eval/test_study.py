@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moa_eval.study import compare_runs
+from moa_eval.training.readme import results_markdown
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 MOA = "vit_tiny_patch4_qdmoa"
@@ -178,3 +179,12 @@ def test_the_summary_holds_what_the_run_folders_say(make_run, tmp_path):
     for folder in folders:
         row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         assert row["kind"] == "val" and f"{row['loss_norm']:.4f}" in text and f"{row['loss_pixel']:.4f}" in text
+
+
+def test_the_readmes_results_are_the_studies():
+    """Each table of README.md below a comment "results of FILE" is what `--table FILE` prints."""
+    readme = (SCRIPTS.parent / "README.md").read_text()
+    found = re.findall(r"<!-- results of (\S+) -->\n((?:\|.*\n)+)", readme)
+    assert found and readme.count("<!-- results of") == len(found)
+    for path, table in found:
+        assert table == results_markdown(SCRIPTS.parent / path)

@@ -145,7 +145,6 @@ def test_exact_resume(train, stops, monkeypatch):
     assert weights(folder) == weights(unbroken)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_workers_and_micro_batches_do_not_change_the_data(train):
     _, one = train("one", model__encoder_args='{"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 4}')
     _, other = train(
