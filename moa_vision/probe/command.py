@@ -173,7 +173,8 @@ def probe_knn(config: ProbeConfig, encoder: TrainedEncoder, images: LabelledData
         top5=top5 if images.num_classes > 5 else None,
         train_samples=len(train.labels),
         val_samples=len(val.labels),
-        settings=asdict(config.knn) | {"accuracies": {str(k): first for k, (first, _) in accuracies.items()}},
+        settings=asdict(config.knn),
+        accuracy_by_k={str(k): first for k, (first, _) in accuracies.items()},
         wall_s=time.perf_counter() - begin,
     )
     return 0
@@ -188,8 +189,7 @@ def known_result(config: ProbeConfig, encoder: TrainedEncoder) -> dict[str, Any]
     data = data_config(config, encoder)
     wanted = {"encoder": encoder.identity(), "train": data.train, "val": data.val, "reading": reading(config, data)}
     wanted = json.loads(json.dumps(wanted | {"settings": asdict(config.knn)}))
-    settings = {key: value for key, value in found.get("settings", {}).items() if key != "accuracies"}
-    return found if wanted == {key: found.get(key) for key in wanted} | {"settings": settings} else {}
+    return found if wanted == {key: found.get(key) for key in wanted} else {}
 
 
 def reading(config: ProbeConfig, data: DataConfig) -> dict[str, Any]:
@@ -281,8 +281,9 @@ def write_result(
     val_samples: int,
     settings: dict[str, Any],
     wall_s: float,
+    **more: Any,
 ) -> None:
-    """Write RUN/probe/METHOD.json and tell the accuracy, a fraction of the held-out samples."""
+    """Write RUN/probe/METHOD.json, with `more` as further keys, and tell the accuracy, a fraction of the samples."""
     data, path = data_config(config, encoder), result_path(config, encoder, method)
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
@@ -300,6 +301,7 @@ def write_result(
         "step": encoder.step,
         "encoder": encoder.identity(),
         "reading": reading(config, data),
+        **more,
     }
     write_json(path, result)
     tell(result, path)
