@@ -14,7 +14,7 @@ from moa_eval.training.mixing import STATIC, Mixing, of_best_runs, term_colours
 from moa_eval.training.runs import Run
 from moa_eval.training.seeds import by_seed, mean
 
-_OUTLIER = 4.0  # a mean loss further above the best than so many times the median distance does not set the y axis
+_OUTLIER = 6.0  # a mean loss further above the best than so many times the median distance does not set the y axis
 _PARTS_COLOUR = 6  # position in the palette of the colours of encoder and decoder, which are no contender's
 
 
