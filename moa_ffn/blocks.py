@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_ffn import eager
+from moa_ffn import compiled, eager
 from moa_ffn.eager import Names
 
 HIDDEN_ELEMENTS = 2**22
@@ -68,12 +68,13 @@ def _is_plain(linear: nn.Module, dtype: torch.dtype) -> bool:
     )
 
 
-def ffn(inputs: Inputs, f: Names, g: Names) -> Tensor:
+def ffn(inputs: Inputs, f: Names, g: Names, fused: bool = False) -> Tensor:
     """down(sum_kl C_kl f_k(a) g_l(b)) with a = gate(x), b = up(x).
 
     Args:
         inputs: with any leading shape in place of N, float32 or float64 on a CPU; see `obstacle`.
         f, g: names of the activations of the gate and of the up branch.
+        fused: the mixture by compiled.py in place of eager.py.
 
     Returns:
         (..., D) in x's dtype.
@@ -82,9 +83,9 @@ def ffn(inputs: Inputs, f: Names, g: Names) -> Tensor:
     per_token: list[Any] = [t if t is None else t.reshape(-1, *t.shape[x.ndim - 1 :]) for t in inputs[:PER_TOKEN]]
     flat = Inputs._make([*per_token, *inputs[PER_TOKEN:]])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat):
-        out, *_ = _BlockwiseFFN.apply(*flat, f, g)
+        out, *_ = _BlockwiseFFN.apply(*flat, f, g, fused)
     else:
-        out, *_ = _forward(flat, f, g, keep=False)
+        out, *_ = _forward(flat, f, g, fused, keep=False)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -106,7 +107,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _forward(inputs: Inputs, f: Names, g: Names, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _forward(inputs: Inputs, f: Names, g: Names, fused: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output (N, D), and a and b: (N, H) if kept, else of the last block."""
     x, w_gate, w_up = inputs.x, inputs.w_gate, inputs.w_up
     blocks = _blocks(len(x), len(w_gate))
@@ -114,12 +115,13 @@ def _forward(inputs: Inputs, f: Names, g: Names, keep: bool) -> tuple[Tensor, Te
     a = x.new_empty(kept, len(w_gate))
     b = None if w_up is None else torch.empty_like(a)
     out = x.new_empty(len(x), len(inputs.w_down))
+    mixture = compiled.forward if fused else eager.forward
     for block in blocks:
         place = block if keep else slice(block.stop - block.start)
         _linear(x[block], w_gate, inputs.b_gate, a[place])
         if b is not None and w_up is not None:
             _linear(x[block], w_up, inputs.b_up, b[place])
-        hidden = eager.forward(*_rows(place, a, b), *_rows(block, *inputs[1:PER_TOKEN]), f=f, g=g)
+        hidden = mixture(*_rows(place, a, b), *_rows(block, *inputs[1:PER_TOKEN]), f=f, g=g)
         _linear(hidden, inputs.w_down, inputs.b_down, out[block])
     return out, a, b
 
@@ -127,12 +129,12 @@ def _forward(inputs: Inputs, f: Names, g: Names, keep: bool) -> tuple[Tensor, Te
 class _BlockwiseFFN(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        *inputs, f, g = arguments
-        return _forward(Inputs(*inputs), f, g, keep=True)
+        *inputs, f, g, fused = arguments
+        return _forward(Inputs(*inputs), f, g, fused, keep=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        *tensors, ctx.f, ctx.g = inputs
+        *tensors, ctx.f, ctx.g, ctx.fused = inputs
         _, a, b = output
         ctx.mark_non_differentiable(*(t for t in (a, b) if t is not None))
         ctx.set_materialize_grads(False)
@@ -144,52 +146,65 @@ class _BlockwiseFFN(torch.autograd.Function):
         *saved, a, b = ctx.saved_tensors
         inputs, needed = Inputs(*saved), ctx.needs_input_grad[: len(saved)]
         if grad is None:
-            return (None,) * (len(saved) + 2)
+            return (None,) * (len(saved) + 3)
         if torch.is_grad_enabled():
-            return (*_differentiable_backward(inputs, needed, grad, ctx.f, ctx.g), None, None)
-        return (*_backward(inputs, needed, a, b, grad, ctx.f, ctx.g), None, None)
+            return (*_differentiable_backward(inputs, needed, grad, ctx.f, ctx.g), None, None, None)
+        return (*_backward(inputs, needed, a, b, grad, ctx.f, ctx.g, ctx.fused), None, None, None)
 
 
 def _backward(
-    inputs: Inputs, needed: Sequence[bool], a: Tensor, b: Tensor | None, grad: Tensor, f: Names, g: Names
+    inputs: Inputs,
+    needed: Sequence[bool],
+    a: Tensor,
+    b: Tensor | None,
+    grad: Tensor,
+    f: Names,
+    g: Names,
+    fused: bool,
 ) -> Inputs:
     """Gradients of `inputs`; None where it is not needed."""
-    fresh = [torch.empty_like] * PER_TOKEN + [torch.zeros_like] * (len(inputs) - PER_TOKEN)
-    candidates: Any = zip(fresh, needed, inputs, strict=True)
-    total: Any = Inputs._make(new(t) if need and t is not None else None for new, need, t in candidates)
+    new = torch.empty_like if len(a) else torch.zeros_like
+    candidates: Any = zip(needed, inputs, strict=True)
+    total: Any = Inputs._make(new(t) if need and t is not None else None for need, t in candidates)
+    mixture_backward = compiled.backward if fused else eager.backward
     for block in _blocks(*a.shape):
-        x, grad_out = inputs.x[block], grad[block]
+        x, grad_out, first = inputs.x[block], grad[block], block.start == 0
         parts = _rows(block, a, b, *inputs[1:PER_TOKEN])
-        results: Any = eager.backward(*parts, grad=grad_out @ inputs.w_down, f=f, g=g, with_output=True)
+        results: Any = mixture_backward(*parts, grad=grad_out @ inputs.w_down, f=f, g=g, with_output=True)
         grad_a, grad_b, *grad_coefs, hidden = results
         if total.w_down is not None:
-            _accumulate(total.w_down, grad_out.t(), hidden)
+            _accumulate(total.w_down, grad_out.t(), hidden, first)
         for whole, part in zip(total[1:PER_TOKEN], grad_coefs, strict=True):
             if whole is not None:
                 whole[block] = part
-        _linear_backward(total.w_gate, total.b_gate, grad_a, x)
-        _linear_backward(total.w_up, total.b_up, grad_b, x)
+        _linear_backward(total.w_gate, total.b_gate, grad_a, x, first)
+        _linear_backward(total.w_up, total.b_up, grad_b, x, first)
         if total.x is not None:
-            torch.mm(grad_a, inputs.w_gate, out=total.x[block])
+            _accumulate(total.x[block], grad_a, inputs.w_gate, True)
             if inputs.w_up is not None:
-                _accumulate(total.x[block], grad_b, inputs.w_up)
+                _accumulate(total.x[block], grad_b, inputs.w_up, False)
     if total.b_down is not None:
         torch.sum(grad, 0, out=total.b_down)
     return total
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right."""
-    torch.addmm(total, left, right, out=total)
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total += left @ right, or total = left @ right for the first term of a sum."""
+    if first:
+        torch.mm(left, right, out=total)
+    else:
+        torch.addmm(total, left, right, out=total)
 
 
-def _linear_backward(w_total: Tensor | None, b_total: Tensor | None, grad: Tensor | None, x: Tensor) -> None:
+def _linear_backward(
+    w_total: Tensor | None, b_total: Tensor | None, grad: Tensor | None, x: Tensor, first: bool
+) -> None:
     if grad is None:
         return
     if w_total is not None:
-        _accumulate(w_total, grad.t(), x)
+        _accumulate(w_total, grad.t(), x, first)
     if b_total is not None:
-        b_total += grad.sum(0)
+        b_total.copy_(grad.sum(0)) if first else b_total.add_(grad.sum(0))
 
 
 def _differentiable_backward(

@@ -58,7 +58,7 @@ def forward(
     g: Names,
 ) -> Tensor:
     """`mixture` without autograd; the result may be `a` itself."""
-    (out,) = _in_blocks(partial(_forward, f=f, g=g), a, b, gate_coef, up_coef, pair_coef)
+    (out,) = _in_blocks(partial(forward_formula, f=f, g=g), a, b, gate_coef, up_coef, pair_coef)
     assert out is not None
     return out
 
@@ -77,7 +77,7 @@ def backward(
     """Gradients of `mixture`'s five tensors for the gradient (..., H) of its result; and that result, if wanted: it
     costs little here, where its parts are at hand.
     """
-    function = partial(_backward, f=f, g=g, with_output=with_output)
+    function = partial(backward_formula, f=f, g=g, with_output=with_output)
     return _in_blocks(function, a, b, gate_coef, up_coef, pair_coef, grad)
 
 
@@ -165,7 +165,7 @@ def _in_blocks(
     return tuple(None if result is None else result.unflatten(0, x.shape[:-1]) for result in results)
 
 
-def _forward(
+def forward_formula(
     a: Tensor,
     b: Tensor | None,
     gate_coef: Tensor | None,
@@ -175,6 +175,7 @@ def _forward(
     f: Names,
     g: Names,
 ) -> tuple[Tensor]:
+    """The mixture itself, of all tokens at once."""
     rows = _evaluate(a, f)
     if b is None:
         return (_blend(rows, gate_coef),)
@@ -184,7 +185,7 @@ def _forward(
     return (_dot(rows, (_blend(columns, coef) for coef in pair_coef.unbind(-2))),)
 
 
-def _backward(
+def backward_formula(
     a: Tensor,
     b: Tensor | None,
     gate_coef: Tensor | None,

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moa_ffn import blocks, eager
+from moa_ffn import blocks, compiled, eager
 from moa_ffn.activations import ACTIVATIONS, resolve_activations
 from moa_ffn.reference import gate_function
 from moa_ffn.spec import DEFAULT_GATE_ACTIVATIONS, DEFAULT_UP_ACTIVATIONS, FFNSpec
 
-BACKENDS = ("auto", "eager", "cpu")
+BACKENDS = ("auto", "cpu", "blocks", "eager")
+"""After "auto", in the order in which it prefers them."""
 
 
 class Coefficients(NamedTuple):
@@ -65,8 +66,10 @@ class FFN(nn.Module):
             passes no signal to the other weights at the first step.
         coef_init: initial value of every LA coefficient (open). Default 1/2, where a sigmoid MoA starts too.
         drop: dropout probability after the mixture and after down_proj, as in timm's Mlp.
-        backend: "eager", plain torch operations; "cpu", the whole layer by blocks of tokens, for float32 and float64
-            without autocast or torch.compile; "auto", the fastest one that can run. All agree up to rounding.
+        backend: "eager", plain torch operations; "blocks", the whole layer by blocks of tokens, for float32 and
+            float64 on a CPU without autocast or torch.compile; "cpu", the same with the mixture compiled by Inductor
+            behind the scenes, which takes a C++ compiler; "auto", the fastest one that can run. All agree up to
+            rounding.
 
     Shape:
         input (..., dim), output (..., dim), in the parameters' dtype or autocast's.
@@ -187,30 +190,42 @@ class FFN(nn.Module):
         Raises:
             ValueError: the backend was asked for by name and cannot run; the message says why.
         """
-        if self.backend != "eager":
-            obstacle = self._cpu_obstacle(x)
-            if obstacle is None:
-                return self._by_blocks(x)
-            if self.backend != "auto":
-                raise ValueError(
-                    f"backend={self.backend!r} cannot run: {obstacle}; backend='auto' takes one that can"
-                )
+        backend = self.choose_backend(x)
+        if backend != "eager":
+            return self._by_blocks(x, fused=backend == "cpu")
         a = self.gate_proj(x)
         b = None if self.up_proj is None else self.up_proj(x)
         gate, up, pair = self.coefficients(x).map(lambda factor: factor.to(a.dtype))
         hidden = eager.mixture(a, b, gate, up, pair, self.spec.gate_dictionary, self.spec.up_dictionary)
         return self.drop(self.down_proj(self.drop(hidden)))
 
-    def _cpu_obstacle(self, x: Tensor) -> str | None:
+    def choose_backend(self, x: Tensor) -> str:
+        """Name of the backend that computes the layer for x (..., dim).
+
+        Raises:
+            ValueError: the backend was asked for by name and cannot run; the message says why.
+        """
+        if self.backend == "auto":
+            return next(name for name in BACKENDS[1:] if self._obstacle(name, x) is None)
+        obstacle = self._obstacle(self.backend, x)
+        if obstacle is not None:
+            raise ValueError(f"backend={self.backend!r} cannot run: {obstacle}; backend='auto' takes one that can")
+        return self.backend
+
+    def _obstacle(self, backend: str, x: Tensor) -> str | None:
+        if backend == "eager":
+            return None
         if self.training and self.drop.p > 0:
             return "dropout acts inside the layer"
-        return blocks.obstacle(x, (self.gate_proj, self.up_proj, self.down_proj))
+        obstacle = blocks.obstacle(x, (self.gate_proj, self.up_proj, self.down_proj))
+        small = x.shape[:-1].numel() * self.hidden_dim < compiled.MIN_ELEMENTS
+        return obstacle if obstacle or backend == "blocks" or small else compiled.obstacle()
 
-    def _by_blocks(self, x: Tensor) -> Tensor:
+    def _by_blocks(self, x: Tensor, fused: bool) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         up_weights = (None, None) if up is None else (up.weight, up.bias)
         inputs = blocks.Inputs(x, *self.coefficients(x), gate.weight, gate.bias, *up_weights, down.weight, down.bias)
-        return blocks.ffn(inputs, self.spec.gate_dictionary, self.spec.up_dictionary)
+        return blocks.ffn(inputs, self.spec.gate_dictionary, self.spec.up_dictionary, fused)
 
     def mixing_parameters(self) -> int:
         """Number of parameters that the mixture adds, counted."""

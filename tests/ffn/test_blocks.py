@@ -1,4 +1,4 @@
-"""The CPU backend: when it runs, when it steps aside, and what it leaves to the projections' owners."""
+"""The backend that goes by blocks of tokens: when it runs, when it steps aside, what it leaves to other code."""
 
 import pytest
 import torch
@@ -51,13 +51,13 @@ def test_steps_aside_and_says_why_when_asked_for_by_name(change, reason, monkeyp
     change(ffn)
     ffn(X).sum().backward()
     assert not calls
-    ffn.backend = "cpu"
-    with pytest.raises(ValueError, match=f"backend='cpu' cannot run: .*{reason}"):
+    ffn.backend = "blocks"
+    with pytest.raises(ValueError, match=f"backend='blocks' cannot run: .*{reason}"):
         ffn(X)
 
 
 def test_half_precision_and_autocast_are_left_to_eager():
-    ffn = FFN(8, 16, "qdmoa", backend="cpu")
+    ffn = FFN(8, 16, "qdmoa", backend="blocks")
     with pytest.raises(ValueError, match=r"not torch\.bfloat16 on cpu"):
         ffn.bfloat16()(X.bfloat16())
     ffn.float()
@@ -69,7 +69,7 @@ def test_half_precision_and_autocast_are_left_to_eager():
 @pytest.mark.parametrize("frozen", ["gate_proj", "down_proj", "mix", "x", "all weights"])
 def test_frozen_parts_get_no_gradient_and_the_others_the_same(variant, frozen):
     results = []
-    for backend in ("eager", "cpu"):
+    for backend in ("eager", "blocks"):
         torch.manual_seed(0)
         ffn = FFN(8, 16, variant, bias=True, backend=backend)
         for name, parameter in ffn.named_parameters():
@@ -105,7 +105,7 @@ def test_flops_are_counted_as_in_the_plain_form():
     from torch.utils.flop_counter import FlopCounterMode
 
     counts = []
-    for backend in ("eager", "cpu"):
+    for backend in ("eager", "blocks"):
         ffn = FFN(8, 16, "swiglu", backend=backend)
         with FlopCounterMode(display=False) as counter:
             ffn(X).sum().backward()

@@ -54,7 +54,7 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize(("variant", "gate"), list(itertools.product(VARIANTS, GATES)))
 @pytest.mark.parametrize("settings", [{}, {"mixed_branch": "up", "mix_bias": True}], ids=["default", "up"])
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("backend", ["eager", "blocks"])
 def test_gradcheck(variant, gate, settings, backend):
     ffn = make(variant, gate=gate, backend=backend, **settings)
     x = torch.randn(2, 3, DIM, dtype=torch.float64, requires_grad=True)
@@ -67,7 +67,7 @@ def test_gradcheck(variant, gate, settings, backend):
 
 
 @pytest.mark.parametrize("variant", ["moa", "bimoa", "qdmoa"])
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("backend", ["eager", "blocks"])
 def test_second_derivatives(variant, backend):
     ffn = make(variant, backend=backend)
     ffn.down_proj.requires_grad_(False)
@@ -78,7 +78,7 @@ def test_second_derivatives(variant, backend):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3), (0, 4)], ids=str)
 @pytest.mark.parametrize("size", [HIDDEN, 3 * HIDDEN, 2**22], ids=["one token", "uneven blocks", "one block"])
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("backend", ["eager", "blocks"])
 def test_equals_the_written_out_formula(variant, shape, size, backend, monkeypatch):
     monkeypatch.setattr(eager, "BLOCK_ELEMENTS", size // 2)
     monkeypatch.setattr(blocks, "HIDDEN_ELEMENTS", size)
@@ -248,7 +248,7 @@ def test_non_contiguous_inputs(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("backend", ["eager", "blocks"])
 def test_saves_only_branches_and_coefficients(variant, backend):
     ffn = FFN(16, 64, variant, backend=backend)
     saved: list[Tensor] = []

@@ -1,0 +1,135 @@
+"""The mixture that Inductor compiles behind the scenes: right, compiled once for all sizes, missed without harm."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from moa_ffn import FFN, blocks, compiled
+from moa_ffn.reference import mixture
+
+ENOUGH = 2**10  # tokens, with a hidden width of 2**6 or more
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Compilation switched on; without a compiler the test is skipped."""
+    monkeypatch.delenv(compiled.SWITCH)
+    obstacle = compiled.obstacle()
+    if obstacle is not None:
+        pytest.skip(obstacle)
+
+
+def make(variant: str, hidden: int, **settings) -> FFN:
+    torch.manual_seed(0)
+    ffn = FFN(24, hidden, variant, bias=True, mix_init_std=0.5, backend="cpu", **settings)
+    ffn.init_weights(lambda weight: nn.init.normal_(weight, std=weight.shape[1] ** -0.5))
+    return ffn
+
+
+def written_out(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
+    b = None if ffn.up_proj is None else ffn.up_proj(x)
+    hidden = mixture(ffn.gate_proj(x), b, ffn.mixing(x), ffn.spec.gate_dictionary, ffn.spec.up_dictionary)
+    return ffn.down_proj(hidden)
+
+
+def results(function, ffn, x) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    out = function(x)
+    return [out, *torch.autograd.grad(out.sin().sum(), [x, *ffn.parameters()])]
+
+
+def relative_rms(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("gelu", {}),
+        ("moa", {"gate_activations": "g,s,r,r2,l,t,id"}),
+        ("bimoa", {"gate": "softmax"}),
+        ("qdmoa", {}),
+        ("qdla", {}),
+    ],
+)
+def test_equals_the_written_out_formula_at_every_size(compiling, variant, settings, monkeypatch):
+    monkeypatch.setattr(blocks, "HIDDEN_ELEMENTS", 2**17)  # several blocks of tokens
+    for hidden, tokens in ((2**6, ENOUGH), (67, 5 * ENOUGH + 1)):
+        ffn = make(variant, hidden, **settings)
+        x = torch.randn(tokens, ffn.dim)
+        actual = results(ffn, ffn, x)
+        ffn.double()
+        for ours, theirs in zip(actual, results(partial(written_out, ffn), ffn, x.double()), strict=True):
+            assert relative_rms(ours, theirs) < 1e-5
+
+
+def test_is_compiled_once_for_all_sizes(compiling):
+    compiled._compiled.cache_clear()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for hidden, tokens in ((64, ENOUGH), (67, ENOUGH + 3), (129, 2 * ENOUGH)):
+        make("swiglu", hidden)(torch.randn(3, tokens, 24)).sum().backward()
+    with torch.no_grad():
+        make("swiglu", 64)(torch.randn(ENOUGH, 24))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2  # forward and backward
+
+
+def test_few_tokens_are_not_worth_a_compilation(monkeypatch):
+    monkeypatch.delenv(compiled.SWITCH)
+    monkeypatch.setattr(compiled, "obstacle", lambda: pytest.fail("asked whether it could compile"))
+    ffn = make("qdmoa", 64)
+    assert FFN.choose_backend(ffn, torch.randn(ENOUGH - 1, 24)) == "cpu"
+    ffn(torch.randn(ENOUGH - 1, 24)).sum().backward()
+
+
+@pytest.fixture
+def without_compiler(monkeypatch):
+    """A machine where Inductor finds no C++ compiler, as seen from the function that tries it."""
+    monkeypatch.delenv(compiled.SWITCH)
+    compiled._tried.cache_clear()
+
+    def refuse(*arguments, **settings):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    yield
+    compiled._tried.cache_clear()
+
+
+def test_without_a_compiler_auto_does_without_and_says_so_once(without_compiler, caplog):
+    ffn, x = make("qdmoa", 64), torch.randn(ENOUGH, 24)
+    ffn.backend = "auto"
+    with caplog.at_level(logging.WARNING, "moa_ffn"):
+        assert ffn.choose_backend(x) == "blocks"
+        out = ffn(x)
+    assert torch.allclose(out, written_out(ffn, x), atol=1e-5)
+    (record,) = caplog.records
+    assert "InvalidCxxCompiler: No working C++ compiler found" in record.message
+    assert "\n" not in record.message
+    ffn.backend = "cpu"
+    with pytest.raises(ValueError, match="backend='cpu' cannot run: torch's Inductor cannot compile"):
+        ffn(x)
+
+
+def test_the_switch_is_obeyed_in_silence(monkeypatch, caplog):
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    ffn, x = make("qdmoa", 64), torch.randn(ENOUGH, 24)
+    with pytest.raises(ValueError, match="MOA_FFN_COMPILE=0"):
+        ffn(x)
+    ffn.backend = "auto"
+    assert ffn.choose_backend(x) == "blocks"
+    assert not caplog.records
+
+
+def test_inference_mode_and_threads_change_nothing(compiling):
+    ffn, x = make("swiglu", 64), torch.randn(ENOUGH, 24)
+    expected, threads = ffn(x), torch.get_num_threads()
+    with torch.inference_mode():
+        assert torch.equal(ffn(x), expected)
+    torch.set_num_threads(threads + 1)
+    try:
+        assert torch.equal(ffn(x), expected)
+    finally:
+        torch.set_num_threads(threads)
