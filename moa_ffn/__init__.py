@@ -1,7 +1,8 @@
 """Mixture of Activations: one feedforward layer for the whole family of arXiv:2605.26647."""
 
 from moa_ffn.activations import ACTIVATIONS, Activation, register_activation
-from moa_ffn.layers import BACKENDS, FFN, Coefficients, mixing_coefficients
+from moa_ffn.layers import BACKENDS, FFN
+from moa_ffn.mixing import Coefficients, mixing_coefficients, mixture
 from moa_ffn.spec import GATES, VARIANTS, FFNSpec
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "Coefficients",
     "FFNSpec",
     "mixing_coefficients",
+    "mixture",
     "register_activation",
 ]

@@ -22,6 +22,9 @@ class Activation:
         derivative: x -> sigma'(x), same shape and dtype.
         backward: (grad, x) -> grad * sigma'(x). Give it where torch has one kernel for the product; otherwise it
             follows from `derivative`.
+        kernel: value and derivative for the GPU kernels, as text: expressions in x of numbers, operators and the
+            functions of `moa_ffn.kernels.source.VOCABULARY`, finite at 0. Without it the activation runs in plain
+            torch only.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Activation:
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor] | None = None
+    kernel: tuple[str, str] | None = None
 
     def vjp(self, grad: Tensor, x: Tensor) -> Tensor:
         """Vector-Jacobian product grad * sigma'(x), same shape as `x`."""
@@ -88,20 +92,62 @@ def resolve_activations(labels: str | Iterable[str], field: str) -> tuple[str, .
 _aten = torch.ops.aten
 
 for _activation in (
-    Activation("identity", "id", lambda x: x, torch.ones_like, lambda grad, x: grad),
-    Activation("gelu", "g", F.gelu, _gelu_derivative, lambda grad, x: _aten.gelu_backward(grad, x)),
-    Activation("silu", "s", F.silu, _silu_derivative, lambda grad, x: _aten.silu_backward(grad, x)),
     Activation(
-        "relu", "r", F.relu, lambda x: (x > 0).to(x.dtype), lambda grad, x: _aten.threshold_backward(grad, x, 0)
+        "identity",
+        "id",
+        lambda x: x,
+        torch.ones_like,
+        lambda grad, x: grad,
+        kernel=("x", "1.0"),
     ),
-    Activation("relu2", "r2", lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x)),
+    Activation(
+        "gelu",
+        "g",
+        F.gelu,
+        _gelu_derivative,
+        lambda grad, x: _aten.gelu_backward(grad, x),
+        kernel=(
+            "x * normal(x)",
+            f"normal(x) + {1 / math.sqrt(2 * math.pi)} * x * exp2({-0.5 * math.log2(math.e)} * x * x)",
+        ),
+    ),
+    Activation(
+        "silu",
+        "s",
+        F.silu,
+        _silu_derivative,
+        lambda grad, x: _aten.silu_backward(grad, x),
+        kernel=("x * sigmoid(x)", "sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x)))"),
+    ),
+    Activation(  # where, not maximum: the kernels' maximum of 0 and NaN is 0, which would hide it
+        "relu",
+        "r",
+        F.relu,
+        lambda x: (x > 0).to(x.dtype),
+        lambda grad, x: _aten.threshold_backward(grad, x, 0),
+        kernel=("where(x < 0.0, 0.0, x)", "where(x > 0.0, 1.0, 0.0)"),
+    ),
+    Activation(
+        "relu2",
+        "r2",
+        lambda x: F.relu(x).square(),
+        lambda x: 2 * F.relu(x),
+        kernel=("where(x < 0.0, 0.0, x) * where(x < 0.0, 0.0, x)", "2.0 * where(x < 0.0, 0.0, x)"),
+    ),
     Activation(
         "leaky_relu",
         "l",
         lambda x: F.leaky_relu(x, LEAKY_SLOPE),
         lambda x: torch.where(x > 0, 1.0, LEAKY_SLOPE).to(x.dtype),
         lambda grad, x: _aten.leaky_relu_backward(grad, x, LEAKY_SLOPE, False),
+        kernel=(f"x * where(x > 0.0, 1.0, {LEAKY_SLOPE})", f"where(x > 0.0, 1.0, {LEAKY_SLOPE})"),
     ),
-    Activation("tanh", "t", torch.tanh, lambda x: 1 - torch.tanh(x).square()),
+    Activation(
+        "tanh",
+        "t",
+        torch.tanh,
+        lambda x: 1 - torch.tanh(x).square(),
+        kernel=("tanh(x)", "1.0 - tanh(x) * tanh(x)"),
+    ),
 ):
     register_activation(_activation)

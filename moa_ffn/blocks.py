@@ -53,12 +53,13 @@ def obstacle(x: Tensor, linears: tuple[nn.Module | None, ...]) -> str | None:
     if x.device.type != "cpu" or x.dtype not in _DTYPES or torch.is_autocast_enabled("cpu"):
         return f"it computes float32 and float64 on a CPU without autocast, not {x.dtype} on {x.device.type}"
     for linear in linears:
-        if linear is not None and not _is_plain(linear, x.dtype):
+        if linear is not None and not is_plain(linear, x.dtype):
             return f"a projection is not a plain nn.Linear of {x.dtype} without hooks and with an ordinary weight"
     return None
 
 
-def _is_plain(linear: nn.Module, dtype: torch.dtype) -> bool:
+def is_plain(linear: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether `linear` is nothing but its weight of `dtype` and its bias, so that others may compute with these."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     return (
         type(linear) is nn.Linear

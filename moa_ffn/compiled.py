@@ -22,6 +22,8 @@ _logger = logging.getLogger(__name__)
 SWITCH = "MOA_FFN_COMPILE"
 """Environment variable; "0" keeps the package from compiling anything."""
 
+DTYPES = (torch.float32, torch.float64)
+
 MIN_ELEMENTS = 2**16
 """Elements of a from which a compiled region is worth its call; fewer are left to eager operations."""
 
@@ -76,6 +78,39 @@ def backward(
         return eager.backward(a, b, gate_coef, up_coef, pair_coef, grad, f, g, with_output)
     tensors = (a, b, gate_coef, up_coef, pair_coef, grad)
     return _run(eager.backward_formula, tensors, f=f, g=g, with_output=with_output)
+
+
+def mixture(
+    a: Tensor,
+    b: Tensor | None,
+    gate_coef: Tensor | None,
+    up_coef: Tensor | None,
+    pair_coef: Tensor | None,
+    f: Names,
+    g: Names,
+) -> Tensor:
+    """`eager.mixture`, differentiable; any leading shape in place of N."""
+    tensors = (a, b, gate_coef, up_coef, pair_coef)
+    rows = (None if t is None else t.reshape(-1, *t.shape[a.ndim - 1 :]) for t in tensors)
+    return _Mixture.apply(*rows, f, g).view(a.shape)
+
+
+class _Mixture(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        a, *_ = arguments
+        out = forward(*arguments)
+        return out.clone() if out is a else out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.f, ctx.g = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        differentiate = eager.backward if torch.is_grad_enabled() else backward  # regions have no second derivative
+        return (*differentiate(*ctx.saved_tensors, *grads, f=ctx.f, g=ctx.g), None, None)
 
 
 def _run(formula: Callable[..., Any], tensors: tuple[Tensor | None, ...], **settings: Any) -> Any:

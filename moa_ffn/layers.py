@@ -1,51 +1,17 @@
 """FFN: the layer. Weights, initialization, mixing coefficients, choice of backend."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moa_ffn import blocks, compiled, eager
+from moa_ffn import blocks, compiled, kernels, packed
 from moa_ffn.activations import ACTIVATIONS, resolve_activations
-from moa_ffn.reference import gate_function
+from moa_ffn.mixing import Coefficients, mixing_coefficients, mixture, say_once
 from moa_ffn.spec import DEFAULT_GATE_ACTIVATIONS, DEFAULT_UP_ACTIVATIONS, FFNSpec
 
-BACKENDS = ("auto", "cpu", "blocks", "eager")
+BACKENDS = ("auto", "triton", "cpu", "blocks", "eager")
 """After "auto", in the order in which it prefers them."""
-
-
-class Coefficients(NamedTuple):
-    """Mixing coefficients in factored form; a field is None where the variant has no such factor.
-
-    gate (..., K1), up (..., K2), pair (..., K1, K2); the matrix is `pair`, or the outer product of `gate` and `up`.
-    """
-
-    gate: Tensor | None = None
-    up: Tensor | None = None
-    pair: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Coefficients":
-        """The same factors, each through `function`."""
-        return Coefficients(*(None if factor is None else function(factor) for factor in self))
-
-
-def mixing_coefficients(spec: FFNSpec, flat: Tensor) -> Coefficients:
-    """The coefficients (..., num_coefficients) of a mixture in factored form; logits of MoA go through the gate."""
-    k1, k2 = len(spec.gate_dictionary), len(spec.up_dictionary)
-    nonlinearity = partial(gate_function, gate=spec.gate) if spec.token_adaptive else lambda factor: factor
-    match spec.form:
-        case "gate":
-            return Coefficients(gate=nonlinearity(flat))
-        case "up":
-            return Coefficients(up=nonlinearity(flat))
-        case "separable":
-            return Coefficients(gate=nonlinearity(flat[..., :k1]), up=nonlinearity(flat[..., k1:]))
-        case "full":
-            return Coefficients(pair=nonlinearity(flat).unflatten(-1, (k1, k2)))
-        case _:
-            return Coefficients()
 
 
 class FFN(nn.Module):
@@ -68,8 +34,8 @@ class FFN(nn.Module):
         drop: dropout probability after the mixture and after down_proj, as in timm's Mlp.
         backend: "eager", plain torch operations; "blocks", the whole layer by blocks of tokens, for float32 and
             float64 on a CPU without autocast or torch.compile; "cpu", the same with the mixture compiled by Inductor
-            behind the scenes, which takes a C++ compiler; "auto", the fastest one that can run. All agree up to
-            rounding.
+            behind the scenes, which takes a C++ compiler; "triton", fused kernels on GPUs, in float32, bfloat16 and
+            float16, differentiable once; "auto", the fastest one that can run. All agree up to rounding.
 
     Shape:
         input (..., dim), output (..., dim), in the parameters' dtype or autocast's.
@@ -153,11 +119,14 @@ class FFN(nn.Module):
 
     def coefficients(self, x: Tensor) -> Coefficients:
         """The token's mixing coefficients in factored form, for x (..., dim)."""
-        if self.mix_proj is not None:
-            return mixing_coefficients(self.spec, self.mix_proj(x))
-        if self.mix_coef is not None:
-            return mixing_coefficients(self.spec, self.mix_coef.expand(*x.shape[:-1], -1))
-        return Coefficients()
+        mix = self._mix(x)
+        if mix is None:
+            return Coefficients()
+        return mixing_coefficients(self.spec, mix.expand(*x.shape[:-1], -1))
+
+    def _mix(self, x: Tensor) -> Tensor | None:
+        """Logits (..., n) of MoA, coefficients (n,) of LA, None of a fixed FFN."""
+        return self.mix_coef if self.mix_proj is None else self.mix_proj(x)
 
     def mixing(self, x: Tensor) -> Tensor:
         """The coefficient matrix C(x) of each token, x (..., dim) -> (..., K1, K2); K2 is 1 for Type-I.
@@ -191,12 +160,14 @@ class FFN(nn.Module):
             ValueError: the backend was asked for by name and cannot run; the message says why.
         """
         backend = self.choose_backend(x)
-        if backend != "eager":
+        if backend in ("cpu", "blocks"):
             return self._by_blocks(x, fused=backend == "cpu")
+        if backend == "triton" and self._can_pack():
+            linears = [linear for linear in (self.gate_proj, self.up_proj, self.mix_proj) if linear is not None]
+            return packed.ffn(x, linears, self.mix_coef, self.down_proj, self.spec)
         a = self.gate_proj(x)
         b = None if self.up_proj is None else self.up_proj(x)
-        gate, up, pair = self.coefficients(x).map(lambda factor: factor.to(a.dtype))
-        hidden = eager.mixture(a, b, gate, up, pair, self.spec.gate_dictionary, self.spec.up_dictionary)
+        hidden = mixture(a, b, self._mix(x), self.spec, "auto" if self.backend == "auto" else backend)
         return self.drop(self.down_proj(self.drop(hidden)))
 
     def choose_backend(self, x: Tensor) -> str:
@@ -206,7 +177,13 @@ class FFN(nn.Module):
             ValueError: the backend was asked for by name and cannot run; the message says why.
         """
         if self.backend == "auto":
-            return next(name for name in BACKENDS[1:] if self._obstacle(name, x) is None)
+            for name in BACKENDS[1:-1] if x.is_cuda else BACKENDS[2:-1]:  # the kernels' interpreter is for tests
+                obstacle = self._obstacle(name, x)
+                if obstacle is None:
+                    return name
+                if name == "triton":
+                    say_once(f"mixtures are not fused on this GPU: {obstacle}")
+            return "eager"
         obstacle = self._obstacle(self.backend, x)
         if obstacle is not None:
             raise ValueError(f"backend={self.backend!r} cannot run: {obstacle}; backend='auto' takes one that can")
@@ -215,11 +192,22 @@ class FFN(nn.Module):
     def _obstacle(self, backend: str, x: Tensor) -> str | None:
         if backend == "eager":
             return None
-        if self.training and self.drop.p > 0:
+        if backend == "triton":
+            return kernels.obstacle(x, self.spec)
+        if self._drops():
             return "dropout acts inside the layer"
         obstacle = blocks.obstacle(x, (self.gate_proj, self.up_proj, self.down_proj))
         small = x.shape[:-1].numel() * self.hidden_dim < compiled.MIN_ELEMENTS
         return obstacle if obstacle or backend == "blocks" or small else compiled.obstacle()
+
+    def _drops(self) -> bool:
+        return self.training and self.drop.p > 0
+
+    def _can_pack(self) -> bool:
+        """Whether the projections may be taken as the matrices that they are."""
+        linears = (self.gate_proj, self.up_proj, self.mix_proj, self.down_proj)
+        dtype = self.gate_proj.weight.dtype
+        return not self._drops() and all(linear is None or blocks.is_plain(linear, dtype) for linear in linears)
 
     def _by_blocks(self, x: Tensor, fused: bool) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj

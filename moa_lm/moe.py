@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_ffn import FFN, Coefficients, eager, mixing_coefficients
+from moa_ffn import FFN, mixture
 from moa_lm.configuration import EXPERT_MIXINGS, MoALlamaConfig
 from moa_lm.dispatch import (
     METHODS,
@@ -59,8 +59,8 @@ class Experts(nn.Module):
     E. "expert" lets the experts read a token differently.
 
     Args:
-        config: hidden_size, moe_intermediate_size, num_experts, expert_mixing, expert_dispatch, initializer_range and
-            `ffn_arguments()` are read.
+        config: hidden_size, moe_intermediate_size, num_experts, expert_mixing, expert_dispatch, initializer_range,
+            `ffn_backend` and `ffn_arguments()` are read.
 
     Raises:
         ValueError: a setting has a value that is not allowed.
@@ -72,7 +72,7 @@ class Experts(nn.Module):
         if not isinstance(hidden, int) or hidden < 1:
             raise ValueError(f"moe_intermediate_size={hidden!r}: experts need a width of at least 1")
         self.num_experts, self.dim, self.hidden_dim = count, dim, hidden
-        self.mixing, self.method = config.expert_mixing, config.expert_dispatch
+        self.mixing, self.method, self.backend = config.expert_mixing, config.expert_dispatch, config.ffn_backend
         _require("expert_mixing", self.mixing, EXPERT_MIXINGS)
         _require("expert_dispatch", self.method, METHODS)
         self.init_std = config.initializer_range
@@ -133,22 +133,18 @@ class Experts(nn.Module):
         x = dispatch(hidden, groups)
         a = linear(x, self.gate_proj, self.gate_proj_bias)
         b = None if self.up_proj is None else linear(x, self.up_proj, self.up_proj_bias)
-        coefficients = self._coefficients(hidden, x, groups, linear).map(lambda factor: factor.to(a.dtype))
-        mixed = eager.mixture(a, b, *coefficients, self.spec.gate_dictionary, self.spec.up_dictionary)
+        mixed = mixture(a, b, self._mix(hidden, x, groups, linear), self.spec, self.backend)
         return combine(linear(mixed, self.down_proj, self.down_proj_bias), weights, groups)
 
-    def _coefficients(self, hidden: Tensor, x: Tensor, groups: Groups, linear: Callable[..., Tensor]) -> Coefficients:
-        """Coefficients of the rows x (S, D) of the tokens hidden (N, D), each factor (S, *)."""
+    def _mix(self, hidden: Tensor, x: Tensor, groups: Groups, linear: Callable[..., Tensor]) -> Tensor | None:
+        """Mixing logits or constants (S, K) of the rows x (S, D) of the tokens hidden (N, D), None of a fixed FFN."""
         if self.mix_proj is not None:
             if self.mixing == "expert":
-                return mixing_coefficients(self.spec, linear(x, self.mix_proj, self.mix_proj_bias))
-            per_token = mixing_coefficients(self.spec, F.linear(hidden, self.mix_proj, self.mix_proj_bias))
-            return per_token.map(lambda factor: dispatch(factor, groups))
-        if self.mix_coef is not None:
-            expert = self.mixing == "expert"
-            flat = F.embedding(groups.experts, self.mix_coef) if expert else self.mix_coef.expand(len(x), -1)
-            return mixing_coefficients(self.spec, flat)
-        return Coefficients()
+                return linear(x, self.mix_proj, self.mix_proj_bias)
+            return dispatch(F.linear(hidden, self.mix_proj, self.mix_proj_bias), groups)
+        if self.mix_coef is not None and self.mixing == "expert":
+            return F.embedding(groups.experts, self.mix_coef)
+        return self.mix_coef
 
     def extra_repr(self) -> str:
         """Settings shown by print(model)."""
@@ -164,8 +160,8 @@ class MoE(nn.Module):
     difference between the baseline and the mixtures that are compared with it.
 
     Args:
-        config: a configuration with experts; `ffn_backend` applies to the shared experts, `expert_dispatch` to the
-            routed ones.
+        config: a configuration with experts; `ffn_backend` computes the mixture of all of them, `expert_dispatch`
+            the products of the routed ones.
 
     Raises:
         ValueError: a setting has a value that is not allowed.

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from moa_ffn import FFN, blocks, compiled
+import moa_ffn
+from moa_ffn import FFN, FFNSpec, blocks, compiled
 from moa_ffn.reference import mixture
 
 ENOUGH = 2**10  # tokens, with a hidden width of 2**6 or more
@@ -133,3 +134,26 @@ def test_inference_mode_and_threads_change_nothing(compiling):
         assert torch.equal(ffn(x), expected)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_mixture_alone_of_rows_that_others_projected(compiling):
+    spec = FFNSpec("qdmoa")
+    a, b = (torch.randn(4, ENOUGH, 64, requires_grad=True) for _ in range(2))
+    mix = torch.randn(4, ENOUGH, spec.num_coefficients, requires_grad=True)
+    results = []
+    for backend, dtype in (("cpu", torch.float32), ("eager", torch.float64)):
+        tensors = [t.detach().to(dtype).requires_grad_() for t in (a, b, mix)]
+        out = moa_ffn.mixture(*tensors, spec, backend)
+        first = torch.autograd.grad(out.sin().sum(), tensors, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), tensors[0])
+        results.append([out, *first, *second])
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_rms(ours, theirs) < 1e-5
+
+
+def test_a_bare_mixture_says_why_it_cannot_be_compiled():
+    a = torch.randn(ENOUGH, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"backend='cpu' cannot run: .*not torch\.bfloat16 on cpu"):
+        moa_ffn.mixture(a, a, None, FFNSpec("swiglu"), "cpu")
+    expected = torch.nn.functional.silu(a) * a
+    assert torch.equal(moa_ffn.mixture(a, a, None, FFNSpec("swiglu")), expected)

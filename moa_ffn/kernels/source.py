@@ -1,0 +1,289 @@
+"""Mixture -> the text of its Triton kernels.
+
+A kernel is straight-line code for one form, one gate and one pair of dictionaries: nothing is looked up at run time,
+and what occurs twice is computed once by the compiler. The forward of qd-MoA with f = (silu, relu) and g = (identity,
+tanh) reads, in its heart,
+
+    f0 = a * sigmoid(a)
+    f1 = tl.where(a < 0.0, 0.0, a)
+    g0 = b
+    g1 = tanh(b)
+    v0 = c0 * g0 + c1 * g1
+    v1 = c2 * g0 + c3 * g1
+    out = f0 * v0 + f1 * v1
+
+and `print(forward(mixture))` shows the whole. One program computes one row, the token's; the token's coefficients are
+scalars. In the backward, it adds up their gradients over the row's columns in a fixed order and writes them once: no
+atomics, the same bits in every run. Row offsets are computed in 64 bits, columns in 32.
+"""
+
+import ast
+import textwrap
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+from moa_ffn.activations import ACTIVATIONS
+from moa_ffn.spec import FFNSpec
+
+VOCABULARY = {
+    **{
+        name: f"tl.{name}"
+        for name in ("exp", "exp2", "log", "sqrt", "abs", "erf", "sin", "cos", "maximum", "minimum", "where")
+    },
+    **{name: name for name in ("sigmoid", "tanh", "normal")},
+}
+"""Functions that `Activation.kernel` may call, and their names in kernels: Triton's, and those of functions.py."""
+
+
+class Mixture(NamedTuple):
+    """What a kernel computes: sum_kl C_kl f_k(a) g_l(b). Strings alone, since they are arguments of an operator.
+
+    form: shape of the coefficient matrix, a `moa_ffn.spec.Form`.
+    gate: nonlinearity of the mixing logits, or "none" where the coefficients are constants or there are none.
+    f, g: names of the activations of the gate and of the up branch, separated by commas; g is empty for Type-I.
+    """
+
+    form: str
+    gate: str
+    f: str
+    g: str
+
+    @classmethod
+    def of(cls, spec: FFNSpec) -> "Mixture":
+        """The mixture inside an FFN of this kind."""
+        gate = spec.gate if spec.token_adaptive else "none"
+        return cls(spec.form, gate, ",".join(spec.gate_dictionary), ",".join(spec.up_dictionary))
+
+    @property
+    def type_two(self) -> bool:
+        """True when there is an up branch."""
+        return self.g != ""
+
+    @property
+    def gate_coefficients(self) -> list[int]:
+        """Where the coefficients of the gate branch stand in a row of `mix`; none if it is not mixed by itself."""
+        return list(range(len(self.f.split(",")))) if self.form in ("gate", "separable") else []
+
+    @property
+    def up_coefficients(self) -> list[int]:
+        """Where the coefficients of the up branch stand."""
+        first = len(self.gate_coefficients)
+        return list(range(first, first + len(self.g.split(",")))) if self.form in ("up", "separable") else []
+
+    @property
+    def pair_coefficients(self) -> list[list[int]]:
+        """Where the coefficients C_kl of the full form stand: K1 rows of K2."""
+        k1, k2 = len(self.f.split(",")), len(self.g.split(","))
+        return [[k * k2 + l for l in range(k2)] for k in range(k1)] if self.form == "full" else []  # noqa: E741
+
+    @property
+    def coefficients(self) -> int:
+        """Coefficients of a token."""
+        return len(self.gate_coefficients) + len(self.up_coefficients) + sum(map(len, self.pair_coefficients))
+
+
+def expressions(name: str, variable: str) -> tuple[str, str]:
+    """Value and derivative of an activation at `variable`, as kernels write them.
+
+    Raises:
+        ValueError: the activation has no kernel expressions, or they use what kernels do not have.
+    """
+    texts = ACTIVATIONS[name].kernel
+    if texts is None:
+        raise ValueError(f"activation {name!r} has no kernel expressions (the field `kernel` of its table entry)")
+    value, derivative = (_translate(name, text, variable) for text in texts)
+    return value, derivative
+
+
+def _translate(name: str, text: str, variable: str) -> str:
+    known = {"x": variable, **VOCABULARY}
+    try:
+        tree = ast.parse(text, mode="eval")
+    except SyntaxError as error:
+        raise ValueError(f"activation {name!r}: kernel expression {text!r}: {error.msg}") from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) or (isinstance(node, ast.Name) and node.id not in known):
+            allowed = f"x, numbers, operators and {', '.join(VOCABULARY)}"
+            raise ValueError(
+                f"activation {name!r}: kernel expression {text!r} uses {ast.unparse(node)!r}, not {allowed}"
+            )
+        if isinstance(node, ast.Name):
+            node.id = known[node.id]
+    return ast.unparse(tree)
+
+
+@cache
+def forward(mixture: Mixture) -> str:
+    """Text of `moa_forward`: a, b, mix -> out. Grid (rows, n), where the n programs of a row share its columns."""
+    branches, coefficients = _operands(mixture)
+    outs = ["out"]
+    lines = [
+        *_rows(branches + coefficients + outs),
+        *_gate(mixture),
+        "for start in range(tl.program_id(1) * BLOCK, columns, tl.num_programs(1) * BLOCK):",
+        *_indent(_loads(branches) + _activations(mixture) + _output(mixture) + _stores(outs)),
+    ]
+    return _kernel("moa_forward", branches + coefficients + outs, lines)
+
+
+@cache
+def backward(mixture: Mixture, with_output: bool) -> str:
+    """Text of `moa_backward`: grad, a, b, mix -> grad_a, grad_b, grad_mix, and `out` if wanted. Grid (rows,)."""
+    branches, coefficients = _operands(mixture)
+    outs = [f"grad_{branch}" for branch in branches] + (["out"] if with_output else [])
+    grad_mix = [f"grad_{name}" for name in coefficients]
+    totals = [f"total{i}" for i in range(mixture.coefficients)]
+    body = _loads(["grad", *branches]) + _activations(mixture, slopes=True)
+    body += _output(mixture) + _gradients(mixture) + _stores(outs)
+    lines = [
+        *_rows(["grad", *branches, *coefficients, *outs, *grad_mix]),
+        *_gate(mixture),
+        *(f"{total} = tl.full([BLOCK], 0.0, tl.float32)" for total in totals),
+        "for start in range(0, columns, BLOCK):",
+        *_indent(body),
+        *(f"{total} = tl.reduce({total}, 0, add)" for total in totals),
+        *_gate_backward(mixture),
+    ]
+    return _kernel("moa_backward", ["grad", *branches, *coefficients, *outs, *grad_mix], lines)
+
+
+def _operands(mixture: Mixture) -> tuple[list[str], list[str]]:
+    return ["a", "b"] if mixture.type_two else ["a"], ["mix"] if mixture.coefficients else []
+
+
+def _kernel(name: str, operands: Sequence[str], lines: Sequence[str]) -> str:
+    pointers, strides = ([f"{operand}_{suffix}" for operand in operands] for suffix in ("ptr", "stride"))
+    head = f"def {name}({', '.join([*pointers, *strides, 'columns', 'BLOCK: tl.constexpr'])}):"
+    return "\n".join([head, *_indent(lines), ""])
+
+
+def _indent(lines: Iterable[str]) -> list[str]:
+    return [textwrap.indent(line, "    ") for line in lines]
+
+
+def _rows(operands: Iterable[str]) -> list[str]:
+    """Every pointer moved to this program's row, in 64 bits: a tensor may have 2^31 elements and more."""
+    moves = [f"{operand}_ptr += row * {operand}_stride" for operand in operands]
+    return ["row = tl.program_id(0).to(tl.int64)", *moves]
+
+
+def _loads(operands: Iterable[str]) -> list[str]:
+    loads = [f"{name} = tl.load({name}_ptr + column, mask=inside, other=0.0).to(tl.float32)" for name in operands]
+    return ["column = start + tl.arange(0, BLOCK)", "inside = column < columns", *loads]
+
+
+def _stores(operands: Iterable[str]) -> list[str]:
+    return [
+        f"tl.store({name}_ptr + column, {name}.to({name}_ptr.dtype.element_ty), mask=inside)" for name in operands
+    ]
+
+
+def _gate(mixture: Mixture) -> list[str]:
+    """The token's coefficients c0, c1, ... from its logits."""
+    count = mixture.coefficients
+    loads = [f"c{i} = tl.load(mix_ptr + {i}).to(tl.float32)" for i in range(count)]
+    if mixture.gate == "softmax":
+        return loads + [line for number, group in enumerate(_groups(mixture)) for line in _softmax(number, group)]
+    return loads + ([] if mixture.gate == "none" else [f"c{i} = {mixture.gate}(c{i})" for i in range(count)])
+
+
+def _groups(mixture: Mixture) -> list[list[int]]:
+    """Coefficients that one softmax normalizes: those of a branch, or all pairs."""
+    pairs = [index for row in mixture.pair_coefficients for index in row]
+    return [group for group in (mixture.gate_coefficients, mixture.up_coefficients, pairs) if group]
+
+
+def _softmax(number: int, group: Sequence[int]) -> list[str]:
+    first, *others = group
+    largest, total = f"largest{number}", f"partition{number}"
+    return [
+        f"{largest} = c{first}",
+        *(f"{largest} = tl.maximum({largest}, c{i})" for i in others),
+        *(f"c{i} = tl.exp(c{i} - {largest})" for i in group),
+        f"{total} = {_sum(f'c{i}' for i in group)}",
+        *(f"c{i} = c{i} / {total}" for i in group),
+    ]
+
+
+def _gate_backward(mixture: Mixture) -> list[str]:
+    """Gradients of the logits from total0, total1, ..., those of the coefficients, stored."""
+    slopes = {
+        "none": "total{0}",
+        "sigmoid": "total{0} * c{0} * (1.0 - c{0})",
+        "tanh": "total{0} * (1.0 - c{0} * c{0})",
+    }
+    lines = []
+    for number, group in enumerate(_groups(mixture)):
+        slope = slopes.get(mixture.gate, f"c{{0}} * (total{{0}} - mean{number})")
+        if mixture.gate == "softmax":
+            lines.append(f"mean{number} = {_blend(group, [f'total{i}' for i in group])}")
+        lines += [
+            f"tl.store(grad_mix_ptr + {i}, ({slope.format(i)}).to(grad_mix_ptr.dtype.element_ty))" for i in group
+        ]
+    return lines
+
+
+def _activations(mixture: Mixture, slopes: bool = False) -> list[str]:
+    """Values f0, f1, ... and g0, g1, ..., and derivatives df0, ... if wanted."""
+    lines = []
+    for letter, variable, names in (("f", "a", mixture.f), ("g", "b", mixture.g)):
+        for index, name in enumerate(names.split(",") if names else []):
+            value, derivative = expressions(name, variable)
+            lines.append(f"{letter}{index} = {value}")
+            lines += [f"d{letter}{index} = {derivative}"] if slopes else []
+    return lines
+
+
+def _sum(terms: Iterable[str]) -> str:
+    return " + ".join(terms)
+
+
+def _blend(coefficients: Sequence[int], values: Sequence[str]) -> str:
+    """sum_k c_k values_k; the one value of a branch that is not mixed."""
+    if not coefficients:
+        (value,) = values
+        return value
+    return _sum(f"c{index} * {value}" for index, value in zip(coefficients, values, strict=True))
+
+
+def _values(letter: str, names: str) -> list[str]:
+    return [f"{letter}{index}" for index, _ in enumerate(names.split(","))]
+
+
+def _output(mixture: Mixture) -> list[str]:
+    """`out` and, on the way, the blends: u of the gate branch and v of the up branch, or v_k = sum_l C_kl g_l(b)."""
+    f, g = _values("f", mixture.f), _values("g", mixture.g)
+    if mixture.form == "full":
+        blends = [f"v{k} = {_blend(row, g)}" for k, row in enumerate(mixture.pair_coefficients)]
+        return [*blends, f"out = {_sum(f'{value} * v{k}' for k, value in enumerate(f))}"]
+    gate = [f"u = {_blend(mixture.gate_coefficients, f)}"]
+    up = [f"v = {_blend(mixture.up_coefficients, g)}"] if mixture.type_two else []
+    return [*gate, *up, "out = u * v" if up else "out = u"]
+
+
+def _gradients(mixture: Mixture) -> list[str]:
+    """grad_a and grad_b, and the coefficients' gradients added to total0, total1, ..."""
+    f, g = _values("f", mixture.f), _values("g", mixture.g)
+    if mixture.form == "full":
+        return _full_gradients(mixture.pair_coefficients, f, g)
+    lines = ["grad_u = grad * v" if mixture.type_two else "grad_u = grad"]
+    branches = [("a", "u", mixture.gate_coefficients, f)]
+    if mixture.type_two:
+        lines.append("grad_v = grad * u")
+        branches.append(("b", "v", mixture.up_coefficients, g))
+    for variable, blend, coefficients, values in branches:
+        lines.append(f"grad_{variable} = grad_{blend} * ({_blend(coefficients, [f'd{value}' for value in values])})")
+        lines += [f"total{i} += grad_{blend} * {value}" for i, value in zip(coefficients, values, strict=False)]
+    return lines
+
+
+def _full_gradients(pairs: Sequence[Sequence[int]], f: Sequence[str], g: Sequence[str]) -> list[str]:
+    columns = [[row[index] for row in pairs] for index in range(len(g))]
+    lines = [f"u{index} = {_blend(column, f)}" for index, column in enumerate(columns)]
+    lines.append(f"grad_a = grad * ({_sum(f'd{value} * v{k}' for k, value in enumerate(f))})")
+    lines.append(f"grad_b = grad * ({_sum(f'd{value} * u{index}' for index, value in enumerate(g))})")
+    for row, value in zip(pairs, f, strict=True):
+        lines.append(f"grad_{value} = grad * {value}")
+        lines += [f"total{i} += grad_{value} * {other}" for i, other in zip(row, g, strict=True)]
+    return lines
