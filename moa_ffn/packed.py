@@ -17,7 +17,7 @@ from moa_ffn import kernels
 from moa_ffn.spec import FFNSpec
 
 ALIGNMENT = 8
-"""The product's columns are padded to a multiple of it: 16 bytes in half precision, as fast products and loads ask."""
+"""The product's columns are padded to a multiple of it: 16 bytes in half precision, as fast products ask."""
 
 
 def ffn(x: Tensor, projections: Sequence[nn.Linear], mix: Tensor | None, down: nn.Linear, spec: FFNSpec) -> Tensor:

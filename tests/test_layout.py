@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,23 @@ def test_imports_go_one_way(package):
 def test_the_layer_needs_torch_alone():
     names = set().union(*(imported(path) for path in (ROOT / "moa_ffn").rglob("*.py")))
     third_party = names - {"moa_ffn", "torch"} - set(__import__("sys").stdlib_module_names)
-    assert not third_party
+    assert third_party == {"triton"}  # which torch brings along on GPUs
+
+
+def test_the_layer_runs_without_triton():
+    script = """
+import sys
+sys.modules["triton"] = None  # to import it is an error
+import torch, moa_ffn
+ffn = moa_ffn.FFN(8, 16)
+ffn(torch.ones(3, 8)).sum().backward()
+try:
+    moa_ffn.FFN(8, 16, backend="triton")(torch.ones(3, 8))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "triton is not installed" in done.stdout
 
 
 def test_nothing_is_unpickled():

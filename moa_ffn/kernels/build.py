@@ -96,7 +96,10 @@ def kernel(text: str, interpreted: bool) -> Any:
     name = text.removeprefix("def ").partition("(")[0]
     file = f"<{name} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where Triton looks for source
-    helpers = (functions.add, functions.sigmoid, functions.tanh, functions.normal)
-    namespace: dict[str, Any] = {"__name__": __name__, "tl": tl, **{f.__name__: triton.jit(f) for f in helpers}}
+    plain = (functions.add, functions.sigmoid, functions.tanh, functions.normal)
+    helpers: dict[str, Any] = {f.__name__: f if interpreted else triton.jit(f) for f in plain}
+    if interpreted:  # plain functions will do there, and are quicker; so is a sum that it knows
+        helpers["add"] = tl.standard._sum_combine
+    namespace = {"__name__": __name__, "tl": tl, **helpers}
     exec(compile(text, file, "exec"), namespace)
     return triton.jit(namespace[name])

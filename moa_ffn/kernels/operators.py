@@ -44,7 +44,7 @@ def mixture_backward(
     if b is not None:
         results["grad_b"] = _like(b)
     if mix is not None:
-        results["grad_mix"] = _mix_gradient(mix, len(a))
+        results["grad_mix"] = _mix_gradient(mix, a.shape[0])
     if with_output:
         results["out"] = _like(a)
     build.backward(Mixture(form, gate, f, g), {**_inputs(grad=grad, a=a, b=b, mix=mix), **results})
@@ -58,7 +58,7 @@ def packed_mixture(
 ) -> Tensor:
     """`mixture` of the columns [a | b | mix | padding] of projected (N, W); of [a | b | padding] if mix is given."""
     wanted = Mixture(form, gate, f, g)
-    out = projected.new_empty(len(projected), columns)
+    out = projected.new_empty(projected.shape[0], columns)
     build.forward(wanted, {**_inputs(**_parts(projected, mix, columns, wanted)), "out": out})
     return out
 
@@ -78,12 +78,12 @@ def packed_mixture_backward(
     """grad (N, H) -> gradients of projected, one tensor (N, W) with zeros in the padding, and of mix; the mixture."""
     wanted = Mixture(form, gate, f, g)
     grad_projected = _like(projected)
-    grad_mix = None if mix is None else _mix_gradient(mix, len(projected))
+    grad_mix = None if mix is None else _mix_gradient(mix, projected.shape[0])
     grads = _parts(grad_projected, grad_mix, columns, wanted)
     grad_projected[:, _used(columns, mix, wanted) :].zero_()
     results = {f"grad_{name}": part for name, part in grads.items()}
     if with_output:
-        results["out"] = projected.new_empty(len(projected), columns)
+        results["out"] = projected.new_empty(projected.shape[0], columns)
     build.backward(wanted, {**_inputs(grad=grad, **_parts(projected, mix, columns, wanted)), **results})
     out = results.get("out", projected.new_empty(0))
     return grad_projected, _reduced(grad_mix, mix, projected), out
@@ -139,14 +139,14 @@ def _(
 
 @packed_mixture.register_fake
 def _(projected: Tensor, mix: Tensor | None, columns: int, *settings: str) -> Tensor:
-    return projected.new_empty(len(projected), columns)
+    return projected.new_empty(projected.shape[0], columns)
 
 
 @packed_mixture_backward.register_fake
 def _(
     grad: Tensor, projected: Tensor, mix: Tensor | None, columns: int, with_output: bool, *settings: str
 ) -> tuple[Tensor, ...]:
-    out = projected.new_empty((len(projected), columns) if with_output else 0)
+    out = projected.new_empty((projected.shape[0], columns) if with_output else 0)
     return _like(projected), projected.new_empty(0) if mix is None else _like(mix), out
 
 

@@ -1,4 +1,4 @@
-"""Kernels as text and as machine code: what is written, and that Triton's compiler takes it, on a machine without a GPU."""
+"""Kernels as text and as machine code: what is written, and that Triton compiles it, on a machine without a GPU."""
 
 import subprocess
 import sys

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TASKS = ("arc_challenge", "hellaswag", "openbookqa", "winogrande")
 FEW_SHOT_TASKS = ("arc_challenge", "openbookqa")
 ALLOWED_DIFFERENCE = 1e-3
@@ -243,7 +243,7 @@ def report(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def benchmark_eval(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Run the tasks and print the table; see the module's docstring and `add_arguments`."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     import datasets.config
@@ -275,12 +275,3 @@ def benchmark_eval(args: argparse.Namespace) -> None:
             os.chdir(here)
     rows.sort(key=lambda row: row.shots == 0)  # zero-shot rows stand right above their total
     print("\n" + report(rows))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and run."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    benchmark_eval(parser.parse_args(arguments))
