@@ -40,6 +40,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+@cache
 def installed() -> bool:
     """True when Triton can be imported."""
     return importlib.util.find_spec("triton") is not None

@@ -83,6 +83,7 @@ class Mixture(NamedTuple):
         return len(self.gate_coefficients) + len(self.up_coefficients) + sum(map(len, self.pair_coefficients))
 
 
+@cache
 def expressions(name: str, variable: str) -> tuple[str, str]:
     """Value and derivative of an activation at `variable`, as kernels write them.
 

@@ -112,7 +112,7 @@ def test_the_product_is_padded_with_zeros():
     linears = [nn.Linear(DIM, 5), nn.Linear(DIM, 6, bias=False)]
     x = torch.randn(TOKENS, DIM)
     product = project(x, linears)
-    assert product.shape == (TOKENS, 16)
+    assert product.shape == (TOKENS, ALIGNMENT)
     torch.testing.assert_close(product[:, :11], torch.cat([linear(x) for linear in linears], 1))
     assert (product[:, 11:] == 0).all()
 
