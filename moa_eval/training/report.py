@@ -118,7 +118,7 @@ def _title(comparison: Comparison) -> str:
     baseline, *others = (contender.label for contender in comparison.contenders)
     if not others:
         return baseline
-    return f"{', '.join(others) if len(others) <= 2 else f'{len(others)} alternatives'} against {baseline}"
+    return f"{' and '.join(others) if len(others) <= 2 else f'{len(others)} alternatives'} against {baseline}"
 
 
 def _data_uri(path: Path) -> str:

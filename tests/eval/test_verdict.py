@@ -146,7 +146,7 @@ def test_a_contender_without_a_good_rate_is_named(make_run):
     assert "left out: qd-MoA, lr 1e-3 (step 20) and qd-MoA, lr 2e-3 (step 20)." in notes
     turned = [*folders[1:], folders[0]]
     assert say(turned)[0] == [
-        "qd-MoA has no rate at which every run kept a finite loss: there is nothing to compare with."
+        "qd-MoA has no rate at which every run came to the end with a finite loss: there is nothing to compare with."
     ]
 
 
