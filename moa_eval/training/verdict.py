@@ -106,7 +106,8 @@ def _certainty(comparison: Comparison, contrast: Contrast, alternatives: int) ->
 def _no_difference(comparison: Comparison) -> str:
     baseline = comparison.contenders[0]
     if len(comparison.contenders) > 1 and baseline.best is None:
-        return f"{baseline.label} has no rate at which every run came to the end with a finite loss: there is nothing to compare with."
+        missing = f"{baseline.label} has no rate at which every run came to the end with a finite loss"
+        return f"{missing}: there is nothing to compare with."
     if len(comparison.contenders) > 1:
         shares = "No other FFN shares a validation of finite loss with"
         return f"{shares} {baseline.label}: there is no difference to report."
