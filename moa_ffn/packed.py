@@ -17,8 +17,8 @@ from moa_ffn import kernels
 from moa_ffn.spec import FFNSpec
 
 ALIGNMENT = 16
-"""The product's columns are padded to a multiple of it: Triton vectorizes the loads of rows that begin at such, and fast
-products ask for 16 bytes."""
+"""The product's columns are padded to a multiple of it: Triton vectorizes loads from rows that begin at such,
+and fast products ask for them."""
 
 
 def ffn(x: Tensor, projections: Sequence[nn.Linear], mix: Tensor | None, down: nn.Linear, spec: FFNSpec) -> Tensor:
