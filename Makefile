@@ -1,12 +1,15 @@
-# demo | test | check | bench. Each sets up .venv by itself; the second time that takes no time.
+# demo | demo-lm | test | check | bench. Each sets up .venv by itself; the second time that takes no time.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 RUNS := runs/laptop_swiglu runs/laptop_qdmoa
+LM_RUNS := runs/tales_swiglu runs/tales_qdmoa
+TASKS := arc_challenge,hellaswag,openbookqa,winogrande
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo demo-lm test check bench clean
 help:
 	@echo "make demo    train SwiGLU and qd-MoA masked autoencoders on photographs, compare them on one page (minutes, CPU)"
+	@echo "make demo-lm train a SwiGLU and a qd-MoA language model on tales, evaluate both by lm_eval, one page (minutes, CPU)"
 	@echo "make test    all tests that need no GPU"
 	@echo "make check   ruff and pyright"
 	@echo "make bench   the benchmarks of scripts/benchmark.py on this machine"
@@ -27,6 +30,18 @@ demo: $(READY)
 	$(BIN)/python scripts/pretrain_mae.py --config configs/mae/laptop_swiglu.yaml
 	$(BIN)/python scripts/pretrain_mae.py --config configs/mae/laptop_qdmoa.yaml
 	$(BIN)/python scripts/compare_runs.py $(RUNS) --out reports/demo --title "Demo: SwiGLU against qd-MoA on photographs"
+
+# The items that come with the tests stand where lm-eval's unmodified tasks look for their data sets.
+demo-lm: $(READY)
+	$(BIN)/python scripts/pretrain_lm.py --config configs/lm/tales_swiglu.yaml
+	$(BIN)/python scripts/pretrain_lm.py --config configs/lm/tales_qdmoa.yaml
+	for run in $(LM_RUNS); do \
+		rm -rf $$run/zero_shot && cd tests/eval/items && HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 "$(CURDIR)/$(BIN)/lm_eval" \
+			--model moa --model_args "pretrained=$(CURDIR)/$$run/export" --tasks $(TASKS) \
+			--output_path "$(CURDIR)/$$run/zero_shot" --log_samples && cd "$(CURDIR)" || exit 1; \
+	done
+	$(BIN)/python scripts/compare_runs.py $(LM_RUNS) --evals "Zero-shot, 30 items a task" $(LM_RUNS:=/zero_shot) \
+		--out reports/demo_lm --title "Demo: SwiGLU against qd-MoA in a language model"
 
 # One thread a worker: the tests are many and small.
 test: $(READY)

@@ -3,7 +3,7 @@
 from __future__ import annotations  # keeps huggingface_hub's strict dataclasses from type-checking our fields first
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -70,7 +70,9 @@ class MoALlamaConfig(LlamaConfig):
 
     model_type = "moa_llama"
     # What transformers' Trainer leaves out of the predictions that it collects; logits alone remain.
-    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "lm_loss", "aux_loss", "z_loss"]  # noqa: RUF012
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *("past_key_values", "router_logits", "lm_loss", "aux_loss", "z_loss", "sequence_losses"),
+    ]
 
     ffn_variant: str = "qdmoa"
     ffn_gate: str = "sigmoid"

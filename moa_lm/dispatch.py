@@ -1,14 +1,15 @@
 """Drop-free dispatch of tokens to experts: assignments sorted by expert, products group by group, a fixed-order sum.
 
-Every token reaches all of its experts, whatever the others chose. Rows are gathered, forward and backward, never
-scattered with atomics, and a token's experts are added in the order of their weights: its output does not depend on
-its batch, and two runs agree bit for bit.
+Every token reaches all of its experts, whatever the others chose. Nothing is scattered with atomics, forward or
+backward, and a token's experts are added in a fixed order, that of their weights or (on CPUs) of the experts: its
+output does not depend on its batch, and two runs agree bit for bit.
 
 Shapes: N tokens, k experts a token, S = N * k assignments (token, choice), E experts. A "row" is the place of an
 assignment in the order by expert.
 """
 
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-METHODS = ("auto", "grouped", "loop")
-"""How the experts' products are computed: torch's grouped product, one product for each expert, or the first where
-the device and dtype have it."""
+from moa_lm import expert_blocks
+
+METHODS = ("auto", "blocks", "grouped", "loop")
+"""How the experts' products are computed: expert by expert, gathered and summed on the way (expert_blocks.py; CPUs),
+torch's grouped product, one product for each expert, or the first of these that the device and dtype have."""
 
 _ALIGNMENT = 16  # bytes; grouped products need rows that begin at multiples of it
 _logger = logging.getLogger(__name__)
@@ -59,6 +62,49 @@ def combine(out: Tensor, weights: Tensor, groups: Groups) -> Tensor:
     return _Combine.apply(out, weights, groups.order, groups.rows)
 
 
+def project_in(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], groups: Groups, method: str) -> list[Tensor]:
+    """Every token through linear maps of each of its experts.
+
+    Args:
+        x: (N, I) tokens.
+        maps: weight (E, O, I) and bias (E, O) or None of each map.
+        groups: the assignments.
+        method: one of `METHODS` but "auto"; see `choose_method`.
+
+    Returns:
+        (S, O) of each map, in x's dtype or autocast's.
+    """
+    if method == "blocks":
+        products = expert_blocks.project_in(x, [weight for weight, _ in maps], groups.order, groups.rows, groups.ends)
+        return [_with_bias(a, bias, groups) for a, (_, bias) in zip(products, maps, strict=True)]
+    rows = dispatch(x, groups)
+    return [grouped_linear(rows, weight, bias, groups, method) for weight, bias in maps]
+
+
+def project_out(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor, groups: Groups, method: str
+) -> Tensor:
+    """Every row through its expert's linear map, and the weighted sum of each token's rows.
+
+    Args:
+        hidden: (S, I) rows sorted by expert.
+        weight: (E, O, I).
+        bias: (E, O) or None.
+        scales: (N, k), the weights of the sum.
+        groups: of the rows.
+        method: as in `project_in`.
+
+    Returns:
+        (N, O) in hidden's dtype or autocast's.
+    """
+    if method != "blocks":
+        return combine(grouped_linear(hidden, weight, bias, groups, method), scales, groups)
+    # The rows are scaled before the product, where they are narrow, and where compilers fuse it with the mixture.
+    hidden = hidden * scales.to(hidden.dtype).flatten().gather(0, groups.order).unsqueeze(-1)
+    out = expert_blocks.project_out(hidden, weight, groups.order, groups.rows, groups.ends)
+    return out if bias is None else out + combine(F.embedding(groups.experts, bias), scales, groups)
+
+
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups, method: str) -> Tensor:
     """Each row through its expert's linear map.
 
@@ -77,8 +123,12 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Group
     x, weight = x.to(dtype), weight.to(dtype)
     # No row at all: the grouped product's gradient fails on empty tensors.
     product = _grouped(x, weight, groups.ends) if method == "grouped" and len(x) else _loop(x, weight, groups.ends)
+    return _with_bias(product, bias, groups)
+
+
+def _with_bias(product: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
     # An embedding sums the gradient of a repeated entry in a fixed order; indexing does so with atomics on the CPU.
-    return product if bias is None else product + F.embedding(groups.experts, bias).to(dtype)
+    return product if bias is None else product + F.embedding(groups.experts, bias).to(product.dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -90,25 +140,34 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def choose_method(method: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return "grouped" or "loop" for `method`, one of `METHODS`.
+    """Return "blocks", "grouped" or "loop" for `method`, one of `METHODS`.
 
-    "auto" prefers the first and takes the second where it must, which it logs once for a device and dtype.
+    "auto" takes the first of them that can run. That it takes the loop is logged once for a device and dtype.
 
     Raises:
-        ValueError: "grouped" was asked for by name and cannot run for this device and dtype.
+        ValueError: a method was asked for by name and cannot run for this device and dtype.
     """
     if method == "loop":
         return "loop"
-    obstacle = _grouped_obstacle(device.type, device.index, dtype)
-    if obstacle is None:
-        return "grouped"
-    if method == "grouped":
+    obstacle = None
+    for name in METHODS[1:-1] if method == "auto" else [method]:
+        obstacle = _obstacle(name, device, dtype)
+        if obstacle is None:
+            return name
+    if method != "auto":
         raise ValueError(
-            f"expert_dispatch='grouped' cannot run with {dtype} on {device.type}: {obstacle}; "
-            "allowed here: 'auto' (which takes the loop) or 'loop'"
+            f"expert_dispatch={method!r} cannot run with {dtype} on {device.type}: {obstacle}; "
+            "allowed here: 'auto' (which takes one that can) or 'loop'"
         )
     _say_once(f"experts are computed in a loop, without grouped products ({dtype} on {device.type}: {obstacle})")
     return "loop"
+
+
+def _obstacle(method: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a method cannot run, or None."""
+    if method == "blocks":
+        return expert_blocks.obstacle(device, dtype)
+    return _grouped_obstacle(device.type, device.index, dtype)
 
 
 @torch.compiler.assume_constant_result

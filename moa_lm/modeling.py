@@ -26,10 +26,8 @@ from transformers.utils.output_capturing import OutputRecorder
 from moa_ffn import FFN
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.convert import from_llama
+from moa_lm.loss import IGNORED_LABEL, linear_cross_entropy
 from moa_lm.moe import Experts, MoE, TopKRouter, load_balancing_loss, router_z_loss
-
-IGNORED_LABEL = -100
-"""Labels of this value count in no loss, as in transformers."""
 
 
 @dataclass
@@ -50,6 +48,8 @@ class MoACausalLMOutput(CausalLMOutputWithPast):
     lm_loss: scalar, mean cross-entropy of the next token in nats. With `labels`.
     aux_loss: scalar, load-balancing loss, mean of the layers. With experts and `labels` or `output_router_logits`.
     z_loss: scalar, router z-loss, likewise.
+    sequence_losses: (B,) mean cross-entropy of each sequence, 0 of one without labels; without gradient. With
+        `skip_logits`.
 
     loss = lm_loss, and with experts + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss, in evaluation
     mode too: models are compared by lm_loss.
@@ -59,6 +59,7 @@ class MoACausalLMOutput(CausalLMOutputWithPast):
     lm_loss: Tensor | None = None
     aux_loss: Tensor | None = None
     z_loss: Tensor | None = None
+    sequence_losses: Tensor | None = None
 
 
 class MoALlamaDecoderLayer(LlamaDecoderLayer):
@@ -207,22 +208,39 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> MoACausalLMOutput:
-        """Logits of the next token, and with `labels` the training loss; arguments as in `LlamaForCausalLM`.
+        """Logits of the next token, and with labels the training loss; arguments as in `LlamaForCausalLM`.
 
         Args:
             input_ids: (B, T) tokens.
             attention_mask: (B, T), 0 where a token is padding. The routers' losses leave padding out.
+            position_ids: (B, T) or (1, T). Those of `document_positions` keep attention within documents, where
+                there is neither an `attention_mask` nor a cache (`use_cache=False`, which skip_logits implies).
             labels: (B, T), -100 where no loss is wanted; shifted inside, as in transformers.
             logits_to_keep: 0 for all positions, n for the last n, or the positions' indices.
             output_router_logits: return every layer's router logits; None takes the configuration's.
-            kwargs: `num_items_in_batch`, the number of labels of the whole accumulated batch, turns the mean of the
+            skip_logits: compute the loss without the logits of all tokens (see `moa_lm.loss`); `logits` is None, and
+                `sequence_losses` are there. None is False: the logits are returned.
+            kwargs: `shift_labels` (B, T) in place of `labels`: each position's next token, shifted already.
+                `num_items_in_batch`, the number of labels of the whole accumulated batch, turns the mean of the
                 loss into a share of that batch's mean, and the routers' losses too.
+
+        Raises:
+            ValueError: skip_logits without labels.
         """
+        # No argument of its own: transformers' Trainer wants every argument with "label" in its name to be given.
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
+        if labels is not None and shift_labels is None:
+            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL)
+        if skip_logits:
+            if shift_labels is None:
+                raise ValueError("skip_logits=True leaves nothing to return without labels or shift_labels")
+            use_cache = bool(use_cache)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        routed = self.config.num_experts > 0 and (output_router_logits or labels is not None)
+        routed = self.config.num_experts > 0 and (output_router_logits or shift_labels is not None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -234,15 +252,26 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(_slice_positions(outputs.last_hidden_state, logits_to_keep))
-        lm_loss = None
-        if labels is not None:
-            lm_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        items = kwargs.get("num_items_in_batch")
+        logits = lm_loss = sequence_losses = None
+        if skip_logits:
+            assert shift_labels is not None
+            lm_loss, sequence_losses = self._losses(outputs.last_hidden_state, shift_labels, items)
+        else:
+            logits = self.lm_head(_slice_positions(outputs.last_hidden_state, logits_to_keep))
+            if shift_labels is not None:
+                lm_loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    shift_labels=shift_labels.contiguous(),  # transformers views it flat
+                    vocab_size=self.config.vocab_size,
+                    **kwargs,
+                )
         aux_loss = z_loss = None
         if routed:
             aux_loss, z_loss = self._router_losses(outputs, attention_mask)
         return MoACausalLMOutput(
-            loss=self._training_loss(lm_loss, aux_loss, z_loss, labels, kwargs.get("num_items_in_batch")),
+            loss=self._training_loss(lm_loss, aux_loss, z_loss, shift_labels, items),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -251,11 +280,20 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
             lm_loss=lm_loss,
             aux_loss=aux_loss,
             z_loss=z_loss,
+            sequence_losses=sequence_losses,
         )
+
+    def _losses(self, hidden: Tensor, shift_labels: Tensor, items: int | Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mean loss, or its share of `items`, and each sequence's mean (B,), of hidden (B, T, D)."""
+        labels = shift_labels.to(hidden.device)
+        found = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
+        counts = (labels != IGNORED_LABEL).sum(-1)
+        divisor = counts.sum().clamp_min(1) if items is None else torch.as_tensor(items, device=hidden.device)
+        return found.total / divisor, found.tokens.view_as(labels).sum(-1) / counts.clamp_min(1)
 
     def _router_losses(self, outputs: MoAModelOutput, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Load-balancing and z-loss, means of the layers. Masks that are not (B, T) do not say what is padding."""
-        assert outputs.last_hidden_state is not None and outputs.router_logits
+        assert outputs.last_hidden_state is not None and outputs.router_logits is not None
         if outputs.last_hidden_state.requires_grad and not outputs.router_logits[-1].requires_grad:
             trainable = [module.weight.requires_grad for module in self.modules() if isinstance(module, TopKRouter)]
             if any(trainable):
@@ -275,16 +313,32 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
         lm_loss: Tensor | None,
         aux_loss: Tensor | None,
         z_loss: Tensor | None,
-        labels: Tensor | None,
+        shift_labels: Tensor | None,
         num_items_in_batch: int | Tensor | None,
     ) -> Tensor | None:
-        if lm_loss is None or labels is None or aux_loss is None or z_loss is None:
+        if lm_loss is None or shift_labels is None or aux_loss is None or z_loss is None:
             return lm_loss
         extra = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
         if num_items_in_batch is not None:
-            items = (labels[..., 1:] != IGNORED_LABEL).sum()
+            items = (shift_labels != IGNORED_LABEL).sum()
             extra = extra * (items / num_items_in_batch).to(extra.device)
         return lm_loss + extra.to(lm_loss.device)
+
+
+def document_positions(input_ids: Tensor, end_of_text: int) -> Tensor:
+    """Positions (B, T) of tokens (B, T) in their documents: 0 at each row's start and after each end of text.
+
+    As `position_ids` of a model without `attention_mask` and cache they keep attention within documents, in eager and
+    sdpa attention alike: transformers takes every place where they do not rise by one for a boundary.
+    """
+    places = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
+    starts = nn.functional.pad(input_ids[..., :-1] == end_of_text, (1, 0), value=True)
+    return places - torch.where(starts, places, 0).cummax(-1).values
+
+
+def labels_within_documents(input_ids: Tensor, shift_labels: Tensor, end_of_text: int) -> Tensor:
+    """The labels (B, T), without those of end-of-text inputs: what comes next is another document's first token."""
+    return shift_labels.masked_fill(input_ids == end_of_text, IGNORED_LABEL)
 
 
 def _slice_positions(hidden: Tensor, positions: int | Tensor) -> Tensor:

@@ -5,7 +5,7 @@ DeepSeekMoE, arXiv:2401.06066; the paper's LlamaMoE has 32 routed experts, 4 cho
 Nothing is dropped, and a token's output does not depend on its batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -18,11 +18,11 @@ from moa_lm.dispatch import (
     METHODS,
     Groups,
     choose_method,
-    combine,
     compute_dtype,
     dispatch,
     group_by_expert,
-    grouped_linear,
+    project_in,
+    project_out,
 )
 from moa_lm.router import TopKRouter, expert_load, load_balancing_loss, router_entropy, router_z_loss
 
@@ -124,23 +124,28 @@ class Experts(nn.Module):
             (N, D) in hidden's dtype or autocast's.
 
         Raises:
-            ValueError: `expert_dispatch="grouped"` cannot run here.
+            ValueError: `expert_dispatch` names a method that cannot run here.
         """
         hidden = hidden.to(compute_dtype(hidden))  # before the rows are copied, not after
         method = choose_method(self.method, hidden.device, hidden.dtype)
         groups = group_by_expert(indices, self.num_experts)
-        linear = partial(grouped_linear, groups=groups, method=method)
-        x = dispatch(hidden, groups)
-        a = linear(x, self.gate_proj, self.gate_proj_bias)
-        b = None if self.up_proj is None else linear(x, self.up_proj, self.up_proj_bias)
-        mixed = mixture(a, b, self._mix(hidden, x, groups, linear), self.spec, self.backend)
-        return combine(linear(mixed, self.down_proj, self.down_proj_bias), weights, groups)
+        maps = [(weight, bias) for weight, bias in self._maps() if weight is not None]
+        a, *others = project_in(hidden, maps, groups, method)
+        b = None if self.up_proj is None else others.pop(0)
+        mix = others.pop() if others else self._mix(hidden, groups)
+        mixed = mixture(a, b, mix, self.spec, self.backend)
+        return project_out(mixed, self.down_proj, self.down_proj_bias, weights, groups, method)
 
-    def _mix(self, hidden: Tensor, x: Tensor, groups: Groups, linear: Callable[..., Tensor]) -> Tensor | None:
-        """Mixing logits or constants (S, K) of the rows x (S, D) of the tokens hidden (N, D), None of a fixed FFN."""
+    def _maps(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """Weight and bias of what an expert applies to a token: gate, up, and mixing if every expert has its own."""
+        yield self.gate_proj, self.gate_proj_bias
+        yield self.up_proj, self.up_proj_bias
+        if self.mixing == "expert":
+            yield self.mix_proj, self.mix_proj_bias
+
+    def _mix(self, hidden: Tensor, groups: Groups) -> Tensor | None:
+        """Mixing logits or constants (S, K) of all rows, for the tokens hidden (N, D); None of a fixed FFN."""
         if self.mix_proj is not None:
-            if self.mixing == "expert":
-                return linear(x, self.mix_proj, self.mix_proj_bias)
             return dispatch(F.linear(hidden, self.mix_proj, self.mix_proj_bias), groups)
         if self.mix_coef is not None and self.mixing == "expert":
             return F.embedding(groups.experts, self.mix_coef)

@@ -53,18 +53,20 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
+    "dense-micro": Size(4, 128, 2, 320, tied=True),
     "dense-tiny": Size(4, 256, 4, 640, tied=True),
     "dense-0.12b": Size(6, 768, 12, 2048, paper_total={"swiglu": "0.11974", "bimoa": "0.11980", "": "0.12"}),
     "llama-large": Size(6, 768, 12, 2048, variants=("swiglu",), paper_total={"": "0.11980"}),
     "dense-0.25b": Size(12, 1024, 16, 2688, paper_total={"": "0.25"}),
     "dense-0.5b": Size(12, 1536, 24, 4096, paper_total={"": "0.5"}),
+    "moe-micro": Size(4, 128, 2, 128, experts=8, active_experts=2, tied=True),
     "moe-tiny": Size(4, 256, 4, 192, experts=8, active_experts=2, tied=True),
     "moe-0.25b": Size(9, 704, 11, 256, experts=32, paper_total={"": "0.25"}, paper_active={"": "0.11"}),
     "moe-0.5b": Size(11, 896, 14, 384, experts=32),
     "moe-1b": Size(18, 1152, 18, 384, experts=32),
     "moe-2b": Size(19, 1664, 26, 512, experts=32, paper_total={"": "2"}, paper_active={"": "0.62"}),
 }
-"""The tiny ones are for laptops and tests. All MoE sizes have one shared expert."""
+"""The tiny and micro ones are for laptops and tests. All MoE sizes have one shared expert."""
 
 
 def named_config(size: str, variant: str = "qdmoa", **overrides: Any) -> MoALlamaConfig:

@@ -43,8 +43,11 @@ def save(
     generators: Generators,
     *,
     keep: int,
+    keep_every: int | None = None,
 ) -> Path:
-    """Write `folder`/step_XXXXXXXX, then point LAST at it, then drop all but the newest `keep`.
+    """Write `folder`/step_XXXXXXXX, then point LAST at it, then drop old ones.
+
+    Kept are the newest `keep` and those whose step is a multiple of `keep_every`.
 
     `state` is JSON with an int "step"; `model` is the bare module (no DDP wrapper).
     """
@@ -56,8 +59,9 @@ def save(
         sums = {name: _checksum(temporary / name) for name in FILES}
         write_json(temporary / "state.json", {**state, "files": sums})
     write_text(folder / "LAST", final.name + "\n")
-    for _, old in sorted(_steps(folder), reverse=True)[keep:]:
-        shutil.rmtree(old)
+    for step, old in sorted(_steps(folder), reverse=True)[keep:]:
+        if keep_every is None or step % keep_every:
+            shutil.rmtree(old)
     return final
 
 

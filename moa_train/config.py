@@ -14,6 +14,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
+from moa_train.schedule import Budget, DecayShape
+
 Config = TypeVar("Config")
 
 
@@ -22,19 +24,29 @@ class OptimConfig:
     """The optimizer.
 
     Args:
+        algorithm: adamw, or muon: Muon for hidden matrices, AdamW for everything else.
         lr: Peak learning rate, absolute (no scaling by the batch).
         betas: AdamW's decay rates of the two moments.
         eps: AdamW's epsilon.
         weight_decay: Decoupled weight decay, for weights with two or more dimensions.
         fused: One fused AdamW kernel where the device has it.
+        momentum: Muon's (Nesterov).
+        muon_scale: What multiplies Muon's orthogonalized update of a matrix (A, B). match_rms_adamw: 0.2 sqrt(max(A,
+            B)), the size of AdamW's usual update, so that a rate tuned for AdamW fits (arXiv:2502.16982). original:
+            sqrt(max(1, A / B)).
+        adamw_lr_scale: With muon, the rate of the parameters that AdamW steps, as a multiple of lr.
         clip_grad: Largest global gradient norm; null leaves gradients as they are.
     """
 
+    algorithm: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.05
     fused: bool = True
+    momentum: float = 0.95
+    muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    adamw_lr_scale: float = 1.0
     clip_grad: float | None = None
 
     def __post_init__(self) -> None:
@@ -43,33 +55,58 @@ class OptimConfig:
         require("optim.betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
         require("optim.eps", self.eps, self.eps > 0, "above 0")
         require("optim.weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or above")
+        require("optim.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        require("optim.adamw_lr_scale", self.adamw_lr_scale, self.adamw_lr_scale > 0, "above 0")
         clips = self.clip_grad is None or self.clip_grad > 0
         require("optim.clip_grad", self.clip_grad, clips, "above 0, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
+    """In what batches, at what rate; a subclass says how long.
+
+    Args:
+        min_lr: Learning rate at the end.
+        batch_size: Global batch of one optimizer step, in samples, the same on any number of devices.
+        decay_fraction: Part of all steps, the last ones, over which the rate falls; before them it stays at the peak
+            (warmup-stable-decay). 1 is everything after the warm-up.
+        decay_shape: How it falls: half a cosine, a line, or 1 - sqrt of the part done.
+    """
+
+    min_lr: float = 0.0
+    batch_size: int = 64
+    decay_fraction: float = 1.0
+    decay_shape: DecayShape = "cosine"
+
+    def __post_init__(self) -> None:
+        """Check the ranges; ValueError names the key."""
+        require("schedule.min_lr", self.min_lr, self.min_lr >= 0, "0 or above")
+        require("schedule.batch_size", self.batch_size, self.batch_size >= 1, "1 or above")
+        require("schedule.decay_fraction", self.decay_fraction, 0 <= self.decay_fraction <= 1, "from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochSchedule(ScheduleConfig):
     """How long, in what batches, at what rate.
 
     Args:
         epochs: Passes over the training set.
-        warmup_epochs: Linear warm-up from 0, step by step, over this many epochs; then half a cosine.
-        min_lr: Learning rate at the end of the cosine.
-        batch_size: Global batch of one optimizer step, the same on any number of devices.
+        warmup_epochs: Linear warm-up from 0, step by step, over this many epochs.
     """
 
     epochs: float = 1.0
     warmup_epochs: float = 0.0
-    min_lr: float = 0.0
-    batch_size: int = 64
 
     def __post_init__(self) -> None:
         """Check the ranges; ValueError names the key."""
+        super().__post_init__()
         require("schedule.epochs", self.epochs, self.epochs > 0, "above 0")
         warmup = 0 <= self.warmup_epochs <= self.epochs
         require("schedule.warmup_epochs", self.warmup_epochs, warmup, f"from 0 to schedule.epochs ({self.epochs})")
-        require("schedule.min_lr", self.min_lr, self.min_lr >= 0, "0 or above")
-        require("schedule.batch_size", self.batch_size, self.batch_size >= 1, "1 or above")
+
+    def budget(self, steps_per_epoch: int) -> Budget:
+        """Return the steps that the epochs come to."""
+        return Budget(max(1, round(self.epochs * steps_per_epoch)), round(self.warmup_epochs * steps_per_epoch))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +123,7 @@ class LoopConfig:
         visualize: Held-out samples drawn at each validation; 0 is none.
         save_every: Steps between checkpoints: the most work that a crash can lose.
         keep: Checkpoints kept, newest first.
+        keep_every: Steps between checkpoints that are kept for good, a multiple of save_every; null keeps none.
         trackers: Trackers of accelerate by name, e.g. tensorboard, wandb; [] is none.
     """
 
@@ -98,6 +136,7 @@ class LoopConfig:
     visualize: int = 8
     save_every: int = 500
     keep: int = 2
+    keep_every: int | None = None
     trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
@@ -105,6 +144,10 @@ class LoopConfig:
         for name in ("micro_batch_size", "log_every", "val_every", "save_every", "keep"):
             require(f"loop.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or above")
         require("loop.visualize", self.visualize, self.visualize >= 0, "0 or above")
+        kept = self.keep_every is None or (self.keep_every >= 1 and self.keep_every % self.save_every == 0)
+        require(
+            "loop.keep_every", self.keep_every, kept, f"a multiple of loop.save_every ({self.save_every}), or null"
+        )
         samples = self.val_samples is None or self.val_samples >= 1
         require("loop.val_samples", self.val_samples, samples, "1 or above, or null")
 
@@ -118,6 +161,9 @@ class RunConfig:
         seed: Seed of the weights, the order of the data and every augmentation.
         out: Folder of all runs.
         resume: auto continues a run that has begun; never refuses to; force continues even though keys differ.
+        start_from: A checkpoint of another run (RUN/checkpoints/step_XXXXXXXX) to begin with instead of new weights:
+            weights, optimizer, position in the data and step. So a warmup-stable-decay run is decayed from any of
+            its stable checkpoints.
         optim: The optimizer.
         schedule: How long, in what batches, at what rate.
         loop: How the loop runs.
@@ -127,6 +173,7 @@ class RunConfig:
     seed: int = 0
     out: str = "runs"
     resume: Literal["auto", "never", "force"] = "auto"
+    start_from: str | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -152,9 +199,16 @@ class RunConfig:
 HARMLESS = frozenset(
     {"out", "resume"}
     | {f"loop.{key}" for key in ("micro_batch_size", "compile", "log_every", "val_every", "visualize")}
-    | {f"loop.{key}" for key in ("save_every", "keep", "trackers")}
+    | {f"loop.{key}" for key in ("save_every", "keep", "keep_every", "trackers")}
 )
 """Keys that may change when a run is resumed: they say how it is run and recorded, not what is trained."""
+
+STARTS_ANEW = frozenset(
+    {"name", "start_from"}
+    | {f"schedule.{key}" for key in ("epochs", "warmup_epochs", "tokens", "tokens_per_parameter", "warmup_steps")}
+    | {f"schedule.{key}" for key in ("min_lr", "decay_fraction", "decay_shape")}
+)
+"""Keys that may differ between a run and the one whose checkpoint it begins with."""
 
 
 def require(key: str, value: Any, allowed: bool, wanted: str) -> None:

@@ -14,7 +14,7 @@ from moa_train.config import RunConfig, as_tree, flatten
 from moa_train.plan import Costs, Plan, describe
 from moa_train.progress import Progress, duration
 from moa_train.records import RunFolder, command_line, describe_environment
-from moa_train.task import Task
+from moa_train.task import Observed, Task
 
 PROJECT = "mixture-of-activations"
 """Name of the project in trackers."""
@@ -68,7 +68,13 @@ class Journal:
             "device": f"{devices.device_name(device)} x {self.plan.world_size}, {how}",
             **self.task.describe(),
             "optimizer": optimizer,
-            **describe(self.plan, self.costs, unit=self.task.unit, step=self.state.step),
+            **describe(
+                self.plan,
+                self.costs,
+                unit=self.task.unit,
+                units_per_sample=self.task.units_per_sample,
+                step=self.state.step,
+            ),
         }
         for title, text in lines.items():
             self.say(f"{title:<11} {text}")
@@ -81,7 +87,8 @@ class Journal:
 
     def train_row(self, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
         """Show the step just finished, which took `seconds`, and write its row if one is due."""
-        step, batch, plan = self.state.step, self.plan.global_batch, self.plan
+        step, plan = self.state.step, self.plan
+        batch = plan.global_batch * self.task.units_per_sample
         self.window_s += seconds
         self.window_steps += 1
         self.session_steps += 1
@@ -91,12 +98,14 @@ class Journal:
             memory = devices.peak_memory_mib(self.accelerator.device)
             speed = f"{batch / self.step_s:.4g} {self.task.unit}/s"
             self.say(f"measured    {speed}, {memory:,.0f} MiB at most; {left} of training left")
-        use = self.costs.utilization(batch / self.step_s, plan.world_size)
+        use = self.costs.utilization(plan.global_batch / self.step_s, plan.world_size)
         self.progress.update(step, plan.epoch(step), loss, lr, batch / self.step_s, use, left)
         if plan.due(step, self.config.loop.log_every):
-            throughput = self.window_steps * batch / self.window_s
-            mfu = self.costs.utilization(throughput, plan.world_size)
-            self.write("train", step, loss=loss, lr=lr, grad_norm=grad_norm, throughput=throughput, mfu=mfu)
+            steps_per_s = self.window_steps / self.window_s
+            mfu = self.costs.utilization(steps_per_s * plan.global_batch, plan.world_size)
+            more = self.task.observations() if isinstance(self.task, Observed) else {}
+            row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "throughput": steps_per_s * batch, "mfu": mfu}
+            self.write("train", step, **row, **more)
             self.window_steps, self.window_s = 0, 0.0
 
     def val_row(self, losses: dict[str, float]) -> None:
@@ -108,12 +117,16 @@ class Journal:
 
     def write(self, kind: str, step: int, **values: float | None) -> None:
         """Add a row to metrics.jsonl and to the trackers."""
-        samples = step * self.plan.global_batch
-        place = {"kind": kind, "step": step, "epoch": self.plan.epoch(step), "samples": samples}
+        seen = {self.task.counter: self._units(step)}
+        place = {"kind": kind, "step": step, "epoch": self.plan.epoch(step), **seen}
         row = {**place, "wall_s": self.state.wall_s, **values}
         if self.main:
             self.folder.append(row)
         track(self.accelerator, row)
+
+    def _units(self, step: int) -> int:
+        """Samples or tokens seen in `step` steps."""
+        return step * self.plan.global_batch * self.task.units_per_sample
 
     def note_memory(self) -> None:
         """Bring the state's peak memory up to date."""
@@ -126,15 +139,15 @@ class Journal:
         if not self.main:
             return
         self.note_memory()
-        samples = self.state.step * self.plan.global_batch
+        unit, flops = self.task.counter, self.costs.flops_per_sample
         facts = {
             "name": self.config.name,
             "seed": self.config.seed,
             "status": status,
             "steps": self.state.step,
-            "samples": samples,
-            "flops_per_sample": self.costs.flops_per_sample,
-            "flops_total": self.costs.flops_per_sample * samples,
+            unit: self._units(self.state.step),
+            f"flops_per_{unit.removesuffix('s')}": flops / self.task.units_per_sample,
+            "flops_total": flops * self.state.step * self.plan.global_batch,
             "wall_s": self.state.wall_s,
             "peak_memory_mib": self.state.peak_memory_mib,
             **self.task.facts(),

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +17,22 @@ from accelerate.utils import send_to_device, set_seed
 from torch import Tensor
 
 from moa_train import checkpoint
-from moa_train.checkpoint import Generators, get_generators, of_all_processes, of_process, set_generators
-from moa_train.config import HARMLESS, RunConfig, as_tree
+from moa_train.checkpoint import (
+    DamagedCheckpoint,
+    Generators,
+    get_generators,
+    of_all_processes,
+    of_process,
+    set_generators,
+)
+from moa_train.config import HARMLESS, STARTS_ANEW, RunConfig, as_tree, differing_keys
 from moa_train.durable import new_folder
 from moa_train.journal import Journal, State, check_trackers
 from moa_train.optim import build_optimizer, describe_groups, set_rate
 from moa_train.plan import Costs, make_plan, measure_costs
 from moa_train.records import RunFolder, command_line
 from moa_train.signals import EXIT_STOPPED, StopRequests
-from moa_train.task import OwnOptimizer, Share, Task
+from moa_train.task import HiddenMatrices, OwnOptimizer, Share, Task
 
 
 class NonFiniteError(Exception):
@@ -86,7 +94,7 @@ def check(config: RunConfig, build_task: Callable[[], Task]) -> None:
     check_trackers(config.loop.trackers)
     with torch.device("meta"):
         task = build_task()
-    make_plan(config, task.samples_per_epoch, world_size=1)
+    make_plan(config, task.samples_per_epoch, task.budget, world_size=1)
 
 
 class Trainer:
@@ -105,10 +113,11 @@ class Trainer:
         harmless: frozenset[str] = HARMLESS,
     ) -> None:
         self.config, self.task, self.accelerator, self.stop = config, task, accelerator, stop
+        self.harmless = harmless
         self.device = accelerator.device
         self.folder = RunFolder(config.folder)
         changed = self.folder.check(as_tree(config), config.resume, harmless)
-        self.plan = make_plan(config, task.samples_per_epoch, accelerator.num_processes)
+        self.plan = make_plan(config, task.samples_per_epoch, task.budget, accelerator.num_processes)
         self.share = Share(accelerator.process_index, accelerator.num_processes, config.loop.micro_batch_size)
 
         self.bare = task.model.to(self.device)
@@ -127,7 +136,8 @@ class Trainer:
     def _build_optimizer(self) -> torch.optim.Optimizer:
         if isinstance(self.task, OwnOptimizer):
             return self.task.optimizer(self.config.optim)
-        return build_optimizer(self.bare, self.config.optim, self.task.no_weight_decay())
+        hidden = self.task.hidden_matrices() if isinstance(self.task, HiddenMatrices) else None
+        return build_optimizer(self.bare, self.config.optim, self.task.no_weight_decay(), hidden)
 
     def _measure_costs(self) -> Costs:
         def loss(batch: Any) -> Tensor:
@@ -268,25 +278,80 @@ class Trainer:
         self.journal.note_memory()
         everyones = of_all_processes(generators, self.accelerator)
         if self.accelerator.is_main_process:
-            state = {**asdict(self.state), "world_size": self.plan.world_size, "config": as_tree(self.config)}
-            keep = self.config.loop.keep
-            checkpoint.save(self.folder.checkpoints, state, self.bare, self.optimizer, everyones, keep=keep)
+            state = {
+                **asdict(self.state),
+                "world_size": self.plan.world_size,
+                "decaying": self.plan.is_decaying(self.state.step),
+                "config": as_tree(self.config),
+            }
+            checkpoint.save(
+                self.folder.checkpoints,
+                state,
+                self.bare,
+                self.optimizer,
+                everyones,
+                keep=self.config.loop.keep,
+                keep_every=self.config.loop.keep_every,
+            )
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> list[str]:
         """Take the newest valid checkpoint, if there is one; return a message for each damaged one passed over."""
         newest, damaged = checkpoint.newest_valid(self.folder.checkpoints)
-        rank = self.accelerator.process_index
-        if newest is not None:
-            saved, generators = checkpoint.load(newest, self.bare, self.optimizer)
+        source = newest or self._start()
+        if source is not None:
+            self._check_algorithm(source)
+            saved, generators = checkpoint.load(source, self.bare, self.optimizer)
             self.state = State(**{key: saved[key] for key in asdict(State())})
+            self.generators = of_process(generators, self.accelerator.process_index)
+        if newest is not None:
             self.saved_step = self.state.step
-            self.generators = of_process(generators, rank)
         if self.state.step > self.plan.total_steps:
-            raise ValueError(f"{newest} is past the end of this configuration, step {self.plan.total_steps}")
+            raise ValueError(f"{source} is past the end of this configuration, step {self.plan.total_steps}")
         # Every process has its own random numbers; one without a saved state (it was not there before) keeps these.
         set_seed(self.config.seed + self.state.step, device_specific=True)
         return damaged
+
+    def _check_algorithm(self, path: Path) -> None:
+        """Raise ValueError if the checkpoint holds another algorithm's state, which cannot be taken over."""
+        saved = checkpoint.verify(path)["config"]["optim"].get("algorithm", "adamw")
+        if saved != self.config.optim.algorithm:
+            raise ValueError(
+                f"optim.algorithm is {self.config.optim.algorithm!r}, but {path} holds the optimizer state of "
+                f"{saved!r}; go back to it, or begin a new run"
+            )
+
+    def _start(self) -> Path | None:
+        """Return the other run's checkpoint to begin with, if the configuration names one and it fits."""
+        if self.config.start_from is None:
+            return None
+        path = Path(self.config.start_from)
+        try:
+            state = checkpoint.verify(path)
+        except DamagedCheckpoint as error:
+            raise ValueError(f"start_from cannot be used: {error}") from error
+        if self.config.resume != "force":
+            self._check_start(path, state)
+        return path
+
+    def _check_start(self, path: Path, state: dict[str, Any]) -> None:
+        """Raise ValueError unless this run is the one that wrote the checkpoint, but for how and when it ends."""
+        different = differing_keys(state["config"], as_tree(self.config), harmless=self.harmless | STARTS_ANEW)
+        if different:
+            listed = "\n  ".join(different)
+            raise ValueError(
+                f"start_from {path} is of a run with another configuration:\n  {listed}\n"
+                "Go back to these values, or begin with it all the same with --resume force."
+            )
+        if state.get("decaying"):
+            raise ValueError(f"start_from {path}: its rate had begun to fall already; take an earlier checkpoint")
+        step, part = state["step"], self.config.schedule.decay_fraction
+        if self.plan.is_decaying(step):
+            longer = f"{math.ceil(step / (1 - part)):,} steps or more" if part < 1 else "a decay_fraction below 1"
+            raise ValueError(
+                f"start_from {path} is of step {step:,}, but this schedule's rate falls from step "
+                f"{self.plan.total_steps - self.plan.decay_steps:,} on; it takes {longer}"
+            )
 
     def _export(self) -> None:
         if self.accelerator.is_main_process:

@@ -11,8 +11,8 @@ from torch import nn
 
 from moa_train.config import RunConfig
 from moa_train.devices import bf16_peak_flops, device_name, saved_bytes_per_sample, state_bytes
-from moa_train.optim import lr_at
 from moa_train.progress import count, duration
+from moa_train.schedule import Budget, DecayShape, lr_at
 
 TRAINING_FLOPS_PER_FORWARD = 3
 """A backward pass costs twice the forward's matrix products."""
@@ -27,7 +27,7 @@ class Plan:
 
     Attributes:
         steps_per_epoch: Whole global batches in the training set; what is left over is dropped.
-        total_steps, warmup_steps: Length of the run and of its warm-up.
+        total_steps, warmup_steps, decay_steps: Length of the run, of its warm-up, and of the fall of its rate.
         global_batch: Samples of one optimizer step = accumulation * world_size * micro_batch.
         accumulation: Micro-batches that one device accumulates in a step.
     """
@@ -35,18 +35,30 @@ class Plan:
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
+    decay_steps: int
     global_batch: int
     micro_batch: int
     accumulation: int
     world_size: int
     lr: float
     min_lr: float
+    decay_shape: DecayShape
 
     def lr_at(self, step: int) -> float:
-        """Return the rate of the step that follows `step` finished ones; see `moa_train.optim.lr_at`."""
+        """Return the rate of the step that follows `step` finished ones; see `moa_train.schedule.lr_at`."""
         return lr_at(
-            step, lr=self.lr, min_lr=self.min_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps
+            step,
+            lr=self.lr,
+            min_lr=self.min_lr,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+            decay_steps=self.decay_steps,
+            shape=self.decay_shape,
         )
+
+    def is_decaying(self, step: int) -> bool:
+        """Tell whether the rate has begun to fall before `step` steps are finished."""
+        return step > self.total_steps - self.decay_steps
 
     def epoch(self, step: int) -> float:
         """Return the epochs that `step` finished steps come to."""
@@ -57,8 +69,8 @@ class Plan:
         return step > 0 and (step % every == 0 or step == self.total_steps)
 
 
-def make_plan(config: RunConfig, samples_per_epoch: int, world_size: int) -> Plan:
-    """Turn epochs into steps and split the global batch.
+def make_plan(config: RunConfig, samples_per_epoch: int, budget: Callable[[int], Budget], world_size: int) -> Plan:
+    """Count a run in steps and split the global batch; `budget` turns the steps of an epoch into those of the run.
 
     Raises:
         ValueError: the training set is smaller than a batch, or the global batch is no multiple of
@@ -79,16 +91,19 @@ def make_plan(config: RunConfig, samples_per_epoch: int, world_size: int) -> Pla
         raise ValueError(
             f"schedule.batch_size is {batch}; it must be at most the training set's {samples_per_epoch} samples"
         )
+    total_steps, warmup_steps = budget(steps_per_epoch)
     return Plan(
         steps_per_epoch=steps_per_epoch,
-        total_steps=max(1, round(config.schedule.epochs * steps_per_epoch)),
-        warmup_steps=round(config.schedule.warmup_epochs * steps_per_epoch),
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        decay_steps=min(max(0, total_steps - warmup_steps), round(config.schedule.decay_fraction * total_steps)),
         global_batch=batch,
         micro_batch=micro,
         accumulation=batch // at_once,
         world_size=world_size,
         lr=config.optim.lr,
         min_lr=config.schedule.min_lr,
+        decay_shape=config.schedule.decay_shape,
     )
 
 
@@ -131,29 +146,34 @@ def measure_costs(
     )
 
 
-def describe(plan: Plan, costs: Costs, *, unit: str, step: int) -> dict[str, str]:
+def describe(plan: Plan, costs: Costs, *, unit: str, units_per_sample: int, step: int) -> dict[str, str]:
     """Return the lines of the announcement that follow from the plan: {"steps", "work", "memory", "time"}."""
-    images, activations = plan.total_steps * plan.global_batch, plan.micro_batch * costs.saved_bytes_per_sample
-    flops = costs.flops_per_sample * (images - step * plan.global_batch)
+    samples, activations = plan.total_steps * plan.global_batch, plan.micro_batch * costs.saved_bytes_per_sample
+    flops = costs.flops_per_sample * (samples - step * plan.global_batch)
+    what, of_units = (unit, f" of {units_per_sample:,} {unit}") if units_per_sample > 1 else ("sample", f" {unit}")
+    flops_per_unit = costs.flops_per_sample / units_per_sample
     if costs.peak_flops is None:
         time = "no peak rate is known for this device; told once measured"
     else:
         seconds = flops / (ASSUMED_UTILIZATION * costs.peak_flops * plan.world_size)
         time = f"{duration(seconds)} at {ASSUMED_UTILIZATION:.0%} of the bf16 peak; told again once measured"
+    partly = plan.decay_steps < plan.total_steps - plan.warmup_steps
+    decay = f", {plan.decay_steps:,} of decay ({plan.decay_shape}) at the end" if partly else ""
     return {
         "steps": (
             f"{plan.total_steps:,} = {plan.epoch(plan.total_steps):.4g} epochs of {plan.steps_per_epoch:,}, "
-            f"{plan.warmup_steps:,} of warm-up; {images:,} {unit} in all"
+            f"{plan.warmup_steps:,} of warm-up{decay}; {samples * units_per_sample:,} {unit} in all"
             + (f"; continuing after step {step:,}" if step else "")
         ),
         "batch": (
-            f"{plan.global_batch:,} {unit} a step = {plan.accumulation} accumulated x {plan.world_size} device(s) "
+            f"{plan.global_batch:,}{of_units} a step = {plan.accumulation} accumulated x {plan.world_size} device(s) "
             f"x {plan.micro_batch}"
         ),
-        "work": f"{count(costs.flops_per_sample)}FLOPs a sample in training, {count(flops)}FLOPs to do",
+        "work": f"{count(flops_per_unit)}FLOPs a {what} in training, {count(flops)}FLOPs to do",
         "memory": (
             f"about {(costs.state_bytes + activations) / 2**20:,.0f} MiB a device: weights, gradients and moments "
-            f"{costs.state_bytes / 2**20:,.0f}, activations of {plan.micro_batch} {unit} {activations / 2**20:,.0f}"
+            f"{costs.state_bytes / 2**20:,.0f}, activations of {plan.micro_batch}{of_units} "
+            f"{activations / 2**20:,.0f}"
         ),
         "time": time,
     }

@@ -121,7 +121,7 @@ class RunFolder:
 
 
 def summarize_rows(rows: Iterable[Row], best_by: str) -> dict[str, Any]:
-    """Return final and best validation losses, the last training loss and the median throughput (samples/s)."""
+    """Return final and best validation losses, the last training loss and the median throughput (units/s)."""
     rows = list(rows)
     val = [row for row in rows if row["kind"] == "val"]
     train = [row for row in rows if row["kind"] == "train"]
@@ -136,7 +136,8 @@ def summarize_rows(rows: Iterable[Row], best_by: str) -> dict[str, Any]:
 
 
 def _losses(row: Row) -> Row:
-    return {key: value for key, value in row.items() if key not in ("kind", "step", "epoch", "samples", "wall_s")}
+    place = ("kind", "step", "epoch", "samples", "tokens", "wall_s")
+    return {key: value for key, value in row.items() if key not in place}
 
 
 def describe_environment(device: torch.device, world_size: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from moa_train.config import OptimConfig
 from moa_train.plan import Plan
+from moa_train.schedule import Budget
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Task(Protocol):
 
     Attributes:
         model: The bare module, on the CPU, initialized from the seed.
-        unit: Name of a sample in messages, e.g. "img".
+        unit: Name in messages of what is counted, e.g. "img" or "tok".
+        counter: Column of the records that counts it: "samples", or "tokens" of which a sample has many.
+        units_per_sample: How many of it a sample has; 1 for images.
         samples_per_epoch: Training samples.
         val_samples: Held-out samples of one validation; 0: there is none.
         forward_flops_per_sample: FLOPs of one sample's forward pass.
@@ -39,11 +42,17 @@ class Task(Protocol):
 
     model: nn.Module
     unit: str
+    counter: str
+    units_per_sample: int
     samples_per_epoch: int
     val_samples: int
     forward_flops_per_sample: int
     val_names: tuple[str, ...]
     best_by: str
+
+    def budget(self, steps_per_epoch: int) -> Budget:
+        """Return how many optimizer steps the run takes, and its warm-up."""
+        ...
 
     def describe(self) -> dict[str, str]:
         """Return lines of the announcement, title to text."""
@@ -98,4 +107,24 @@ class OwnOptimizer(Protocol):
 
         Every value of its state must be a tensor, so that a checkpoint can hold it.
         """
+        ...
+
+
+@runtime_checkable
+class Observed(Protocol):
+    """A task that has more to say of its training steps than their loss."""
+
+    def observations(self) -> dict[str, float]:
+        """Return values for the training row of the step just finished, e.g. {"aux_loss": 1.02}; asked on every
+        process, for rows that are written only.
+        """
+        ...
+
+
+@runtime_checkable
+class HiddenMatrices(Protocol):
+    """A task whose model can be trained with Muon."""
+
+    def hidden_matrices(self) -> Collection[str]:
+        """Return the names of the parameters, matrices and stacks of matrices, that Muon is to step."""
         ...

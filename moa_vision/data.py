@@ -1,7 +1,7 @@
 """Index -> batches: images (B, 3, H, W) uint8 and mask noise; their order is a function of (seed, epoch, position).
 
 Position p of epoch e is the same pixels and the same noise whatever the numbers of workers and ranks are and wherever
-a run began; see `moa_vision.order`.
+a run began; see `moa_vision.order` and `moa_train.order`.
 """
 
 import hashlib
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from moa_train.order import SAMPLE, StepBatches, batch_loader, generator, philox_key
 from moa_vision.cache import DataError
 from moa_vision.images import CROP_DRAWS, Box, ImageError, central_box, crop_into, decode_rgb, random_box
 from moa_vision.index import ShardIndex, ShardReader
-from moa_vision.order import SAMPLE, EpochOrder, StepBatches, generator, philox_key
+from moa_vision.order import EpochOrder
 from moa_vision.table import BadSample
 
 
@@ -256,13 +257,6 @@ def train_loader(
     Raises:
         ValueError: if the batch does not split into micro-batches, or an epoch is shorter than a batch.
     """
-    if global_batch % (world_size * micro_batch):
-        per_rank = [b for b in range(1, global_batch // world_size + 1) if global_batch % (world_size * b) == 0]
-        nearest = sorted(per_rank, key=lambda b: abs(b - micro_batch))[:3]
-        raise ValueError(
-            f"a global batch of {global_batch} does not split over {world_size} ranks into micro-batches of "
-            f"{micro_batch}; the nearest micro-batches that work: {nearest or 'none'}"
-        )
     dataset = TrainSamples(index, config, image_size, num_patches, seed)
     if len(dataset.order) < global_batch:
         raise ValueError(
@@ -271,7 +265,7 @@ def train_loader(
         )
     steps = range(start_step, num_steps)
     batches = StepBatches(len(dataset.order), global_batch, micro_batch, rank, world_size, steps)
-    return _loader(dataset, batches, config.workers)
+    return batch_loader(dataset, batches, config.workers)
 
 
 def val_loader(
@@ -303,7 +297,7 @@ def val_loader(
     count = len(index) if limit is None else min(limit, len(index))
     samples = [number * len(index) // count for number in range(rank, count, world_size)]
     batches = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
-    return _loader(ValSamples(index, config, image_size, num_patches), batches, config.workers)
+    return batch_loader(ValSamples(index, config, image_size, num_patches), batches, config.workers)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -312,19 +306,3 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     scale = 1 / (255 * torch.tensor(std, **options))
     shift = torch.tensor(mean, **options) * 255 * scale
     return images.float() * scale[:, None, None] - shift[:, None, None]
-
-
-def _loader(dataset: Dataset[ImageBatch], batches: Any, workers: int) -> DataLoader[ImageBatch]:
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # its own, so that beginning an epoch leaves the run's generator alone
-    )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

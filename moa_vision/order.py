@@ -1,27 +1,8 @@
-"""Which sample is at which position of which epoch, and the random numbers that belong to it.
-
-Numbers come from counter-based Philox generators, whose key is the seed and whose counter is (epoch, position): every
-position has a stream of its own, and none is replayed to reach another. No worker, rank or device has a say.
-"""
-
-from collections.abc import Iterator
+"""Which sample is at which position of which epoch: shards shuffled by windows, images repeated."""
 
 import numpy as np
-from torch.utils.data import Sampler
 
-ORDER, SAMPLE = 0, 1  # what a generator is for; the two never share a stream
-
-
-def philox_key(seed: int, purpose: int) -> np.ndarray:
-    """(2,) uint64. Raises ValueError for a negative seed."""
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; allowed: 0 or more")
-    return np.random.SeedSequence((seed, purpose)).generate_state(2, np.uint64)
-
-
-def generator(key: np.ndarray, epoch: int, position: int) -> np.random.Generator:
-    """The stream of (key, epoch, position), 2^64 blocks long."""
-    return np.random.Generator(np.random.Philox(key=key, counter=(0, position, epoch, 0)))
+from moa_train.order import ORDER, generator, philox_key
 
 
 class EpochOrder:
@@ -68,27 +49,3 @@ class EpochOrder:
             stream.shuffle(window)
             windows.append(window)
         return np.concatenate(windows)
-
-
-class StepBatches(Sampler[list[tuple[int, int]]]):
-    """The (epoch, position) lists of one rank's micro-batches, step after step, from any step on."""
-
-    def __init__(
-        self, epoch_length: int, global_batch: int, micro_batch: int, rank: int, world_size: int, steps: range
-    ) -> None:
-        self.steps_per_epoch = epoch_length // global_batch
-        self.global_batch = global_batch
-        self.micro_batch = micro_batch
-        self.rank = rank
-        self.world_size = world_size
-        self.steps = steps
-
-    def __len__(self) -> int:
-        return len(self.steps) * (self.global_batch // (self.world_size * self.micro_batch))
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in self.steps:
-            epoch, number = divmod(step, self.steps_per_epoch)
-            first = number * self.global_batch + self.rank * self.micro_batch
-            for start in range(first, (number + 1) * self.global_batch, self.world_size * self.micro_batch):
-                yield [(epoch, position) for position in range(start, start + self.micro_batch)]

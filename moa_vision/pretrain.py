@@ -13,10 +13,11 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from moa_train.config import HARMLESS, RunConfig, parse_config, require
+from moa_train.config import HARMLESS, EpochSchedule, RunConfig, parse_config, require
 from moa_train.loop import check, run
 from moa_train.plan import Plan
 from moa_train.progress import count
+from moa_train.schedule import Budget
 from moa_train.signals import ignore_stop_signals
 from moa_train.task import Share
 from moa_vision.bad_samples import BadSamples
@@ -76,8 +77,10 @@ class MAEConfig(RunConfig):
     Args:
         model: The masked autoencoder.
         data: Where the images are and how they become batches.
+        schedule: How long, in what batches, at what rate.
     """
 
+    schedule: EpochSchedule = field(default_factory=EpochSchedule)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig
 
@@ -98,6 +101,8 @@ class MAETask:
     """
 
     unit = "img"
+    counter = "samples"
+    units_per_sample = 1
     val_names: tuple[str, ...] = ("loss", "loss_norm", "loss_pixel")
     best_by = "loss_norm"
 
@@ -114,6 +119,10 @@ class MAETask:
         self.forward_flops_per_sample = forward_flops(self.mae)
         self.bad_samples = BadSamples(config.folder / "bad_samples.jsonl", self.data.max_bad_samples)
         self._val_loader: Iterable[ImageBatch] | None = None
+
+    def budget(self, steps_per_epoch: int) -> Budget:
+        """Return the steps that the configured epochs come to."""
+        return self.config.schedule.budget(steps_per_epoch)
 
     def describe(self) -> dict[str, str]:
         """Return lines of the announcement."""

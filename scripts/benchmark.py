@@ -11,12 +11,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import evaluation, ffn, infer, loader, mae, options, overhead, recipe, startup
+from benchmarks import evaluation, ffn, infer, lm, loader, mae, options, overhead, recipe, startup
 
 BENCHMARKS = {
     "ffn": ffn,
     "overhead": overhead,
     "infer": infer,
+    "lm": lm,
     "mae": mae,
     "recipe": recipe,
     "loader": loader,

@@ -8,8 +8,13 @@ Exit codes: 0 all runs are done, 1 a run or the report failed, 2 wrong configura
 command continues).
 """
 
+import contextlib
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+import yaml
 
 from moa_train.config import HARMLESS
 from moa_train.sweep.command import main
@@ -17,13 +22,28 @@ from moa_train.sweep.command import main
 HERE = Path(__file__).resolve().parent
 
 
-def harmless() -> frozenset[str]:
-    """Return the keys that may change when a run is resumed."""
-    from moa_vision.pretrain import DATA_HARMLESS  # here, so that --help need not wait for it
+def script_of(arguments: Sequence[str]) -> Path:
+    """Return the script that trains the first configuration file named; a masked autoencoder's has an encoder."""
+    for path in map(Path, arguments):
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+                is_autoencoder = "encoder" in yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+                return HERE / ("pretrain_mae.py" if is_autoencoder else "pretrain_lm.py")
+    return HERE / "pretrain_mae.py"
+
+
+def harmless(script: Path) -> frozenset[str]:
+    """Return the keys that may change when a run of the script is resumed."""
+    if script.name == "pretrain_lm.py":  # imported here, so that --help need not wait for it
+        from moa_lm.pretrain import LM_HARMLESS
+
+        return HARMLESS | LM_HARMLESS
+    from moa_vision.pretrain import DATA_HARMLESS
 
     return HARMLESS | DATA_HARMLESS
 
 
 if __name__ == "__main__":
     report = [sys.executable, str(HERE / "compare_runs.py")]
-    sys.exit(main(sys.argv[1:], script=HERE / "pretrain_mae.py", report=report, harmless=harmless))
+    script = script_of(sys.argv[1:])
+    sys.exit(main(sys.argv[1:], script=script, report=report, harmless=partial(harmless, script)))

@@ -5,25 +5,28 @@
     contender    arms that differ in their peak rate only: usually one FFN. Its best arm, by which it is compared, is
                  the one with the lowest mean final validation loss
 
-The first run's contender is the baseline. All losses are losses on held-out data.
+The first run's contender is the baseline; with models of several sizes its FFN is the baseline at each of them. All
+losses are losses on held-out data.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from moa_eval.page import formatting
 from moa_eval.page.formatting import show, spell
-from moa_eval.training.configuration import canonical, config_difference, flatten, role
+from moa_eval.training.configuration import BUDGETS, WIDENED, canonical, config_difference, flatten, role, size_part
 from moa_eval.training.runs import Kind, Run
 from moa_eval.training.seeds import Interval, by_seed, difference, mean, quotient
+from moa_eval.training.sizes import baselines, families, size_keys, sizes
 
 _AMONG_CONTENDER = ("identity", "bookkeeping", "peak rate")  # in what runs of one contender may differ
+T = TypeVar("T")
 SHOWN_RUNS = 8  # so many runs can all be told apart in one figure
 
 FFN_NAMES = {
@@ -62,12 +65,20 @@ class Contender:
             as any run of the contender did; the mean is over these. None if there is no such arm. A contender's only
             arm is its best as long as one run of it has a finite loss.
         chosen: Whether there was more than one rate to choose from.
+        baseline: The position of the contender that it is compared with; None for a baseline.
+        size: What the page calls the size of its model, such as "dense-0.25b"; empty where all have one size.
+        ffn: Its label without the size.
+        family: Its FFN at all sizes, as a number; see `sizes.families`.
     """
 
     label: str
     arms: tuple[int, ...]
     best: int | None
     chosen: bool
+    baseline: int | None
+    size: str
+    ffn: str
+    family: int
 
 
 @dataclass(frozen=True)
@@ -125,9 +136,14 @@ class Comparison:
         return self.runs[0].kind
 
     @property
-    def reference(self) -> int | None:
-        """The baseline's best arm, which the others are compared with; None if the baseline has none."""
-        return self.contenders[0].best
+    def alternatives(self) -> list[int]:
+        """Positions of the contenders that are compared with another one."""
+        return [index for index, contender in enumerate(self.contenders) if contender.baseline is not None]
+
+    def baseline_of(self, contender: int) -> Contender:
+        """What a contender is compared with: itself, if it is a baseline."""
+        baseline = self.contenders[contender].baseline
+        return self.contenders[contender if baseline is None else baseline]
 
     @property
     def shown(self) -> tuple[int, ...]:
@@ -152,6 +168,15 @@ class Comparison:
         runs = self.arms[own.arms[0] if own.best is None else own.best].runs
         return next((run for run in runs if self.runs[run].diverged_at is None), runs[0])
 
+    def of_best_runs(self, records: Mapping[int, T]) -> dict[int, T]:
+        """Of what runs recorded, by their position: the records of the runs that show what a contender does."""
+        runs = [self.best_run(contender) for contender in range(len(self.contenders))]
+        return {run: records[run] for run in runs if run in records}
+
+    def complete(self, runs: Sequence[int]) -> list[Run]:
+        """Of some runs those that came to the end of their contender's training with losses that are all finite."""
+        return [self.runs[run] for run in runs if _usable(self.runs[run]) and not self.falls_short(run)]
+
     def falls_short(self, run: int) -> bool:
         """Whether a run that did not diverge is not as far as its contender's furthest: its loss is no final one."""
         own = self.runs[run]
@@ -160,26 +185,25 @@ class Comparison:
         furthest = max((rival.validation[rival.counter][-1] for rival in rivals if _usable(rival)), default=0)
         return own.diverged_at is None and not (_usable(own) and own.validation[own.counter][-1] == furthest)
 
-    def keys(self, *roles: str) -> list[str]:
-        """The differing keys of some roles."""
-        return [key for key, values in self.differing.items() if role(key, values) in roles]
-
     def contrasts(self, loss: str) -> list[Contrast]:
-        """The best arm of every other contender against the baseline's, in one loss, where they have one."""
-        best = [contender.best for contender in self.contenders[1:]]
+        """The best arm of every other contender against its baseline's, in one loss, where they have one."""
+        pairs = [(self.contenders[own].best, self.baseline_of(own).best) for own in self.alternatives]
         return [
-            self.contrast(arm, self.reference, loss) for arm in best if arm is not None and self.reference is not None
+            self.contrast(arm, reference, loss)
+            for arm, reference in pairs
+            if arm is not None and reference is not None
         ]
 
     def equal_rates(self, loss: str) -> list[Contrast]:
-        """Every arm of the other contenders against the baseline's arm of the same peak rate, where there is one."""
-        baseline = {self.arms[arm].rate: arm for arm in self.contenders[0].arms}
-        return [
-            self.contrast(arm, baseline[self.arms[arm].rate], loss)
-            for contender in self.contenders[1:]
-            for arm in contender.arms
-            if self.arms[arm].rate in baseline
+        """Every arm of the other contenders against their baseline's of the same peak rate, where there is one."""
+        pairs = [
+            (arm, other)
+            for own in self.alternatives
+            for arm in self.contenders[own].arms
+            for other in self.baseline_of(own).arms
+            if self.arms[arm].rate == self.arms[other].rate
         ]
+        return [self.contrast(arm, other, loss) for arm, other in pairs]
 
     def contrast(self, arm: int, reference: int, loss: str) -> Contrast:
         """One arm against another in one loss, at the last validation they share.
@@ -220,8 +244,8 @@ def compare(runs: Sequence[Run], *, strict: bool = False, baseline: str | None =
     labels = _labels(runs, arms)
     differing = config_difference([run.config for run in runs])
     incomparable = (
-        *_unequal_keys(differing, labels),
-        *_unequal_budget(runs, labels, _compared(runs, arms, contenders)),
+        *_unequal_keys(runs, labels, arms, contenders),
+        *_unequal_budget(runs, labels, arms, contenders),
         *_unequal_tiles(runs, labels),
     )
     if strict and incomparable:
@@ -266,11 +290,15 @@ def _groups(runs: Sequence[Run], *leave_out: str) -> list[tuple[int, ...]]:
 
 
 def _ordered(runs: Sequence[Run], baseline: str | None) -> list[Run]:
-    """The baseline's runs first; each contender's by rate, then seed, then as given."""
+    """The baseline's runs first; size by size where there are several; each contender's by rate, then seed."""
     groups = _groups(runs, *_AMONG_CONTENDER)
     if baseline is not None:
         first = _find(runs, groups, baseline)
         groups = [groups[first], *groups[:first], *groups[first + 1 :]]
+    against = baselines([runs[group[0]].config for group in groups])
+    beside = [index if own is None else own for index, own in enumerate(against)]
+    order = sorted(range(len(groups)), key=lambda index: (beside[index], against[index] is not None))
+    groups = [groups[index] for index in order]
     return [
         runs[index]
         for group in groups
@@ -280,25 +308,31 @@ def _ordered(runs: Sequence[Run], baseline: str | None) -> list[Run]:
 
 def _find(runs: Sequence[Run], groups: Sequence[tuple[int, ...]], name: str) -> int:
     """The contender that a name means, by its label, its FFN, or the name or folder of a run."""
-    labels = [_contender_label(runs, group, groups) for group in groups]
+    labels = [_contender_names(runs, group, groups)[0] for group in groups]
     if name in labels:
         return labels.index(name)
-    named = [
-        {text for run in group for text in (runs[run].ffn, runs[run].name, str(runs[run].folder))} for group in groups
-    ]
+    named = [{text for run in group for text in _names(runs[run])} for group in groups]
     found = [index for index, names in enumerate(named) if name in names]
-    if len(found) == 1:
+    numbers = sizes([runs[group[0]].config for group in groups])
+    if found and len({numbers[index] for index in found}) == len(found):  # one at each size: the baseline of them all
         return found[0]
     what = "belongs to several" if found else "is none"
     raise NotComparableError(f"--baseline {name} {what} of the contenders; give one of: {'; '.join(labels)}")
 
 
+def _names(run: Run) -> tuple[str, ...]:
+    """By what a run can be asked for; the FFN's name does not mean its widened form."""
+    widened = flatten(run.config).get("model.size") in WIDENED
+    return (run.name, str(run.folder), *(() if widened else (run.ffn,)))
+
+
 def _contenders(runs: Sequence[Run], metric: str) -> tuple[tuple[Arm, ...], tuple[Contender, ...]]:
     groups = _groups(runs, *_AMONG_CONTENDER)
+    configs = [runs[group[0]].config for group in groups]
     arms: list[Arm] = []
     contenders = []
-    for group in groups:
-        label = _contender_label(runs, group, groups)
+    for group, baseline, family in zip(groups, baselines(configs), families(configs), strict=True):
+        label, ffn, size = _contender_names(runs, group, groups)
         rates = sorted({runs[run].peak_lr for run in group})
         first = len(arms)
         for rate in rates:
@@ -306,7 +340,8 @@ def _contenders(runs: Sequence[Run], metric: str) -> tuple[tuple[Arm, ...], tupl
             arms.append(Arm(f"{label}, lr {formatting.rate(rate)}" if len(rates) > 1 else label, own, rate))
         best = _best([[runs[run] for run in arm.runs] for arm in arms[first:]], metric)
         own_arms = tuple(range(first, len(arms)))
-        contenders.append(Contender(label, own_arms, None if best is None else own_arms[best], len(rates) > 1))
+        best = None if best is None else own_arms[best]
+        contenders.append(Contender(label, own_arms, best, len(rates) > 1, baseline, size, ffn, family))
     return tuple(arms), tuple(contenders)
 
 
@@ -323,30 +358,59 @@ def _best(arms: Sequence[Sequence[Run]], metric: str) -> int | None:
     return min(complete, key=lambda index: complete[index], default=None)
 
 
-def _compared(runs: Sequence[Run], arms: Sequence[Arm], contenders: Sequence[Contender]) -> list[int]:
-    """The furthest runs of every contender's best arm; of all its arms if it has none."""
-    compared = []
-    for own in contenders:
-        members = [run for arm in (own.arms if own.best is None else (own.best,)) for run in arms[arm].runs]
-        furthest = max(runs[run].seen for run in members)
-        compared += [run for run in members if runs[run].seen == furthest or runs[run].status == "finished"]
-    return compared
+def _compared(runs: Sequence[Run], arms: Sequence[Arm], contender: Contender) -> list[int]:
+    """The furthest runs of a contender's best arm; of all its arms if it has none."""
+    own = contender.arms if contender.best is None else (contender.best,)
+    members = [run for arm in own for run in arms[arm].runs]
+    furthest = max(runs[run].seen for run in members)
+    return [run for run in members if runs[run].seen == furthest or runs[run].status == "finished"]
 
 
-def _contender_label(runs: Sequence[Run], group: tuple[int, ...], groups: Sequence[tuple[int, ...]]) -> str:
-    """The FFN, and what sets it apart from other contenders with the same FFN."""
-    run = runs[group[0]]
-    label = FFN_NAMES.get(run.ffn, run.ffn)
-    rivals = [runs[other[0]].config for other in groups if runs[other[0]].ffn == run.ffn]
-    own = flatten(run.config)
+def _sets(contenders: Sequence[Contender]) -> list[list[Contender]]:
+    """Every baseline with what is compared with it."""
+    return [
+        [own for index, own in enumerate(contenders) if at in (index, own.baseline)]
+        for at, baseline in enumerate(contenders)
+        if baseline.baseline is None
+    ]
+
+
+def _contender_names(
+    runs: Sequence[Run], group: tuple[int, ...], groups: Sequence[tuple[int, ...]]
+) -> tuple[str, str, str]:
+    """A contender's label, the same without the size, and the size, which is empty where all have the same.
+
+    The label is the FFN, the size, and what sets it apart from others with the same FFN and size.
+    """
+    run, configs = runs[group[0]], [runs[other[0]].config for other in groups]
+    own, size = flatten(run.config), size_part(run.config)
+    rivals = [
+        runs[other[0]].config
+        for other in groups
+        if runs[other[0]].ffn == run.ffn and size_part(runs[other[0]].config) == size
+    ]
     apart = [
         key
         for key, values in config_difference(rivals).items()
         if role(key, values) not in _AMONG_CONTENDER and key in own
     ]
-    if len(apart) > 3:
-        return f"{label}, {run.name}"
-    return ", ".join([label, *(f"{key.split('.')[-1].removeprefix('ffn_')} {show(own[key])}" for key in apart)])
+    settings = [run.name] if len(apart) > 3 else [_setting_label(key, own[key]) for key in apart]
+    name, of_size = FFN_NAMES.get(run.ffn, run.ffn), _size_label(run, configs)
+    sized = [of_size] if of_size and not any(key == "model.size" for key in apart) else []
+    return ", ".join([name, *sized, *settings]), ", ".join([name, *settings]), of_size
+
+
+def _setting_label(key: str, value: Any) -> str:
+    name = key.split(".")[-1].removeprefix("ffn_")
+    return show(value) if name in ("size", "encoder") else f"{name} {show(value)}"
+
+
+def _size_label(run: Run, configs: Sequence[Mapping[str, Any]]) -> str:
+    """The values by which a run's size differs from others, or a number if these are many; empty if none differ."""
+    size, keys = size_part(run.config), size_keys(configs)
+    if len(keys) <= 3:
+        return ", ".join(_setting_label(key, size[key]) for key in keys if key in size)
+    return f"size {sizes(configs)[[size_part(config) for config in configs].index(size)] + 1}"
 
 
 def _labels(runs: Sequence[Run], arms: Sequence[Arm]) -> tuple[str, ...]:
@@ -363,17 +427,40 @@ def _labels(runs: Sequence[Run], arms: Sequence[Arm]) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def _unequal_keys(differing: Mapping[str, list[Any]], labels: Sequence[str]) -> list[str]:
-    keys = [key for key, values in differing.items() if role(key, values) == "must match"]
-    return [f"{key}: {spell(labels, [show(value) for value in differing[key]])}" for key in keys]
+def _unequal_keys(
+    runs: Sequence[Run], labels: Sequence[str], arms: Sequence[Arm], contenders: Sequence[Contender]
+) -> list[str]:
+    """Keys that must be the same: the schedule's for what is compared with one baseline, all others for all runs."""
+    everything = _mismatches(runs, labels, range(len(runs)))
+    reasons = [words for key, words in everything if not key.startswith("schedule.")]
+    for members in _sets(contenders):
+        own = [run for contender in members for arm in contender.arms for run in arms[arm].runs]
+        reasons += [words for key, words in _mismatches(runs, labels, own) if key.startswith("schedule.")]
+    return reasons
 
 
-def _unequal_budget(runs: Sequence[Run], labels: Sequence[str], compared: Sequence[int]) -> list[str]:
+def _mismatches(runs: Sequence[Run], labels: Sequence[str], own: Sequence[int]) -> list[tuple[str, str]]:
+    found = []
+    for key, values in config_difference([runs[run].config for run in own]).items():
+        # A budget may be given in tokens here and in tokens a parameter there: what was seen is compared as well.
+        named = [value for value in values if value is not None] if key in BUDGETS else values
+        if role(key, values) == "must match" and any(value != named[0] for value in named):
+            found.append((key, f"{key}: {spell([labels[run] for run in own], [show(value) for value in values])}"))
+    return found
+
+
+def _unequal_budget(
+    runs: Sequence[Run], labels: Sequence[str], arms: Sequence[Arm], contenders: Sequence[Contender]
+) -> list[str]:
     """Of the runs that are compared: rates that were not picked, and further seeds, may be unfinished."""
-    seen = {labels[run]: runs[run].seen for run in compared if runs[run].diverged_at is None}
-    if len(set(seen.values())) < 2:
-        return []
-    return [f"{runs[0].unit}s seen: {spell([*seen], [formatting.grouped(value) for value in seen.values()])}"]
+    reasons = []
+    for members in _sets(contenders):
+        compared = [run for contender in members for run in _compared(runs, arms, contender)]
+        seen = {labels[run]: runs[run].seen for run in compared if runs[run].diverged_at is None}
+        if len(set(seen.values())) > 1:
+            counts = spell([*seen], [formatting.grouped(value) for value in seen.values()])
+            reasons.append(f"{runs[0].unit}s seen: {counts}")
+    return reasons
 
 
 def _unequal_tiles(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:

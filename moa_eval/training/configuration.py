@@ -12,14 +12,27 @@ ABSENT = "absent"  # stands for the value of a key that a configuration lacks
 _IDENTITY = ("name", "seed", "out", "resume")
 _BOOKKEEPING = (
     "data.workers", "data.cache_dir", "data.max_bad_samples", "optim.fused", "loop.micro_batch_size", "loop.compile",
-    "loop.log_every", "loop.val_every", "loop.visualize", "loop.save_every", "loop.keep", "loop.trackers",
+    "loop.log_every", "loop.val_every", "loop.visualize", "loop.save_every", "loop.keep", "loop.keep_every",
+    "loop.trackers", "model.gradient_checkpointing",
 )  # fmt: skip
+BUDGETS = ("schedule.epochs", "schedule.steps", "schedule.tokens", "schedule.tokens_per_parameter")
 _MUST_MATCH = (
     "data.", "loop.val_samples", "model.img_size", "model.mask_ratio", "model.norm_pix_loss",
-    "model.encoder_args.patch_size", "model.tokenizer", "model.vocab_size", "schedule.batch_size", "schedule.epochs",
-    "schedule.steps", "schedule.tokens",
+    "model.encoder_args.patch_size", "model.tokenizer", "model.vocab_size", "model.args.vocab_size",
+    "schedule.batch_size", *BUDGETS,
 )  # fmt: skip
-_FFN = ("model.ffn", "model.decoder_ffn", "model.encoder_args.mlp_ratio")
+_WIDTHS = ("model.encoder_args.mlp_ratio", "model.args.intermediate_size", "model.args.moe_intermediate_size")
+_FFN = ("model.ffn", "model.decoder_ffn", "model.args.expert_mixing", *_WIDTHS)
+_SIZES = tuple(
+    f"model.{place}.{key}"
+    for place, keys in (
+        ("encoder_args", ("embed_dim", "depth", "num_heads")),
+        ("args", ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")),
+        ("args", ("num_experts", "num_experts_per_tok", "num_shared_experts")),
+    )
+    for key in keys
+)
+WIDENED = {"llama-large": "dense-0.12b"}  # named sizes that are another one with a wider FFN
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -46,18 +59,47 @@ def config_difference(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[An
 
 
 def role(key: str, values: Sequence[Any]) -> str:
-    """What a difference in a key means: "identity", "FFN", "peak rate", "bookkeeping", "must match" or "setting"."""
+    """What a difference in a key means.
+
+    Returns:
+        "identity", "FFN" (its width included), "peak rate", "size" (of the model around the FFN), "bookkeeping",
+        "must match" or "setting".
+    """
     if key == "model.encoder":
         names = [split_encoder(str(value)) for value in values]
         if len({name.patch for name in names}) > 1:
             return "must match"
-        return "FFN" if len({name.size for name in names}) == 1 else "setting"
+        return "FFN" if len({name.size for name in names}) == 1 else "size"
+    if key == "model.size":
+        return "FFN" if len({WIDENED.get(str(value), value) for value in values}) == 1 else "size"
+    if key == "start_from":  # a run begins with another's checkpoint or anew; with whose, is a matter of its seed
+        return "setting" if None in values else "identity"
     if key == "optim.lr":
         return "peak rate"
-    for name, keys in (("identity", _IDENTITY), ("bookkeeping", _BOOKKEEPING), ("must match", _MUST_MATCH)):
+    for name, keys in (
+        ("identity", _IDENTITY), ("bookkeeping", _BOOKKEEPING), ("must match", _MUST_MATCH), ("size", _SIZES),
+    ):  # fmt: skip
         if any(key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in keys):
             return name
     return "FFN" if key.split(".")[-1].startswith("ffn_") or key in _FFN else "setting"
+
+
+def size_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration makes the size of the model around its FFN: dotted keys and values."""
+    flat = flatten(config)
+    own = {key: flat[key] for key in _SIZES if key in flat}
+    if "model.encoder" in flat:
+        own["model.encoder"] = split_encoder(str(flat["model.encoder"])).size
+    if "model.size" in flat:
+        own["model.size"] = WIDENED.get(str(flat["model.size"]), flat["model.size"])
+    return own
+
+
+def ffn_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration makes its FFN but for the width, which goes with the size: dotted keys and values."""
+    flat = flatten(config)
+    keys = [key for key in flat if key != "model.size" and key not in _WIDTHS and role(key, [flat[key]]) == "FFN"]
+    return {key: split_encoder(flat[key]).ffn if key == "model.encoder" else flat[key] for key in keys}
 
 
 def canonical(value: Any) -> str:

@@ -10,25 +10,35 @@ from moa_eval.page import formatting
 from moa_eval.page.charts import MUTED, Chart, colours, draw, shapes
 from moa_eval.training.comparison import Comparison
 from moa_eval.training.curves import CROSS, Axis, Line, Rows, draw_curves, short, smooth
-from moa_eval.training.mixing import STATIC, Mixing, of_best_runs, term_colours
+from moa_eval.training.expert_figures import expert_load, router_entropy
+from moa_eval.training.experts import Experts
+from moa_eval.training.mixing import STATIC, Mixing, term_colours
 from moa_eval.training.runs import Run
+from moa_eval.training.scaling import Line as SizeLine
 from moa_eval.training.seeds import by_seed, mean
+from moa_eval.training.size_figures import against_parameters, against_size
 
 _OUTLIER = 6.0  # a mean loss further above the best than so many times the median distance does not set the y axis
 _PARTS_COLOUR = 6  # position in the palette of the colours of encoder and decoder, which are no contender's
 
 
-def draw_all(comparison: Comparison, mixing: Mapping[int, Mixing]) -> dict[str, Chart]:
+def draw_all(
+    comparison: Comparison, mixing: Mapping[int, Mixing], experts: Mapping[int, Experts], lines: Sequence[SizeLine]
+) -> dict[str, Chart]:
     """Draw every figure that these runs have data for, by name.
 
     Args:
         comparison: The runs.
         mixing: How the tokens of a run mix, by the run's position.
+        experts: How they are routed.
+        lines: Losses against size.
     """
-    return {chart.name: chart for chart in _charts(comparison, mixing) if chart is not None}
+    return {chart.name: chart for chart in _charts(comparison, mixing, experts, lines) if chart is not None}
 
 
-def _charts(comparison: Comparison, mixing: Mapping[int, Mixing]) -> Iterator[Chart | None]:
+def _charts(
+    comparison: Comparison, mixing: Mapping[int, Mixing], experts: Mapping[int, Experts], lines: Sequence[SizeLine]
+) -> Iterator[Chart | None]:
     counter, unit = comparison.kind.counter, comparison.kind.unit
     seen = Axis(f"{unit}s seen", lambda run, rows: rows[counter])
     flops = Axis("training FLOPs", lambda run, rows: rows[counter] * run.flops_per_unit)
@@ -43,8 +53,13 @@ def _charts(comparison: Comparison, mixing: Mapping[int, Mixing]) -> Iterator[Ch
     yield _validation(comparison, "validation_loss_time", main, time)
     yield _training(comparison, "train_loss_time", time)
     yield _rates(comparison)
+    yield against_parameters(comparison)
+    yield against_size(comparison, lines)
     yield _probes(comparison)
-    shown = of_best_runs(comparison, mixing)
+    for run, own in comparison.of_best_runs(experts).items():
+        yield expert_load(comparison, run, own)
+        yield router_entropy(comparison, run, own)
+    shown = comparison.of_best_runs(mixing)
     for run, own in shown.items():
         yield _mixing_depth(comparison, run, own, term_colours(shown))
         yield _mixing_training(comparison, run, own)
@@ -74,23 +89,32 @@ def _training(comparison: Comparison, name: str, axis: Axis) -> Chart | None:
 
 def _differences(comparison: Comparison, loss: str, axis: Axis) -> Chart | None:
     """Validation loss minus the mean of the baseline's best arm, wherever all of its runs have a validation."""
-    counter, reference = comparison.kind.counter, comparison.reference
-    if reference is None:
-        return None
-    members = comparison.arms[reference].runs
-    steady = [run for run in members if comparison.runs[run].diverged_at is None] or members
-    baseline = [comparison.runs[run].validation for run in steady]
-    shared = set.intersection(*(set(rows[counter]) for rows in baseline))
-    means = {at: mean(rows[loss][rows[counter] == at][-1] for rows in baseline) for at in sorted(shared)}
     lines = []
-    for index, run in enumerate(comparison.runs):
-        at = [row for row, seen in enumerate(run.validation[counter]) if seen in means]
-        y = run.validation[loss][at] - np.array([means[run.validation[counter][row]] for row in at])
-        if members != (index,):
-            lines.append(Line(index, axis.values(run, run.validation)[at], y))
+    for contender, own in enumerate(comparison.contenders):
+        reference = comparison.baseline_of(contender).best
+        if reference is None:
+            continue
+        members = comparison.arms[reference].runs
+        means = _means(comparison, members, loss)
+        for index in (run for arm in own.arms for run in comparison.arms[arm].runs):
+            run = comparison.runs[index]
+            seen = run.validation[comparison.kind.counter]
+            at = [row for row, count in enumerate(seen) if count in means]
+            y = run.validation[loss][at] - np.array([means[count] for count in seen[at]])
+            if members != (index,):
+                lines.append(Line(index, axis.values(run, run.validation)[at], y))
     return draw_curves(
         comparison, "validation_difference", "Validation loss, difference to the baseline", lines, axis, zero=True
     )
+
+
+def _means(comparison: Comparison, members: Sequence[int], loss: str) -> dict[float, float]:
+    """The mean validation loss of some runs, by what was seen, where all that did not diverge have one."""
+    steady = [run for run in members if comparison.runs[run].diverged_at is None] or members
+    rows = [comparison.runs[run].validation for run in steady]
+    counter = comparison.kind.counter
+    shared = set.intersection(*(set(own[counter]) for own in rows))
+    return {at: mean(own[loss][own[counter] == at][-1] for own in rows) for at in sorted(shared)}
 
 
 def _rates(comparison: Comparison) -> Chart | None:
@@ -226,22 +250,25 @@ def _probes(comparison: Comparison) -> Chart | None:
 
 def _probe_rows(comparison: Comparison) -> Rows:
     """A row a run and measurement, with its distance in points from the mean of the baseline's best arm."""
-    members = [] if comparison.reference is None else comparison.arms[comparison.reference].runs
-    baseline = [probe for run in members for probe in comparison.runs[run].probes]
-    means = {own.name: mean(probe.accuracy for probe in baseline if probe.name == own.name) for own in baseline}
-    return [
-        {
-            "run": index,
-            "label": comparison.labels[index],
-            "ffn": comparison.contenders[comparison.contender_of(index)].label,
-            "probe": probe.name,
-            "accuracy": short(100 * probe.accuracy),
-            "points": short(100 * (probe.accuracy - means[probe.name])),
-        }
-        for index, run in enumerate(comparison.runs)
-        for probe in run.probes
-        if probe.name in means
-    ]
+    rows: Rows = []
+    for index, run in enumerate(comparison.runs):
+        contender = comparison.contender_of(index)
+        arm = comparison.baseline_of(contender).best
+        baseline = [] if arm is None else [comparison.runs[other] for other in comparison.arms[arm].runs]
+        for probe in run.probes:
+            accuracies = [own.accuracy for other in baseline for own in other.probes if own.name == probe.name]
+            if accuracies:
+                rows.append(
+                    {
+                        "run": index,
+                        "label": comparison.labels[index],
+                        "ffn": comparison.contenders[contender].label,
+                        "probe": probe.name,
+                        "accuracy": short(100 * probe.accuracy),
+                        "points": short(100 * (probe.accuracy - mean(accuracies))),
+                    }
+                )
+    return rows
 
 
 def _mixing_depth(comparison: Comparison, run: int, mixing: Mixing, tints: Mapping[str, str]) -> Chart:
@@ -282,7 +309,7 @@ def _mixing_depth(comparison: Comparison, run: int, mixing: Mixing, tints: Mappi
 
 def _layers(names: Sequence[str]) -> alt.X:
     parts = [*dict.fromkeys(name.split(".")[0] for name in names)]
-    shown = "split(datum.label, '.')[1]"
+    shown = "slice(datum.label, indexof(datum.label, '.') + 1)"  # "0", or "0.shared" where experts share a layer
     title = "layer"
     if len(parts) > 1:
         shown = f"slice(datum.label, 0, 1) + {shown}"
@@ -293,9 +320,8 @@ def _layers(names: Sequence[str]) -> alt.X:
 def _mixing_training(comparison: Comparison, run: int, mixing: Mixing) -> Chart | None:
     """How much a layer's coefficients vary from token to token, during training; None for a single record."""
     rows: Rows = []
-    train, counter = comparison.runs[run].train, comparison.kind.counter
     for step, layers in mixing.steps.items():
-        seen = float(np.interp(step, train["step"], train[counter])) if len(train["step"]) else float(step)
+        seen = comparison.runs[run].seen_at(step)
         for depth, layer in enumerate(layers):
             spread = float(np.sqrt(np.mean(np.square(layer.std))))
             row: dict[str, Any] = {"run": run, "layer": layer.name, "part": layer.part, "depth": depth}

@@ -148,12 +148,6 @@ def sentences(label: str, mixing: Mixing) -> list[str]:
     return found
 
 
-def of_best_runs(comparison: Comparison, mixings: Mapping[int, Mixing]) -> dict[int, Mixing]:
-    """Those of the runs that stand for a contender, by position."""
-    runs = [comparison.best_run(contender) for contender in range(len(comparison.contenders))]
-    return {run: mixings[run] for run in runs if run in mixings}
-
-
 def term_colours(mixings: Mapping[int, Mixing]) -> dict[str, str]:
     """A colour "#rrggbb" a term, the same wherever it occurs, so that maps and figures of all FFNs can be compared.
 
@@ -171,7 +165,7 @@ def sections(comparison: Comparison, mixings: Mapping[int, Mixing]) -> list[dict
         Dictionaries with run, label, legend (term and colour), layers (names), images (key, original and cells: one
         map per layer, all of them data URIs) and sentences.
     """
-    shown = of_best_runs(comparison, mixings)
+    shown = comparison.of_best_runs(mixings)
     colours = term_colours(shown)
     return [
         {

@@ -4,7 +4,8 @@ import math
 
 from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row
-from moa_eval.training.comparison import Comparison
+from moa_eval.training.comparison import Comparison, Contender
+from moa_eval.training.runs import Probe, Run
 from moa_eval.training.seeds import by_seed, deviation, difference, mean
 
 
@@ -12,23 +13,19 @@ def probe_rows(comparison: Comparison) -> list[Row]:
     """What the encoders of every contender's best arm are worth: a row a contender and measurement, over seeds."""
     rows = []
     for name in _probe_names(comparison):
-        baseline: dict[int, float] = {}
-        for contender in comparison.contenders:
-            arm = contender.best
-            runs = [] if arm is None else [comparison.runs[run] for run in comparison.arms[arm].runs]
-            found = [(run, probe) for run in runs for probe in run.probes if probe.name == name]
+        measured = [_measured(comparison, contender, name) for contender in comparison.contenders]
+        accuracies = [by_seed([run for run, _ in own], [probe.accuracy for _, probe in own]) for own in measured]
+        for contender, found, values in zip(comparison.contenders, measured, accuracies, strict=True):
             if not found:
                 continue
-            values = by_seed([run for run, _ in found], [probe.accuracy for _, probe in found])
-            first = contender is comparison.contenders[0]
-            baseline = values if first else baseline
-            gap = difference(values, baseline) if baseline and not first else None
+            baseline = {} if contender.baseline is None else accuracies[contender.baseline]
+            gap = difference(values, baseline) if baseline else None
             rows.append(
                 {
                     "probe": name,
                     "method": found[0][1].method,
                     "contender": contender.label,
-                    "rate": comparison.arms[arm].rate if arm is not None else math.nan,
+                    "rate": math.nan if contender.best is None else comparison.arms[contender.best].rate,
                     "seeds": len(values),
                     "accuracy": mean(values.values()),
                     "accuracy_sd": deviation(values.values()),
@@ -74,6 +71,12 @@ def unequal_probes(comparison: Comparison) -> dict[str, list[str]]:
         if keys:
             unequal[name] = keys
     return unequal
+
+
+def _measured(comparison: Comparison, contender: Contender, name: str) -> list[tuple[Run, Probe]]:
+    """The runs of a contender's best arm that have a measurement, with it."""
+    runs = [] if contender.best is None else [comparison.runs[run] for run in comparison.arms[contender.best].runs]
+    return [(run, probe) for run in runs for probe in run.probes if probe.name == name]
 
 
 def _probe_names(comparison: Comparison) -> list[str]:

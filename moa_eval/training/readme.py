@@ -31,7 +31,8 @@ def results_markdown(losses: str | Path) -> str:
     spaces = kinds[0].losses
     heads = [f"{space} | difference | 95 % interval" for space in spaces.values()]
     lines = [f"| | peak rate | seeds | {' | '.join(heads)} |", "|---|---:|---:|" + "---:|---:|---:|" * len(spaces)]
-    lines += [_results_line(row, [*spaces], baseline=row is rows[0]) for row in rows]
+    # Tables from before there were sizes do not name the baseline: it is the first.
+    lines += [_results_line(row, [*spaces], baseline=not row.get("baseline", row is not rows[0])) for row in rows]
     return "\n".join(lines) + "\n"
 
 

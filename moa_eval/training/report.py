@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from moa_eval.page.writing import Row, Section, Series
-from moa_eval.training import figures, mixing
+from moa_eval.training import experts, figures, mixing, scaling
 from moa_eval.training.comparison import Comparison, compare
 from moa_eval.training.reading import find_runs, read_run
 from moa_eval.training.runs import Run
@@ -42,14 +42,15 @@ def training_section(
     """
     paths = [path for folder in folders for path in find_runs(folder)]
     comparison = compare([read_run(path) for path in paths], strict=strict, baseline=baseline)
-    mixings = mixing.read_all(comparison)
+    mixings, routings = mixing.read_all(comparison), experts.read_all(comparison)
+    lines = scaling.fit_lines(comparison)
     return Section(
         slug=slug,
         title=title or _title(comparison),
         template="training",
-        content=_content(comparison, mixings),
-        tables=make_tables(comparison, mixings),
-        charts=figures.draw_all(comparison, mixings),
+        content=_content(comparison, mixings, routings, lines),
+        tables=make_tables(comparison, mixings, routings, lines),
+        charts=figures.draw_all(comparison, mixings, routings, lines),
         verdict=verdict(comparison),
         caveats=caveats(comparison),
         series=[
@@ -93,7 +94,12 @@ def gallery(runs: Sequence[Run], shown: Sequence[int], limit: int = SHOWN_IMAGES
     return rows
 
 
-def _content(comparison: Comparison, mixings: dict[int, mixing.Mixing]) -> dict[str, Any]:
+def _content(
+    comparison: Comparison,
+    mixings: dict[int, mixing.Mixing],
+    routings: dict[int, experts.Experts],
+    lines: Sequence[scaling.Line],
+) -> dict[str, Any]:
     best = [comparison.best_run(contender) for contender in range(len(comparison.contenders))]
     return {
         "comparison": comparison,
@@ -101,7 +107,13 @@ def _content(comparison: Comparison, mixings: dict[int, mixing.Mixing]) -> dict[
         "spaces": comparison.kind.losses,
         "gallery_runs": best,
         "gallery": gallery(comparison.runs, best),
+        "baseline": _baseline(comparison),
+        "scaling": scaling.sentences(lines),
         "mixing": mixing.sections(comparison, mixings),
+        "experts": [
+            {"run": run, "label": comparison.labels[run], "sentence": experts.sentence(comparison.labels[run], own)}
+            for run, own in comparison.of_best_runs(routings).items()
+        ],
         "commands": [
             {
                 "run": index,
@@ -114,8 +126,17 @@ def _content(comparison: Comparison, mixings: dict[int, mixing.Mixing]) -> dict[
     }
 
 
+def _baseline(comparison: Comparison) -> str:
+    """What the page calls the baseline: with several, the FFN they share."""
+    first = comparison.contenders[0]
+    several = sum(contender.baseline is None for contender in comparison.contenders) > 1
+    return f"{first.ffn} of the same size" if several else first.label
+
+
 def _title(comparison: Comparison) -> str:
-    baseline, *others = (contender.label for contender in comparison.contenders)
+    several = any(contender.baseline is None for contender in comparison.contenders[1:])
+    names = dict.fromkeys(contender.ffn if several else contender.label for contender in comparison.contenders)
+    baseline, *others = names
     if not others:
         return baseline
     return f"{' and '.join(others) if len(others) <= 2 else f'{len(others)} alternatives'} against {baseline}"

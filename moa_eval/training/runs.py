@@ -184,10 +184,21 @@ class Run:
             max((rows[self.counter][-1] for rows in (self.train, self.validation) if len(rows["step"])), default=0)
         )
 
+    def seen_at(self, step: int) -> float:
+        """Images or tokens seen at a step, interpolated between recorded rows; the step where there are none."""
+        steps = self.train["step"]
+        return float(np.interp(step, steps, self.train[self.counter])) if len(steps) else float(step)
+
     @property
     def flops_per_unit(self) -> float:
         """Floating-point operations of training on one image or token; NaN where the summary lacks them."""
         return self.figure(f"flops_per_{self.counter[:-1]}")
+
+    @property
+    def parameters_at_work(self) -> float:
+        """Parameters that every token passes, embeddings left out; the total where only that is counted."""
+        total, active, inner = (self.figure("parameters", key) for key in ("total", "active", "non_embedding"))
+        return total if math.isnan(active) or math.isnan(inner) else active - (total - inner)
 
     @property
     def wall_s(self) -> float:

@@ -1,7 +1,7 @@
 """Every table, made once: CSV files, Markdown and the page show the same rows of plain values.
 
-A column that ends in `_difference` or `_ratio` compares with the baseline: its best arm, or its median over runs. NaN
-stands for what is not known or does not apply.
+A column that ends in `_difference` or `_ratio` compares with the baseline, of several with that of the same size:
+with its best arm, or its median over runs. NaN stands for what is not known or does not apply.
 """
 
 import math
@@ -14,9 +14,11 @@ from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row
 from moa_eval.training.comparison import Comparison, Contender, Contrast
 from moa_eval.training.configuration import role
+from moa_eval.training.experts import Experts, expert_rows, load_rows
 from moa_eval.training.mixing import STATIC, Mixing
 from moa_eval.training.probes import probe_rows, probe_run_rows
 from moa_eval.training.runs import Columns, Run
+from moa_eval.training.scaling import Line, line_rows, scaling_rows
 from moa_eval.training.seeds import by_seed, deviation, mean, quotient
 
 Tables = dict[str, list[Row]]
@@ -35,7 +37,9 @@ _DIFFERENCE = ("difference", "relative", "low_95", "high_95")
 _CORNERS = {"final": lambda values: values[-1], "best": lambda values: np.nanmin(values)}
 
 
-def make_tables(comparison: Comparison, mixings: Mapping[int, Mixing]) -> Tables:
+def make_tables(
+    comparison: Comparison, mixings: Mapping[int, Mixing], experts: Mapping[int, Experts], lines: Sequence[Line]
+) -> Tables:
     """Every table by name; one that has nothing to say is empty."""
     labelled = list(zip(comparison.labels, comparison.runs, strict=True))
     return {
@@ -45,10 +49,15 @@ def make_tables(comparison: Comparison, mixings: Mapping[int, Mixing]) -> Tables
         "tolerance": tolerance_rows(comparison),
         "equal_rates": equal_rate_rows(comparison),
         "costs": cost_rows(comparison),
+        "parameters": parameter_rows(comparison),
+        "scaling": scaling_rows(comparison, lines),
+        "scaling_lines": line_rows(lines),
         "probe": probe_rows(comparison),
         "probe_runs": probe_run_rows(comparison),
         "reconstructions": [row for label, run in labelled for row in _reconstruction_rows(label, run)],
         "mixing": mixing_rows(comparison, mixings),
+        "experts": expert_rows(comparison, experts),
+        "expert_load": load_rows(comparison, experts),
         "config": config_rows(comparison),
         "environment": environment_rows(comparison, packages=False),
         "packages": environment_rows(comparison, packages=True),
@@ -65,11 +74,12 @@ def loss_rows(comparison: Comparison) -> list[Row]:
     The difference and its 95 % interval are of the last validation that both sides share.
     """
     rows = []
-    for contender in comparison.contenders:
+    for index, contender in enumerate(comparison.contenders):
         arm = None if contender.best is None else comparison.arms[contender.best]
-        runs = [] if arm is None else _complete(comparison, arm.runs)
+        runs = [] if arm is None else comparison.complete(arm.runs)
         row: Row = {
             "contender": contender.label,
+            "baseline": "" if contender.baseline is None else comparison.baseline_of(index).label,
             "rate": math.nan if arm is None else arm.rate,
             "rates_tried": len(contender.arms),
             "seeds": len({run.seed for run in runs}),
@@ -87,12 +97,12 @@ def loss_rows(comparison: Comparison) -> list[Row]:
 
 def run_rows(comparison: Comparison) -> list[Row]:
     """A row a run: final and best validation loss; differences are to the mean of the baseline's best arm."""
-    reference = comparison.reference
-    baseline = [] if reference is None else _complete(comparison, comparison.arms[reference].runs)
     rows = []
     for index, (label, run) in enumerate(zip(comparison.labels, comparison.runs, strict=True)):
         arm = comparison.arm_of(index)
         contender = comparison.contenders[comparison.contender_of(index)]
+        reference = comparison.baseline_of(comparison.contender_of(index)).best
+        baseline = [] if reference is None else comparison.complete(comparison.arms[reference].runs)
         row: Row = {
             "run": label,
             "contender": contender.label,
@@ -127,7 +137,7 @@ def rate_rows(comparison: Comparison) -> list[Row]:
         best = math.nan if contender.best is None else _arm_mean(comparison, contender.best)
         for arm in contender.arms:
             own = comparison.arms[arm]
-            values = [*_over_seeds(_complete(comparison, own.runs), comparison.metric, "final").values()]
+            values = [*_over_seeds(comparison.complete(own.runs), comparison.metric, "final").values()]
             rows.append(
                 {
                     "contender": contender.label,
@@ -192,11 +202,12 @@ def equal_rate_rows(comparison: Comparison) -> list[Row]:
     rows = []
     for loss in comparison.kind.losses:
         for contrast in comparison.equal_rates(loss):
-            run = comparison.arms[contrast.arm].runs[0]
+            sides = (comparison.arms[arm].runs[0] for arm in (contrast.arm, contrast.reference))
+            contender, baseline = (comparison.contenders[comparison.contender_of(run)].label for run in sides)
             rows.append(
                 {
-                    "contender": comparison.contenders[comparison.contender_of(run)].label,
-                    "baseline": comparison.contenders[0].label,
+                    "contender": contender,
+                    "baseline": baseline,
                     "rate": comparison.arms[contrast.arm].rate,
                     "loss": loss,
                     "seen": contrast.seen or 0,
@@ -222,14 +233,34 @@ def cost_rows(comparison: Comparison) -> list[Row]:
     for contender in comparison.contenders:
         arms = contender.arms if contender.best is None else (contender.best,)
         members = [run for arm in arms for run in comparison.arms[arm].runs]
-        runs = _complete(comparison, members) or [comparison.runs[run] for run in members]
+        runs = comparison.complete(members) or [comparison.runs[run] for run in members]
         row: Row = {"contender": contender.label, "runs": len(runs), "unit": comparison.kind.unit}
         row["device"] = ", ".join(dict.fromkeys(run.device for run in runs))
         for name, read in _COSTS.items():
             row[name] = median([value for value in map(read, runs) if not math.isnan(value)] or [math.nan])
-            row[f"{name}_ratio"] = quotient(row[name], (rows[0] if rows else row)[name])
+            row[f"{name}_ratio"] = math.nan  # its column, filled once every row is there
         row["mixing_share"] = quotient(row["mixing_parameters"], row["parameters"])
         rows.append(row)
+    for row, contender in zip(rows, comparison.contenders, strict=True):
+        baseline = row if contender.baseline is None else rows[contender.baseline]
+        row |= {f"{name}_ratio": quotient(row[name], baseline[name]) for name in _COSTS}
+    return rows
+
+
+def parameter_rows(comparison: Comparison) -> list[Row]:
+    """A row a contender: what its parameters add to the baseline's, beside what they take from the loss.
+
+    Empty unless this is controlled for: another contender has its baseline's FFN with more or fewer parameters.
+    """
+    costs, losses = cost_rows(comparison), loss_rows(comparison)
+    if not any(_is_control(comparison, index, costs) for index in comparison.alternatives):
+        return []
+    rows: list[Row] = []
+    for index, (cost, loss) in enumerate(zip(costs, losses, strict=True)):
+        row: Row = {key: loss[key] for key in ("contender", "baseline", "rate", "seeds")}
+        row |= {key: cost[key] for key in ("parameters", "parameters_ratio", "mixing_parameters")}
+        row |= {"is_control": _is_control(comparison, index, costs), "loss": loss[f"final_{comparison.metric}"]}
+        rows.append(row | {key: loss[f"{comparison.metric}_{key}"] for key in _DIFFERENCE})
     return rows
 
 
@@ -283,15 +314,11 @@ def environment_rows(comparison: Comparison, *, packages: bool) -> list[Row]:
     return rows
 
 
-def _finite(comparison: Comparison, runs: Sequence[int]) -> list[Run]:
-    """The runs that have validations and none of whose losses is not finite."""
-    own = [comparison.runs[run] for run in runs]
-    return [run for run in own if run.diverged_at is None and len(run.validation["step"])]
-
-
-def _complete(comparison: Comparison, runs: Sequence[int]) -> list[Run]:
-    """Those of them that came to the end of their contender's training."""
-    return _finite(comparison, [run for run in runs if not comparison.falls_short(run)])
+def _is_control(comparison: Comparison, contender: int, costs: Sequence[Row]) -> bool:
+    own, baseline = comparison.contenders[contender], comparison.baseline_of(contender)
+    ffns = {comparison.runs[comparison.arms[side.arms[0]].runs[0]].ffn for side in (own, baseline)}
+    ratio = costs[contender]["parameters_ratio"]
+    return own is not baseline and len(ffns) == 1 and not math.isnan(ratio) and ratio != 1
 
 
 def _corner(run: Run, loss: str, corner: str) -> float:
@@ -306,12 +333,12 @@ def _over_seeds(runs: Sequence[Run], loss: str, corner: str) -> dict[int, float]
 
 
 def _arm_mean(comparison: Comparison, arm: int) -> float:
-    runs = _complete(comparison, comparison.arms[arm].runs)
+    runs = comparison.complete(comparison.arms[arm].runs)
     return mean(_over_seeds(runs, comparison.metric, "final").values())
 
 
 def _contrast_of(comparison: Comparison, contender: Contender, loss: str) -> Contrast | None:
-    if contender is comparison.contenders[0]:
+    if contender.baseline is None:
         return None
     return next((own for own in comparison.contrasts(loss) if own.arm == contender.best), None)
 
@@ -333,7 +360,7 @@ def _good_rates(comparison: Comparison, contender: Contender) -> tuple[float, fl
     limit = _arm_mean(comparison, contender.best) * (1 + TOLERANCE)
 
     def good(arm: int) -> bool:
-        complete = len(_complete(comparison, comparison.arms[arm].runs)) == len(comparison.arms[arm].runs)
+        complete = len(comparison.complete(comparison.arms[arm].runs)) == len(comparison.arms[arm].runs)
         return complete and _arm_mean(comparison, arm) <= limit
 
     low = high = contender.arms.index(contender.best)

@@ -15,10 +15,11 @@ from timm.optim import Lars, param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moa_train.config import OptimConfig, RunConfig, require
+from moa_train.config import EpochSchedule, OptimConfig, RunConfig, require
 from moa_train.optim import FUSED_DEVICES
 from moa_train.plan import TRAINING_FLOPS_PER_FORWARD, Plan
 from moa_train.progress import count
+from moa_train.schedule import Budget
 from moa_train.task import Share
 from moa_vision.data import DataConfig, ImageBatch, normalize
 from moa_vision.probe.augment import Mixing, RandAugmented
@@ -146,12 +147,14 @@ class ClassifierRun(RunConfig):
         method: Which of the two.
         recipe: Its section; `optim` and `schedule` follow from it.
         data: Shards and crops.
+        schedule: Epochs, batch and last rate.
         encoder: `TrainedEncoder.identity`.
     """
 
     method: Literal["linear", "finetune"]
     recipe: LinearConfig | FinetuneConfig
     data: DataConfig
+    schedule: EpochSchedule = field(default_factory=EpochSchedule)
     encoder: dict[str, Any] = field(default_factory=dict)
 
     def gentler(self) -> tuple[str, ...]:
@@ -172,6 +175,8 @@ class Classifier:
     """
 
     unit = "img"
+    counter = "samples"
+    units_per_sample = 1
     val_names: tuple[str, ...] = ("loss", "error", "error_top5")
     best_by = "error"
     model: nn.Module
@@ -187,6 +192,10 @@ class Classifier:
         batch = config.recipe.batch_size
         fits = batch <= self.samples_per_epoch
         require(f"{config.method}.batch_size", batch, fits, f"at most the {self.samples_per_epoch} training samples")
+
+    def budget(self, steps_per_epoch: int) -> Budget:
+        """Return the steps that the configured epochs come to."""
+        return self.config.schedule.budget(steps_per_epoch)
 
     def describe(self) -> dict[str, str]:
         """Return lines of the announcement."""

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from moa_train.config import HARMLESS, LoopConfig, OptimConfig, ScheduleConfig, parse_config, require
+from moa_train.config import HARMLESS, EpochSchedule, LoopConfig, OptimConfig, parse_config, require
 from moa_train.durable import write_json
 from moa_train.loop import run
 from moa_train.records import RunFolder
@@ -251,7 +251,7 @@ def classifier_run(
         out=str(encoder.folder / "probe"),
         resume=config.resume,
         optim=optim,
-        schedule=ScheduleConfig(
+        schedule=EpochSchedule(
             epochs=recipe.epochs,
             warmup_epochs=recipe.warmup_epochs,
             min_lr=recipe.min_lr,

@@ -152,6 +152,39 @@ def test_mae(tables):
     assert found[0]["speed ratio"] == found[0]["memory ratio"] == "1.000"
 
 
+def test_lm(tables):
+    words = ("lm", "--rounds", 1, "--batch", 2, "--tokens", 4, "--vocab", 64, *TINY_LM, "--modes", "uncompiled")
+    found = tables(*words, "--expert-sizes", "moe-tiny", "--expert-tokens", 3)
+    assert set(found) == {"lm", "lm-experts"}
+    assert column(found["lm"], "model") == [
+        ("transformers.LlamaForCausalLM",),
+        ("moa_lm, swiglu",),
+        ("moa_lm, qdmoa",),
+    ]
+    assert found["lm"][0]["speed ratio"] == found["lm"][0]["memory ratio"] == "1.000"
+    names = [
+        ("dense FFN",),
+        ("moa_lm.MoE",),
+        *((f"transformers, {n}",) for n in ("eager", "grouped_mm", "batched_mm")),
+    ]
+    lines = found["lm-experts"]
+    assert column(lines, "layer") == names and {line["size"] for line in lines} == {"moe-tiny"}
+    assert lines[0]["time ratio"] == lines[0]["memory ratio"] == "1.000"
+    against = [float(line["speed over transformers' best"]) for line in lines[2:]]
+    assert max(against) == 1
+
+
+def test_lm_in_both_modes(tables):
+    words = ("lm", "--rounds", 1, "--batch", 1, "--tokens", 4, "--vocab", 64, *TINY_LM, *COMPILED)
+    found = tables(*words, "--variants", "swiglu", "--tables", "lm")
+    assert column(found["lm"], "model", "mode") == [
+        (model, mode)
+        for model in ("transformers.LlamaForCausalLM", "moa_lm, swiglu")
+        for mode in ("uncompiled", "compiled")
+    ]
+    assert [line["speed ratio"] for line in found["lm"][:2]] == ["1.000", "1.000"]
+
+
 def test_loader(tables, small_shards):
     (found,) = tables("loader", "--rounds", 1, "--batches", 1, "--size", 32, "--shards", small_shards).values()
     assert len(found) == 3 and found[0]["speed ratio"] == "1.000"
@@ -162,7 +195,9 @@ def test_startup(tables):
     assert [line["what"].split(",")[0] for line in found] == ["python -c pass", "python -c pass", "the line alone"]
 
 
-@pytest.mark.parametrize("name", ["ffn", "overhead", "infer", "mae", "recipe", "loader", "startup", "eval", "all"])
+@pytest.mark.parametrize(
+    "name", ["ffn", "overhead", "infer", "lm", "mae", "recipe", "loader", "startup", "eval", "all"]
+)
 def test_each_benchmark_explains_itself(script, capsys, name):
     with pytest.raises(SystemExit) as stop:
         script.main([name, "--help"])
@@ -180,6 +215,8 @@ def test_each_benchmark_explains_itself(script, capsys, name):
         (["ffn", "--variants", "swish"], "swish"),
         (["ffn", "--implementations", "liger", "--device", "cpu", "--tokens", "2", "--dim", "6"], "liger"),
         (["overhead", "--size", "huge", "--device", "cpu"], "size='huge' is not one of"),
+        (["lm", "--size", "moe-tiny", "--tables", "lm"], "--size moe-tiny has experts"),
+        (["lm", "--expert-sizes", "dense-tiny", "--tables", "lm-experts"], "--expert-sizes dense-tiny is dense"),
         (["recipe", "--batches", "1", "--config", "none.yaml"], "none.yaml"),
     ],
 )

@@ -1,9 +1,12 @@
 """What is compared in the benchmarks computes the same: implementations of the layer and of the mixture, decoding."""
 
+import argparse
+
 import pytest
 import torch
 
 from moa_ffn import VARIANTS, FFNSpec, reference
+from moa_lm import MoALlamaForCausalLM
 
 CPU, TOKENS, HIDDEN = torch.device("cpu"), 5, 8
 ABLE = ("eager", "cpu", "naive")
@@ -88,6 +91,31 @@ def test_decoding_is_generates(part):
     assert tokens[1].equal(tokens[0])  # the cache was reset
     cache = 2 * 2 * 2 * 9 * model.config.hidden_size * 4  # keys and values, layers, sequences, positions
     assert decoding.held_bytes() == part("training").held_bytes(model) + cache
+
+
+def test_llama_has_the_weights_of_ours(part):
+    from transformers import LlamaForCausalLM
+
+    lm = part("lm")
+    args = argparse.Namespace(size="dense-tiny", vocab=97, tokens=8, layers=2)
+    ours, theirs = lm.our_config(args, "swiglu"), LlamaForCausalLM(lm.llama_config(args))
+    model = MoALlamaForCausalLM(ours)
+    model.load_state_dict(theirs.state_dict())  # strict: the same names and shapes
+    tokens = torch.randint(97, (1, 8))
+    torch.testing.assert_close(model(tokens).logits, theirs(tokens).logits)
+
+
+def test_layers_with_experts_are_of_one_size(part):
+    lm = part("lm")
+    layers = lm.expert_layers(lm.experts_config("moe-tiny"), 3, CPU, torch.float32)
+    counts = {name: sum(weight.numel() for weight in layer.parameters()) for name, layer in layers.items()}
+    ours = counts.pop("moa_lm.MoE")
+    dense = counts.pop("dense FFN")
+    assert set(counts.values()) == {ours + 256}  # the gate of their shared expert
+    assert ours == 256 * 8 + dense // 3 * 9  # a router; three experts are active, nine are there
+    assert "transformers, batched_mm" in counts
+    large = lm.expert_layers(lm.experts_config("moe-tiny"), 2048, CPU, torch.float32)
+    assert "transformers, batched_mm" not in large  # 2048 * 2 copies of 2 * 192 * 256 weights
 
 
 @pytest.mark.gpu

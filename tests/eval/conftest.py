@@ -35,7 +35,15 @@ def default_config(name, seed, encoder, lr):
 
 def language_config(name, seed, ffn, lr):
     config = default_config(name, seed, ffn, lr)
-    return config | {"model": {"ffn": ffn, "size": "dense-0.12b"}, "data": {"train": "text/train", "val": "text/val"}}
+    first = {key: config[key] for key in ("name", "seed", "out", "resume")} | {"start_from": None}
+    return first | config | {
+        "model": {"ffn": ffn, "size": "dense-0.12b", "args": {}, "gradient_checkpointing": False},
+        "data": {"train": "text/train", "val": "text/val", "sequence_length": 64, "document_mask": False},
+        "schedule": {
+            "tokens": None, "tokens_per_parameter": 20, "epochs": None, "warmup_steps": 4, "batch_size": 1,
+            "min_lr": 0.0, "decay_fraction": 1.0, "decay_shape": "cosine",
+        },
+    }  # fmt: skip
 
 
 def curve(steps, final, seed, name):
@@ -47,12 +55,13 @@ def curve(steps, final, seed, name):
 def write_run(
     root, name="baseline", *, encoder="vit_tiny_patch4_swiglu", lr=3e-4, seed=0, final=0.5, steps=40, nan_from=None,
     status="finished", mixing=0, keys=("images/b", "images/a"), tile_size=16, changes=None, ffn=None, spread=None,
-    probes=None,
+    probes=None, parameters=None, experts=None,
 ):  # fmt: skip
     """Write a run folder and return its path; `changes` are dotted configuration keys.
 
     With `ffn` it is a language model's. `spread` is the standard deviation over tokens of the coefficients that it
-    records; `probes` maps measurements to accuracies.
+    records; `probes` maps measurements to accuracies. `parameters` replaces counts of the summary; `experts` are the
+    shares of the assignments that each layer's experts get.
     """
     folder = root / name
     folder.mkdir(parents=True)
@@ -79,8 +88,27 @@ def write_run(
     for probe, accuracy in (probes or {}).items():
         _write_probe(folder / "probe" / f"{probe}.json", probe, accuracy)
     if status is not None:
-        (folder / "summary.json").write_text(json.dumps(_summary(config, rows, status, mixing)))
+        (folder / "summary.json").write_text(json.dumps(_summary(config, rows, status, mixing, parameters)))
+    if experts is not None:
+        write_experts(folder / "experts", experts)
     return folder
+
+
+def write_experts(folder, layers):
+    """Two records; `layers` are the loads of every layer's experts at the later one, even ones come before."""
+    folder.mkdir(parents=True)
+    for step in (20, 40):
+        rows = []
+        for index, final in enumerate(layers):
+            load = np.full(len(final), 1 / len(final)) if step == 20 else np.asarray(final)
+            rows.append(
+                {
+                    "layer": f"model.{index}", "load": load.tolist(), "entropy": math.log(len(load)) * 20 / step,
+                    "max_entropy": math.log(len(load)), "balance_loss": float(len(load) * load @ load),
+                    "assignments": 4000, "dropped": 0,
+                }
+            )  # fmt: skip
+        (folder / f"step_{step:08d}.json").write_text(json.dumps({"step": step, "layers": rows}))
 
 
 def write_mixing(folder, keys, spread, *, part="encoder", terms=("g·id", "s·id", "r2·id"), adaptive=True):
@@ -129,7 +157,7 @@ def make_run(tmp_path):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Sections without charts, for tests of everything else: drawing is most of the time."""
-    monkeypatch.setattr("moa_eval.training.figures.draw_all", lambda comparison, mixing: {})
+    monkeypatch.setattr("moa_eval.training.figures.draw_all", lambda *records: {})
     monkeypatch.setattr("moa_eval.zero_shot.report.draw", lambda comparison: {})
 
 
@@ -237,7 +265,7 @@ def _rows(losses, nan_from, language=False):
     return rows
 
 
-def _summary(config, rows, status, mixing):
+def _summary(config, rows, status, mixing, parameters):
     vals = [row for row in rows if row["kind"] == "val"]
     losses = [key for key in ("loss", "loss_norm", "loss_pixel") if vals and key in vals[0]]
     best = min(vals, key=lambda row: row["loss"], default=None)
@@ -257,6 +285,7 @@ def _summary(config, rows, status, mixing):
             "decoder": 300_000,
             "ffn": 500_000,
             "mixing": mixing,
+            **(parameters or {}),
         },
         f"flops_per_{counter[:-1]}": 3_000_000 + 10 * mixing,
         "flops_total": 1e12,

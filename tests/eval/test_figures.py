@@ -11,8 +11,10 @@ from moa_eval.page.charts import PALETTE
 from moa_eval.training import figures
 from moa_eval.training.comparison import compare
 from moa_eval.training.curves import smooth
+from moa_eval.training.experts import read_all as read_experts
 from moa_eval.training.mixing import read_all, sections
 from moa_eval.training.reading import read_run
+from moa_eval.training.scaling import fit_lines
 from moa_eval.zero_shot.figures import accuracies
 
 MOA = "vit_tiny_patch4_qdmoa"
@@ -22,7 +24,8 @@ RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
 
 def draw(folders):
     comparison = compare([read_run(folder) for folder in folders])
-    return comparison, figures.draw_all(comparison, read_all(comparison))
+    records = (read_all(comparison), read_experts(comparison), fit_lines(comparison))
+    return comparison, figures.draw_all(comparison, *records)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,26 @@ def test_a_language_model_has_its_own_words(make_run):
     assert charts["validation_loss"].title == "Validation loss, cross-entropy"
     assert "tokens seen" in charts["validation_loss"].svg and "images" not in charts["validation_loss"].svg
     assert "validation_loss_pixel" not in charts
+
+
+def test_a_run_begun_with_a_checkpoint_is_drawn_from_there_on(make_run):
+    folders = [make_run("a", ffn="swiglu", steps=60), make_run("b", ffn="qdmoa", steps=60, spread=0.1)]
+    path = folders[1] / "metrics.jsonl"
+    late = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] > 30]
+    path.write_text("".join(late))
+    comparison, charts = draw(folders)
+    assert [run.seen for run in comparison.runs] == [60 * 64] * 2 and comparison.incomparable == ()
+    assert [row["x"] for row in rows(charts["validation_loss"], "x") if row["run"] == 1] == [2560, 3200, 3840]
+    assert [row["x"] for row in rows(charts["validation_difference"], "x")] == [2560, 3200, 3840]
+    assert charts["mixing_depth_1"].title.startswith("qd-MoA: coefficients over depth")
+
+
+def test_layers_of_experts_have_labels_of_their_own(make_run):
+    folder = make_run("moe", ffn="qdmoa", spread=0.1)
+    for path in (folder / "mixing").glob("step_*.json"):
+        path.write_text(path.read_text().replace('"model.1"', '"model.0.shared"'))
+    texts = [text.text for text in ElementTree.fromstring(draw([folder])[1]["mixing_depth_0"].svg).iter(f"{SVG}text")]
+    assert "0" in texts and "0.shared" in texts
 
 
 def test_runs_at_other_rates_are_off_at_first(sweep):

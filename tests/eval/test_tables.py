@@ -8,9 +8,11 @@ from scipy import stats
 
 from moa_eval.page.writing import as_csv
 from moa_eval.training.comparison import compare
+from moa_eval.training.experts import read_all as read_experts
 from moa_eval.training.mixing import read_all
 from moa_eval.training.reading import RunFolderError, read_run
 from moa_eval.training.readme import results_markdown
+from moa_eval.training.scaling import fit_lines
 from moa_eval.training.tables import make_tables
 
 MOA = "vit_tiny_patch4_qdmoa"
@@ -32,7 +34,7 @@ def lowest(folder, loss):
 
 def tabulate(folders):
     comparison = compare([read_run(folder) for folder in folders])
-    return make_tables(comparison, read_all(comparison))
+    return make_tables(comparison, read_all(comparison), read_experts(comparison), fit_lines(comparison))
 
 
 @pytest.fixture(scope="module")

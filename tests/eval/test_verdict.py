@@ -209,10 +209,10 @@ def test_what_else_differs_is_said(make_run):
     changes = {"optim.weight_decay": 0.1, "model.encoder_args": {"embed_dim": 96, "depth": 2}}
     folders = [make_run("a"), make_run("b", encoder=MOA, lr=1.2e-3, seed=1, mixing=50_000, changes=changes)]
     notes = say(folders)[1]
-    assert "Peak learning rates differ: 3e-4 (SwiGLU), 1.2e-3 (qd-MoA)." in notes
+    assert "Peak learning rates differ: 3e-4 (SwiGLU, embed_dim 64), 1.2e-3 (qd-MoA, embed_dim 96)." in notes
     assert "(optim.weight_decay and model.encoder_args.embed_dim)" in notes
-    assert "Seeds differ: 0 (SwiGLU), 1 (qd-MoA)." in notes
-    assert "qd-MoA has 1.05× the parameters of SwiGLU." in notes
+    assert "Seeds differ: 0 (SwiGLU, embed_dim 64), 1 (qd-MoA, embed_dim 96)." in notes
+    assert "qd-MoA, embed_dim 96 has 1.05× the parameters of SwiGLU, embed_dim 64." in notes
 
 
 def test_the_verdict_follows_the_training_objective_and_names_a_contradiction(make_run):
@@ -232,3 +232,85 @@ def test_a_summary_that_contradicts_the_rows_is_named(make_run):
     path = folder / "summary.json"
     path.write_text(re.sub(r'"loss_norm": [0-9.]+', '"loss_norm": 0.1234', path.read_text()))
     assert "summary.json has another final loss than metrics.jsonl" in say([folder])[1]
+
+
+def ladder(make_run, gains, seeds):
+    """Folders of language models: SwiGLU and the FFNs with their gains, at three sizes."""
+    return [
+        make_run(
+            f"{size}{ffn}{seed}", ffn=ffn, seed=seed, final=final - gain,
+            changes={"model.size": size, "optim.lr": rate},
+        )
+        for size, final, rate in (("dense-0.12b", 3.4, 3e-3), ("dense-0.25b", 3.1, 2e-3), ("dense-0.5b", 2.8, 1e-3))
+        for ffn, gain in ({"swiglu": 0.0} | gains).items()
+        for seed in range(seeds)
+    ]  # fmt: skip
+
+
+def test_over_sizes_differences_are_named_size_by_size(make_run):
+    sentences, notes = say(ladder(make_run, {"qdmoa": 0.1, "onemoa": 0.05}, seeds=1))
+    assert re.fullmatch(
+        r"qd-MoA, the lowest of 2 alternatives on average, is below SwiGLU at 3 of 3 sizes in validation loss: "
+        r"−0\.\d{4} \(dense-0\.12b\), −0\.\d{4} \(dense-0\.25b\) and −0\.\d{4} \(dense-0\.5b\)\.",
+        sentences[0],
+    )
+    assert sentences[1] == "One seed: not evidence of a general difference."
+    assert "More than FFN" not in notes
+    assert "the best of 2 alternatives" in notes
+
+
+@pytest.mark.parametrize(("gain", "sure"), [(0.5, 3), (0.0, 0)], ids=["large", "none"])
+def test_over_sizes_intervals_are_widened_for_all_comparisons(make_run, gain, sure):
+    sentences, _ = say(ladder(make_run, {"qdmoa": gain}, seeds=4))
+    assert sentences[1] == (
+        f"The 95 % interval over seeds, widened for 3 comparisons, excludes zero at {sure} of 3 sizes."
+    )
+
+
+def test_what_parameters_alone_bring_is_said_beside_the_mixture(make_run):
+    counts = {
+        ("dense-0.12b", "swiglu"): 1_000_000,
+        ("llama-large", "swiglu"): 1_000_500,
+        ("dense-0.12b", "bimoa"): 1_000_480,
+    }
+    folders = [
+        make_run(f"{size}{ffn}", ffn=ffn, changes={"model.size": size}, parameters={"total": count})
+        for (size, ffn), count in counts.items()
+    ]
+    wide, mixed = (f"{gap:+.4f}".replace("-", "−") for gap in (last(folders[i]) - last(folders[0]) for i in (1, 2)))
+    notes = say(folders)[1]
+    assert (
+        f"Parameters against gain over SwiGLU, dense-0.12b: SwiGLU, llama-large {wide} for +0.05 % parameters and "
+        f"bi-MoA {mixed} for +0.05 % parameters."
+    ) in notes
+    assert "More than FFN" not in notes  # llama-large is a wider FFN and nothing else
+
+
+def last(folder):
+    return read_run(folder).validation["loss"][-1]
+
+
+def test_schedules_and_optimizers_that_differ_are_named_for_whom_they_concern(make_run):
+    wsd = {
+        "schedule.decay_fraction": 0.2,
+        "schedule.decay_shape": "1-sqrt",
+        "start_from": "runs/x/checkpoints/step_10",
+    }
+    folders = [make_run("a", ffn="swiglu"), make_run("b", ffn="moa"), make_run("c", ffn="qdmoa", changes=wsd)]
+    notes = say(folders)[1]
+    assert (
+        "More than FFN and peak rate differs for qd-MoA "
+        "(start_from, schedule.decay_fraction and schedule.decay_shape): "
+    ) in notes
+    assert "Begun with a checkpoint of another run: qd-MoA; time and rows are those from there on." in notes
+
+
+def test_many_best_rates_at_an_edge_are_counted(make_run):
+    folders = [
+        make_run(f"{ffn}{rate}", ffn=ffn, lr=rate, final=3 - 10 * rate)
+        for ffn in ("swiglu", "onemoa", "bimoa", "qdmoa", "gelu")
+        for rate in (1e-3, 2e-3, 4e-3)
+    ]
+    assert (
+        "The best rate is at the edge of those tried for 5 of 5 (the highest for 5): a better one may lie beyond."
+    ) in say(folders)[1]

@@ -7,9 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from moa_lm import dispatch as subject
-from moa_lm.dispatch import choose_method, combine, dispatch, group_by_expert, grouped_linear
+from moa_lm.dispatch import (
+    choose_method,
+    combine,
+    dispatch,
+    group_by_expert,
+    grouped_linear,
+    project_in,
+    project_out,
+)
 
 
 @st.composite
@@ -74,16 +83,94 @@ def test_grouped_linear_equals_einsum(drawn, fan_in, fan_out, with_bias):
         torch.testing.assert_close(torch.autograd.grad(actual, inputs, seed), wanted, rtol=0, atol=1e-5)
 
 
+METHODS_OF_A_CPU = ("blocks", "grouped", "loop")
+
+
+@settings(max_examples=25, deadline=None)
+@given(assignments(), st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.booleans())
+def test_projections_equal_einsum(drawn, width, widths, with_bias):
+    """Every method, in and out, against products with one-hot matrices; gradients of all that has one."""
+    indices, experts = drawn
+    (n, k), groups = indices.shape, group_by_expert(indices, experts)
+    x, scales = torch.randn(n, width), torch.randn(n, k)
+    weights = [torch.randn(experts, outputs, width) for outputs in widths]
+    biases = [torch.randn(experts, outputs) for outputs in widths] if with_bias else []
+    down, down_bias = torch.randn(experts, width, widths[0]), torch.randn(experts, width)
+    inputs = [t.requires_grad_() for t in (x, scales, down, down_bias, *weights, *biases)]
+    used = inputs if with_bias else [t for t in inputs if t is not down_bias]
+    choice = torch.nn.functional.one_hot(indices, experts).float()  # (N, k, E)
+
+    def exact():
+        parts = [torch.einsum("nd,nke,eod->nko", x, choice, weight) for weight in weights]
+        parts = [part + choice @ bias for part, bias in zip(parts, biases, strict=True)] if biases else parts
+        out = torch.einsum("nko,nke,edo,nk->nd", parts[0].sin(), choice, down, scales)
+        out = out + torch.einsum("nke,ed,nk->nd", choice, down_bias, scales) if with_bias else out
+        return [part.flatten(0, 1)[groups.order] for part in parts], out
+
+    def ours(method):
+        maps = list(zip(weights, biases or [None] * len(weights), strict=True))
+        parts = project_in(x, maps, groups, method)
+        return parts, project_out(parts[0].sin(), down, down_bias if with_bias else None, scales, groups, method)
+
+    def results(parts, out):
+        loss = out.cos().sum() + sum(part.cos().sum() for part in parts)
+        return [*parts, out, *torch.autograd.grad(loss, used)]
+
+    wanted = results(*exact())
+    for method in METHODS_OF_A_CPU:
+        torch.testing.assert_close(results(*ours(method)), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [7, 0])
+def test_operators_keep_torchs_rules(tokens):
+    """Schema, fake results and registration as torch demands them of operators that compilers meet."""
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.rand(tokens, 4, generator=generator).argsort(-1)[:, :2]
+    groups = group_by_expert(indices, 5)  # expert 4 has no token
+    x = torch.randn(tokens, 6)
+    hidden, down = torch.randn(2 * tokens, 3), torch.randn(5, 6, 3)
+    weights = [torch.randn(5, 3, 6), torch.randn(5, 2, 6)]
+    x, hidden, down, *weights = (t.requires_grad_() for t in (x, hidden, down, *weights))
+    places = (groups.order, groups.rows, groups.ends)
+    operators = torch.ops.moa_lm
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")  # compiled whole in test_moe.py
+    torch.library.opcheck(operators.project_in, (x, weights, *places), test_utils=tests)
+    torch.library.opcheck(operators.project_out, (hidden, down, *places), test_utils=tests)
+
+
+def test_operations_are_those_of_the_products():
+    groups = group_by_expert(torch.tensor([[0, 1], [1, 2], [0, 2]]), 3)
+    x, weight, scales = torch.randn(3, 4), torch.randn(3, 5, 4, requires_grad=True), torch.rand(3, 2)
+    down = torch.randn(3, 4, 5, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        (a,) = project_in(x.requires_grad_(), [(weight, None)], groups, "blocks")
+        out = project_out(a, down, None, scales, groups, "blocks")
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    product = 2 * 6 * 5 * 4  # of six assignments
+    assert forward == 2 * product and counter.get_total_flops() == 6 * product
+
+
+def test_a_second_derivative_is_refused():
+    groups = group_by_expert(torch.tensor([[0, 1]]), 2)
+    x = torch.randn(1, 3, requires_grad=True)
+    (a,) = project_in(x, [(torch.randn(2, 4, 3), None)], groups, "blocks")
+    (grad,) = torch.autograd.grad(a.sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("width", [8, 5])
 @pytest.mark.parametrize("tokens", [2, 0])
 def test_gradients_need_not_be_contiguous(width, tokens):
     groups = group_by_expert(torch.tensor([[0, 1], [1, 0]])[:tokens], 2)
     weight = torch.randn(2, width, 8, requires_grad=True)
     grads = []
-    for method in ("grouped", "loop"):
-        out = grouped_linear(torch.ones(2 * tokens, 8), weight, None, groups, method)
+    for method in METHODS_OF_A_CPU:
+        (out,) = project_in(torch.ones(tokens, 8), [(weight, None)], groups, method)
         grads.append(torch.autograd.grad(out.sum(), weight)[0])  # an expanded gradient, of strides 0
-    torch.testing.assert_close(*grads)
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -100,20 +187,23 @@ def test_sums_over_choices_are_float32(dtype):
     assert x.grad.dtype == dtype and x.grad.item() == 1.5
 
 
-def test_auto_takes_the_loop_where_it_must_and_says_so_once(caplog):
+def test_auto_takes_the_loop_where_it_must_and_says_so_once(caplog, monkeypatch):
     subject._tried.cache_clear()
     subject._log.cache_clear()
     cpu = torch.device("cpu")
-    assert choose_method("auto", cpu, torch.float32) == "grouped"
+    assert [choose_method("auto", cpu, dtype) for dtype in (torch.float32, torch.float64)] == ["blocks"] * 2
+    assert choose_method("auto", cpu, torch.bfloat16) == "grouped"
+    monkeypatch.setattr(subject.expert_blocks, "DTYPES", ())
     with caplog.at_level(logging.WARNING, "moa_lm"):
         assert [choose_method("auto", cpu, torch.float64) for _ in range(3)] == ["loop"] * 3
     assert len(caplog.records) == 1 and "loop" in caplog.text and "float64 on cpu" in caplog.text
     assert choose_method("loop", cpu, torch.float32) == "loop"
 
 
-def test_grouped_by_name_raises_where_it_cannot_run():
-    with pytest.raises(ValueError, match=r"expert_dispatch='grouped'.*float64 on cpu: .+'loop'"):
-        choose_method("grouped", torch.device("cpu"), torch.float64)
+@pytest.mark.parametrize(("method", "dtype"), [("grouped", torch.float64), ("blocks", torch.bfloat16)])
+def test_a_method_by_name_raises_where_it_cannot_run(method, dtype):
+    with pytest.raises(ValueError, match=rf"expert_dispatch='{method}'.*{str(dtype)[6:]} on cpu: .+'loop'"):
+        choose_method(method, torch.device("cpu"), dtype)
 
 
 def test_gradients_are_tried_in_inference_mode_too():
@@ -128,6 +218,6 @@ def test_an_older_torch_without_grouped_products(monkeypatch):
     try:
         with pytest.raises(ValueError, match=r"expert_dispatch='grouped'.*grouped_mm"):
             choose_method("grouped", torch.device("cpu"), torch.float32)
-        assert choose_method("auto", torch.device("cpu"), torch.float32) == "loop"
+        assert choose_method("auto", torch.device("cpu"), torch.bfloat16) == "loop"
     finally:
         subject._tried.cache_clear()

@@ -127,17 +127,19 @@ def test_each_token_is_the_weighted_sum_of_its_ffns(variant, mixing, biases):
     moe = make(torch.float64, ffn_variant=variant, expert_mixing=mixing, **settings)
     hidden = tokens(2, 5, 12, dtype=torch.float64)
     expected = gradients(moe, hidden, lambda x: one_by_one(moe, x))
-    assert_same(gradients(with_method(moe, "loop"), hidden), expected, 1e-12)
+    for method in ("loop", "blocks"):
+        assert_same(gradients(with_method(moe, method), hidden), expected, 1e-12)
 
 
 @pytest.mark.parametrize(("variant", "mixing"), list(itertools.product(SEVERAL, MIXINGS)))
 @pytest.mark.parametrize(("dim", "width"), [(12, 20), (11, 7)], ids=["aligned", "odd"])
-def test_grouped_products_equal_the_loop(variant, mixing, dim, width):
+def test_the_methods_agree(variant, mixing, dim, width):
     fields = {"hidden_size": dim, "moe_intermediate_size": width, "ffn_variant": variant, "expert_mixing": mixing}
     moe = make(mlp_bias=dim == 11, ffn_mix_bias=dim == 11, **fields)
     hidden = tokens(2, 9, dim)
     expected = gradients(with_method(moe, "loop"), hidden)
-    assert_same(gradients(with_method(moe, "grouped"), hidden), expected, 1e-5)
+    for method in ("grouped", "blocks"):
+        assert_same(gradients(with_method(moe, method), hidden), expected, 1e-5)
 
 
 @pytest.mark.parametrize("gate", ["tanh", "softmax"])
@@ -149,20 +151,21 @@ def test_other_gates(gate, mixing):
 
 
 @pytest.mark.parametrize(("variant", "mixing"), [("qdmoa", "layer"), ("bimoa", "expert"), ("qdla", "expert")])
-def test_gradcheck(variant, mixing):
+@pytest.mark.parametrize("method", ["blocks", "loop"])
+def test_gradcheck(method, variant, mixing):
     fields = {"hidden_size": 4, "moe_intermediate_size": 3, "num_experts": 3, "num_experts_per_tok": 2}
     moe = make(torch.float64, ffn_variant=variant, expert_mixing=mixing, mlp_bias=True, **fields)
     names = [name for name, _ in moe.named_parameters()]
 
     def function(hidden, *values):
-        return functional_call(with_method(moe, "loop"), dict(zip(names, values, strict=True)), (hidden,))
+        return functional_call(with_method(moe, method), dict(zip(names, values, strict=True)), (hidden,))
 
     hidden = tokens(1, 3, 4, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(function, (hidden, *(p.detach().requires_grad_() for p in moe.parameters())))
 
 
 @pytest.mark.parametrize("variant", ["swiglu", "qdmoa", "la"])
-@pytest.mark.parametrize("method", ["grouped", "loop"])
+@pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
 def test_one_expert_is_an_ffn(variant, method):
     moe = make(ffn_variant=variant, num_experts=1, num_experts_per_tok=1, num_shared_experts=0)
     config = configure(ffn_variant=variant)
@@ -189,7 +192,7 @@ def theirs_and_ours(block: nn.Module, moe: MoE, hidden: Tensor) -> tuple[dict[st
     return {**same, **renamed}, gradients(moe, hidden)
 
 
-@pytest.mark.parametrize("method", ["grouped", "loop"])
+@pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
 def test_swiglu_equals_mixtral(method):
     moe = with_method(make(ffn_variant="swiglu", num_shared_experts=0), method)
     config = MixtralConfig(hidden_size=12, intermediate_size=20, num_local_experts=6, num_experts_per_tok=3)
@@ -198,7 +201,7 @@ def test_swiglu_equals_mixtral(method):
     assert_same(ours, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("method", ["grouped", "loop"])
+@pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_swiglu_with_a_shared_expert_equals_qwen2_moe(method, normalize):
     moe = with_method(make(ffn_variant="swiglu", norm_topk_prob=normalize, num_shared_experts=2), method)
@@ -221,7 +224,7 @@ def test_swiglu_with_a_shared_expert_equals_qwen2_moe(method, normalize):
     assert_same({name: ours[name] for name in theirs}, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("method", ["grouped", "loop"])
+@pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
 @pytest.mark.parametrize("mixing", MIXINGS)
 def test_a_token_does_not_depend_on_its_batch(method, mixing):
     moe = with_method(make(expert_mixing=mixing), method)
@@ -240,7 +243,7 @@ def test_a_token_does_not_depend_on_its_batch(method, mixing):
             torch.testing.assert_close(other, expected, rtol=0, atol=1e-6 * whole.abs().max().item())
 
 
-@pytest.mark.parametrize("method", ["grouped", "loop"])
+@pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
 def test_a_bad_token_spoils_itself_only(method):
     moe = with_method(make(), method)
     hidden = tokens(2, 4, 12)
@@ -252,7 +255,7 @@ def test_a_bad_token_spoils_itself_only(method):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("method", ["grouped", "loop"])
+@pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
 @pytest.mark.parametrize("variant", ["moa", "qdmoa", "bila"])
 def test_experts_without_tokens_get_a_zero_gradient(method, variant):
     moe = with_method(make(ffn_variant=variant, expert_mixing="expert", mlp_bias=True), method)
@@ -269,7 +272,7 @@ def test_experts_without_tokens_get_a_zero_gradient(method, variant):
     torch.testing.assert_close(result["out"], one_by_one(moe, hidden).detach(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["grouped", "loop"])
+@pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
 @pytest.mark.parametrize("mixing", MIXINGS)
 def test_no_tokens_at_all(method, mixing):
     moe = with_method(make(expert_mixing=mixing), method)

@@ -59,7 +59,7 @@ def test_names_in_the_state_dict():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"expert_dispatch": "sorted"}, "expert_dispatch='sorted'.*auto, grouped, loop"),
+        ({"expert_dispatch": "sorted"}, "expert_dispatch='sorted'.*auto, blocks, grouped, loop"),
         ({"expert_mixing": "token"}, "expert_mixing='token'.*layer.*expert"),
         ({"num_experts_per_tok": 7}, "num_experts_per_tok=7.*num_experts=6"),
         ({"moe_intermediate_size": None}, "moe_intermediate_size=None"),

@@ -77,7 +77,7 @@ def test_the_range_of_the_paper_s_mixtures():
     assert [f"{small.total / 1e9:.2f}", f"{small.active / 1e9:.2f}"] == ["0.25", "0.11"]
     assert [f"{large.total / 1e9:.0f}", f"{large.active / 1e9:.2f}"] == ["2", "0.62"]
     for size, shape in SIZES.items():
-        if shape.experts and size != "moe-tiny":
+        if shape.experts and size not in ("moe-micro", "moe-tiny"):
             config = named_config(size)
             assert (config.num_experts, config.num_experts_per_tok, config.num_shared_experts) == (32, 4, 1)
 
@@ -107,7 +107,7 @@ def test_tiny_sizes_run(size, variant):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"size='dense-7b' is not one of dense-tiny, dense-0\.12b"):
+    with pytest.raises(ValueError, match=r"size='dense-7b' is not one of dense-micro, dense-tiny, dense-0\.12b"):
         named_config("dense-7b")
     with pytest.raises(ValueError, match="variant='geglu' is not one of"):
         named_config("dense-0.12b", "geglu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moa_train.config import LoopConfig, OptimConfig, RunConfig, ScheduleConfig
+from moa_train.config import EpochSchedule, LoopConfig, OptimConfig, RunConfig
 from moa_train.devices import bf16_peak_flops, saved_bytes_per_sample, state_bytes
 from moa_train.plan import Costs, make_plan
 
@@ -14,14 +14,18 @@ from moa_train.plan import Costs, make_plan
 def config(batch, micro, epochs=1.0, warmup=0.0):
     return RunConfig(
         optim=OptimConfig(lr=1.2e-3),
-        schedule=ScheduleConfig(epochs=epochs, warmup_epochs=warmup, batch_size=batch),
+        schedule=EpochSchedule(epochs=epochs, warmup_epochs=warmup, batch_size=batch),
         loop=LoopConfig(micro_batch_size=micro),
     )
 
 
+def plan_of(config, samples, world_size):
+    return make_plan(config, samples, config.schedule.budget, world_size)
+
+
 @pytest.mark.parametrize("world_size", [1, 8, 64])
 def test_full_recipe(world_size):
-    plan = make_plan(config(4096, 64, epochs=800, warmup=40), 1_281_167, world_size)
+    plan = plan_of(config(4096, 64, epochs=800, warmup=40), 1_281_167, world_size)
     assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (312, 249_600, 12_480)  # the official MAE's
     assert plan.accumulation * world_size * 64 == 4096
     assert plan.lr_at(12_480) == 1.2e-3 and plan.lr_at(0) == 0.0
@@ -32,7 +36,7 @@ def test_full_recipe(world_size):
 @pytest.mark.parametrize(("batch", "micro", "world_size"), [(4096, 64, 3), (100, 7, 2), (8, 64, 1), (12, 5, 1)])
 def test_an_impossible_split_names_what_works(batch, micro, world_size):
     with pytest.raises(ValueError, match=rf"schedule.batch_size is {batch}; it must be a multiple") as error:
-        make_plan(config(batch, micro), 10_000, world_size)
+        plan_of(config(batch, micro), 10_000, world_size)
     nearest, _, keeping = str(error.value).partition(", or keep it with loop.micro_batch_size ")
     offered = [int(number) for number in re.findall(r"\d+", nearest.partition("nearest are ")[2])]
     works = [b for b in range(1, 2 * batch + 2 * micro * world_size) if b % (micro * world_size) == 0]
@@ -43,7 +47,7 @@ def test_an_impossible_split_names_what_works(batch, micro, world_size):
 
 def test_a_batch_larger_than_the_data():
     with pytest.raises(ValueError, match=r"batch_size is 64; it must be at most the training set's 63 samples"):
-        make_plan(config(64, 64), 63, 1)
+        plan_of(config(64, 64), 63, 1)
 
 
 @pytest.mark.parametrize(

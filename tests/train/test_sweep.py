@@ -34,11 +34,11 @@ STAND_IN = '''
 """A training script whose runs cost nothing: two steps an epoch, a row a step, everything that can go wrong."""
 
 import json, os, signal, sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import yaml
 
-from moa_train.config import RunConfig, as_tree, parse_config, require
+from moa_train.config import EpochSchedule, RunConfig, as_tree, parse_config, require
 from moa_train.signals import EXIT_STOPPED, StopRequests
 
 
@@ -47,11 +47,13 @@ class Config(RunConfig):
     """A run.
 
     Args:
+        schedule: How long.
         trouble: What happens in the second step.
         step_s: Seconds that a step lasts.
         words: Any text.
     """
 
+    schedule: EpochSchedule = field(default_factory=EpochSchedule)
     trouble: str = "none"
     step_s: float = 0.0
     words: str = ""

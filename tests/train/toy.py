@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from moa_train.config import HARMLESS, RunConfig, parse_config
+from moa_train.config import HARMLESS, EpochSchedule, RunConfig, parse_config
 from moa_train.loop import run
 
 
@@ -46,10 +46,12 @@ class ToyConfig(RunConfig):
 
     Args:
         model: The model.
+        schedule: How long.
         samples: Training samples.
     """
 
     model: ToyModel = field(default_factory=ToyModel)
+    schedule: EpochSchedule = field(default_factory=EpochSchedule)
     samples: int = 44
 
 
@@ -75,6 +77,8 @@ class Batches(IterableDataset):
 
 class ToyTask:
     unit = "rows"
+    counter = "samples"
+    units_per_sample = 1
     forward_flops_per_sample = 1000
     val_names = ("loss", "loss_norm")
     best_by = "loss_norm"
@@ -88,6 +92,9 @@ class ToyTask:
         self.samples_per_epoch = config.samples
         self.val_samples = 7
         self.step = 0
+
+    def budget(self, steps_per_epoch):
+        return self.config.schedule.budget(steps_per_epoch)
 
     def describe(self):
         return {"model": "toy"}

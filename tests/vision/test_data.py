@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
+from moa_train.order import StepBatches
 from moa_vision import images
 from moa_vision.cache import DataError
 from moa_vision.data import (
@@ -29,7 +30,7 @@ from moa_vision.data import (
 )
 from moa_vision.images import CROP_DRAWS, ImageError, central_box, crop_into, decode_rgb, random_box
 from moa_vision.index import open_index
-from moa_vision.order import EpochOrder, StepBatches
+from moa_vision.order import EpochOrder
 from moa_vision.table import BadSample
 
 # Python 3.12 and 3.13 warn of every fork of a process with threads, as torch makes them

@@ -1,0 +1,179 @@
+"""Documents -> tokens, in worker processes, by any tokenizer of the library `tokenizers`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from moa_lm.convert import existing_source
+from moa_lm.data import DTYPES
+from moa_lm.documents import Text
+from moa_train.durable import new_folder
+from moa_train.signals import ignore_stop_signals
+
+_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**20, 1024  # what a worker is given at a time, at most
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
+
+
+class Vocabulary(NamedTuple):
+    """A tokenizer that is saved in a folder.
+
+    Attributes:
+        folder: what AutoTokenizer loads.
+        name: for people.
+        sha256: of its tokenizer.json.
+        size: number of its tokens.
+        end_of_text: its end-of-text token.
+    """
+
+    folder: Path
+    name: str
+    sha256: str
+    size: int
+    end_of_text: int
+
+    @property
+    def dtype(self) -> str:
+        """The smallest type that holds its tokens."""
+        return "uint16" if self.size <= 2**16 else "uint32"
+
+
+def save_tokenizer(name: str, folder: Path) -> str:
+    """Saves the tokenizer that AutoTokenizer finds by `name`; returns the SHA-256 of its tokenizer.json.
+
+    Raises:
+        ValueError: if it has no tokenizer.json or no end-of-text token.
+        OSError: if there is none.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(existing_source(name, "a tokenizer"), trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {name!r} has no end-of-text token (eos_token); name another")
+    with new_folder(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+        path = temporary / "tokenizer.json"
+        if not path.exists():
+            raise ValueError(f"tokenizer {name!r} is none of the library `tokenizers` (it has no tokenizer.json)")
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def open_vocabulary(folder: Path, name: str) -> Vocabulary:
+    """The tokenizer that is saved in a folder, with a tokenizer.json and an end-of-text token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    content = (folder / "tokenizer.json").read_bytes()
+    return Vocabulary(folder, name, hashlib.sha256(content).hexdigest(), len(tokenizer), tokenizer.eos_token_id)
+
+
+class Encoder:
+    """Texts -> tokens; the same in any process.
+
+    Args:
+        vocabulary: the tokenizer.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.end_of_text = vocabulary.end_of_text
+        self.dtype = DTYPES[vocabulary.dtype]
+        self.tokenizer = Tokenizer.from_file(str(vocabulary.folder / "tokenizer.json"))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" within a text is text, and ends no document
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        """The tokens of each text, and end-of-text."""
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array([*encoding.ids, self.end_of_text], self.dtype) for encoding in encodings]
+
+
+def tokenized(
+    texts: Iterator[Text], vocabulary: Vocabulary, workers: int
+) -> Iterator[tuple[list[Text], list[np.ndarray]]]:
+    """Lists of documents, in order, with the tokens of each; a few lists are under way at a time.
+
+    Args:
+        texts: documents.
+        vocabulary: the tokenizer.
+        workers: processes; 1: this one.
+    """
+    chunks = _chunks(texts)
+    if workers <= 1:
+        encode = Encoder(vocabulary)
+        for chunk in chunks:
+            yield chunk, encode([text.text for text in chunk])
+        return
+    waiting: deque[tuple[list[Text], Future[list[np.ndarray]]]] = deque()
+    with _one_thread(), ProcessPoolExecutor(workers, initializer=_begin, initargs=(vocabulary,)) as pool:
+        try:
+            for chunk in chunks:
+                waiting.append((chunk, pool.submit(_work, [text.text for text in chunk])))
+                if len(waiting) > 2 * workers:
+                    ready, future = waiting.popleft()
+                    yield ready, future.result()
+            while waiting:
+                ready, future = waiting.popleft()
+                yield ready, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _chunks(texts: Iterator[Text]) -> Iterator[list[Text]]:
+    """Lists of documents that are worth sending to a worker."""
+    chunk: list[Text] = []
+    characters = 0
+    for text in texts:
+        chunk.append(text)
+        characters += len(text.text)
+        if characters >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+_encoder: Encoder | None = None  # of a worker process
+
+
+def _begin(vocabulary: Vocabulary) -> None:
+    global _encoder
+    ignore_stop_signals()
+    os.environ[_PARALLELISM] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = Encoder(vocabulary)
+
+
+def _work(texts: list[str]) -> list[np.ndarray]:
+    assert _encoder is not None
+    return _encoder(texts)
+
+
+def _end_with_parent() -> None:
+    """A killed parent tells its workers nothing: without this they would wait for ever, and hold its lock."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps `tokenizers` from starting threads in processes forked here, and from a warning that it does not."""
+    before = os.environ.get(_PARALLELISM)
+    os.environ[_PARALLELISM] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PARALLELISM]
+        else:
+            os.environ[_PARALLELISM] = before

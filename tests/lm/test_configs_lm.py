@@ -1,0 +1,101 @@
+"""configs/lm: documents that parse, twins that differ in FFN and rate only, the paper's numbers."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moa_lm.flops import forward_flops
+from moa_lm.pretrain import LMConfig, budgeted
+from moa_lm.sizes import count_parameters, named_config
+from moa_train.config import as_tree, flatten, parse_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs/lm").glob("*.yaml"))
+NAMES = {path.stem for path in CONFIGS}
+RATES = {
+    "dense_0.12b_20tpp": {"swiglu": 2e-3, "onemoa": 3e-3, "bimoa": 3e-3, "qdmoa": 3e-3},
+    "dense_0.25b_20tpp": {"swiglu": 2e-3, "onemoa": 3e-3, "bimoa": 3e-3, "qdmoa": 3e-3},
+    "dense_0.12b_100tpp": {"swiglu": 4e-3, "onemoa": 5e-3, "bimoa": 6e-3, "qdmoa": 5e-3},
+}
+"""The paper's best peak rates, arXiv:2605.26647."""
+
+
+def resolved(name):
+    path = CONFIGS[0].with_name(f"{name}.yaml")
+    return parse_config(LMConfig, [f"--config={path}"], program="pretrain_lm.py", summary="")
+
+
+def twins():
+    """Every config of another FFN beside the baseline's of the same experiment."""
+    bases = {name.removesuffix("_swiglu") for name in NAMES if name.endswith("_swiglu")}
+    return sorted(
+        (name, base) for base in bases for name in NAMES if re.fullmatch(rf"{base}_(onemoa|bimoa|qdmoa)", name)
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_is_a_document(path):
+    config = resolved(path.stem)
+    assert config.name == path.stem
+    header = path.read_text().partition("\nname:")[0]
+    assert all(line.startswith("#") and len(line) < 130 for line in header.splitlines())
+    for word in ("Command", "Time", "Result", "Source", f"--config configs/lm/{path.name}"):
+        assert word in header
+    for twin in re.findall(r"# Twin +(\S+)", header):
+        assert twin.removesuffix(".yaml") in NAMES
+    named_config(config.model.size, config.model.ffn, **config.model.args)
+
+
+@pytest.mark.parametrize(("name", "base"), twins())
+def test_twins_differ_in_name_ffn_and_rate_only(name, base):
+    ours, theirs = resolved(name), resolved(f"{base}_swiglu")
+    left, right = flatten(as_tree(ours)), flatten(as_tree(theirs))
+    assert {key for key in left | right if left.get(key) != right.get(key)} <= {"name", "model.ffn", "optim.lr"}
+    assert ours.model.ffn == name.rpartition("_")[2] and theirs.model.ffn == "swiglu"
+    counts = [count_parameters(named_config(config.model.size, config.model.ffn)) for config in (ours, theirs)]
+    assert counts[0].total - counts[0].mixing == counts[1].total and counts[0].mixing > 0 == counts[1].mixing
+
+
+@pytest.mark.parametrize("experiment", sorted(RATES))
+def test_the_papers_rates_and_budgets(experiment):
+    for ffn, rate in RATES[experiment].items():
+        config = resolved(f"{experiment}_{ffn}")
+        assert config.optim.lr == rate
+        assert config.schedule.tokens_per_parameter == float(experiment.split("_")[2].removesuffix("tpp"))
+        assert config.model.size == "dense-" + experiment.split("_")[1]
+
+
+@pytest.mark.parametrize("size", ["0.25b", "0.5b", "1b", "2b"])
+def test_the_papers_experts(size):
+    for ffn in ("swiglu", "onemoa", "qdmoa"):
+        config = resolved(f"moe_{size}_{ffn}")
+        model = named_config(config.model.size, config.model.ffn)
+        assert (model.num_experts, model.num_experts_per_tok, model.num_shared_experts) == (32, 4, 1)
+        assert config.optim.algorithm == "muon" and 0 < config.schedule.decay_fraction < 1
+        assert config.optim.lr == resolved(f"moe_{size}_swiglu").optim.lr
+
+
+def test_the_wider_baseline_sees_as_many_tokens():
+    control, base = resolved("llama_large_20tpp"), resolved("dense_0.12b_20tpp_swiglu")
+    assert control.schedule.tokens == 20 * budgeted(count_parameters(named_config("dense-0.12b", "swiglu")))
+    left, right = flatten(as_tree(control)), flatten(as_tree(base))
+    different = {key for key in left | right if left.get(key) != right.get(key)}
+    assert different == {"name", "model.size", "schedule.tokens", "schedule.tokens_per_parameter"}
+    assert resolved("dense_0.12b_ablation").schedule == base.schedule
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_header_counts_what_the_run_costs(path):
+    """Steps, FLOPs a token and in all, as the loop would plan them."""
+    stated = re.search(r"([\d,]+) steps x ([\d,]+) tokens x\n# +([\d.]+) GFLOPs = ([\d.e+]+) FLOPs", path.read_text())
+    if stated is None:
+        assert "fineweb" not in path.read_text()
+        return
+    config = resolved(path.stem)
+    model = named_config(config.model.size, config.model.ffn)
+    tokens_per_step = config.schedule.batch_size * config.data.sequence_length
+    steps = config.schedule.budget(1, tokens_per_step, budgeted(count_parameters(model))).total_steps
+    flops = 3 * forward_flops(model, config.data.sequence_length) / config.data.sequence_length
+    assert int(stated[1].replace(",", "")) == steps and int(stated[2].replace(",", "")) == tokens_per_step
+    assert float(stated[3]) == pytest.approx(flops / 1e9, rel=0.006)
+    assert float(stated[4]) == pytest.approx(steps * tokens_per_step * flops, rel=0.05)

@@ -1,0 +1,420 @@
+"""Packing: the tokens that transformers gives, the same bytes however it is run, and runs that break off."""
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from moa_lm import encode, token_shards
+from moa_lm.bpe import END_OF_TEXT, train_bpe
+from moa_lm.data import TokenDataError, TokenShards
+from moa_lm.documents import Corpus
+from moa_lm.token_shards import TokenSettings, make_tokens
+from moa_train.durable import write_bytes
+
+# Python 3.12 and 3.13 warn of every fork of a process with threads, as torch makes them
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+ROOT = Path(__file__).parents[2]
+WORDS = ("the", "river", "Äpfel", "runs", "under", "日本語", "a", "🦉", "bridge", "of", "stones", "1984", "x = 3;")
+
+
+def texts(count, seed=0):
+    """`count` different texts of up to 60 words and a few lines."""
+    random = np.random.default_rng(seed)
+    lines = [" ".join(random.choice(WORDS, random.integers(1, 60))) for _ in range(count)]
+    return [f"Text {i}.\n{line}\n\nEnd" for i, line in enumerate(lines)]
+
+
+def write_jsonl(path, values, **fields):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": value, **fields}) + "\n" for value in values))
+    return path
+
+
+def stream(folder):
+    """All tokens of a set, by safetensors alone."""
+    return np.concatenate([load_file(path)["tokens"] for path in sorted(Path(folder).glob("*.safetensors"))])
+
+
+def digests(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """A folder with a small byte-level BPE."""
+    folder = tmp_path_factory.mktemp("bpe")
+    train_bpe(texts(50), 400).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """300 texts as JSONL."""
+    return str(write_jsonl(tmp_path / "corpus.jsonl", texts(300)))
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------
+
+
+def test_stream_is_what_transformers_gives(corpus, bpe, tmp_path):
+    (report,) = make_tokens([corpus], tmp_path / "out", TokenSettings(tokenizer=bpe, shard_tokens=3000))
+    tokenizer = AutoTokenizer.from_pretrained(bpe)
+    expected = [token for text in texts(300) for token in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
+    assert stream(tmp_path / "out").tolist() == expected
+    assert stream(tmp_path / "out").dtype == np.uint16
+
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert report[1:7] == (
+        300,
+        len(expected),
+        sum(len(t.encode()) for t in texts(300)),
+        len(manifest["shards"]),
+        0,
+        len(tokenizer),
+    )
+    assert (manifest["documents"], manifest["tokens"], manifest["bytes"]) == report[1:4]
+    assert (manifest["vocab_size"], manifest["end_of_text"], manifest["dtype"]) == (len(tokenizer), 0, "uint16")
+    paths = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(paths) > 2 and [shard["name"] for shard in manifest["shards"]] == [path.name for path in paths]
+    for shard, path in zip(manifest["shards"], paths, strict=True):
+        tokens = load_file(path)["tokens"]
+        assert (shard["tokens"], shard["documents"]) == (len(tokens), (tokens == 0).sum())
+        assert (shard["bytes"], shard["sha256"]) == (
+            path.stat().st_size,
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+        assert tokens[-1] == 0 and shard["tokens"] - 3000 < 400  # it ends with the document that filled it
+    tokenizer_json = (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_bytes()
+    assert manifest["tokenizer"]["sha256"] == hashlib.sha256(tokenizer_json).hexdigest()
+
+
+def test_stream_decodes_to_the_texts(corpus, bpe, tmp_path):
+    make_tokens([corpus], tmp_path / "out", TokenSettings(tokenizer=bpe))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    assert tokenizer.decode(stream(tmp_path / "out")).split(END_OF_TEXT) == [*texts(300), ""]
+
+
+def test_the_name_of_a_special_token_is_text(bpe, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", [f"one {END_OF_TEXT} text", "another"])
+    make_tokens([str(source)], tmp_path / "out", TokenSettings(tokenizer=bpe))
+    tokens = stream(tmp_path / "out")
+    assert (tokens == 0).sum() == 2
+    assert AutoTokenizer.from_pretrained(bpe).decode(tokens[: tokens.tolist().index(0)]) == f"one {END_OF_TEXT} text"
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)], ids=["two", "four"])
+def test_tokens_take_the_fewest_bytes(tmp_path, size, dtype):
+    inner = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w1"))
+    inner.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="w0").save_pretrained(tmp_path / "tokenizer")
+    source = write_jsonl(tmp_path / "in.jsonl", [f"w3 w{size - 1}"])
+    make_tokens([str(source)], tmp_path / "out", TokenSettings(tokenizer=str(tmp_path / "tokenizer")))
+    assert stream(tmp_path / "out").dtype == dtype and stream(tmp_path / "out").tolist() == [3, size - 1, 0]
+    assert TokenShards(tmp_path / "out").window(0, 2).tolist() == [3, size - 1, 0]
+
+
+def test_trained_bpe(corpus, tmp_path):
+    train, val = make_tokens([corpus], tmp_path / "out", TokenSettings(train_bpe=350, val_fraction=0.2))
+    tokenizer = AutoTokenizer.from_pretrained(train.folder / "tokenizer")
+    assert len(tokenizer) == train.vocab_size == 350
+    assert tokenizer.bos_token == tokenizer.eos_token == END_OF_TEXT and tokenizer.eos_token_id == 0
+    assert 0 not in tokenizer("nothing is added")["input_ids"]
+    anything = "".join(map(chr, range(1, 3000))) + "🦉\n\t  \r\n"
+    assert tokenizer.decode(tokenizer(anything)["input_ids"]) == anything
+    held_out = set(tokenizer.decode(stream(val.folder)).split(END_OF_TEXT)) - {""}
+    same = train_bpe([text for text in texts(300) if text not in held_out], 350)
+    assert same.get_vocab() == tokenizer.get_vocab()  # of the training documents alone
+    make_tokens([corpus], tmp_path / "again", TokenSettings(train_bpe=350, val_fraction=0.2), workers=2)
+    assert digests(tmp_path / "again") == digests(tmp_path / "out")
+    with pytest.raises(ValueError, match="train_bpe is 256; allowed: 257 or more"):
+        train_bpe([], 256)
+
+
+def test_held_out_documents_depend_on_their_texts_alone(bpe, tmp_path):
+    settings = TokenSettings(tokenizer=bpe, val_fraction=0.2)
+    a = write_jsonl(tmp_path / "a.jsonl", texts(300))
+    b = write_jsonl(tmp_path / "b.jsonl", [*texts(300)[::-1], *texts(20, seed=1)])
+    (_, val_a), (train_b, val_b) = (make_tokens([str(s)], tmp_path / s.stem, settings) for s in (a, b))
+    tokenizer = AutoTokenizer.from_pretrained(bpe)
+    of_a, of_train_b, of_b = (
+        set(tokenizer.decode(stream(r.folder)).split(END_OF_TEXT)) for r in (val_a, train_b, val_b)
+    )
+    assert of_a <= of_b and not (of_train_b & of_b) - {""}
+    assert 35 <= val_a.documents <= 85  # 60 expected; four standard deviations
+    assert len(of_train_b | of_b) == 321
+
+
+# --- sources ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def every_kind(tmp_path, monkeypatch):
+    """The same 20 texts in every form, {name: (sources, options)}."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    values = texts(20)
+    jsonl = write_jsonl(tmp_path / "rows" / "a.jsonl", values[:10])
+    packed = tmp_path / "packed" / "a.jsonl.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress(jsonl.read_bytes()))
+    write_jsonl(tmp_path / "rows" / "b.jsonl", values[10:])
+    write_jsonl(tmp_path / "packed" / "b.jsonl", values[10:])
+    write_jsonl(tmp_path / "b.jsonl", values[10:])
+    for i, value in enumerate(values):
+        path = tmp_path / "files" / "deeper" / f"{i:02d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(value.replace("\n", "\r\n").encode("utf-8-sig"))  # as Windows and Gutenberg write it
+    (tmp_path / "files" / "notes.md").write_text("not read")
+    (tmp_path / "one.txt.gz").write_bytes(gzip.compress("".join(v + "\n" for v in values).encode()))
+    (tmp_path / "set").mkdir()
+    table = datasets.Dataset.from_dict({"body": values, "id": list(range(20))})
+    table.to_parquet(tmp_path / "set" / "train.parquet")
+    return {
+        "jsonl": ([f"{tmp_path}/rows"], {}),
+        "packed": ([f"{tmp_path}/packed/*"], {}),
+        "several": ([str(packed), f"{tmp_path}/b.jsonl"], {}),
+        "files": ([f"{tmp_path}/files"], {}),
+        "split": ([f"{tmp_path}/one.txt.gz"], {"split_on": r"^Text \d+\.$"}),
+        "parquet": ([f"{tmp_path}/set/train.parquet"], {"field": "body"}),
+        "hub": ([f"hf:{tmp_path}/set:split=train"], {"field": "body"}),
+    }
+
+
+def test_every_kind_of_source_gives_the_same_documents(every_kind):
+    for name, (sources, options) in every_kind.items():
+        corpus = Corpus(sources, **options)
+        for _ in range(2):  # it can be read again
+            documents = list(corpus)
+            assert not any(document.problem for document in documents), name
+            assert [document.text.removesuffix("\n") for document in documents] == texts(20), name
+            assert name == "hub" or corpus.done == (corpus.size or -1)
+
+
+def test_what_cannot_be_used_is_named(tmp_path, bpe):
+    lines = [b'{"text": "good"}', b"", b"{", b'{"body": 1}', b'{"text": null}', b'{"text": " \\n"}', b"[1]"]
+    lines += [b'{"text": "\\ud800"}', b'{"text": "\xff"}', b'{"text": "good too"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "b.txt").write_bytes(b"# one\nfine\n# two\nline\nbad \xe9\n# three\r\nfine\n")
+    sources = [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.txt"]
+    settings = TokenSettings(tokenizer=bpe, split_on="^#")
+    (report,) = make_tokens(sources, tmp_path / "out", settings, max_bad=7)
+    assert (report.documents, report.skipped.empty, report.skipped.unusable) == (4, 1, 7)
+    found = {entry["where"].rpartition("/")[2]: entry["problem"] for entry in report.skipped.named}
+    assert list(found) == [
+        "a.jsonl:3",
+        "a.jsonl:4",
+        "a.jsonl:5",
+        "a.jsonl:6",
+        "a.jsonl:7",
+        "a.jsonl:8",
+        "a.jsonl:9",
+        "b.txt:5",
+    ]
+    for where, problem in (
+        ("a.jsonl:3", "not JSON"), ("a.jsonl:4", "no field 'text', only body"), ("a.jsonl:5", "is a NoneType"),
+        ("a.jsonl:6", "empty"), ("a.jsonl:7", "not a JSON object"), ("a.jsonl:8", "no Unicode text"),
+        ("a.jsonl:9", "not JSON: 'utf-8'"), ("b.txt:5", "byte 0xe9 is not UTF-8"),
+    ):  # fmt: skip
+        assert problem in found[where]
+    text = AutoTokenizer.from_pretrained(bpe).decode(stream(tmp_path / "out"))
+    assert text.split(END_OF_TEXT) == ["good", "good too", "# one\nfine\n", "# three\nfine\n", ""]
+    with pytest.raises(ValueError, match=r"7 documents cannot be read, more than --max-bad 6.*b\.txt:5: byte 0xe9"):
+        make_tokens(sources, tmp_path / "other", settings, max_bad=6)
+
+
+def test_sources_that_are_none_are_named(tmp_path, bpe, corpus):
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(os.urandom(10000).hex().encode())[:-2000])
+    (tmp_path / "no.parquet").write_bytes(b"PAR1 is how it begins")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    for source, options, message in (
+        (f"{tmp_path}/nowhere", {}, "no such file or folder"),
+        (f"{tmp_path}/empty", {}, "no such file or folder"),
+        (f"{ROOT}/README.md", {}, r"holds no text; read are \.txt"),
+        (f"{tmp_path}/cut.txt.gz", {}, r"cut\.txt\.gz is damaged after line"),
+        (f"{tmp_path}/no.parquet", {}, r"no\.parquet cannot be read as Parquet"),
+        (f"{tmp_path}/blank.txt", {}, r"holds no document that can be used.*blank\.txt:1"),
+        (corpus, {"split_on": "("}, "no regular expression"),
+        (corpus, {"split_on": "x"}, "holds no text file that it could split"),
+        (corpus, {"field": "body"}, "more than --max-bad 100 allows"),
+        (f"hf:{tmp_path}/none", {}, "none"),
+        (f"hf:{tmp_path}/set:name=x", {}, "allowed is hf:NAME"),
+        (corpus, {"val_fraction": 1e-9}, "none is left for .*val; change val_fraction"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_tokens([source], tmp_path / "out", TokenSettings(tokenizer=bpe, **options))
+        assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_columns_that_are_not_there_are_named(every_kind):
+    for name in ("parquet", "hub"):
+        with pytest.raises(ValueError, match="no field 'text', only body, id; name one of them with --field"):
+            list(Corpus(every_kind[name][0]))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({}, "tokenizer is None and train_bpe None; give one"),
+    ({"tokenizer": "x", "train_bpe": 300}, "give one of the two"),
+    ({"tokenizer": "x", "val_fraction": 1.0}, r"val_fraction is 1\.0; allowed: 0 or more"),
+    ({"tokenizer": "x", "shard_tokens": 0}, "shard_tokens is 0"),
+], ids=["neither", "both", "fraction", "shard"])  # fmt: skip
+def test_settings_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        TokenSettings(**options)
+
+
+# --- any number of processes, runs that break off -----------------------------------------------------------------
+
+
+def test_any_number_of_workers_writes_the_same_bytes(corpus, bpe, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "_CHUNK_DOCUMENTS", 7)  # so that there is something to share out
+    settings = TokenSettings(tokenizer=bpe, val_fraction=0.1, shard_tokens=2000)
+    for workers in (1, 3):
+        make_tokens([corpus], tmp_path / str(workers), settings, workers=workers)
+    assert digests(tmp_path / "1") == digests(tmp_path / "3")
+    assert len(digests(tmp_path / "1")) > 8 and not list(tmp_path.glob("1/.*"))
+
+
+def test_killed_run_goes_on_where_it_was(corpus, tmp_path, monkeypatch):
+    settings = TokenSettings(train_bpe=350, val_fraction=0.1, shard_tokens=2000)
+    make_tokens([corpus], tmp_path / "whole", settings)
+    calls = []
+
+    def killed_at_the_fourth(path, content):
+        calls.append(path)
+        if len(calls) == 4:
+            path.with_name(f".{path.name}.tmp").write_bytes(content[:100])  # half a shard, out of sight
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_bytes(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "_CHUNK_DOCUMENTS", 7)  # so that the other workers are busy or waiting
+        patch.setattr(token_shards, "write_bytes", killed_at_the_fourth)
+        arguments = {"args": ([corpus], tmp_path / "out", settings), "kwargs": {"workers": 2}}
+        run = multiprocessing.get_context("fork").Process(target=make_tokens, **arguments)
+        run.start()
+        run.join(60)
+    assert run.exitcode == -signal.SIGKILL
+    assert not list(tmp_path.glob("out/*/manifest.json")) and len(list(tmp_path.glob("out/*/*.safetensors"))) == 3
+    with pytest.raises(
+        TokenDataError, match=r"manifest\.json does not exist; run the scripts/make_tokens\.py command"
+    ):
+        TokenShards(tmp_path / "out" / "train")
+    lock = FileLock(tmp_path / "out" / ".parts" / "lock")
+    lock.acquire(timeout=30)  # the killed run's workers end by themselves, and let go of its lock
+    lock.release()
+    with pytest.raises(ValueError, match=r"out was made with other settings .*shard_tokens: 2000 -> 999"):
+        make_tokens([corpus], tmp_path / "out", dataclasses.replace(settings, shard_tokens=999))
+    monkeypatch.setattr(token_shards, "train_bpe", None)  # nothing is trained again
+    reports = make_tokens([corpus], tmp_path / "out", settings, workers=3)
+    assert sum(report.kept_shards for report in reports) == 3
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_finished_set_is_verified_and_mended(corpus, bpe, tmp_path):
+    settings = TokenSettings(tokenizer=bpe, shard_tokens=2000)
+    (first,) = make_tokens([corpus], tmp_path / "out", settings)
+    before = digests(tmp_path / "out")
+    (report,) = make_tokens([corpus], tmp_path / "out", settings, workers=2)
+    assert report[:5] == first[:5] and report.kept_shards == report.shards == first.shards > 3
+    assert digests(tmp_path / "out") == before
+    path = tmp_path / "out" / "shard-000002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    (report,) = make_tokens([corpus], tmp_path / "out", settings)
+    assert report.kept_shards == 2 and digests(tmp_path / "out") == before
+
+
+def test_other_texts_are_refused(bpe, tmp_path):
+    values, source, out = texts(300), tmp_path / "in.jsonl", tmp_path / "out"
+    settings = TokenSettings(tokenizer=bpe, shard_tokens=2000)
+    write_jsonl(source, values)
+    make_tokens([str(source)], out, settings)
+    before = digests(out)
+    for changed in (["new", *values[1:]], [*values, "more"], values[:-1], [*values[:-1], "last"]):
+        write_jsonl(source, changed)
+        with pytest.raises(ValueError, match=r"was made from other texts than .*in\.jsonl holds now"):
+            make_tokens([str(source)], out, settings)
+        assert {name: digest for name, digest in digests(out).items() if not name.startswith(".")} == before
+    write_jsonl(source, values)
+    (report,) = make_tokens([str(source)], out, settings)  # the refusals did no harm
+    assert report.kept_shards == report.shards and digests(out) == before
+
+
+def test_tokenizer_of_other_texts_is_refused(tmp_path, monkeypatch):
+    source, out = write_jsonl(tmp_path / "in.jsonl", texts(30)), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(token_shards, "_pack", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):  # after the training
+            make_tokens([str(source)], out, TokenSettings(train_bpe=300))
+    write_jsonl(source, texts(31))
+    with pytest.raises(ValueError, match="trained was made from other texts"):
+        make_tokens([str(source)], out, TokenSettings(train_bpe=300))
+    assert not (out / "manifest.json").exists()
+
+
+def test_folders_of_others_are_left_alone(corpus, bpe, tmp_path):
+    settings = TokenSettings(tokenizer=bpe)
+    make_tokens([corpus], tmp_path / "out", settings)
+    with pytest.raises(ValueError, match="train_bpe: None -> 300"):
+        make_tokens([corpus], tmp_path / "out", TokenSettings(train_bpe=300))
+    with pytest.raises(ValueError, match="out holds a data set already"):
+        make_tokens([corpus], tmp_path / "out", TokenSettings(tokenizer=bpe, val_fraction=0.5))
+    make_tokens([corpus], tmp_path / "out", settings)  # still the old one
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match="holds shards that no manifest lists"):
+        make_tokens([corpus], tmp_path / "foreign", settings)
+    assert (tmp_path / "foreign" / "model.safetensors").read_bytes() == b"weights"
+    (tmp_path / "busy" / ".parts").mkdir(parents=True)
+    with FileLock(tmp_path / "busy" / ".parts" / "lock"), pytest.raises(ValueError, match="written by another run"):
+        make_tokens([corpus], tmp_path / "busy", settings)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command():
+    path = ROOT / "scripts" / "make_tokens.py"
+    spec = importlib.util.spec_from_file_location("make_tokens_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_command(command, corpus, tmp_path, capsys):
+    held_out = write_jsonl(tmp_path / "val.jsonl", ["held out", ""])
+    out = tmp_path / "out"
+    arguments = ["--source", corpus, "--out", str(out), "--val-source", str(held_out), "--train-bpe", "300"]
+    assert command([*arguments, "--workers", "1"]) == 0
+    text = capsys.readouterr().out
+    assert f"{out}/train: 300 documents, {len(stream(out / 'train')):,} tokens" in text
+    assert f"{out}/val: 1 documents" in text and "val.jsonl:2: empty" in text and "vocabulary of 300 tokens" in text
+    assert f"python scripts/pretrain_lm.py --data.train {out}/train --data.val {out}/val --name NAME" in text
+    TokenShards(out / "train").require_same_tokenizer(TokenShards(out / "val"))
+    assert command(["--source", corpus, "--out", str(out), "--train-bpe", "100"]) == 1
+    assert "make_tokens: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    assert "hf:NAME" in capsys.readouterr().out

@@ -1,0 +1,246 @@
+"""Language-model runs from text to export, against transformers' Llama and torch's own cross-entropy."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from moa_lm.data import TokenShards
+from moa_lm.pretrain import LMConfig, LMTask, budgeted, build_task, check_config, main
+from moa_lm.token_shards import TokenSettings, make_tokens
+from moa_train.config import parse_config
+from moa_train.plan import make_plan
+from moa_train.task import Share
+
+WORDS = ("the", "king", "had", "a", "daughter", "more", "beautiful", "than", "any", "other", "by", "the", "sea")
+SMALL = {
+    "model.size": "dense-micro",
+    "model.args.hidden_size": 32,
+    "model.args.intermediate_size": 48,
+    "model.args.num_hidden_layers": 2,
+    "data.sequence_length": 16,
+    "optim.lr": 1e-2,
+    "schedule.tokens": 512,
+    "schedule.batch_size": 8,
+    "loop.micro_batch_size": 4,
+    "loop.log_every": 1,
+    "loop.val_every": 2,
+    "loop.save_every": 2,
+    "loop.val_samples": 6,
+    "loop.visualize": 2,
+    "loop.trackers": "[]",
+}
+EXPERTS = {
+    "model.size": "moe-micro",
+    "model.args.moe_intermediate_size": 24,
+    "optim.algorithm": "muon",
+    "schedule.decay_fraction": 0.5,
+    "schedule.decay_shape": "1-sqrt",
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Two hundred documents of a few words; a tenth is held out."""
+    folder = tmp_path_factory.mktemp("tokens")
+    generator = torch.Generator().manual_seed(0)
+    documents = [
+        " ".join(WORDS[i] for i in torch.randint(len(WORDS), (20,), generator=generator)) + f" {n}."
+        for n in range(200)
+    ]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    make_tokens([str(folder / "text.jsonl")], folder / "set", TokenSettings(train_bpe=300, val_fraction=0.1))
+    return folder / "set"
+
+
+@pytest.fixture
+def arguments(shards, tmp_path):
+    def given(name="run", **changed):
+        paths = {"data.train": shards / "train", "data.val": shards / "val", "name": name, "out": tmp_path}
+        settings = SMALL | paths | {key.replace("__", "."): value for key, value in changed.items()}
+        return [f"--{key}={value}" for key, value in settings.items()]
+
+    return given
+
+
+@pytest.fixture
+def train(arguments):
+    def run(name="run", **changed):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return main(arguments(name, **changed))
+
+    return run
+
+
+def parsed(arguments):
+    return parse_config(LMConfig, arguments, program="pretrain_lm.py", summary="")
+
+
+def rows(folder, kind):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if row["kind"] == kind]
+
+
+def test_from_text_to_export(train, tmp_path):
+    assert train(model__ffn="qdmoa") == 0
+    folder = tmp_path / "run"
+    training, validation = rows(folder, "train"), rows(folder, "val")
+    assert [row["tokens"] for row in training] == [128, 256, 384, 512]
+    assert [row["step"] for row in validation] == [2, 4]
+    assert validation[-1]["loss"] < validation[0]["loss"] < 6.0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["tokens"] == 512 and summary["flops_total"] == 512 * summary["flops_per_token"]
+    assert summary["parameters"]["mixing"] == 2 * 6 * 32
+    assert 0 < summary["bytes_per_token"] < 10 and summary["final"] == {"loss": validation[-1]["loss"]}
+    layers = json.loads((folder / "mixing/step_00000004.json").read_text())["layers"]
+    assert [layer["layer"] for layer in layers] == ["model.0", "model.1"]
+    assert not (folder / "experts").exists()
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "export")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "export")
+    assert model.config.eos_token_id == tokenizer.eos_token_id and model.config.vocab_size == 320
+    written = model.generate(**tokenizer("the king", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(written[0]).startswith("the king")
+
+
+def test_the_export_has_the_validation_loss(train, shards, tmp_path):
+    assert train(model__ffn="bimoa") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export").eval()
+    val = TokenShards(shards / "val")
+    tokens = torch.stack([torch.from_numpy(val.window(i, 16).astype("int64")) for i in range(6)])
+    with torch.no_grad():
+        expected = F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert rows(tmp_path / "run", "val")[-1]["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_swiglu_is_llama_in_training_too(arguments, tmp_path):
+    """Loss and gradients of the first micro-batch."""
+    config = parsed(arguments(model__ffn="swiglu"))
+    torch.manual_seed(0)
+    task = build_task(config)
+    model = task.language_model
+    fields = {key: value for key, value in model.config.to_dict().items() if not key.startswith("ffn_")}
+    llama = LlamaForCausalLM(LlamaConfig(**{key: fields[key] for key in fields if key != "model_type"}))
+    llama.load_state_dict(model.state_dict())
+    batch = next(iter(task.train_batches(Share(0, 1, 4), plan_of(config, task), 0)))
+    ours = task.loss(model, batch)
+    labels = batch.tokens[:, 1:].contiguous()
+    theirs = llama(batch.tokens[:, :-1], shift_labels=labels, labels=labels).loss
+    torch.testing.assert_close(ours, theirs)
+    ours.backward()
+    theirs.backward()
+    expected = dict(llama.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-6)
+
+
+def plan_of(config, task):
+    return make_plan(config, task.samples_per_epoch, task.budget, world_size=1)
+
+
+def test_experts_by_muon(train, tmp_path, capsys):
+    assert train(model__ffn="qdmoa", **EXPERTS) == 0
+    text = capsys.readouterr().out
+    assert "Muon (update 0.2 sqrt(max(A, B))): 14 matrices" in text and "6 stacks of 8" in text
+    assert "2 of decay (1-sqrt) at the end" in text
+    for row in rows(tmp_path / "run", "train"):
+        total = row["lm_loss"] + 0.01 * row["aux_loss"] + 0.001 * row["z_loss"]
+        assert row["loss"] == pytest.approx(total, rel=1e-5) and row["aux_loss"] >= 0.9
+    (first, second) = json.loads((tmp_path / "run/experts/step_00000004.json").read_text())["layers"]
+    assert sum(first["load"]) == pytest.approx(1) and len(second["load"]) == 8 and second["dropped"] == 0
+    assert (tmp_path / "run/mixing/step_00000004.json").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, EXPERTS], ids=["dense-adamw", "experts-muon"])
+def test_a_stopped_run_goes_on_bit_for_bit(settings, train, tmp_path, monkeypatch):
+    assert train("whole", **settings) == 0
+    loss, calls = LMTask.loss, []
+
+    def stopping(self, model, batch):
+        calls.append(batch)
+        if len(calls) == 6:  # of the third step, after two example batches
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, model, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LMTask, "loss", stopping)
+        assert train("cut", **settings) == 75
+    assert len(rows(tmp_path / "cut", "train")) < 4
+    assert train("cut", **settings) == 0
+    clock = ("wall_s", "throughput", "mfu")
+    whole, cut = (
+        [{key: value for key, value in row.items() if key not in clock} for row in rows(tmp_path / name, "train")]
+        for name in ("whole", "cut")
+    )
+    assert cut == whole
+    weights = [(tmp_path / name / "export/model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_documents_do_not_see_each_other(arguments):
+    task = build_task(parsed(arguments(data__document_mask="true", model__ffn="qdmoa")))
+    end = task.train_shards.end_of_text
+    batch = next(iter(task.val_batches(Share(0, 1, 6))))
+    model = task.language_model.eval()
+    with torch.no_grad():
+        losses = task.val_losses(model, batch)["loss"]
+        for row, loss in zip(batch.tokens, losses, strict=True):
+            sums = [alone(model, *document, end) for document in documents(row, end)]
+            expected = sum(total for total, _ in sums) / sum(number for _, number in sums)
+            assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def documents(row, end):
+    """Inputs and labels of every document that a window has a part of."""
+    cuts = (row[:-1] == end).nonzero().flatten() + 1
+    parts = zip(row[:-1].tensor_split(cuts), row[1:].tensor_split(cuts), strict=True)
+    return [(inputs, labels) for inputs, labels in parts if len(inputs)]
+
+
+def alone(model, inputs, labels, end):
+    """Summed loss and number of labels of a document that is all the model sees; nothing follows its end."""
+    counted = inputs != end
+    losses = F.cross_entropy(model(inputs[None]).logits[0][counted], labels[counted], reduction="none")
+    return float(losses.sum()), int(counted.sum())
+
+
+def test_budgets(arguments):
+    none = {"schedule__tokens": "null"}
+    task = build_task(parsed(arguments(schedule__tokens_per_parameter=2, **none)))
+    twin = build_task(parsed(arguments(schedule__tokens_per_parameter=2, model__ffn="swiglu", **none)))
+    parameters = sum(parameter.numel() for parameter in twin.language_model.parameters())
+    assert budgeted(task.parameters) == budgeted(twin.parameters) == parameters
+    assert task.budget(9).total_steps == twin.budget(9).total_steps == round(2 * parameters / (8 * 16))
+    task = build_task(parsed(arguments(schedule__epochs=1.5, **none)))
+    assert task.budget(9).total_steps == round(1.5 * 9)
+    experts = build_task(parsed(arguments(schedule__tokens_per_parameter=2, model__ffn="swiglu", **none, **EXPERTS)))
+    idle = 2 * 6 * 3 * 24 * 32  # of two layers, the matrices of the six experts that a token does not go to
+    assert budgeted(experts.parameters) == sum(p.numel() for p in experts.language_model.parameters()) - idle
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"schedule__epochs": 1}, "schedule needs exactly one of tokens, tokens_per_parameter, epochs"),
+        ({"schedule__tokens": "null"}, r"\(found: none\)"),
+        ({"schedule__tokens": 0}, "schedule.tokens is 0; it must be above 0"),
+        ({"schedule__warmup_steps": 5}, "schedule.warmup_steps is 5; it must be at most the run's 4 steps"),
+        ({"model__size": "huge"}, "size='huge' is not one of"),
+        ({"model__ffn": "geglu"}, "geglu"),
+        ({"model__args.ffn_gates": "tanh"}, "ffn_gates"),
+        ({"data__train": "nowhere"}, "nowhere"),
+        ({"data__sequence_length": 4000}, "training set's"),
+    ],
+    ids=["two-budgets", "no-budget", "no-tokens", "warmup", "size", "ffn", "args", "data", "length"],
+)
+def test_what_cannot_be_run(changed, message, arguments, capsys):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        check_config(parsed(arguments(**changed)))
+    text = capsys.readouterr().err if error.type is SystemExit else str(error.value)
+    assert re.search(message, text), text

@@ -1,0 +1,236 @@
+"""Batches: windows of one stream across shards, in an order that is a function of (seed, epoch, position) alone."""
+
+import hashlib
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from moa_lm.data import TokenDataConfig, TokenDataError, TokenShards, train_loader, val_loader
+
+# Python 3.12 and 3.13 warn of every fork of a process with threads, as torch makes them
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+
+def write_set(folder, pieces, dtype=np.uint16, **fields):
+    """A set whose shards hold these pieces, written without `moa_lm.token_shards`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for number, tokens in enumerate(pieces):
+        name = f"shard-{number:06d}.safetensors"
+        save_file({"tokens": np.asarray(tokens, dtype)}, folder / name)
+        content = (folder / name).read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        records.append({"name": name, "tokens": len(tokens), "documents": 1, "bytes": len(content), "sha256": sha256})
+    manifest = {
+        "format": "moa-tokens-1", "tokens": sum(map(len, pieces)), "documents": len(pieces), "bytes": 1000,
+        "vocab_size": 50000, "end_of_text": 0, "dtype": np.dtype(dtype).name,
+        "tokenizer": {"name": "t", "sha256": "0" * 64}, "source": {}, "shards": records, **fields,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def counting(tmp_path, *lengths):
+    """A set whose token number i is i, in shards of these lengths."""
+    return TokenShards(write_set(tmp_path / "set", np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])))
+
+
+def config(length=4, **fields):
+    return TokenDataConfig(train="", sequence_length=length, **fields)
+
+
+def firsts(loader, length=4):
+    """The window numbers that a loader gives, batch by batch, from a `counting` set; checks the tokens too."""
+    numbers = []
+    for (tokens,) in loader:
+        assert tokens.dtype == torch.int64 and tokens.shape[1] == length + 1
+        assert torch.equal(tokens, tokens[:, :1] + torch.arange(length + 1))
+        assert not (tokens[:, 0] % length).any()
+        numbers.append((tokens[:, 0] // length).tolist())
+    return numbers
+
+
+# --- windows ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    length=st.integers(1, 50),
+    dtype=st.sampled_from([np.uint16, np.uint32]),
+)
+def test_windows_are_slices_of_the_stream(tmp_path, lengths, length, dtype):
+    stream = np.random.default_rng(sum(lengths)).integers(0, 50000, sum(lengths)).astype(dtype)
+    shards = TokenShards(write_set(tmp_path / "set", np.split(stream, np.cumsum(lengths)[:-1]), dtype))
+    count = shards.windows(length)
+    assert count == sum(1 for start in range(0, len(stream), length) if start + length + 1 <= len(stream))
+    for i in range(count):
+        window = shards.window(i, length)
+        assert window.dtype == dtype and np.array_equal(window, stream[i * length : i * length + length + 1])
+    for beyond in (-1, count):
+        with pytest.raises(IndexError, match=f"window {beyond} of {length} tokens"):
+            shards.window(beyond, length)
+
+
+def test_what_shards_say_of_themselves(tmp_path):
+    shards = counting(tmp_path, 30, 20)
+    assert (shards.tokens, shards.documents, shards.vocab_size, shards.end_of_text) == (50, 2, 50000, 0)
+    assert shards.bytes_per_token == 20 and shards.tokenizer_folder == tmp_path / "set" / "tokenizer"
+    shards.window(0, 4)
+    copy = pickle.loads(pickle.dumps(shards))  # as a worker process that is not forked gets it
+    assert np.array_equal(copy.window(7, 4), np.arange(28, 33))
+
+
+# --- damage -------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_shards_are_named(tmp_path):
+    folder = counting(tmp_path, 30, 20).folder
+    path = folder / "shard-000001.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    with pytest.raises(
+        TokenDataError, match=rf"shard-000001.* has {len(good) - 1} bytes instead of {len(good)}; run"
+    ):
+        TokenShards(folder)
+    path.unlink()
+    with pytest.raises(TokenDataError, match=r"shard-000001\.safetensors: No such file.*make_tokens"):
+        TokenShards(folder)
+    path.write_bytes(b"\xff" * len(good))
+    with pytest.raises(TokenDataError, match="shard-000001"):
+        TokenShards(folder).window(8, 4)
+    save_file({"tokens": np.arange(20, dtype=np.int16)}, path)
+    assert path.stat().st_size == len(good)
+    with pytest.raises(TokenDataError, match=r"'I16'.* instead of .*'U16'"):
+        TokenShards(folder).window(8, 4)
+    path.write_bytes(good[:-1] + b"!")
+    with pytest.raises(TokenDataError, match=r"shard-000001.* has not the SHA-256"):
+        TokenShards(folder).verify()
+    path.write_bytes(good)
+    TokenShards(folder).verify()
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"format": "moa-shards-1"}, '"format" is not "moa-tokens-1"'),
+    ({"tokens": 49}, '"tokens" is 49, but its shards have 50'),
+    ({"documents": 0}, '"documents" of the set is 0'),
+    ({"bytes": "many"}, '"bytes" of the set is \'many\''),
+    ({"dtype": "int16"}, "\"dtype\" is 'int16'; allowed: uint16, uint32"),
+    ({"end_of_text": 50000}, '"end_of_text" is 50000'),
+    ({"tokenizer": None}, '"tokenizer" lacks "name"'),
+    ({"shards": {}}, '"shards" is no list'),
+], ids=["format", "tokens", "documents", "bytes", "dtype", "end", "tokenizer", "shards"])  # fmt: skip
+def test_damaged_manifests_are_named(tmp_path, fields, message):
+    write_set(tmp_path / "set", [np.arange(30), np.arange(20)], **fields)
+    with pytest.raises(TokenDataError, match=rf"manifest\.json cannot be used: .*{message}.*delete .*set"):
+        TokenShards(tmp_path / "set")
+
+
+def test_shards_with_odd_names_are_refused(tmp_path):
+    folder = counting(tmp_path, 30).folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for field, value in (("name", "../x"), ("sha256", "abc"), ("tokens", 0)):
+        shard = {**manifest["shards"][0], field: value}
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "shards": [shard]}))
+        with pytest.raises(TokenDataError, match=f'field "{field}".* is {value!r}'):
+            TokenShards(folder)
+
+
+def test_wrong_folders_are_named(tmp_path):
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    (tmp_path / "set" / "train" / "manifest.json").write_text("{")
+    with pytest.raises(TokenDataError, match=r"does not exist; did you mean .*set/train"):
+        TokenShards(tmp_path / "set")
+    with pytest.raises(TokenDataError, match="cannot be used: Expecting property name"):
+        TokenShards(tmp_path / "set" / "train")
+    with pytest.raises(TokenDataError, match=r"nowhere/manifest\.json does not exist; run"):
+        TokenShards(tmp_path / "nowhere")
+
+
+def test_sets_of_different_tokenizers_are_told_apart(tmp_path):
+    ours = TokenShards(write_set(tmp_path / "a", [range(9)]))
+    ours.require_same_tokenizer(TokenShards(write_set(tmp_path / "b", [range(5)])))
+    for fields in ({"tokenizer": {"name": "other", "sha256": "1" * 64}}, {"end_of_text": 7}):
+        with pytest.raises(TokenDataError, match="have different tokenizers"):
+            ours.require_same_tokenizer(TokenShards(write_set(tmp_path / "c", [range(5)], **fields)))
+
+
+@pytest.mark.parametrize("fields", [{"sequence_length": 0}, {"workers": -1}], ids=["length", "workers"])
+def test_config_is_checked(fields):
+    with pytest.raises(ValueError, match=f"data.{next(iter(fields))} is {next(iter(fields.values()))}; it must be"):
+        TokenDataConfig(train="x", **fields)
+
+
+# --- order --------------------------------------------------------------------------------------------------------
+
+
+def order(shards, **options):
+    options = {"seed": 3, "global_batch": 6, "micro_batch": 6, "num_steps": 8, **options}
+    return firsts(train_loader(shards, config(**options.pop("fields", {})), **options))
+
+
+def flat(batches):
+    return [window for batch in batches for window in batch]
+
+
+def test_epochs_are_permutations_of_their_own(tmp_path):
+    shards = counting(tmp_path, 50, 31, 19)  # 24 windows of 4: four batches of 6 an epoch
+    steps = order(shards)
+    one, two = flat(steps[:4]), flat(steps[4:])
+    assert sorted(one) == sorted(two) == list(range(24)) and one != two and one != sorted(one)
+    assert order(shards) == steps and order(shards, seed=4) != steps
+    assert [sorted(set(batch)) == sorted(batch) for batch in order(shards, global_batch=5, micro_batch=5)] == [
+        True
+    ] * 8
+
+
+def test_order_does_not_depend_on_ranks_micro_batches_workers_or_the_beginning(tmp_path):
+    shards = counting(tmp_path, 50, 31, 19)
+    steps = order(shards)
+    for start in range(9):
+        assert order(shards, start_step=start) == steps[start:]
+    assert flat(order(shards, micro_batch=2)) == flat(steps)
+    assert order(shards, fields={"workers": 2}, start_step=3) == steps[3:]
+    ranks = [order(shards, micro_batch=1, world_size=3, rank=rank) for rank in range(3)]
+    together = flat(batch for turn in zip(*ranks, strict=True) for batch in turn)
+    assert together == flat(steps)
+
+
+def test_loader_can_be_asked_for_its_length(tmp_path):
+    loader = train_loader(counting(tmp_path, 101), config(), seed=0, global_batch=6, micro_batch=2, num_steps=5)
+    assert len(loader) == len(list(loader)) == 15
+
+
+def test_batches_that_cannot_be_are_refused(tmp_path):
+    shards = counting(tmp_path, 101)
+    with pytest.raises(ValueError, match="global batch of 6 does not split over 1 ranks into micro-batches of 4"):
+        order(shards, micro_batch=4)
+    with pytest.raises(ValueError, match=r"101 tokens, 25 windows of data\.sequence_length = 4, fewer than .* 26"):
+        order(shards, global_batch=26, micro_batch=26)
+    with pytest.raises(ValueError, match="seed is -1"):
+        order(shards, seed=-1)
+
+
+def test_validation_goes_through_the_first_windows_in_order(tmp_path):
+    shards = counting(tmp_path, 50, 50)
+    assert firsts(val_loader(shards, config(), batch_size=10)) == [[*range(10)], [*range(10, 20)], [*range(20, 24)]]
+    loader = val_loader(shards, config(), batch_size=3, limit=7)
+    assert firsts(loader) == firsts(loader) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert firsts(val_loader(shards, config(), batch_size=9, limit=99)) == firsts(
+        val_loader(shards, config(), batch_size=9)
+    )
+    ranks = [firsts(val_loader(shards, config(), batch_size=2, limit=7, rank=r, world_size=3)) for r in range(3)]
+    assert ranks == [[[0, 3], [6]], [[1, 4]], [[2, 5]]]
+    assert firsts(val_loader(shards, config(200), batch_size=2), 200) == []
+
+
+def test_random_state_is_left_alone(tmp_path):
+    before = torch.get_rng_state()
+    order(counting(tmp_path, 101))
+    assert torch.equal(before, torch.get_rng_state())
