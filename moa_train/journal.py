@@ -59,7 +59,8 @@ class Journal:
         device, tree = self.accelerator.device, as_tree(self.config)
         self.accelerator.wait_for_everyone()  # every process has checked the folder
         if self.main:
-            self.folder.open(tree, describe_environment(device, self.plan.world_size))
+            environment = describe_environment(device, self.plan.world_size)
+            self.folder.open(tree, {**environment, "total_steps": self.plan.total_steps})
             self.folder.truncate(self.state.step, self.state.validated)
         start_trackers(self.accelerator, tree, step=self.state.step)
         how = self.config.loop.precision + (", compiled" if self.config.loop.compile else "")

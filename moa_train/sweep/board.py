@@ -130,21 +130,21 @@ def make_board() -> Board:
 def one_line(job: Job) -> str:
     """Return a run's name and how far it is."""
     name, _, *cells = cells_of(job)
-    words = ("step", "loss", "val", "samples/s", "left")
+    words = ("step", "loss", "val", "speed", "left")
     return ", ".join([name, *(f"{word} {cell}" for word, cell in zip(words, cells, strict=True) if cell)])
 
 
 def cells_of(job: Job) -> list[str]:
-    """Return a run's row: name, state, step/total, loss, validation loss, samples/s, time left."""
+    """Return a run's row: name, state, step/total, loss, validation loss, speed, time left."""
     p, active = job.progress, job.state in ("running", "elsewhere")
     left = p.left_s if active else None
     return [
         job.run.name,
         f"{job.state} before" if job.skipped else job.state,
-        f"{p.step:,}/{p.total:,}" if p.step else "",
+        f"{p.step:,}" + (f"/{p.total:,}" if p.total else "") if p.step else "",
         _loss(p.loss),
         _loss(p.val_loss),
-        f"{p.throughput:.4g}" if p.throughput else "",
+        f"{p.throughput:.4g} {p.counter}/s" if p.throughput else "",
         "" if left is None else duration(left),
     ]
 
@@ -162,7 +162,7 @@ def table(jobs: Sequence[Job], room: int) -> Table:
     drawn = Table(box=None, pad_edge=False, header_style="dim")
     drawn.add_column("run", overflow="ellipsis", no_wrap=True)
     drawn.add_column("state", no_wrap=True)
-    for title in ("step", "loss", "validation", "samples/s", "left"):
+    for title in ("step", "loss", "validation", "speed", "left"):
         drawn.add_column(title, justify="right", no_wrap=True)
     for i in sorted(chosen):
         cells: list[str | Text] = list(cells_of(jobs[i]))

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moa_train.records import RunFolder
 from moa_train.sweep.grid import PlannedRun
 
@@ -30,8 +28,9 @@ class Progress:
         state: "none" (nothing written yet), "begun", "finished" or "diverged" (its last loss or gradient not finite).
         step, total: Finished optimizer steps, and all; 0 while unknown.
         loss, val_loss: The newest training and validation loss.
-        throughput: Samples per second, newest.
+        throughput: Samples or tokens a second, newest.
         wall_s: Seconds of training so far.
+        counter: What the throughput counts, "samples" or "tokens".
     """
 
     state: str = "none"
@@ -41,6 +40,7 @@ class Progress:
     val_loss: float | None = None
     throughput: float | None = None
     wall_s: float = 0.0
+    counter: str = "samples"
 
     @property
     def duration_s(self) -> float | None:
@@ -111,10 +111,11 @@ def observe(folder: Path) -> Progress:
     return Progress(
         state=_state(folder, last),
         step=last["step"],
-        total=total_steps(folder, last),
+        total=total_steps(folder),
         loss=last["loss"],
         val_loss=val[-1].get("loss_norm", val[-1].get("loss")) if val else None,
         throughput=last.get("throughput"),
+        counter="tokens" if "tokens" in last else "samples",
         wall_s=last["wall_s"],
     )
 
@@ -125,12 +126,11 @@ def _state(folder: Path, last: dict[str, Any]) -> str:
     return "finished" if RunFolder(folder).status() == "finished" else "begun"
 
 
-def total_steps(folder: Path, row: dict[str, Any]) -> int:
-    """Return the steps of the whole run, from a row's step and epoch and the configured epochs; 0 if unknown."""
+def total_steps(folder: Path) -> int:
+    """Return the steps of the whole run, as its env.json says; 0 if unknown."""
     try:
-        epochs = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["schedule"]["epochs"]
-        return max(1, round(epochs * round(row["step"] / row["epoch"])))
-    except (OSError, KeyError, TypeError, ZeroDivisionError, yaml.YAMLError):
+        return int(json.loads((folder / "env.json").read_text(encoding="utf-8"))["total_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
         return 0
 
 

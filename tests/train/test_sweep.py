@@ -68,6 +68,7 @@ def main(arguments):
     steps = int(2 * config.schedule.epochs)
     config.folder.mkdir(parents=True, exist_ok=True)
     (config.folder / "config.yaml").write_text(yaml.safe_dump(as_tree(config)))
+    (config.folder / "env.json").write_text(json.dumps({"total_steps": steps}))
     metrics = config.folder / "metrics.jsonl"
     begin = len(metrics.read_text().splitlines()) if metrics.exists() else 0
     print(f"begins at {begin}, threads {os.environ.get('OMP_NUM_THREADS')}", flush=True)
@@ -512,16 +513,21 @@ def test_time_left():
 
 def test_progress_of_a_folder(tmp_path):
     assert observe(tmp_path) == Progress()
-    (tmp_path / "config.yaml").write_text("schedule: {epochs: 2.5}")
+    (tmp_path / "env.json").write_text('{"total_steps": 100}')
     rows = [{"kind": "train", "step": n, "epoch": n / 40, "wall_s": n / 2, "loss": 1 / n} for n in range(1, 3001)]
     rows.insert(-2, {"kind": "val", "step": 2999, "epoch": 1.0, "loss": 0.5, "loss_norm": 0.4})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tr')
-    assert observe(tmp_path) == Progress("begun", 3000, 100, 1 / 3000, 0.4, None, 1500.0)
+    assert observe(tmp_path) == Progress("begun", 3000, 100, 1 / 3000, 0.4, wall_s=1500.0)
     (tmp_path / "metrics.jsonl").write_text(
-        '{"kind": "train", "step": 7, "epoch": 0.175, "wall_s": 10, "loss": 0.5}\n'
+        '{"kind": "train", "step": 7, "tokens": 70, "wall_s": 10, "loss": 0.5, "throughput": 7}\n'
     )
     seen = observe(tmp_path)
     assert (seen.total, seen.duration_s, seen.left_s) == (100, 10 * 100 / 7, 10 * 93 / 7)
+    assert "step 7/100, loss 0.5000, speed 7 tokens/s" in one_line(
+        Job(PlannedRun("r", Path(), {}, 0, Path()), progress=seen)
+    )
+    (tmp_path / "env.json").unlink()  # of a run of an earlier version
+    assert observe(tmp_path).total == 0
 
 
 def test_progress_of_what_the_loop_writes(runs):
@@ -559,7 +565,7 @@ def test_the_live_table_shows_what_matters_where_not_all_fits():
         board.show(jobs, 1)
         board.ended(jobs[3], "RuntimeError: [red]the disk is full[/red]")
     text = console.file.getvalue()
-    assert "swiglu_s2 running 1,200/4,800 0.6123 0.5980 390.2 3 min 00 s" in re.sub(" +", " ", text)
+    assert "swiglu_s2 running 1,200/4,800 0.6123 0.5980 390.2 samples/s 3 min 00 s" in re.sub(" +", " ", text)
     assert "swiglu_s3" in text and "swiglu_s0" not in text and "and 18 more" in text
     assert "2 of 24 done (1 diverged), 1 running, 1 failed, 20 waiting; about" in text
     assert "[red]the disk is full[/red]" in text  # a log's brackets are no markup
@@ -585,7 +591,7 @@ def test_without_a_terminal_there_are_lines_at_most_once_a_minute(capsys, monkey
     board.show(jobs_in_all_states(), 1)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(
-        "running     swiglu_s2, step 1,200/4,800, loss 0.6123, val 0.5980, samples/s 390.2, left"
+        "running     swiglu_s2, step 1,200/4,800, loss 0.6123, val 0.5980, speed 390.2 samples/s, left"
     )
     assert len(lines) == 2 and lines[1].startswith("all         2 of 24 done")
 
