@@ -36,7 +36,11 @@ def compare_runs(arguments: Sequence[str] | None = None) -> int:
     _add_section(parser, "--section", "RUN", training_section, "a further section of runs, with a heading of its own")
     _add_section(parser, "--evals", "RESULT", zero_shot_section, "a section of lm_eval's results")
     parser.add_argument(
-        "--baseline", metavar="NAME", help="what to compare with: an FFN (swiglu), a label of the page, or a run"
+        "--baseline",
+        action="append",
+        metavar="NAME",
+        help="what to compare with: an FFN (swiglu), a label of the page, or a run; if repeated, each section takes "
+        "the first that it has",
     )
     parser.add_argument(
         "--strict", action="store_true", help="refuse runs that differ in data, masks, batch or budget"

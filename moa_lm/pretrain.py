@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
@@ -20,13 +24,14 @@ from moa_lm.configuration import MoALlamaConfig
 from moa_lm.data import TokenBatch, TokenDataConfig, TokenDataError, TokenShards, train_loader, val_loader
 from moa_lm.flops import forward_flops
 from moa_lm.groups import hidden_matrices, no_weight_decay
+from moa_lm.loss import IGNORED_LABEL
 from moa_lm.modeling import (
     MoACausalLMOutput,
     MoALlamaForCausalLM,
     document_positions,
     labels_within_documents,
 )
-from moa_lm.sizes import Parameters, count_parameters, named_config
+from moa_lm.sizes import count_parameters, named_config
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_lm.watch import save_experts, save_mixing, watch
 from moa_train.config import HARMLESS, RunConfig, ScheduleConfig, parse_config, require
@@ -35,7 +40,7 @@ from moa_train.plan import Plan
 from moa_train.progress import count
 from moa_train.schedule import Budget
 from moa_train.signals import ignore_stop_signals
-from moa_train.task import Share
+from moa_train.task import WEIGHT, Share
 
 LM_HARMLESS = {"data.workers", "model.gradient_checkpointing"}
 """Keys of a language model's run that may change when it is resumed."""
@@ -43,8 +48,10 @@ LM_HARMLESS = {"data.workers", "model.gradient_checkpointing"}
 VOCAB_MULTIPLE = 64
 """The model's vocabulary is the tokenizer's, padded to a multiple of this, for faster matrix products."""
 
-ROUTER_LOSSES = ("lm_loss", "aux_loss", "z_loss")
-"""What a training row of a model with experts holds besides the training loss, their weighted sum."""
+OBSERVED = {"loss": "lm_loss", "aux_loss": "aux_loss", "z_loss": "z_loss"}
+"""Columns of a training row of a model with experts, and the model's outputs that they are; what is trained on is the
+weighted sum.
+"""
 
 TALES = Path("data/tales")
 """Token shards of the laptop configs; made from the tales that come with this package when they are missing."""
@@ -158,19 +165,25 @@ class LMTask:
         self.language_model = build_model(config.model, self.train_shards, length)
         self.model: nn.Module = self.language_model
         self.parameters = count_parameters(self.language_model.config)
+        self.budgeted = budgeted(self.language_model.config)
         self.units_per_sample = length
         self.samples_per_epoch = self.train_shards.windows(length)
         held_out = self.val_shards.windows(length) if self.val_shards else 0
         self.val_samples = held_out if config.loop.val_samples is None else min(held_out, config.loop.val_samples)
         self.forward_flops_per_sample = forward_flops(self.language_model.config, length)
-        self._observed: list[tuple[Tensor, ...]] = []
+        self._observed: deque[Tensor] = deque(maxlen=1)
         if self.val_shards is not None:
             self.train_shards.require_same_tokenizer(self.val_shards)
+            if not held_out:
+                raise ValueError(
+                    f"data.val has {self.val_shards.tokens:,} tokens, no more than data.sequence_length {length}; "
+                    "use shorter sequences or more text, or null for no validation"
+                )
 
     def budget(self, steps_per_epoch: int) -> Budget:
         """Return the steps that the configured budget comes to."""
         tokens_per_step = self.config.schedule.batch_size * self.units_per_sample
-        return self.config.schedule.budget(steps_per_epoch, tokens_per_step, budgeted(self.parameters))
+        return self.config.schedule.budget(steps_per_epoch, tokens_per_step, self.budgeted)
 
     def describe(self) -> dict[str, str]:
         """Return lines of the announcement."""
@@ -208,7 +221,7 @@ class LMTask:
 
     def train_batches(self, share: Share, plan: Plan, start_step: int) -> Iterable[TokenBatch]:
         """Yield this process's micro-batches from `start_step` on."""
-        self._observed.clear()  # of the example batches
+        self._observed = deque(maxlen=plan.accumulation)  # of one step
         loader = train_loader(
             self.train_shards,
             self.data,
@@ -232,32 +245,46 @@ class LMTask:
         output: MoACausalLMOutput = model(**self._inputs(batch), skip_logits=True)
         assert output.loss is not None
         if output.aux_loss is not None:
-            self._observed.append(tuple(getattr(output, name).detach() for name in ROUTER_LOSSES))
+            self._observed.append(torch.stack([getattr(output, name).detach() for name in OBSERVED.values()]))
         return output.loss
 
-    def observations(self) -> dict[str, float]:
-        """Return the parts of the training loss of a model with experts: means since the last row, this process's."""
+    def observations(self) -> dict[str, Tensor]:
+        """Return the parts of the training loss of a model with experts, the language model's as "loss"."""
         if not self._observed:
             return {}
-        means = torch.stack([torch.stack(losses) for losses in self._observed]).mean(dim=0).tolist()
-        self._observed.clear()
-        return dict(zip(ROUTER_LOSSES, means, strict=True))
+        return dict(zip(OBSERVED, torch.stack([*self._observed]).mean(dim=0), strict=True))
+
+    def identity(self) -> dict[str, Any]:
+        """Return checksums of the tokens and of their tokenizer."""
+        shards = {"train": self.train_shards, "val": self.val_shards}
+        return {
+            name: {"tokens": [shard["sha256"] for shard in own.manifest["shards"]], **own.manifest["tokenizer"]}
+            for name, own in shards.items()
+            if own is not None
+        }
 
     def val_losses(self, model: nn.Module, batch: TokenBatch) -> dict[str, Tensor]:
         """Return each sequence's mean cross-entropy in nats."""
-        output: MoACausalLMOutput = model(**self._inputs(batch), skip_logits=True)
+        inputs = self._inputs(batch)
+        output: MoACausalLMOutput = model(**inputs, skip_logits=True)
         assert output.sequence_losses is not None
-        return {"loss": output.sequence_losses}
+        return {"loss": output.sequence_losses, WEIGHT: (inputs["shift_labels"] != IGNORED_LABEL).sum(-1)}
 
     def visualize(self, model: nn.Module, folder: Path, step: int) -> None:
         """Note how the tokens of a few held-out sequences mix, and which experts they go to."""
-        shown = min(self.val_samples, self.config.loop.visualize)
+        shown, length = min(self.val_samples, self.config.loop.visualize), self.units_per_sample
+        if not shown:
+            return
+        assert self.val_shards is not None, "without held-out tokens there is no validation"
+        spread = [number * self.val_samples // shown for number in range(shown)]  # over documents of all kinds
+        windows = [torch.from_numpy(self.val_shards.window(index, length).astype(np.int64)) for index in spread]
         device = next(model.parameters()).device
-        for batch in self._held_out(shown, 0, 1, shown) if shown else ():
-            inputs = self._inputs(TokenBatch(batch.tokens.to(device)))
+        inputs = self._inputs(TokenBatch(torch.stack(windows).to(device)))
+        half = self.config.loop.precision == "bf16"  # as in training
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
             watched = watch(self.language_model, inputs["input_ids"], inputs.get("position_ids"))
-            save_mixing(watched, folder / "mixing", step=step)
-            save_experts(watched, folder / "experts", step=step)
+        save_mixing(watched, folder / "mixing", step=step)
+        save_experts(watched, folder / "experts", step=step)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a transformers folder, tokenizer included."""
@@ -286,24 +313,39 @@ class LMTask:
         return iter(loader)
 
 
-def budgeted(parameters: Parameters) -> int:
-    """Return the parameters that `schedule.tokens_per_parameter` multiplies."""
-    return parameters.active - parameters.mixing
+def budgeted(config: MoALlamaConfig) -> int:
+    """Return the parameters that `schedule.tokens_per_parameter` multiplies: those that a token passes in the same
+    model without a mixture.
+    """
+    fixed = copy(config)
+    fixed.ffn_variant = "swiglu" if config.ffn_spec().type_two else "relu2"
+    return count_parameters(fixed).active
 
 
 def model_config(config: ModelConfig, shards: TokenShards, sequence_length: int) -> MoALlamaConfig:
     """Return the transformers configuration of a model for these tokens. Raises ValueError."""
-    fields: dict[str, Any] = {
+    given = {
         "vocab_size": -(-shards.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         "bos_token_id": shards.end_of_text,
         "eos_token_id": shards.end_of_text,
         "max_position_embeddings": max(2048, sequence_length),
-        **config.args,
     }
+    return _configured(config, given)
+
+
+def _configured(config: ModelConfig, given: dict[str, Any]) -> MoALlamaConfig:
+    known = {field.name for field in fields(MoALlamaConfig)}
+    for name in config.args:
+        close = get_close_matches(name, known, 1)
+        require(f"model.args.{name}", config.args[name], name in known, f"a field of MoALlamaConfig{_meant(close)}")
     try:
-        return named_config(config.size, config.ffn, **fields)
+        return named_config(config.size, config.ffn, **given, **config.args)
     except (TypeError, StrictDataclassError) as error:
         raise ValueError(f"model.args: {' '.join(str(error).split())}") from error
+
+
+def _meant(close: list[str]) -> str:
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def build_model(config: ModelConfig, shards: TokenShards, sequence_length: int) -> MoALlamaForCausalLM:
@@ -330,7 +372,7 @@ def build_task(config: LMConfig) -> LMTask:
 def tales_are_missing(data: TokenDataConfig) -> bool:
     """Whether the data are the demo's tales, whose shards `build_task` has yet to make."""
     wanted = {Path(folder) for folder in (data.train, data.val) if folder}
-    return any(folder.parent == TALES and not (folder / "manifest.json").exists() for folder in wanted)
+    return any(not (folder / "manifest.json").exists() for folder in wanted & {TALES / "train", TALES / "val"})
 
 
 def check_config(config: LMConfig) -> None:
@@ -338,7 +380,7 @@ def check_config(config: LMConfig) -> None:
     be.
     """
     if tales_are_missing(config.data):
-        named_config(config.model.size, config.model.ffn, **config.model.args)
+        _configured(config.model, {})
         return
     check(config, partial(LMTask, config))
 

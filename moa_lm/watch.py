@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moa_ffn import FFN, FFNSpec
+from moa_ffn import FFN
+from moa_ffn.spread import mixing_row
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.modeling import MoALlamaForCausalLM
 from moa_lm.moe import Experts, MoE
@@ -25,7 +26,6 @@ from moa_train.durable import write_json
 
 MAX_TOKENS = 4096
 """Tokens that are looked at, at most: plenty for percentiles, and little beside a validation."""
-PERCENTILES = (0.05, 0.95)
 
 Row = dict[str, Any]
 
@@ -51,8 +51,7 @@ def watch(model: MoALlamaForCausalLM, input_ids: Tensor, position_ids: Tensor | 
         position_ids: (B, T), of `document_positions` where documents are masked.
 
     Returns:
-        Mixing rows: layer, coefficients (names of the K terms), token_adaptive, and of each term the coefficient's
-        mean, std, low and high (`PERCENTILES`) and mean share of the sum (see `FFN.shares`).
+        Mixing rows: see `moa_ffn.spread.mixing_row`.
         Expert rows: layer, load (each expert's share of the assignments), entropy (mean of the router's softmax, in
         nats) and max_entropy, balance_loss (1 is perfect balance), assignments (k for each token) and dropped (those
         that reached no expert).
@@ -101,7 +100,8 @@ def _noted(model: MoALlamaForCausalLM, *, sequence_length: int) -> Iterator[Watc
     def note_mixing(layer: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(module, FFN | Experts)
         used = _used(module, inputs[0].flatten(0, -2)) if isinstance(module, FFN) else _routed(module, model, *inputs)
-        found.mixing.extend(_mixing_row(layer, module.spec, *used))
+        row = mixing_row(layer, module.spec.terms, module.spec.token_adaptive, *used)
+        found.mixing.extend([] if row is None else [row])
 
     def note_router(layer: str, _: nn.Module, __: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
         logits, _weights, indices = (values.unflatten(0, (-1, sequence_length)) for values in outputs)
@@ -148,25 +148,6 @@ def _expert(experts: Experts, number: int, config: MoALlamaConfig) -> FFN:
         weights[name] = stacked if whole else stacked[number]
     ffn.load_state_dict(weights, assign=True)
     return ffn
-
-
-def _mixing_row(layer: str, spec: FFNSpec, coefficients: Tensor, shares: Tensor) -> Iterator[Row]:
-    """The row of one layer from coefficients and shares (N, K); none where there is no finite token."""
-    known = coefficients.isfinite().all(1) & shares.isfinite().all(1)
-    if not known.any():
-        return
-    coefficients, shares = coefficients[known], shares[known]
-    low, high = coefficients.quantile(torch.tensor(PERCENTILES, device=coefficients.device), dim=0).tolist()
-    yield {
-        "layer": layer,
-        "coefficients": spec.terms,
-        "token_adaptive": spec.token_adaptive,
-        "mean": coefficients.mean(0).tolist(),
-        "std": coefficients.std(0, correction=0).tolist(),
-        "low": low,
-        "high": high,
-        "share": shares.mean(0).tolist(),
-    }
 
 
 def _expert_row(layer: str, logits: Tensor, indices: Tensor) -> Iterator[Row]:

@@ -96,6 +96,11 @@ def verify(path: Path) -> dict[str, Any]:
     return state
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the state of a checkpoint that `verify` has found whole."""
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], Generators]:
     """Load a verified checkpoint into `model` and `optimizer` in place; return its state and generator states.
 
@@ -106,7 +111,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
         _restore_optimizer(model, optimizer, load_file(path / FILES[1]))
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"checkpoint {path} belongs to another model: {error}") from error
-    return json.loads((path / "state.json").read_text(encoding="utf-8")), load_file(path / FILES[2])
+    return read_state(path), load_file(path / FILES[2])
 
 
 def _steps(folder: Path) -> Iterator[tuple[int, Path]]:

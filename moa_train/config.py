@@ -120,7 +120,8 @@ class LoopConfig:
         log_every: Steps between training rows in metrics.jsonl.
         val_every: Steps between validations on the held-out samples.
         val_samples: Held-out samples used in each validation; null is all of them.
-        visualize: Held-out samples drawn at each validation; 0 is none.
+        visualize: Held-out samples looked at closely at each validation (reconstructions, mixing, expert load); 0 is
+            none.
         save_every: Steps between checkpoints: the most work that a crash can lose.
         keep: Checkpoints kept, newest first.
         keep_every: Steps between checkpoints that are kept for good, a multiple of save_every; null keeps none.
@@ -193,7 +194,8 @@ class RunConfig:
 
     def gentler(self) -> tuple[str, ...]:
         """Return options, each enough by itself, with which a run may go on whose loss was not finite."""
-        return f"--optim.lr {self.optim.lr / 2:.3g}", "--optim.clip_grad 1.0"
+        clip = 1.0 if self.optim.clip_grad is None else min(1.0, self.optim.clip_grad / 2)
+        return f"--optim.lr {self.optim.lr / 2:.3g}", f"--optim.clip_grad {clip:.3g}"
 
 
 HARMLESS = frozenset(

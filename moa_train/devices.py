@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -60,11 +60,12 @@ def peak_memory_mib(device: torch.device) -> float:
     return held / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 
 
-def state_bytes(model: nn.Module) -> int:
-    """Return the bytes of weights, gradients and AdamW's two moments."""
+def state_bytes(model: nn.Module, with_one_moment: Collection[str] = ()) -> int:
+    """Return the bytes of weights, gradients and the optimizer's moments: AdamW's two, Muon's one where named."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return weights + 3 * trained
+    spared = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name in with_one_moment)
+    return weights + 3 * trained - spared
 
 
 def saved_bytes_per_sample(

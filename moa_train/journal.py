@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
@@ -104,10 +105,18 @@ class Journal:
         if plan.due(step, self.config.loop.log_every):
             steps_per_s = self.window_steps / self.window_s
             mfu = self.costs.utilization(steps_per_s * plan.global_batch, plan.world_size)
-            more = self.task.observations() if isinstance(self.task, Observed) else {}
+            more = self._observations()
             row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "throughput": steps_per_s * batch, "mfu": mfu}
-            self.write("train", step, **row, **more)
+            self.write("train", step, **{**row, **more})
             self.window_steps, self.window_s = 0, 0.0
+
+    def _observations(self) -> dict[str, float]:
+        """What the task has to say of the step, the mean over all processes."""
+        found = self.task.observations() if isinstance(self.task, Observed) else {}
+        if not found:
+            return {}
+        values = self.accelerator.reduce(torch.stack([*found.values()]).float(), "mean")
+        return dict(zip(found, values.tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
 
     def val_row(self, losses: dict[str, float]) -> None:
         """Write and tell the validation losses of the step just finished."""

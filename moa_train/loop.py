@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from moa_train.optim import build_optimizer, describe_groups, set_rate
 from moa_train.plan import Costs, make_plan, measure_costs
 from moa_train.records import RunFolder, command_line
 from moa_train.signals import EXIT_STOPPED, StopRequests
-from moa_train.task import HiddenMatrices, OwnOptimizer, Share, Task
+from moa_train.task import WEIGHT, HiddenMatrices, Identified, OwnOptimizer, Share, Task
 
 
 class NonFiniteError(Exception):
@@ -114,6 +114,7 @@ class Trainer:
     ) -> None:
         self.config, self.task, self.accelerator, self.stop = config, task, accelerator, stop
         self.harmless = harmless
+        self.identity = task.identity() if isinstance(task, Identified) else None
         self.device = accelerator.device
         self.folder = RunFolder(config.folder)
         changed = self.folder.check(as_tree(config), config.resume, harmless)
@@ -136,15 +137,20 @@ class Trainer:
     def _build_optimizer(self) -> torch.optim.Optimizer:
         if isinstance(self.task, OwnOptimizer):
             return self.task.optimizer(self.config.optim)
-        hidden = self.task.hidden_matrices() if isinstance(self.task, HiddenMatrices) else None
+        hidden = self._hidden_matrices()
         return build_optimizer(self.bare, self.config.optim, self.task.no_weight_decay(), hidden)
+
+    def _hidden_matrices(self) -> Collection[str] | None:
+        return self.task.hidden_matrices() if isinstance(self.task, HiddenMatrices) else None
 
     def _measure_costs(self) -> Costs:
         def loss(batch: Any) -> Tensor:
             with self.accelerator.autocast():
                 return self.task.loss(self.bare, send_to_device(batch, self.device))
 
-        return measure_costs(self.bare, loss, self.task.example_batch, self.task.forward_flops_per_sample)
+        by_muon = self._hidden_matrices() if self.config.optim.algorithm == "muon" else None
+        flops = self.task.forward_flops_per_sample
+        return measure_costs(self.bare, loss, self.task.example_batch, flops, by_muon or ())
 
     def run(self) -> int:
         """Announce, train, export; return the exit code."""
@@ -235,7 +241,7 @@ class Trainer:
     def _validation_losses(self) -> dict[str, float] | None:
         """Return the held-out losses, averaged over samples, all processes together; None if a stop request came."""
         batches = iter(self.task.val_batches(self.share))
-        sums = torch.zeros(1 + len(self.task.val_names), dtype=torch.float64)  # samples, then each loss
+        sums = torch.zeros(1 + len(self.task.val_names), dtype=torch.float64)  # weights, then each loss
         while True:
             batch = next(batches, None)
             stop, more = self._sum_over_processes(bool(self.stop.received), batch is not None)
@@ -246,9 +252,10 @@ class Trainer:
             if batch is not None:  # else only other processes have some left
                 losses = self.task.val_losses(self.bare, send_to_device(batch, self.device, non_blocking=True))
                 values = torch.stack([losses[name] for name in self.task.val_names]).cpu().double()
-                sums += torch.cat([torch.full((1,), values.shape[1]), values.sum(dim=1)])
-        samples, *totals = self._sum_over_processes(*sums.tolist())
-        return {name: total / samples for name, total in zip(self.task.val_names, totals, strict=True)}
+                weights = losses[WEIGHT].cpu().double() if WEIGHT in losses else torch.ones(values.shape[1]).double()
+                sums += torch.cat([weights.sum()[None], values @ weights])
+        whole, *totals = self._sum_over_processes(*sums.tolist())
+        return {name: total / whole for name, total in zip(self.task.val_names, totals, strict=True)}
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -281,7 +288,8 @@ class Trainer:
             state = {
                 **asdict(self.state),
                 "world_size": self.plan.world_size,
-                "decaying": self.plan.is_decaying(self.state.step),
+                "stable": self.plan.is_stable(self.state.step),
+                "identity": self.identity,
                 "config": as_tree(self.config),
             }
             checkpoint.save(
@@ -300,7 +308,7 @@ class Trainer:
         newest, damaged = checkpoint.newest_valid(self.folder.checkpoints)
         source = newest or self._start()
         if source is not None:
-            self._check_algorithm(source)
+            self._check_fit(source)
             saved, generators = checkpoint.load(source, self.bare, self.optimizer)
             self.state = State(**{key: saved[key] for key in asdict(State())})
             self.generators = of_process(generators, self.accelerator.process_index)
@@ -312,9 +320,17 @@ class Trainer:
         set_seed(self.config.seed + self.state.step, device_specific=True)
         return damaged
 
-    def _check_algorithm(self, path: Path) -> None:
-        """Raise ValueError if the checkpoint holds another algorithm's state, which cannot be taken over."""
-        saved = checkpoint.verify(path)["config"]["optim"].get("algorithm", "adamw")
+    def _check_fit(self, path: Path) -> None:
+        """Raise ValueError if the checkpoint holds another algorithm's state, or was trained on something else."""
+        state = checkpoint.read_state(path)
+        known, own = state.get("identity") or {}, self.identity or {}
+        changed = sorted(key for key in known.keys() & own.keys() if known[key] != own[key])
+        if changed and self.config.resume != "force":
+            raise ValueError(
+                f"{path} was trained on other data: {', '.join(changed)} changed since. Bring back what it was, "
+                "begin a new run, or continue all the same with --resume force"
+            )
+        saved = state["config"]["optim"].get("algorithm", "adamw")
         if saved != self.config.optim.algorithm:
             raise ValueError(
                 f"optim.algorithm is {self.config.optim.algorithm!r}, but {path} holds the optimizer state of "
@@ -343,9 +359,9 @@ class Trainer:
                 f"start_from {path} is of a run with another configuration:\n  {listed}\n"
                 "Go back to these values, or begin with it all the same with --resume force."
             )
-        if state.get("decaying"):
-            raise ValueError(f"start_from {path}: its rate had begun to fall already; take an earlier checkpoint")
         step, part = state["step"], self.config.schedule.decay_fraction
+        if not state.get("stable", True) or step < self.plan.warmup_steps:
+            raise ValueError(f"start_from {path}: its rate still rose, or fell already; take another checkpoint")
         if self.plan.is_decaying(step):
             longer = f"{math.ceil(step / (1 - part)):,} steps or more" if part < 1 else "a decay_fraction below 1"
             raise ValueError(

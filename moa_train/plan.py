@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,10 @@ class Plan:
     def is_decaying(self, step: int) -> bool:
         """Tell whether the rate has begun to fall before `step` steps are finished."""
         return step > self.total_steps - self.decay_steps
+
+    def is_stable(self, step: int) -> bool:
+        """Tell whether, after `step` steps, the warm-up is over and the rate has not begun to fall."""
+        return self.warmup_steps <= step and not self.is_decaying(step)
 
     def epoch(self, step: int) -> float:
         """Return the epochs that `step` finished steps come to."""
@@ -135,13 +139,17 @@ def measure_costs(
     loss: Callable[[Any], torch.Tensor],
     example_batch: Callable[[int], Any],
     forward_flops_per_sample: int,
+    hidden_matrices: Collection[str] = (),
 ) -> Costs:
-    """Return what training `model`, on its device, costs; runs `loss(example_batch(n))` for n = 1 and 2."""
+    """Return what training `model`, on its device, costs; runs `loss(example_batch(n))` for n = 1 and 2.
+
+    `hidden_matrices` are the parameters that Muon steps.
+    """
     device = next(model.parameters()).device
     return Costs(
         flops_per_sample=TRAINING_FLOPS_PER_FORWARD * forward_flops_per_sample,
         peak_flops=bf16_peak_flops(device_name(device)),
-        state_bytes=state_bytes(model),
+        state_bytes=state_bytes(model, hidden_matrices),
         saved_bytes_per_sample=saved_bytes_per_sample(model, loss, example_batch),
     )
 

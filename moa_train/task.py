@@ -14,6 +14,9 @@ from moa_train.config import OptimConfig
 from moa_train.plan import Plan
 from moa_train.schedule import Budget
 
+WEIGHT = "weight"
+"""Key of `Task.val_losses` that is no loss."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -83,7 +86,10 @@ class Task(Protocol):
         ...
 
     def val_losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """Return each sample's losses, (B,) each, for every name of `val_names`."""
+        """Return each sample's losses, (B,) each, for every name of `val_names`.
+
+        Where samples do not count alike in the mean, what each counts stands under `WEIGHT`, (B,).
+        """
         ...
 
     def visualize(self, model: nn.Module, folder: Path, step: int) -> None:
@@ -114,10 +120,20 @@ class OwnOptimizer(Protocol):
 class Observed(Protocol):
     """A task that has more to say of its training steps than their loss."""
 
-    def observations(self) -> dict[str, float]:
-        """Return values for the training row of the step just finished, e.g. {"aux_loss": 1.02}; asked on every
-        process, for rows that are written only.
+    def observations(self) -> dict[str, Tensor]:
+        """Return values () for the training row of the step just finished, e.g. {"aux_loss": ...}, of which the mean
+        over all processes is written; a "loss" takes the place of what is trained on. Asked on every process, and
+        only for rows that are written.
         """
+        ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A task that stands on something which its configuration names but does not hold, such as files of tokens."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells it from others, in JSON types, e.g. checksums. A run goes on with the same only."""
         ...
 
 

@@ -16,10 +16,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from moa_ffn import FFN
+from moa_ffn.spread import mixing_row
 from moa_train.durable import write_bytes, write_json
 from moa_vision.mae import MAE
-
-PERCENTILES = (0.05, 0.95)
 
 
 class Maps(NamedTuple):
@@ -97,21 +96,9 @@ def _spread(maps: Iterable[Maps]) -> Iterator[dict[str, Any]]:
     for own in maps:
         for index, layer in enumerate(own.layers):
             tokens, shares = (values[:, index].flatten(0, 1) for values in (own.coefficients, own.shares))
-            known = ~tokens.isnan().any(1)
-            if not known.any():  # weights so large that nothing is a number any more
-                continue
-            tokens, shares = tokens[known], shares[known]
-            low, high = tokens.quantile(torch.tensor(PERCENTILES, device=tokens.device), dim=0).tolist()
-            yield {
-                "layer": layer,
-                "coefficients": own.terms,
-                "token_adaptive": own.token_adaptive,
-                "mean": tokens.mean(0).tolist(),
-                "std": tokens.std(0, correction=0).tolist(),
-                "low": low,
-                "high": high,
-                "share": shares.mean(0).tolist(),
-            }
+            row = mixing_row(layer, own.terms, own.token_adaptive, tokens, shares)
+            if row is not None:
+                yield row
 
 
 class _Noted(NamedTuple):

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 
 def script_of(arguments: Sequence[str]) -> Path:
     """Return the script that trains the first configuration file named; a masked autoencoder's has an encoder."""
-    for path in map(Path, arguments):
+    for path in (Path(argument.removeprefix("--config=")) for argument in arguments):
         if path.suffix in (".yaml", ".yml") and path.is_file():
             with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
                 is_autoencoder = "encoder" in yaml.safe_load(path.read_text(encoding="utf-8"))["model"]

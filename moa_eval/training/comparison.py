@@ -222,13 +222,14 @@ class Comparison:
         return Contrast(arm, reference, int(at), values, baseline, difference(values, baseline))
 
 
-def compare(runs: Sequence[Run], *, strict: bool = False, baseline: str | None = None) -> Comparison:
+def compare(runs: Sequence[Run], *, strict: bool = False, baseline: str | Sequence[str] | None = None) -> Comparison:
     """Put runs side by side; the first belongs to the baseline, unless `baseline` names another.
 
     Args:
         runs: In any order.
         strict: Refuse what would otherwise be a warning.
-        baseline: A contender's label ("SwiGLU"), an FFN ("swiglu"), or a run's name or folder.
+        baseline: A contender's label ("SwiGLU"), an FFN ("swiglu"), or a run's name or folder; of several the first
+            that is there.
 
     Raises:
         NotComparableError: A folder is given twice, some train language models and some autoencoders, or nothing is
@@ -238,7 +239,7 @@ def compare(runs: Sequence[Run], *, strict: bool = False, baseline: str | None =
     if not runs:
         raise ValueError("runs is empty; give at least one run")
     _check_alike(runs)
-    runs = _ordered(runs, baseline)
+    runs = _ordered(runs, [baseline] if isinstance(baseline, str) else baseline or [])
     metric = _metric(runs[0])
     arms, contenders = _contenders(runs, metric)
     labels = _labels(runs, arms)
@@ -289,11 +290,11 @@ def _groups(runs: Sequence[Run], *leave_out: str) -> list[tuple[int, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def _ordered(runs: Sequence[Run], baseline: str | None) -> list[Run]:
+def _ordered(runs: Sequence[Run], names: Sequence[str]) -> list[Run]:
     """The baseline's runs first; size by size where there are several; each contender's by rate, then seed."""
     groups = _groups(runs, *_AMONG_CONTENDER)
-    if baseline is not None:
-        first = _find(runs, groups, baseline)
+    if names:
+        first = _find(runs, groups, names)
         groups = [groups[first], *groups[:first], *groups[first + 1 :]]
     against = baselines([runs[group[0]].config for group in groups])
     beside = [index if own is None else own for index, own in enumerate(against)]
@@ -306,17 +307,19 @@ def _ordered(runs: Sequence[Run], baseline: str | None) -> list[Run]:
     ]
 
 
-def _find(runs: Sequence[Run], groups: Sequence[tuple[int, ...]], name: str) -> int:
-    """The contender that a name means, by its label, its FFN, or the name or folder of a run."""
+def _find(runs: Sequence[Run], groups: Sequence[tuple[int, ...]], names: Sequence[str]) -> int:
+    """The contender that the first fitting name means: its label, its FFN, or a run's name or folder."""
     labels = [_contender_names(runs, group, groups)[0] for group in groups]
-    if name in labels:
-        return labels.index(name)
     named = [{text for run in group for text in _names(runs[run])} for group in groups]
-    found = [index for index, names in enumerate(named) if name in names]
     numbers = sizes([runs[group[0]].config for group in groups])
-    if found and len({numbers[index] for index in found}) == len(found):  # one at each size: the baseline of them all
-        return found[0]
-    what = "belongs to several" if found else "is none"
+    found: list[int] = []
+    for name in names:
+        if name in labels:
+            return labels.index(name)
+        found = [index for index, own in enumerate(named) if name in own]
+        if found and len({numbers[index] for index in found}) == len(found):  # one a size: the baseline of them all
+            return found[0]
+    name, what = " or ".join(names), "belongs to several" if found else "is none"
     raise NotComparableError(f"--baseline {name} {what} of the contenders; give one of: {'; '.join(labels)}")
 
 
@@ -392,7 +395,7 @@ def _contender_names(
     apart = [
         key
         for key, values in config_difference(rivals).items()
-        if role(key, values) not in _AMONG_CONTENDER and key in own
+        if role(key, values) not in _AMONG_CONTENDER and key in own and key not in BUDGETS  # tokens seen are compared
     ]
     settings = [run.name] if len(apart) > 3 else [_setting_label(key, own[key]) for key in apart]
     name, of_size = FFN_NAMES.get(run.ffn, run.ffn), _size_label(run, configs)

@@ -153,7 +153,8 @@ def _named(layers: Sequence[Routing], what: str, limit: str) -> str:
 def _read_step(path: Path) -> tuple[int, tuple[Routing, ...]]:
     content = read_json(path)
     try:
-        return int(content["step"]), tuple(_routing(entry) for entry in content["layers"])
+        routed = [entry for entry in content["layers"] if len(entry["load"]) > 1]  # one expert has no choice
+        return int(content["step"]), tuple(map(_routing, routed))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise broken(path, f"not a record of experts ({error!r})", _REMEDY) from None
 

@@ -24,7 +24,7 @@ def training_section(
     slug: str = "training",
     title: str | None = None,
     strict: bool = False,
-    baseline: str | None = None,
+    baseline: str | Sequence[str] | None = None,
 ) -> Section:
     """Compare run folders, the first of which belongs to the baseline unless another is named.
 
@@ -33,7 +33,7 @@ def training_section(
         slug: Name of the section in file names and ids.
         title: Heading (default: the contenders' names).
         strict: Refuse runs that differ in data, masks, batch or budget.
-        baseline: A contender's label, an FFN, or a run's name or folder.
+        baseline: A contender's label, an FFN, or a run's name or folder; of several the first that is there.
 
     Raises:
         RunFolderError: A run folder is missing or broken.

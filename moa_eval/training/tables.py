@@ -13,7 +13,7 @@ import numpy as np
 from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row
 from moa_eval.training.comparison import Comparison, Contender, Contrast
-from moa_eval.training.configuration import role
+from moa_eval.training.configuration import ffn_part, role
 from moa_eval.training.experts import Experts, expert_rows, load_rows
 from moa_eval.training.mixing import STATIC, Mixing
 from moa_eval.training.probes import probe_rows, probe_run_rows
@@ -316,9 +316,9 @@ def environment_rows(comparison: Comparison, *, packages: bool) -> list[Row]:
 
 def _is_control(comparison: Comparison, contender: int, costs: Sequence[Row]) -> bool:
     own, baseline = comparison.contenders[contender], comparison.baseline_of(contender)
-    ffns = {comparison.runs[comparison.arms[side.arms[0]].runs[0]].ffn for side in (own, baseline)}
+    ffns = [ffn_part(comparison.runs[comparison.arms[side.arms[0]].runs[0]].config) for side in (own, baseline)]
     ratio = costs[contender]["parameters_ratio"]
-    return own is not baseline and len(ffns) == 1 and not math.isnan(ratio) and ratio != 1
+    return own is not baseline and ffns[0] == ffns[1] and not math.isnan(ratio) and ratio != 1
 
 
 def _corner(run: Run, loss: str, corner: str) -> float:

@@ -282,7 +282,8 @@ def _run_caveats(comparison: Comparison) -> list[str]:
     begun = [label for run, label in labelled if run.config.get("start_from")]
     if begun:
         who = enumerate_words(begun) if len(begun) <= _NAMED else f"{len(begun)} of {len(labelled)} runs"
-        notes.append(f"Begun with a checkpoint of another run: {who}; time and rows are those from there on.")
+        counted = "its rows begin there, tokens, FLOPs and time count from the start of that run"
+        notes.append(f"Begun with a checkpoint of another run: {who}; {counted}.")
     for arm in comparison.arms:
         seeds = [comparison.runs[run].seed for run in arm.runs]
         if len(set(seeds)) < len(seeds):

@@ -88,6 +88,7 @@ def build_parser(script: Path) -> argparse.ArgumentParser:
         "--report", metavar="DIR", type=Path, help="where it goes (default: reports/NAME of the sweep)"
     )
     report.add_argument("--title", help="its title")
+    report.add_argument("--baseline", metavar="NAME", help="what it compares with (default: the first configuration)")
     report.add_argument("--no-report", action="store_true", help="end without one")
     report.add_argument("--only-report", action="store_true", help="run nothing; report on what is done so far")
     return parser
@@ -210,8 +211,9 @@ class Sweep:
 
     def _report_command(self, jobs: Sequence[Job]) -> list[str]:
         out = self.options.report or Path("reports") / self.out.name
-        title = [] if self.options.title is None else ["--title", self.options.title]
-        return [*self._report, *(str(job.run.folder) for job in jobs), "--out", str(out), *title]
+        given = {"--title": self.options.title, "--baseline": self.options.baseline}
+        options = [word for option, value in given.items() if value is not None for word in (option, value)]
+        return [*self._report, *(str(job.run.folder) for job in jobs), "--out", str(out), *options]
 
     def on_cluster(self) -> int:
         """Show how all runs do, and submit those that are neither done nor in the queue."""

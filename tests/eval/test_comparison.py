@@ -192,6 +192,7 @@ def test_the_baseline_can_be_named(make_run):
         comparison = compare(runs, baseline=name)
         assert [own.label for own in comparison.contenders] == ["SwiGLU", "qd-MoA"], name
         assert comparison.contenders[0].best == 1
+    assert compare(runs, baseline=["gelu", "swiglu", "qdmoa"]).contenders[0].label == "SwiGLU"
     with pytest.raises(
         NotComparableError, match="--baseline gelu is none of the contenders; give one of: qd-MoA; SwiGLU"
     ):

@@ -92,7 +92,6 @@ FAULTS = {
     "no layers": lambda content: content.pop("layers"),
     "no entropy": lambda content: content["layers"][0].pop("entropy"),
     "no shares": lambda content: content["layers"][0].update(load=[4, 4, 2]),
-    "one expert": lambda content: content["layers"][0].update(load=[1.0], max_entropy=0.0),
     "no list": lambda content: content["layers"][0].update(load="even"),
     "no largest entropy": lambda content: content["layers"][0].update(max_entropy=0.0),
 }
@@ -106,3 +105,12 @@ def test_a_broken_record_is_named_in_one_line(folder, fault):
     message = str(caught.value)
     assert message.startswith(f"{folder}/experts/step_00000040.json: not a record of experts")
     assert message.endswith("; delete the folder or leave this run out") and "\n" not in message
+
+
+def test_a_single_expert_has_no_choice_to_report(folder):
+    path = max((folder / "experts").glob("step_*.json"))
+    content = json.loads(path.read_text())
+    lone = {**content["layers"][0], "layer": "model.9", "load": [1.0], "entropy": 0.0, "max_entropy": 0.0}
+    path.write_text(json.dumps({**content, "layers": [*content["layers"], lone]}))
+    read = read_experts(folder / "experts")
+    assert read is not None and "model.9" not in [layer.layer for layer in read.last]

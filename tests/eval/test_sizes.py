@@ -120,6 +120,21 @@ def test_a_budget_given_in_another_way_is_compared_by_what_was_seen(make_run):
     assert [own.split(":")[0] for own in compare(runs).incomparable] == ["schedule.tokens_per_parameter"]
 
 
+def test_another_way_to_give_the_budget_is_no_part_of_a_label(make_run):
+    """Llama-large's configuration gives tokens, its twin's tokens a parameter."""
+    tokens = {"schedule.tokens_per_parameter": None, "schedule.tokens": 2560, "model.size": "llama-large"}
+    runs = [read_run(make_run("a", ffn="swiglu")), read_run(make_run("b", ffn="swiglu", changes=tokens))]
+    assert [own.label for own in compare(runs).contenders] == ["SwiGLU, dense-0.12b", "SwiGLU, llama-large"]
+
+
+def test_another_dictionary_is_no_control_of_parameters(make_run):
+    runs = [
+        read_run(make_run(name, ffn="bimoa", changes={"model.args": args}, parameters={"total": count}))
+        for name, args, count in (("a", {}, 1000), ("b", {"ffn_gate_activations": "s,r2"}, 990))
+    ]
+    assert not any(row["is_control"] for row in parameter_rows(compare(runs)))
+
+
 def test_parameters_alone_stand_beside_the_mixture(make_run):
     counts = {
         ("dense-0.12b", "swiglu"): 1_000_000,

@@ -302,7 +302,8 @@ def test_schedules_and_optimizers_that_differ_are_named_for_whom_they_concern(ma
         "More than FFN and peak rate differs for qd-MoA "
         "(start_from, schedule.decay_fraction and schedule.decay_shape): "
     ) in notes
-    assert "Begun with a checkpoint of another run: qd-MoA; time and rows are those from there on." in notes
+    begun = "Begun with a checkpoint of another run: qd-MoA; its rows begin there, tokens, FLOPs and time count from "
+    assert f"{begun}the start of that run." in notes
 
 
 def test_many_best_rates_at_an_edge_are_counted(make_run):

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from moa_train.config import as_tree, differing_keys, parse_config
+from moa_train.config import OptimConfig, RunConfig, as_tree, differing_keys, parse_config
 
 
 @pytest.fixture
@@ -179,3 +179,9 @@ def test_a_key_cut_short_is_an_error(parse, capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--optim.weight_deca=0.1")
     assert stop.value.code == 2 and "did you mean optim.weight_decay?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("clip", "offered"), [(None, "1"), (1.0, "0.5"), (4.0, "1"), (0.1, "0.05")])
+def test_after_a_loss_that_is_no_number_something_gentler_is_offered(clip, offered):
+    options = RunConfig(optim=OptimConfig(lr=1e-3, clip_grad=clip)).gentler()
+    assert options == ("--optim.lr 0.0005", f"--optim.clip_grad {offered}")

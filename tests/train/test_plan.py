@@ -80,5 +80,6 @@ def test_utilization():
 def test_memory():
     model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
     assert state_bytes(model) == 4 * 4 * (10 * 20 + 20 + 20 * 5 + 5)  # weight, gradient and two moments, 4 bytes each
+    assert state_bytes(model, {"0.weight"}) == state_bytes(model) - 4 * 10 * 20  # Muon keeps one moment
     saved = saved_bytes_per_sample(model, lambda x: model(x).square().mean(), lambda n: torch.randn(n, 10))
     assert saved == 4 * (10 + 20 + 5)  # inputs of the first and second product, of the square

@@ -50,14 +50,15 @@ def test_once_begun_it_goes_on_from_its_own_folder(runs, long):
 @pytest.mark.parametrize(
     ("step", "changed", "message"),
     [
-        (14, {"schedule__epochs": 8}, "its rate had begun to fall already"),
+        (14, {"schedule__epochs": 8}, "its rate still rose, or fell already"),
+        (2, {"schedule__warmup_epochs": 1, "resume": "auto"}, "its rate still rose, or fell already"),
         (8, {"schedule__epochs": 2}, "rate falls from step 6 on; it takes 14 steps or more"),
         (2, {"schedule__decay_fraction": 1, "schedule__warmup_epochs": 0}, "it takes a decay_fraction below 1"),
         (6, {"model__width": 9}, "of a run with another configuration:\n  model.width: 8 -> 9"),
         (6, {"seed": 3}, "seed: 0 -> 3"),
         (7, {}, "start_from cannot be used"),
     ],
-    ids=["decaying", "too-late", "all-decay", "model", "seed", "missing"],
+    ids=["decaying", "warming-up", "too-late", "all-decay", "model", "seed", "missing"],
 )  # fmt: skip
 def test_what_cannot_be_begun_with(runs, long, capsys, step, changed, message):
     settings = {**WSD, "schedule__epochs": 4, "start_from": long / f"step_{step:08d}", **changed}

@@ -386,7 +386,7 @@ def test_dry_run_prints_commands_that_work(sweeps, capsys):
 
 
 def test_runs_all_marks_the_diverged_goes_on_after_a_failure_and_reports(sweeps, capsys):
-    arguments = ("--set", "trouble=none,diverges,fails", "--jobs", "2", "--title", "T")
+    arguments = ("--set", "trouble=none,diverges,fails", "--jobs", "2", "--title", "T", "--baseline", "two")
     assert sweeps(*arguments) == 1
     out = capsys.readouterr().out
     assert "finished    one_troublenone_s0, step 4/4, loss 0.2500" in out
@@ -394,7 +394,7 @@ def test_runs_all_marks_the_diverged_goes_on_after_a_failure_and_reports(sweeps,
     assert "failed      one_troublefails_s0" in out and "RuntimeError: the disk is full" in out
     assert "4 of 6 done (2 diverged), 2 failed" in out
     done = [f"runs/{name}_trouble{trouble}_s0" for trouble in ("none", "diverges") for name in ("one", "two")]
-    assert sweeps.reported() == [*done, "--out", "reports/runs", "--title", "T"]
+    assert sweeps.reported() == [*done, "--out", "reports/runs", "--title", "T", "--baseline", "two"]
 
     before = {path: path.stat().st_mtime_ns for path in Path("runs").glob("*_*/*") if "fails" not in str(path)}
     assert before
