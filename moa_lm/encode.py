@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +19,7 @@ from moa_lm.convert import existing_source
 from moa_lm.data import DTYPES
 from moa_lm.documents import Text
 from moa_train.durable import new_folder
-from moa_train.signals import ignore_stop_signals
+from moa_train.signals import end_with_parent, ignore_stop_signals
 
 _CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**20, 1024  # what a worker is given at a time, at most
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
@@ -148,21 +146,13 @@ def _begin(vocabulary: Vocabulary) -> None:
     global _encoder
     ignore_stop_signals()
     os.environ[_PARALLELISM] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _encoder = Encoder(vocabulary)
 
 
 def _work(texts: list[str]) -> list[np.ndarray]:
     assert _encoder is not None
     return _encoder(texts)
-
-
-def _end_with_parent() -> None:
-    """A killed parent tells its workers nothing: without this they would wait for ever, and hold its lock."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
+from multiprocessing import connection, parent_process
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -55,3 +58,22 @@ def ignore_stop_signals(worker: int = 0) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_parent() -> None:
+    """In a worker process: end as soon as the process that started it has ended, however that was.
+
+    A parent that is killed tells its workers nothing. Forked ones would wait for work for ever, and hold its locks.
+
+    Raises:
+        ValueError: this is no process that multiprocessing has started.
+    """
+    parent = parent_process()
+    if parent is None:
+        raise ValueError("end_with_parent was called in a main process; call it in a worker")
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

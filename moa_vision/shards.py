@@ -23,6 +23,7 @@ from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from moa_train.durable import sync_file, sync_folder, write_json
+from moa_train.signals import end_with_parent
 from moa_vision.cache import DataError, file_sha256
 from moa_vision.images import open_image, to_rgb
 from moa_vision.index import MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION, parse_manifest
@@ -336,6 +337,7 @@ _writer: ShardWriter | None = None  # of a worker process
 
 def _begin(writer: ShardWriter) -> None:
     global _writer
+    end_with_parent()
     _writer = writer
 
 

@@ -41,6 +41,11 @@ def test_config_is_a_document(path):
     assert all(line.startswith("#") and len(line) < 130 for line in header.splitlines())
     for word in ("Command", "Time", "Result", "Source", f"--config configs/lm/{path.name}"):
         assert word in header
+    assert "TIME" not in header and "RESULT" not in header
+    for source in re.findall(r"hf:\S+", header):
+        assert re.fullmatch(r"hf:[\w-]+/[\w-]+(:config=[\w-]+)?", source)
+    for folder in re.findall(r"--out (data/\w+)", header):
+        assert config.data.train == f"{folder}/train" and config.data.val == f"{folder}/val"
     for twin in re.findall(r"# Twin +(\S+)", header):
         assert twin.removesuffix(".yaml") in NAMES
     named_config(config.model.size, config.model.ffn, **config.model.args)
@@ -77,7 +82,7 @@ def test_the_papers_experts(size):
 
 def test_the_wider_baseline_sees_as_many_tokens():
     control, base = resolved("llama_large_20tpp"), resolved("dense_0.12b_20tpp_swiglu")
-    assert control.schedule.tokens == 20 * budgeted(count_parameters(named_config("dense-0.12b", "swiglu")))
+    assert control.schedule.tokens == 20 * budgeted(named_config("dense-0.12b", "swiglu"))
     left, right = flatten(as_tree(control)), flatten(as_tree(base))
     different = {key for key in left | right if left.get(key) != right.get(key)}
     assert different == {"name", "model.size", "schedule.tokens", "schedule.tokens_per_parameter"}
@@ -94,7 +99,7 @@ def test_the_header_counts_what_the_run_costs(path):
     config = resolved(path.stem)
     model = named_config(config.model.size, config.model.ffn)
     tokens_per_step = config.schedule.batch_size * config.data.sequence_length
-    steps = config.schedule.budget(1, tokens_per_step, budgeted(count_parameters(model))).total_steps
+    steps = config.schedule.budget(1, tokens_per_step, budgeted(model)).total_steps
     flops = 3 * forward_flops(model, config.data.sequence_length) / config.data.sequence_length
     assert int(stated[1].replace(",", "")) == steps and int(stated[2].replace(",", "")) == tokens_per_step
     assert float(stated[3]) == pytest.approx(flops / 1e9, rel=0.006)

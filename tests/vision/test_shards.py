@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,24 @@ def test_killed_run_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     (report,) = make_shards(str(folder), tmp_path / "out", settings)
     assert report.kept_shards == 2 and len(calls) == 14  # of the 24 the first 10 are not done again
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_killed_run_s_workers_end_and_let_go_of_its_lock(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "encode_jpeg", lambda *args: time.sleep(0.2) or encode_jpeg(*args))
+    arguments = {
+        "args": (str(folder), tmp_path / "out", ShardSettings(samples_per_shard=5)),
+        "kwargs": {"workers": 2},
+    }
+    run = multiprocessing.get_context("fork").Process(target=make_shards, **arguments)
+    run.start()
+    while not list(tmp_path.glob("out/.parts/*.tmp")):  # until a worker is at a shard
+        assert run.is_alive()
+        time.sleep(0.05)
+    run.kill()
+    run.join(60)
+    lock = FileLock(tmp_path / "out" / ".parts" / "lock")
+    lock.acquire(timeout=30)
+    lock.release()
 
 
 def test_finished_set_is_verified_and_mended(folder, tmp_path):
