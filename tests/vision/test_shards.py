@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from filelock import FileLock
@@ -282,22 +283,21 @@ def test_killed_run_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_a_killed_run_s_workers_end_and_let_go_of_its_lock(folder, tmp_path, monkeypatch):
+def test_the_workers_of_a_killed_run_end_with_it(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "encode_jpeg", lambda *args: time.sleep(0.2) or encode_jpeg(*args))
-    arguments = {
-        "args": (str(folder), tmp_path / "out", ShardSettings(samples_per_shard=5)),
-        "kwargs": {"workers": 2},
-    }
-    run = multiprocessing.get_context("fork").Process(target=make_shards, **arguments)
+    arguments = {"args": (str(folder), tmp_path / "out", ShardSettings(samples_per_shard=5))}
+    run = multiprocessing.get_context("fork").Process(target=make_shards, **arguments, kwargs={"workers": 2})
     run.start()
     while not list(tmp_path.glob("out/.parts/*.tmp")):  # until a worker is at a shard
         assert run.is_alive()
         time.sleep(0.05)
+    workers = psutil.Process(run.pid).children(recursive=True)
     run.kill()
     run.join(60)
-    lock = FileLock(tmp_path / "out" / ".parts" / "lock")
-    lock.acquire(timeout=30)
-    lock.release()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
+    assert workers and not alive
 
 
 def test_finished_set_is_verified_and_mended(folder, tmp_path):
