@@ -40,7 +40,7 @@ demo-lm: $(READY)
 			--model moa --model_args "pretrained=$(CURDIR)/$$run/export" --tasks $(TASKS) \
 			--output_path "$(CURDIR)/$$run/zero_shot" --log_samples && cd "$(CURDIR)" || exit 1; \
 	done
-	$(BIN)/python scripts/compare_runs.py $(LM_RUNS) --evals "Zero-shot, 30 items a task" $(LM_RUNS:=/zero_shot) \
+	$(BIN)/python scripts/compare_runs.py $(LM_RUNS) --evals "Zero-shot, 8 items a task" $(LM_RUNS:=/zero_shot) \
 		--out reports/demo_lm --title "Demo: SwiGLU against qd-MoA in a language model"
 
 # One thread a worker: the tests are many and small.
