@@ -56,4 +56,4 @@ bench: $(READY)
 	$(BIN)/python scripts/benchmark.py all
 
 clean:
-	rm -rf .venv runs reports data .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs reports data/photographs data/tales .pytest_cache .ruff_cache .hypothesis
