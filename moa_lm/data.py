@@ -71,9 +71,11 @@ class TokenBatch(NamedTuple):
 
     Attributes:
         tokens: (B, T + 1) int64: inputs are the first T, labels the last T.
+        windows: their B numbers; window w of length T begins at token w T of the stream.
     """
 
     tokens: Tensor
+    windows: tuple[int, ...] = ()
 
 
 class TokenShards:
@@ -255,7 +257,7 @@ class TokenWindows(Dataset[TokenBatch]):
         tokens = np.empty((len(windows), self.length + 1), np.int64)
         for row, window in zip(tokens, windows, strict=True):
             row[:] = self.shards.window(window, self.length)
-        return TokenBatch(torch.from_numpy(tokens))
+        return TokenBatch(torch.from_numpy(tokens), tuple(windows))
 
 
 class ShuffledWindows(Sampler[list[int]]):

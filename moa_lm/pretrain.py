@@ -248,6 +248,10 @@ class LMTask:
             self._observed.append(torch.stack([getattr(output, name).detach() for name in OBSERVED.values()]))
         return output.loss
 
+    def sample_names(self, batch: TokenBatch) -> list[str]:
+        """Return where in the training stream the batch's windows begin."""
+        return [f"tokens from {window * self.units_per_sample}" for window in batch.windows]
+
     def observations(self) -> dict[str, Tensor]:
         """Return the parts of the training loss of a model with experts, the language model's as "loss"."""
         if not self._observed:

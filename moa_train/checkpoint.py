@@ -14,55 +14,113 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 
 from moa_train.durable import new_folder, write_json, write_text
 
 FILES = ("model.safetensors", "optimizer.safetensors", "generators.safetensors")
 
-
 Generators = dict[str, torch.Tensor]
 """Names of random generators to their states, 1-D uint8 on the CPU."""
+
+Snapshot = dict[str, dict[str, torch.Tensor]]
+"""The tensors of each of `FILES`, on the CPU."""
 
 
 class DamagedCheckpoint(Exception):
     """A checkpoint whose files are missing, cut short or changed; the message names the file."""
 
 
-def save(
-    folder: Path,
-    state: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generators: Generators,
-    *,
-    keep: int,
-    keep_every: int | None = None,
-) -> Path:
+class NotSaved(Exception):
+    """A checkpoint could not be written; the message names it and says why. Older ones are as they were."""
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, generators: Generators) -> Snapshot:
+    """Copy what a checkpoint holds to the CPU, so that training can go on while it is written.
+
+    `model` is the bare module (no DDP wrapper).
+    """
+    kept = model.state_dict().keys()
+    named = chain(model.named_parameters(), model.named_buffers())  # tied ones once
+    weights = {name: tensor for name, tensor in named if name in kept}
+    parts = (weights, _optimizer_tensors(model, optimizer), generators)
+    return {
+        file: {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in part.items()}
+        for file, part in zip(FILES, parts, strict=True)
+    }
+
+
+def save(folder: Path, state: dict[str, Any], tensors: Snapshot, *, keep: int, keep_every: int | None = None) -> Path:
     """Write `folder`/step_XXXXXXXX, then point LAST at it, then drop old ones.
 
-    Kept are the newest `keep` and those whose step is a multiple of `keep_every`.
+    Kept are the newest `keep` and those whose step is a multiple of `keep_every`. `state` is JSON with an int "step".
 
-    `state` is JSON with an int "step"; `model` is the bare module (no DDP wrapper).
+    Raises:
+        NotSaved: the disk is full, or cannot be written to.
     """
     final = folder / f"step_{state['step']:08d}"
-    with new_folder(final) as temporary:
-        save_model(model, str(temporary / FILES[0]))
-        save_file(_optimizer_tensors(model, optimizer), temporary / FILES[1])
-        save_file(generators, temporary / FILES[2])
-        sums = {name: _checksum(temporary / name) for name in FILES}
-        write_json(temporary / "state.json", {**state, "files": sums})
-    write_text(folder / "LAST", final.name + "\n")
-    for step, old in sorted(_steps(folder), reverse=True)[keep:]:
-        if keep_every is None or step % keep_every:
-            shutil.rmtree(old)
+    try:
+        _remove_leftovers(folder)
+        with new_folder(final) as temporary:
+            for name in FILES:
+                save_file(tensors[name], temporary / name)
+            sums = {name: _checksum(temporary / name) for name in FILES}
+            write_json(temporary / "state.json", {**state, "files": sums})
+        write_text(folder / "LAST", final.name + "\n")
+        for step, old in sorted(_steps(folder), reverse=True)[keep:]:
+            if keep_every is None or step % keep_every:
+                old.rename(old.with_name(f".{old.name}.old"))  # gone at once: what is visible is whole
+        _remove_leftovers(folder)
+    except (OSError, SafetensorError) as error:
+        raise NotSaved(f"{final} could not be written: {error}") from error
     return final
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what killed or failed saves left behind, and what was dropped."""
+    for leftover in folder.glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+class Saver:
+    """Saves checkpoints one after another in a thread of its own; see `save`.
+
+    Attributes:
+        saved_step: Step of the newest checkpoint that is known to be whole, -1 if there is none.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, keep_every: int | None) -> None:
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.saved_step = -1
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def begin(self, state: dict[str, Any], tensors: Snapshot) -> None:
+        """Begin to save; the one before must have been told of by `outcome`."""
+        assert self._pending is None
+        self._pending = self._thread.submit(self._save, state, tensors)
+
+    def outcome(self, *, wait: bool) -> NotSaved | None:
+        """Return what went wrong with the last save, once; None if nothing did or, without `wait`, has yet."""
+        if self._pending is None or not (wait or self._pending.done()):
+            return None
+        error, self._pending = self._pending.exception(), None
+        if error is not None and not isinstance(error, NotSaved):
+            raise error
+        return error
+
+    def _save(self, state: dict[str, Any], tensors: Snapshot) -> None:
+        save(self.folder, state, tensors, keep=self.keep, keep_every=self.keep_every)
+        self.saved_step = state["step"]
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
@@ -131,7 +189,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     """Return the optimizer's state as {"PARAMETER.SLOT": tensor}; hyperparameters come from the config."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}.{slot}": value.detach().contiguous()
+        f"{names[parameter]}.{slot}": value
         for parameter, slots in optimizer.state.items()
         for slot, value in slots.items()
     }

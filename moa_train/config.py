@@ -122,9 +122,12 @@ class LoopConfig:
         val_samples: Held-out samples used in each validation; null is all of them.
         visualize: Held-out samples looked at closely at each validation (reconstructions, mixing, expert load); 0 is
             none.
-        save_every: Steps between checkpoints: the most work that a crash can lose.
+        save_every: Steps between checkpoints: the most work that a crash can lose, beside the few steps for which the
+            last one is still being written.
         keep: Checkpoints kept, newest first.
         keep_every: Steps between checkpoints that are kept for good, a multiple of save_every; null keeps none.
+        skip_nonfinite: Steps of a run, at most, that are left out, without an update, because their loss or gradient
+            is not finite; one more stops the run.
         trackers: Trackers of accelerate by name, e.g. tensorboard, wandb; [] is none.
     """
 
@@ -138,13 +141,15 @@ class LoopConfig:
     save_every: int = 500
     keep: int = 2
     keep_every: int | None = None
+    skip_nonfinite: int = 0
     trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         """Check the ranges; ValueError names the key."""
         for name in ("micro_batch_size", "log_every", "val_every", "save_every", "keep"):
             require(f"loop.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or above")
-        require("loop.visualize", self.visualize, self.visualize >= 0, "0 or above")
+        for name in ("visualize", "skip_nonfinite"):
+            require(f"loop.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or above")
         kept = self.keep_every is None or (self.keep_every >= 1 and self.keep_every % self.save_every == 0)
         require(
             "loop.keep_every", self.keep_every, kept, f"a multiple of loop.save_every ({self.save_every}), or null"
@@ -201,7 +206,7 @@ class RunConfig:
 HARMLESS = frozenset(
     {"out", "resume"}
     | {f"loop.{key}" for key in ("micro_batch_size", "compile", "log_every", "val_every", "visualize")}
-    | {f"loop.{key}" for key in ("save_every", "keep", "keep_every", "trackers")}
+    | {f"loop.{key}" for key in ("save_every", "keep", "keep_every", "skip_nonfinite", "trackers")}
 )
 """Keys that may change when a run is resumed: they say how it is run and recorded, not what is trained."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -69,3 +70,47 @@ def new_folder(final: Path) -> Iterator[Path]:
     temporary.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _end_of_lines(path: Path) -> int:
+    """Return the size of a file of lines in bytes, without a last line that was cut short."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            first = max(0, end - 65536)
+            file.seek(first)
+            newline = file.read(end - first).rfind(b"\n")
+            if newline >= 0:
+                return first + newline + 1
+            end = first
+    return 0
+
+
+class LineFile:
+    """A file of lines that one process adds to.
+
+    A line is handed to the system at once, so that a killed process loses none; what a crash cut short is taken away
+    before the next one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[str] = []
+        self._mended = False
+
+    def append(self, line: str) -> None:
+        """Add a line. Raises OSError if it cannot be written (a full disk); it is then added with the next one."""
+        self._waiting.append(line + "\n")
+        content = "".join(self._waiting).encode("utf-8")
+        with self.path.open("ab", buffering=0) as file:
+            if not self._mended:
+                file.truncate(_end_of_lines(self.path))
+                self._mended = True
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                file.truncate(end)
+                raise
+        self._waiting.clear()

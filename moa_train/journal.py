@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from moa_train.config import RunConfig, as_tree, flatten
 from moa_train.plan import Costs, Plan, describe
 from moa_train.progress import Progress, duration
 from moa_train.records import RunFolder, command_line, describe_environment
+from moa_train.spikes import RecentLoss
 from moa_train.task import Observed, Task
 
 PROJECT = "mixture-of-activations"
@@ -22,6 +26,9 @@ PROJECT = "mixture-of-activations"
 
 MEASURED_AFTER = 5
 """Steps of a session, its first (which compiles and warms up) aside, after which the measured speed is announced."""
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Error numbers with which a write fails for want of space."""
 
 
 @dataclass
@@ -33,12 +40,24 @@ class State:
         validated: The last step that was validated.
         wall_s: Seconds of training steps, waiting for data included, validation and saving not; all sessions.
         peak_memory_mib: The most memory that any session held.
+        skipped: Steps left out because their loss or gradient was not finite.
+        spikes: Steps whose loss stood out, see `moa_train.spikes`.
+        recent_loss: By which spikes are told.
     """
 
     step: int = 0
     validated: int = 0
     wall_s: float = 0.0
     peak_memory_mib: float = 0.0
+    skipped: int = 0
+    spikes: int = 0
+    recent_loss: RecentLoss = field(default_factory=RecentLoss)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> State:
+        """Return the state that a checkpoint's JSON holds; what it lacks is as at the start."""
+        values = {key: saved[key] for key in asdict(cls()) if key in saved}
+        return cls(**{**values, "recent_loss": RecentLoss(**values.get("recent_loss", {}))})
 
 
 class Journal:
@@ -64,6 +83,7 @@ class Journal:
             self.folder.open(tree, {**environment, "total_steps": self.plan.total_steps})
             self.folder.truncate(self.state.step, self.state.validated)
         start_trackers(self.accelerator, tree, step=self.state.step)
+        self.event("begun", self.state.step, processes=self.plan.world_size, device=devices.device_name(device))
         how = self.config.loop.precision + (", compiled" if self.config.loop.compile else "")
         lines = {
             "run": str(self.folder.path),
@@ -90,6 +110,7 @@ class Journal:
     def train_row(self, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
         """Show the step just finished, which took `seconds`, and write its row if one is due."""
         step, plan = self.state.step, self.plan
+        self._note_spike(loss)
         batch = plan.global_batch * self.task.units_per_sample
         self.window_s += seconds
         self.window_steps += 1
@@ -109,6 +130,17 @@ class Journal:
             row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "throughput": steps_per_s * batch, "mfu": mfu}
             self.write("train", step, **{**row, **more})
             self.window_steps, self.window_s = 0, 0.0
+
+    def _note_spike(self, loss: float) -> None:
+        usual = self.state.recent_loss.mean
+        above = self.state.recent_loss.take(loss)
+        if above is not None:
+            self.state.spikes += 1
+            self.event("spike", self.state.step, loss=loss, recent_loss=usual, deviations=above)
+            self.say(
+                f"warning: step {self.state.step}: the loss {loss:.4g} stands {above:.1f} standard deviations above "
+                f"the recent {usual:.4g}"
+            )
 
     def _observations(self) -> dict[str, float]:
         """What the task has to say of the step, the mean over all processes."""
@@ -131,8 +163,26 @@ class Journal:
         place = {"kind": kind, "step": step, "epoch": self.plan.epoch(step), **seen}
         row = {**place, "wall_s": self.state.wall_s, **values}
         if self.main:
-            self.folder.append(row)
+            with self.despite_full_disk(self.folder.metrics.name):
+                self.folder.append(row)
         track(self.accelerator, row)
+
+    def event(self, kind: str, step: int, **values: Any) -> None:
+        """Add a row to events.jsonl, with the time of day."""
+        if self.main:
+            time = datetime.now(UTC).isoformat(timespec="seconds")
+            with self.despite_full_disk(self.folder.events.name):
+                self.folder.append_event({"kind": kind, "step": step, "time": time, **values})
+
+    @contextmanager
+    def despite_full_disk(self, what: str) -> Iterator[None]:
+        """Let the run go on, with a warning, where `what` cannot be written because the disk is full."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self.say(f"warning: {what} could not be written: {error}; the run goes on")
 
     def _units(self, step: int) -> int:
         """Samples or tokens seen in `step` steps."""
@@ -144,7 +194,8 @@ class Journal:
         self.state.peak_memory_mib = max(self.state.peak_memory_mib, held)
 
     def close(self, status: str) -> None:
-        """End the live line and write summary.json; `status` is "finished" or "stopped"."""
+        """End the live line and write summary.json; `status` is "finished", "stopped" (asked to) or "failed"."""
+        self.event(status, self.state.step)
         self.progress.close()
         if not self.main:
             return
@@ -160,9 +211,12 @@ class Journal:
             "flops_total": flops * self.state.step * self.plan.global_batch,
             "wall_s": self.state.wall_s,
             "peak_memory_mib": self.state.peak_memory_mib,
+            "skipped_steps": self.state.skipped,
+            "loss_spikes": self.state.spikes,
             **self.task.facts(),
         }
-        self.folder.summarize(facts, self.task.best_by)
+        with self.despite_full_disk("summary.json"):
+            self.folder.summarize(facts, self.task.best_by)
 
     def finished(self) -> bool:
         """Tell whether the run was finished by this or an earlier session."""
@@ -178,10 +232,11 @@ class Journal:
                 f"            {self.folder.path} (delete it, or choose another name, to run again)"
             )
 
-    def say_stopped(self, signal: str) -> None:
-        """Say that the run was asked to stop, and how to continue it."""
+    def say_stopped(self, signal: str, saved_step: int) -> None:
+        """Say that the run was asked to stop, and how to continue it; the newest checkpoint is of `saved_step`."""
+        saved = "saved" if saved_step == self.state.step else f"with a checkpoint of step {max(saved_step, 0)}"
         self.say(
-            f"stopped     {signal or 'another process was asked to stop'}: saved after step {self.state.step} of "
+            f"stopped     {signal or 'another process was asked to stop'}: {saved} after step {self.state.step} of "
             f"{self.plan.total_steps}. The same command continues:\n  {command_line()}"
         )
 

@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
+from safetensors import SafetensorError
 from torch import Tensor
 
 from moa_train import checkpoint
 from moa_train.checkpoint import (
     DamagedCheckpoint,
     Generators,
+    NotSaved,
+    Saver,
     get_generators,
     of_all_processes,
     of_process,
@@ -32,7 +35,7 @@ from moa_train.optim import build_optimizer, describe_groups, set_rate
 from moa_train.plan import Costs, make_plan, measure_costs
 from moa_train.records import RunFolder, command_line
 from moa_train.signals import EXIT_STOPPED, StopRequests
-from moa_train.task import WEIGHT, HiddenMatrices, Identified, OwnOptimizer, Share, Task
+from moa_train.task import WEIGHT, HiddenMatrices, Identified, Named, OwnOptimizer, Share, Task
 
 
 class NonFiniteError(Exception):
@@ -48,8 +51,9 @@ def run(
 ) -> int:
     """Train to the end of the plan, or as far as a stop request lets it; return the process's exit code.
 
-    0: finished. 1: a loss or gradient was not finite, or the data failed. 2: configuration, data or run folder do not
-    fit. `EXIT_STOPPED` (75): asked to stop, saved; the same command continues. Failures are told in one message.
+    0: finished. 1: a loss or gradient was not finite, the data failed, or the disk is full. 2: configuration, data or
+    run folder do not fit. `EXIT_STOPPED` (75): asked to stop, saved; the same command continues. Failures are told in
+    one message.
 
     Args:
         config: The configuration.
@@ -76,8 +80,8 @@ def run(
             return 2
         try:
             return trainer.run()
-        except (NonFiniteError, *expected) as error:
-            trainer.journal.close("stopped")
+        except (NonFiniteError, NotSaved, *expected) as error:
+            trainer.journal.close("failed")
             print(f"error: {error}", file=sys.stderr)
             return 1
         finally:
@@ -128,7 +132,9 @@ class Trainer:
         self.model = accelerator.prepare_model(self.bare)
         self.optimizer = self._build_optimizer()
 
-        self.state, self.generators, self.saved_step = State(), Generators(), -1
+        self.state, self.generators, self.begun_saving = State(), Generators(), -1
+        self.saver = Saver(self.folder.checkpoints, keep=config.loop.keep, keep_every=config.loop.keep_every)
+        self.micro_batches: list[tuple[Tensor, list[str]]] = []  # of the step at hand: losses, names of the samples
         damaged = self._resume()
         self.warnings = [f"passed over a damaged checkpoint: {message}" for message in damaged]
         self.warnings += [f"continuing with another value of {message}" for message in changed]
@@ -160,7 +166,7 @@ class Trainer:
         self.journal.open(describe_groups(self.optimizer), self.warnings)
         if not self.train():
             self.journal.close("stopped")
-            self.journal.say_stopped(self.stop.received)
+            self.journal.say_stopped(self.stop.received, self.saver.saved_step)
             return EXIT_STOPPED
         self._export()
         self.journal.close("finished")
@@ -178,40 +184,76 @@ class Trainer:
             lr = self.plan.lr_at(self.state.step)
             loss, gradients = self._accumulate(batches)
             grad_norm = torch.nn.utils.get_total_norm(gradients)
-            self._check_finite(loss, grad_norm, lr, generators)
-            self._update(lr, grad_norm)
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if finite:
+                self._update(lr, grad_norm)
+            else:
+                self._leave_out(float(loss), float(grad_norm), lr, generators)
             seconds = time.perf_counter() - begin
             self.state.wall_s += seconds
-            self.journal.train_row(float(loss), lr, float(grad_norm), seconds)
+            if finite:
+                self.journal.train_row(float(loss), lr, float(grad_norm), seconds)
             going = self._go_on() and self._validate_if_due()
-            if not going or self.plan.due(self.state.step, self.config.loop.save_every):
-                self._save(get_generators(self.device))
+            last = not going or self.state.step == self.plan.total_steps
+            if last or self.plan.due(self.state.step, self.config.loop.save_every):
+                self._save(get_generators(self.device), wait=last)
+            self._tell_of_saving(wait=False)
         return going
 
     def _accumulate(self, batches: Iterator[Any]) -> tuple[Tensor, list[Tensor]]:
         """Add up one global batch's gradients; return its mean loss over all processes, and the gradients."""
         total = torch.zeros((), device=self.device)
+        self.micro_batches.clear()
         for left in reversed(range(self.plan.accumulation)):
             batch = send_to_device(next(batches), self.device, non_blocking=True)
             with self.accelerator.no_sync(self.model) if left else contextlib.nullcontext():
                 loss = self.task.loss(self.model, batch) / self.plan.accumulation
                 self.accelerator.backward(loss)
             total += loss.detach()
+            names = self.task.sample_names(batch) if isinstance(self.task, Named) else []
+            self.micro_batches.append((loss.detach() * self.plan.accumulation, names))
         gradients = [parameter.grad for parameter in self.bare.parameters() if parameter.grad is not None]
         return self.accelerator.reduce(total, "mean"), gradients  # pyright: ignore[reportReturnType]
 
-    def _check_finite(self, loss: Tensor, grad_norm: Tensor, lr: float, generators: Generators) -> None:
-        """Raise NonFiniteError, nothing updated and the state before this step saved, unless both are finite."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
-        self._save(generators)
-        step = self.state.step + 1
-        self.journal.write("train", step, loss=float(loss), lr=lr, grad_norm=float(grad_norm))
-        raise NonFiniteError(
-            f"step {step}: the loss is {float(loss)} and the gradient norm {float(grad_norm)}, at lr {lr:.3g}. "
-            f"Nothing was updated, and the state before this step is saved in {self.folder.checkpoints}. "
-            "Continue with a lower rate or with clipped gradients:"
-            + "".join(f"\n  {command_line()} --resume force {option}" for option in self.config.gentler())
+    def _leave_out(self, loss: float, grad_norm: float, lr: float, generators: Generators) -> None:
+        """Pass over a step whose loss or gradient is not finite, nothing updated, and note its samples.
+
+        Raises NonFiniteError, the state before the step saved, if that was one more than `loop.skip_nonfinite`.
+        """
+        step, skipped = self.state.step + 1, self.state.skipped
+        skips = skipped < self.config.loop.skip_nonfinite
+        values = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+        self.journal.event("nonfinite", step, **values, skipped=skips, micro_batches=self._everyones_micro_batches())
+        what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, at lr {lr:.3g}"
+        if not skips:
+            self._save(generators, wait=True)
+            self.journal.write("train", step, **values)
+            raise NonFiniteError(self._how_to_continue(what))
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        self.state.skipped += 1
+        allowed = self.config.loop.skip_nonfinite
+        self.journal.say(f"warning: {what}; left out, {skipped + 1} of {allowed} (loop.skip_nonfinite)")
+
+    def _everyones_micro_batches(self) -> list[dict[str, Any]]:
+        """Return rank, loss and names of the samples of every micro-batch of the step; to be called by all processes.
+
+        A loss that is not finite is null, as in every row.
+        """
+        losses = [float(loss) for loss, _ in self.micro_batches]
+        own = [
+            {"rank": self.share.rank, "loss": loss if math.isfinite(loss) else None, "samples": names}
+            for loss, (_, names) in zip(losses, self.micro_batches, strict=True)
+        ]
+        return gather_object(own)
+
+    def _how_to_continue(self, what: str) -> str:
+        beside = f"--loop.skip_nonfinite {self.state.skipped + 1}"
+        options = [beside, *(f"--resume force {option}" for option in self.config.gentler())]
+        return (
+            f"{what}. Nothing was updated; the state before this step is saved in {self.folder.checkpoints}, and "
+            f"{self.folder.events} lists its samples. Continue without this step, with a lower rate, or with clipped "
+            "gradients:" + "".join(f"\n  {command_line()} {option}" for option in options)
         )
 
     def _update(self, lr: float, grad_norm: Tensor) -> None:
@@ -233,7 +275,8 @@ class Trainer:
             if losses is None:
                 return False
             if self.accelerator.is_main_process and self.config.loop.visualize:
-                self.task.visualize(self.bare, self.folder.path, step)
+                with self.journal.despite_full_disk("a picture or a note of what the model does"):
+                    self.task.visualize(self.bare, self.folder.path, step)
         self.journal.val_row(losses)
         self.state.validated = step
         return True
@@ -277,31 +320,41 @@ class Trainer:
         device_values = torch.tensor(values, dtype=torch.float64, device=self.device)
         return self.accelerator.reduce(device_values, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _save(self, generators: Generators) -> None:
-        """Write a checkpoint of the finished steps, unless there is one; `generators` are this process's."""
-        if self.saved_step == self.state.step:
-            return
-        self.saved_step = self.state.step
-        self.journal.note_memory()
-        everyones = of_all_processes(generators, self.accelerator)
-        if self.accelerator.is_main_process:
-            state = {
-                **asdict(self.state),
-                "world_size": self.plan.world_size,
-                "stable": self.plan.is_stable(self.state.step),
-                "identity": self.identity,
-                "config": as_tree(self.config),
-            }
-            checkpoint.save(
-                self.folder.checkpoints,
-                state,
-                self.bare,
-                self.optimizer,
-                everyones,
-                keep=self.config.loop.keep,
-                keep_every=self.config.loop.keep_every,
+    def _save(self, generators: Generators, *, wait: bool) -> None:
+        """Begin a checkpoint of the finished steps, unless there is one; `generators` are this process's.
+
+        It is written while training goes on; with `wait` it is there, or has been told to be missing, on return.
+        """
+        if self.begun_saving != self.state.step:
+            self.begun_saving = self.state.step
+            self._tell_of_saving(wait=True)  # one at a time
+            self.journal.note_memory()
+            everyones = of_all_processes(generators, self.accelerator)
+            if self.accelerator.is_main_process:
+                tensors = checkpoint.snapshot(self.bare, self.optimizer, everyones)
+                self.saver.begin(self._saved_state(), tensors)
+        if wait:
+            self._tell_of_saving(wait=True)
+            self.accelerator.wait_for_everyone()
+
+    def _saved_state(self) -> dict[str, Any]:
+        return {
+            **asdict(self.state),
+            "world_size": self.plan.world_size,
+            "stable": self.plan.is_stable(self.state.step),
+            "identity": self.identity,
+            "config": as_tree(self.config),
+        }
+
+    def _tell_of_saving(self, *, wait: bool) -> None:
+        """Warn if the last checkpoint could not be written; the run goes on with the one before."""
+        failed = self.saver.outcome(wait=wait)
+        if failed is not None:
+            newest = f"step {self.saver.saved_step}" if self.saver.saved_step >= 0 else "none yet"
+            self.journal.event("not_saved", self.begun_saving, reason=str(failed))
+            self.journal.say(
+                f"warning: {failed}; the run goes on (newest checkpoint: {newest}). Make room on the disk"
             )
-        self.accelerator.wait_for_everyone()
 
     def _resume(self) -> list[str]:
         """Take the newest valid checkpoint, if there is one; return a message for each damaged one passed over."""
@@ -310,10 +363,10 @@ class Trainer:
         if source is not None:
             self._check_fit(source)
             saved, generators = checkpoint.load(source, self.bare, self.optimizer)
-            self.state = State(**{key: saved[key] for key in asdict(State())})
+            self.state = State.of(saved)
             self.generators = of_process(generators, self.accelerator.process_index)
         if newest is not None:
-            self.saved_step = self.state.step
+            self.begun_saving = self.saver.saved_step = self.state.step
         if self.state.step > self.plan.total_steps:
             raise ValueError(f"{source} is past the end of this configuration, step {self.plan.total_steps}")
         # Every process has its own random numbers; one without a saved state (it was not there before) keeps these.
@@ -372,6 +425,12 @@ class Trainer:
     def _export(self) -> None:
         if self.accelerator.is_main_process:
             bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            with new_folder(self.folder.path / "export") as folder:
-                self.task.export(bare.eval(), folder)
+            try:
+                with new_folder(self.folder.path / "export") as folder:
+                    self.task.export(bare.eval(), folder)
+            except (OSError, SafetensorError) as error:
+                raise NotSaved(
+                    f"the trained model could not be exported: {error}. Its last checkpoint is in "
+                    f"{self.folder.checkpoints}; the same command exports it"
+                ) from error
         self.accelerator.wait_for_everyone()

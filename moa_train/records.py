@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moa_train.config import HARMLESS, differing_keys, require
-from moa_train.durable import write_json, write_text
+from moa_train.durable import LineFile, write_json, write_text
 
 if TYPE_CHECKING:
     import torch  # imported where a device is described: who only reads run folders need not wait for it
@@ -34,14 +34,17 @@ class RunFolder:
 
     config.yaml     the resolved configuration           env.json        versions, device, git commit, command
     metrics.jsonl   a JSON object a line, in order       summary.json    what the run came to
-    checkpoints/    see checkpoint.py                    reconstructions/, export/  what the task draws and exports
+    events.jsonl    what happened beside, likewise       checkpoints/    see checkpoint.py
+    reconstructions/, mixing/, export/ ...  what the task draws, notes and exports
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
         self._summary = path / "summary.json"
+        self._metrics_lines, self._events_lines = LineFile(self.metrics), LineFile(self.events)
 
     def check(self, tree: dict[str, Any], resume: str, harmless: frozenset[str] = HARMLESS) -> list[str]:
         """Return the keys in which the folder's run differs from `tree`, if it may be continued all the same.
@@ -102,10 +105,12 @@ class RunFolder:
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: Row) -> None:
-        """Add a row and hand it to the system at once, so that a killed process loses none; NaN becomes null."""
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        """Add a row; NaN becomes null. Raises OSError as `LineFile.append` does."""
+        self._metrics_lines.append(json.dumps(_finite(row)))
+
+    def append_event(self, row: Row) -> None:
+        """Add a row to events.jsonl; NaN becomes null. No row is ever taken back. Raises OSError likewise."""
+        self._events_lines.append(json.dumps(_finite(row)))
 
     def summarize(self, facts: dict[str, Any], best_by: str) -> None:
         """Write summary.json: `facts` and what the rows say; `best_by` is the validation key that is to be low."""
@@ -133,6 +138,10 @@ def summarize_rows(rows: Iterable[Row], best_by: str) -> dict[str, Any]:
         "train_loss": train[-1]["loss"] if train else None,
         "throughput": statistics.median(speeds) if speeds else None,
     }
+
+
+def _finite(row: Row) -> Row:
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
 
 
 def _losses(row: Row) -> Row:

@@ -129,6 +129,15 @@ class Observed(Protocol):
 
 
 @runtime_checkable
+class Named(Protocol):
+    """A task that can tell which samples a batch consists of."""
+
+    def sample_names(self, batch: Any) -> list[str]:
+        """Return the names of a training batch's samples, by which a person finds them."""
+        ...
+
+
+@runtime_checkable
 class Identified(Protocol):
     """A task that stands on something which its configuration names but does not hold, such as files of tokens."""
 

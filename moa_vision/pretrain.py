@@ -86,10 +86,11 @@ class MAEConfig(RunConfig):
 
 
 class Images(NamedTuple):
-    """What the loss takes: images (B, 3, H, W) uint8 and the noise (B, L) float32 that masks them."""
+    """What the loss takes: images (B, 3, H, W) uint8, the noise (B, L) float32 that masks them, the samples' keys."""
 
     images: Tensor
     noise: Tensor
+    keys: tuple[str, ...] = ()
 
 
 class MAETask:
@@ -176,6 +177,10 @@ class MAETask:
         """Return the mean loss of a micro-batch."""
         return model(self._normalized(batch.images), batch.noise).loss
 
+    def sample_names(self, batch: Images) -> list[str]:
+        """Return the keys of the batch's images."""
+        return list(batch.keys)
+
     def val_losses(self, model: nn.Module, batch: Images) -> dict[str, Tensor]:
         """Return each image's loss (the trained one), loss_norm and loss_pixel."""
         images = self._normalized(batch.images)
@@ -232,7 +237,7 @@ class MAETask:
     def _good(self, batches: Iterable[ImageBatch]) -> Iterator[Images]:
         """Pass on what can be used, and keep count of what cannot."""
         for batch in self.bad_samples.good(batches):
-            yield Images(batch.images, batch.noise)
+            yield Images(batch.images, batch.noise, tuple(batch.keys))
 
     def _normalized(self, images: Tensor) -> Tensor:
         return normalize(images, self.data.mean, self.data.std)

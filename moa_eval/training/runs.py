@@ -229,7 +229,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """One of "finished", "diverged", "stopped" or, without a summary, "unfinished"."""
+        """One of "finished", "diverged", "stopped", "failed" or, without a summary, "unfinished"."""
         if self.diverged_at is not None:
             return "diverged"
         return str(self.summary.get("status", "unfinished"))

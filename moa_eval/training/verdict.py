@@ -12,7 +12,7 @@ from moa_eval.training.seeds import CONFIDENCE, mean, quotient
 from moa_eval.training.tables import cost_rows, edge, parameter_rows
 
 _METHODS = {"knn": "k-nearest-neighbour", "linear": "linear-probe", "finetune": "fine-tuned"}
-_UNFINISHED = ("stopped", "unfinished")
+_UNFINISHED = ("stopped", "failed", "unfinished")
 _NAMED = 4  # runs or contenders listed in a sentence
 _NO_EVIDENCE = "The runs are not comparable as they stand: this is no evidence about the FFN."
 

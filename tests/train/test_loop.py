@@ -93,7 +93,7 @@ def test_not_finite_stops_before_the_step_and_can_be_continued(runs, capsys):
     assert (folder / "checkpoints" / "LAST").read_text() == "step_00000007\n"
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["step"], last["loss"], last["grad_norm"]) == (8, None, None)
-    assert runs.json("run", "summary.json")["status"] == "stopped"
+    assert runs.json("run", "summary.json")["status"] == "failed"
     assert runs("run") == 0  # the cause has gone
     assert runs("unbroken") == 0
     assert (runs.rows("run"), runs.final("run")) == (runs.rows("unbroken"), runs.final("unbroken"))

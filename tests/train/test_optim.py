@@ -269,7 +269,7 @@ def test_muon_resumes_from_a_checkpoint_bit_by_bit(tmp_path):
     train(through, optimizer, range(7))
     half = muon(stopped)
     train(stopped, half, range(3))
-    path = checkpoint.save(tmp_path, {"step": 3}, stopped, half, {}, keep=1)
+    path = checkpoint.save(tmp_path, {"step": 3}, checkpoint.snapshot(stopped, half, {}), keep=1)
     other = muon(resumed)
     train(resumed, other, range(2))  # so that there is something to overwrite
     checkpoint.load(path, resumed, other)

@@ -24,6 +24,8 @@ class ToyModel:
         width: Hidden width.
         dropout: Dropout rate.
         nan_at: The step (from 0) whose loss is NaN; -1 is none.
+        nan_for: How many steps from there on.
+        high_at: The step whose loss is a hundredfold; -1 is none.
         stop_at: The step in which SIGTERM comes; -1 is none.
         stop_in_val: The first validation at or after this step gets SIGTERM; -1 is none.
         step_s: Seconds that a step is made to last.
@@ -32,12 +34,14 @@ class ToyModel:
     width: int = 8
     dropout: float = 0.2
     nan_at: int = -1
+    nan_for: int = 1
+    high_at: int = -1
     stop_at: int = -1
     stop_in_val: int = -1
     step_s: float = 0.0
 
 
-TROUBLE = {f"model.{key}" for key in ("nan_at", "stop_at", "stop_in_val", "step_s")}
+TROUBLE = {f"model.{key}" for key in ("nan_at", "nan_for", "high_at", "stop_at", "stop_in_val", "step_s")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,8 @@ class Batches(IterableDataset):
             for m in range(plan.accumulation):
                 first = i * plan.global_batch + (m * share.world_size + share.rank) * share.micro_batch
                 rows = [sample(self.config.seed, epoch, p) for p in range(first, first + share.micro_batch)]
-                yield step, torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])
+                names = tuple(f"{epoch}/{p}" for p in range(first, first + share.micro_batch))
+                yield step, torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]), names
 
 
 class ToyTask:
@@ -106,7 +111,7 @@ class ToyTask:
         return {"3.weight"}
 
     def example_batch(self, count):
-        return -1, torch.zeros(count, 3), torch.zeros(count, 1)
+        return -1, torch.zeros(count, 3), torch.zeros(count, 1), ()
 
     def train_batches(self, share, plan, start_step):
         return DataLoader(Batches(self.config, share, plan, start_step), batch_size=None)
@@ -116,20 +121,26 @@ class ToyTask:
             torch.rand(1)  # a careless validation must not touch the training's numbers
             if 0 <= self.config.model.stop_in_val <= self.step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield 0, row[0][None], row[1][None]
+            yield 0, row[0][None], row[1][None], ()
+
+    def sample_names(self, batch):
+        return list(batch[3])
 
     def loss(self, model, batch):
-        step, x, y = batch
+        step, x, y, _ = batch
         if step >= 0:  # no example
             self.step = step + 1
             time.sleep(self.config.model.step_s)
         if step == self.config.model.stop_at and step >= 0:
             os.kill(os.getpid(), signal.SIGTERM)
         loss = (model(x) - y).square().mean()
-        return loss * math.nan if step == self.config.model.nan_at >= 0 else loss
+        trouble = self.config.model
+        if trouble.nan_at >= 0 and trouble.nan_at <= step < trouble.nan_at + trouble.nan_for:
+            return loss * math.nan
+        return loss * 100 if step == trouble.high_at >= 0 else loss
 
     def val_losses(self, model, batch):
-        _, x, y = batch
+        _, x, y, _ = batch
         error = (model(x) - y).square().mean(dim=1)
         return {"loss": error, "loss_norm": error / 2}
 
