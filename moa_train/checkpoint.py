@@ -69,7 +69,7 @@ def save(folder: Path, state: dict[str, Any], tensors: Snapshot, *, keep: int, k
     """
     final = folder / f"step_{state['step']:08d}"
     try:
-        _remove_leftovers(folder)
+        remove_leftovers(folder)
         with new_folder(final) as temporary:
             for name in FILES:
                 save_file(tensors[name], temporary / name)
@@ -79,13 +79,13 @@ def save(folder: Path, state: dict[str, Any], tensors: Snapshot, *, keep: int, k
         for step, old in sorted(_steps(folder), reverse=True)[keep:]:
             if keep_every is None or step % keep_every:
                 old.rename(old.with_name(f".{old.name}.old"))  # gone at once: what is visible is whole
-        _remove_leftovers(folder)
+        remove_leftovers(folder)
     except (OSError, SafetensorError) as error:
         raise NotSaved(f"{final} could not be written: {error}") from error
     return final
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Delete what killed or failed saves left behind, and what was dropped."""
     for leftover in folder.glob(".step_*"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -164,6 +164,8 @@ class Trainer:
             self.journal.say_finished()
             return 0
         self.journal.open(describe_groups(self.optimizer), self.warnings)
+        if self.accelerator.is_main_process:
+            checkpoint.remove_leftovers(self.folder.checkpoints)
         if not self.train():
             self.journal.close("stopped")
             self.journal.say_stopped(self.stop.received, self.saver.saved_step)

@@ -11,14 +11,6 @@ import pytest
 from moa_train.signals import EXIT_STOPPED
 
 
-def same(runs, name, other):
-    assert runs.rows(name) == runs.rows(other)
-    assert runs.final(name) == runs.final(other)
-    left, right = runs.json(name, "summary.json"), runs.json(other, "summary.json")
-    clock = ("name", "wall_s", "throughput", "peak_memory_mib")
-    assert {k: v for k, v in left.items() if k not in clock} == {k: v for k, v in right.items() if k not in clock}
-
-
 @pytest.fixture
 def unbroken(runs):
     assert runs("unbroken") == 0
@@ -36,7 +28,7 @@ def test_stopped_once(runs, unbroken, stop_at, capsys):
     assert runs.json("run", "summary.json")["steps"] == stop_at + 1
     assert not (runs.out / "run" / "export").exists()
     assert runs("run") == 0
-    same(runs, "run", unbroken)
+    runs.assert_same("run", unbroken)
     assert (runs.out / "run" / "export" / "weights.txt").read_text() == (
         runs.out / unbroken / "export" / "weights.txt"
     ).read_text()
@@ -50,7 +42,7 @@ def test_stopped_three_times_and_in_validation(runs, unbroken):
     assert runs("run", model__stop_in_val=15) == EXIT_STOPPED
     assert runs.json("run", "summary.json")["steps"] == 15
     assert runs("run") == 0
-    same(runs, "run", unbroken)
+    runs.assert_same("run", unbroken)
 
 
 def test_a_validation_made_up_for_is_not_written_twice(runs, unbroken):
@@ -62,7 +54,7 @@ def test_a_validation_made_up_for_is_not_written_twice(runs, unbroken):
     newest = folder / "checkpoints" / "step_00000005"
     (newest / "model.safetensors").write_bytes(b"")  # so that the next session starts at 4 again
     assert runs("run") == 0
-    same(runs, "run", unbroken)
+    runs.assert_same("run", unbroken)
 
 
 def test_killed_between_checkpoints(runs, unbroken):
@@ -79,7 +71,7 @@ def test_killed_between_checkpoints(runs, unbroken):
     with metrics.open("a") as file:
         file.write('{"kind": "train", "st')  # a row cut short
     assert runs("run", model__step_s=0) == 0
-    same(runs, "run", unbroken)
+    runs.assert_same("run", unbroken)
 
 
 def test_damaged_checkpoint_is_named_and_passed_over(runs, unbroken, capsys):
@@ -93,7 +85,7 @@ def test_damaged_checkpoint_is_named_and_passed_over(runs, unbroken, capsys):
     capsys.readouterr()
     assert runs("run") == 0
     assert "step_00000012/model.safetensors is damaged" in capsys.readouterr().out
-    same(runs, "run", unbroken)
+    runs.assert_same("run", unbroken)
 
 
 def test_wall_clock_adds_up(runs):

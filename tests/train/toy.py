@@ -1,12 +1,15 @@
 """A task of a few hundred parameters with everything that can break a resume: dropout, epochs, a loader that draws
 from the global generator. Run as a script it is a main like the real ones."""
 
+import importlib
+import itertools
 import math
 import os
 import signal
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,6 +32,8 @@ class ToyModel:
         stop_at: The step in which SIGTERM comes; -1 is none.
         stop_in_val: The first validation at or after this step gets SIGTERM; -1 is none.
         step_s: Seconds that a step is made to last.
+        kill_in: "MODULE:FUNCTION" of moa_train (or of this file), in the middle of which kill -9 comes; "" is none.
+        kill_call: In which call of it, from 1.
     """
 
     width: int = 8
@@ -39,9 +44,14 @@ class ToyModel:
     stop_at: int = -1
     stop_in_val: int = -1
     step_s: float = 0.0
+    kill_in: str = ""
+    kill_call: int = 1
 
 
-TROUBLE = {f"model.{key}" for key in ("nan_at", "nan_for", "high_at", "stop_at", "stop_in_val", "step_s")}
+TROUBLE = {
+    f"model.{key}"
+    for key in ("nan_at", "nan_for", "high_at", "stop_at", "stop_in_val", "step_s", "kill_in", "kill_call")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +162,30 @@ class ToyTask:
         (folder / "weights.txt").write_text(str([p.tolist() for p in model.parameters()]))
 
 
+def kill_in(place, call):
+    """Have this process killed in the middle of a call of a function: a file that it writes is left half done."""
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    owner = sys.modules[__name__] if module == "toy" else importlib.import_module(f"moa_train.{module}")
+    for part in owners:
+        owner = getattr(owner, part)
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def killed(*args, **kwargs):
+        if next(calls) != call:
+            return function(*args, **kwargs)
+        for file in (argument for argument in args if isinstance(argument, Path)):
+            if not file.is_dir():
+                file.write_bytes(b"half of ")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, killed)
+
+
 def main(arguments):
     config = parse_config(ToyConfig, arguments, program="toy", summary="A toy.")
+    if config.model.kill_in:
+        kill_in(config.model.kill_in, config.model.kill_call)
     return run(config, lambda: ToyTask(config), harmless=HARMLESS | TROUBLE)
 
 

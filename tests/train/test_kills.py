@@ -1,0 +1,129 @@
+"""kill -9 at any moment: what is on the disk is whole, and the run goes on as if nothing had been."""
+
+import multiprocessing
+import random
+import runpy
+import signal
+import sys
+import time
+
+import pytest
+
+from moa_train import checkpoint
+
+FORKSERVER = multiprocessing.get_context("forkserver")  # its processes begin with torch imported
+FORKSERVER.set_forkserver_preload(["moa_train.loop"])
+
+SAVE_EVERY = 5
+
+MOMENTS = {
+    "in a step": ("toy:ToyTask.loss", 17),
+    "in validation": ("toy:ToyTask.val_losses", 9),
+    "writing weights": ("checkpoint:save_file", 4),
+    "writing moments": ("checkpoint:save_file", 5),
+    "writing the state": ("checkpoint:write_json", 2),
+    "syncing a checkpoint": ("durable:sync_file", 7),
+    "pointing at it": ("checkpoint:write_text", 2),
+    "dropping an old one": ("checkpoint:remove_leftovers", 7),
+    "adding a row": ("durable:LineFile.append", 9),
+    "exporting": ("toy:ToyTask.export", 1),
+    "summing up": ("records:RunFolder.summarize", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def unbroken_folder(make_runs, tmp_path_factory):
+    runs = make_runs(tmp_path_factory.mktemp("runs"))
+    assert runs("unbroken") == 0
+    return runs.out / "unbroken"
+
+
+@pytest.fixture
+def unbroken(runs, unbroken_folder):
+    """The name of a run that nothing has stopped, among `runs`."""
+    (runs.out / "unbroken").symlink_to(unbroken_folder)
+    return "unbroken"
+
+
+@pytest.fixture
+def start(runs, monkeypatch):
+    """Start a run in a process of its own."""
+
+    def begin(name, **changed):
+        monkeypatch.setattr(sys, "argv", [str(runs.script), *runs.arguments(name, **changed)])
+        process = FORKSERVER.Process(target=runpy.run_path, args=(str(runs.script),), kwargs={"run_name": "__main__"})
+        process.start()
+        return process
+
+    return begin
+
+
+def last_step(runs, name):
+    """The last step of which a whole row is on the disk."""
+    metrics = runs.out / name / "metrics.jsonl"
+    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    return len([line for line in lines if '"kind": "train"' in line])
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition() and process.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def newest_step(folder):
+    """The step of the newest checkpoint; every one that can be seen is whole."""
+    newest, damaged = checkpoint.newest_valid(folder / "checkpoints")
+    assert damaged == []
+    return 0 if newest is None else checkpoint.read_state(newest)["step"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_a_certain_moment(runs, unbroken, start, moment):
+    place, call = MOMENTS[moment]
+    process = start("run", model__kill_in=place, model__kill_call=call)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    newest_step(runs.out / "run")
+    assert runs("run") == 0
+    runs.assert_same("run", unbroken)
+    assert not list((runs.out / "run").rglob(".step_*")), "what the kill left behind is gone"
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(runs, unbroken, start, kills):
+    """Also in start-up, twice in the same step, and at the end of an epoch (every fifth step)."""
+    draw, done = random.Random(kills), 0
+    for _ in range(kills):
+        process = start("run", model__step_s=0.02)
+        if draw.random() < 0.8:
+            aim = min(14, newest_step(runs.out / "run") + draw.randrange(1, SAVE_EVERY + 3))
+            wait_for(lambda aim=aim: last_step(runs, "run") >= aim, process)
+        time.sleep(draw.random() * 0.08)
+        process.kill()
+        process.join()
+        seen, newest = last_step(runs, "run"), newest_step(runs.out / "run")
+        assert newest >= done, "no checkpoint is lost"
+        assert seen - newest <= SAVE_EVERY + 2, "of the work done, save_every steps, or as many more as saving takes"
+        done = newest
+    assert runs("run") == 0
+    runs.assert_same("run", unbroken)
+
+
+@pytest.mark.slow
+def test_killed_while_compiling(runs, start):
+    """torch.compile's first steps take long: killed within them, thrice."""
+    draw = random.Random(0)
+    for _ in range(3):
+        process = start("run", loop__compile=True)
+        wait_for((runs.out / "run" / "events.jsonl").exists, process)
+        time.sleep(draw.random() * 5)
+        process.kill()
+        process.join()
+        newest_step(runs.out / "run")
+    for name in ("run", "unbroken"):
+        process = start(name, loop__compile=True)
+        process.join()
+        assert process.exitcode == 0
+    runs.assert_same("run", "unbroken")
