@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import evaluation, ffn, infer, lm, loader, mae, options, overhead, recipe, startup
+from benchmarks import evaluation, ffn, infer, lm, loader, mae, options, overhead, recipe, saving, startup
 
 BENCHMARKS = {
     "ffn": ffn,
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "mae": mae,
     "recipe": recipe,
     "loader": loader,
+    "saving": saving,
     "startup": startup,
     "eval": evaluation,
 }

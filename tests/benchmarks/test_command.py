@@ -190,13 +190,20 @@ def test_loader(tables, small_shards):
     assert len(found) == 3 and found[0]["speed ratio"] == "1.000"
 
 
+def test_saving(tables, tmp_path):
+    words = ["--rounds", 1, "--batch", 1, "--layers", 1, "--steps", 1, "--folder", tmp_path, "--device", "cpu"]
+    (found,) = tables("saving", *words).values()
+    assert [line["what"].rpartition(" ")[2] for line in found] == ["steps", "them", "them", "alone"]
+    assert found[0]["time ratio"] == "1.000" and not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
 def test_startup(tables):
     (found,) = tables("startup", "--rounds", 1).values()
     assert [line["what"].split(",")[0] for line in found] == ["python -c pass", "python -c pass", "the line alone"]
 
 
 @pytest.mark.parametrize(
-    "name", ["ffn", "overhead", "infer", "lm", "mae", "recipe", "loader", "startup", "eval", "all"]
+    "name", ["ffn", "overhead", "infer", "lm", "mae", "recipe", "loader", "saving", "startup", "eval", "all"]
 )
 def test_each_benchmark_explains_itself(script, capsys, name):
     with pytest.raises(SystemExit) as stop:
