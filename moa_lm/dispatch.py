@@ -75,7 +75,8 @@ def project_in(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], groups: 
         (S, O) of each map, in x's dtype or autocast's.
     """
     if method == "blocks":
-        products = expert_blocks.project_in(x, [weight for weight, _ in maps], groups.order, groups.rows, groups.ends)
+        tokens = expert_blocks.row_tokens(groups.order, groups.rows.shape[1])
+        products = expert_blocks.project_in(x, [weight for weight, _ in maps], tokens, groups.ends)
         return [_with_bias(a, bias, groups) for a, (_, bias) in zip(products, maps, strict=True)]
     rows = dispatch(x, groups)
     return [grouped_linear(rows, weight, bias, groups, method) for weight, bias in maps]
@@ -101,7 +102,8 @@ def project_out(
         return combine(grouped_linear(hidden, weight, bias, groups, method), scales, groups)
     # The rows are scaled before the product, where they are narrow, and where compilers fuse it with the mixture.
     hidden = hidden * scales.to(hidden.dtype).flatten().gather(0, groups.order).unsqueeze(-1)
-    out = expert_blocks.project_out(hidden, weight, groups.order, groups.rows, groups.ends)
+    tokens = expert_blocks.row_tokens(groups.order, groups.rows.shape[1])
+    out = expert_blocks.project_out(hidden, weight, tokens, groups.ends, len(groups.rows))
     return out if bias is None else out + combine(F.embedding(groups.experts, bias), scales, groups)
 
 

@@ -7,8 +7,8 @@ the order of the experts: its output does not depend on its batch, and two runs 
 The number of rows of an expert depends on the data, so that torch.compile could not look into the loop; it sees one
 operator each way (`torch.library.custom_op`), of known shapes and with known gradients, differentiable once.
 
-Shapes: N tokens of width D, k experts a token, S = N * k rows sorted by expert, E experts, hidden width H; `order`,
-`rows` and `ends` are the fields of `dispatch.Groups`.
+Shapes: N tokens of width D, k experts a token, S = N * k rows sorted by expert, E experts, hidden width H. `tokens`
+(S,) int32 is the token of each row, `ends` (E,) the row after each expert's last one (`dispatch.Groups`).
 """
 
 from collections.abc import Sequence
@@ -29,75 +29,96 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return "experts are taken one after the other in float32 and float64 on a CPU only"
 
 
+def row_tokens(order: Tensor, k: int) -> Tensor:
+    """The token of each row, int32, for order (S,) of `dispatch.Groups`.
+
+    int32 is for speed: with int64 indices `index_add_` may sort the indices first, in many small parallel steps that
+    each wait for every thread, which costs most where a neighbour keeps a core busy. With int32 it adds row after
+    row, in the same order and to the same bits.
+    """
+    return (order // k).to(torch.int32)
+
+
 @torch.library.custom_op("moa_lm::project_in", mutates_args=())
-def project_in(x: Tensor, weights: Sequence[Tensor], order: Tensor, rows: Tensor, ends: Tensor) -> list[Tensor]:
+def project_in(x: Tensor, weights: Sequence[Tensor], tokens: Tensor, ends: Tensor) -> list[Tensor]:
     """Each row's token through its expert's maps: x (N, D), weights (E, O, D) each -> (S, O) each."""
-    tokens, parts = order // rows.shape[1], _parts(ends)
-    gathered = _scratch(parts, x)
-    results = [x.new_empty(len(order), weight.shape[1]) for weight in weights]
-    for expert, part in enumerate(parts):
-        own = _gather(x, tokens[part], gathered)
-        for result, weight in zip(results, weights, strict=True):
-            torch.mm(own, weight[expert].t(), out=result[part])
+    sizes = _sizes(ends)
+    gathered = _scratch(sizes, x)
+    results = [x.new_empty(len(tokens), weight.shape[1]) for weight in weights]
+    experts = [(weight.unbind(), result.split(sizes)) for weight, result in zip(weights, results, strict=True)]
+    for expert, places in enumerate(tokens.split(sizes)):
+        own = _gather(x, places, gathered)
+        for weight, result in experts:
+            torch.mm(own, weight[expert].t(), out=result[expert])
     return results
 
 
 @torch.library.custom_op("moa_lm::project_in_backward", mutates_args=())
 def project_in_backward(
-    grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], order: Tensor, rows: Tensor, ends: Tensor
+    grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], tokens: Tensor, ends: Tensor
 ) -> list[Tensor]:
     """The gradients of x and of each of the weights for grads (S, O)."""
-    tokens, parts = order // rows.shape[1], _parts(ends)
-    gathered, products = _scratch(parts, x), _scratch(parts, x)
+    sizes = _sizes(ends)
+    gathered, products = _scratch(sizes, x), _scratch(sizes, x)
     grad_x, grad_weights = x.new_zeros(x.shape), [_like(weight) for weight in weights]
-    for expert, part in enumerate(parts):
-        own, back = _gather(x, tokens[part], gathered), products[: part.stop - part.start]
-        for number, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
-            torch.mm(grad[part].t(), own, out=grad_weights[number][expert])
-            torch.addmm(back, grad[part], weight[expert], beta=int(number > 0), out=back)
-        grad_x.index_add_(0, tokens[part], back)
+    experts = [
+        (grad.split(sizes), weight.unbind(), grad_weight.unbind())
+        for grad, weight, grad_weight in zip(grads, weights, grad_weights, strict=True)
+    ]
+    for expert, places in enumerate(tokens.split(sizes)):
+        own, back = _gather(x, places, gathered), products[: len(places)]
+        for number, (grad, weight, grad_weight) in enumerate(experts):
+            torch.mm(grad[expert].t(), own, out=grad_weight[expert])
+            torch.addmm(back, grad[expert], weight[expert], beta=int(number > 0), out=back)
+        grad_x.index_add_(0, places, back)
     return [grad_x, *grad_weights]
 
 
 @torch.library.custom_op("moa_lm::project_out", mutates_args=())
-def project_out(hidden: Tensor, weight: Tensor, order: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+def project_out(hidden: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, num_tokens: int) -> Tensor:
     """The sum over a token's experts: hidden (S, H), weight (E, D, H) -> (N, D)."""
-    tokens, parts = order // rows.shape[1], _parts(ends)
-    out = hidden.new_zeros(len(rows), weight.shape[1])
-    products = _scratch(parts, out)
-    for expert, part in enumerate(parts):
-        own = torch.mm(hidden[part], weight[expert].t(), out=products[: part.stop - part.start])
-        out.index_add_(0, tokens[part], own)
+    sizes = _sizes(ends)
+    out = hidden.new_zeros(num_tokens, weight.shape[1])
+    products = _scratch(sizes, out)
+    for places, part, own_weight in zip(tokens.split(sizes), hidden.split(sizes), weight.unbind(), strict=True):
+        out.index_add_(0, places, torch.mm(part, own_weight.t(), out=products[: len(places)]))
     return out
 
 
 @torch.library.custom_op("moa_lm::project_out_backward", mutates_args=())
 def project_out_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, order: Tensor, rows: Tensor, ends: Tensor
+    grad: Tensor, hidden: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of hidden and weight for grad (N, D)."""
-    tokens, parts = order // rows.shape[1], _parts(ends)
-    gathered = _scratch(parts, grad)
+    sizes = _sizes(ends)
+    gathered = _scratch(sizes, grad)
     grad_hidden, grad_weight = _like(hidden), _like(weight)
-    for expert, part in enumerate(parts):
-        own = _gather(grad, tokens[part], gathered)
-        torch.mm(own.t(), hidden[part], out=grad_weight[expert])
-        torch.mm(own, weight[expert], out=grad_hidden[part])
+    parts = (
+        tokens.split(sizes),
+        hidden.split(sizes),
+        grad_hidden.split(sizes),
+        weight.unbind(),
+        grad_weight.unbind(),
+    )
+    for places, part, grad_part, own_weight, grad_own in zip(*parts, strict=True):
+        own = _gather(grad, places, gathered)
+        torch.mm(own.t(), part, out=grad_own)
+        torch.mm(own, own_weight, out=grad_part)
     return grad_hidden, grad_weight
 
 
-def _parts(ends: Tensor) -> list[slice]:
-    """The rows of each expert. Those without any stay in: their products set the weights' gradients to zero."""
-    return [slice(*bounds) for bounds in pairwise([0, *ends.tolist()])]
+def _sizes(ends: Tensor) -> list[int]:
+    """Rows of each expert. Those without any stay in: their products set the weights' gradients to zero."""
+    return [stop - start for start, stop in pairwise([0, *ends.tolist()])]
 
 
-def _scratch(parts: list[slice], like: Tensor) -> Tensor:
+def _scratch(sizes: list[int], like: Tensor) -> Tensor:
     """Memory for the rows of any one expert, as wide as those of `like`: taken once, it stays in the cache."""
-    return like.new_empty(max(part.stop - part.start for part in parts), like.shape[1])
+    return like.new_empty(max(sizes), like.shape[1])
 
 
-def _gather(x: Tensor, tokens: Tensor, memory: Tensor) -> Tensor:
-    return torch.index_select(x, 0, tokens, out=memory[: len(tokens)])
+def _gather(x: Tensor, places: Tensor, memory: Tensor) -> Tensor:
+    return torch.index_select(x, 0, places, out=memory[: len(places)])
 
 
 def _like(x: Tensor) -> Tensor:
@@ -105,42 +126,39 @@ def _like(x: Tensor) -> Tensor:
 
 
 @project_in.register_fake
-def _(x: Tensor, weights: Sequence[Tensor], order: Tensor, rows: Tensor, ends: Tensor) -> list[Tensor]:
-    return [x.new_empty(order.shape[0], weight.shape[1]) for weight in weights]
+def _(x: Tensor, weights: Sequence[Tensor], tokens: Tensor, ends: Tensor) -> list[Tensor]:
+    return [x.new_empty(tokens.shape[0], weight.shape[1]) for weight in weights]
 
 
 @project_in_backward.register_fake
-def _(
-    grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], order: Tensor, rows: Tensor, ends: Tensor
-) -> list[Tensor]:
+def _(grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], tokens: Tensor, ends: Tensor) -> list[Tensor]:
     return [_like(x), *(_like(weight) for weight in weights)]
 
 
 @project_out.register_fake
-def _(hidden: Tensor, weight: Tensor, order: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    return hidden.new_empty(rows.shape[0], weight.shape[1])
+def _(hidden: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, num_tokens: int) -> Tensor:
+    return hidden.new_empty(num_tokens, weight.shape[1])
 
 
 @project_out_backward.register_fake
-def _(
-    grad: Tensor, hidden: Tensor, weight: Tensor, order: Tensor, rows: Tensor, ends: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, hidden: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     return _like(hidden), _like(weight)
 
 
 def _keep_in(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, *groups = inputs
-    ctx.save_for_backward(x, *groups, *weights)
+    x, weights, tokens, ends = inputs
+    ctx.save_for_backward(x, tokens, ends, *weights)
 
 
 def _differentiate_in(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    x, order, rows, ends, *weights = ctx.saved_tensors
-    grad_x, *grad_weights = project_in_backward(grads, x, weights, order, rows, ends)
-    return grad_x, grad_weights, None, None, None
+    x, tokens, ends, *weights = ctx.saved_tensors
+    grad_x, *grad_weights = project_in_backward(grads, x, weights, tokens, ends)
+    return grad_x, grad_weights, None, None
 
 
 def _keep_out(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate_out(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -156,20 +174,20 @@ def _register_flops() -> None:
     operators = torch.ops.moa_lm
 
     @register_flop_formula(operators.project_in)
-    def _(x: Any, weights: Any, order: Any, *shapes: Any, **_: Any) -> int:
-        return sum(2 * order[0] * outputs * inputs for _, outputs, inputs in weights)
+    def _(x: Any, weights: Any, tokens: Any, *shapes: Any, **_: Any) -> int:
+        return sum(2 * tokens[0] * outputs * inputs for _, outputs, inputs in weights)
 
     @register_flop_formula(operators.project_in_backward)
-    def _(grads: Any, x: Any, weights: Any, order: Any, *shapes: Any, **_: Any) -> int:
-        return sum(4 * order[0] * outputs * inputs for _, outputs, inputs in weights)
+    def _(grads: Any, x: Any, weights: Any, tokens: Any, *shapes: Any, **_: Any) -> int:
+        return sum(4 * tokens[0] * outputs * inputs for _, outputs, inputs in weights)
 
     @register_flop_formula(operators.project_out)
-    def _(hidden: Any, weight: Any, order: Any, *shapes: Any, **_: Any) -> int:
-        return 2 * order[0] * weight[1] * weight[2]
+    def _(hidden: Any, weight: Any, tokens: Any, *shapes: Any, **_: Any) -> int:
+        return 2 * tokens[0] * weight[1] * weight[2]
 
     @register_flop_formula(operators.project_out_backward)
-    def _(grad: Any, hidden: Any, weight: Any, order: Any, *shapes: Any, **_: Any) -> int:
-        return 4 * order[0] * weight[1] * weight[2]
+    def _(grad: Any, hidden: Any, weight: Any, tokens: Any, *shapes: Any, **_: Any) -> int:
+        return 4 * tokens[0] * weight[1] * weight[2]
 
 
 _register_flops()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moa_lm import dispatch as subject
+from moa_lm import expert_blocks
 from moa_lm.dispatch import (
     choose_method,
     combine,
@@ -83,6 +84,17 @@ def test_grouped_linear_equals_einsum(drawn, fan_in, fan_out, with_bias):
         torch.testing.assert_close(torch.autograd.grad(actual, inputs, seed), wanted, rtol=0, atol=1e-5)
 
 
+@settings(max_examples=40, deadline=None)
+@given(assignments())
+def test_tokens_of_rows(drawn):
+    """int32: with int64, `index_add_` takes another path, one that waits for every thread several times a call."""
+    indices, experts = drawn
+    n, k = indices.shape
+    tokens = expert_blocks.row_tokens(group_by_expert(indices, experts).order, k)
+    assert tokens.dtype == torch.int32
+    assert tokens.tolist() == [token for e in range(experts) for token in range(n) if e in indices[token].tolist()]
+
+
 METHODS_OF_A_CPU = ("blocks", "grouped", "loop")
 
 
@@ -131,11 +143,11 @@ def test_operators_keep_torchs_rules(tokens):
     hidden, down = torch.randn(2 * tokens, 3), torch.randn(5, 6, 3)
     weights = [torch.randn(5, 3, 6), torch.randn(5, 2, 6)]
     x, hidden, down, *weights = (t.requires_grad_() for t in (x, hidden, down, *weights))
-    places = (groups.order, groups.rows, groups.ends)
+    places = (expert_blocks.row_tokens(groups.order, 2), groups.ends)
     operators = torch.ops.moa_lm
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")  # compiled whole in test_moe.py
     torch.library.opcheck(operators.project_in, (x, weights, *places), test_utils=tests)
-    torch.library.opcheck(operators.project_out, (hidden, down, *places), test_utils=tests)
+    torch.library.opcheck(operators.project_out, (hidden, down, *places, tokens), test_utils=tests)
 
 
 def test_operations_are_those_of_the_products():
