@@ -26,6 +26,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 
 from moa_train.durable import new_folder, write_json, write_text
+from moa_train.reading import read_json
 
 FILES = ("model.safetensors", "optimizer.safetensors", "generators.safetensors")
 
@@ -139,10 +140,10 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 def verify(path: Path) -> dict[str, Any]:
     """Check every file's size and sha256 against state.json and return the state. Raises DamagedCheckpoint."""
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = read_json(path / "state.json", "take another checkpoint")
         expected = {name: state["files"][name] for name in FILES}
-        int(state["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _check_state(state)
+    except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{path}/state.json cannot be read ({error!r})") from error
     for name, checksum in expected.items():
         try:
@@ -154,6 +155,25 @@ def verify(path: Path) -> dict[str, Any]:
     return state
 
 
+_STATE: dict[str, tuple[type, ...]] = {
+    **{"step": (int,), "validated": (int,), "skipped": (int,), "spikes": (int,), "world_size": (int,)},
+    **{"wall_s": (int, float), "peak_memory_mib": (int, float)},
+    **{"recent_loss": (dict,), "config": (dict,), "identity": (dict, type(None))},
+}
+"""Types of the values of state.json that are looked at."""
+
+
+def _check_state(state: dict[str, Any]) -> None:
+    """Raise ValueError for a value that `save` cannot have been given; only the step has to be there."""
+    for key, kinds in _STATE.items():
+        value = state.get(key)
+        fine = key not in state or (isinstance(value, kinds) and not isinstance(value, bool))
+        if not fine or (isinstance(value, int | float) and not 0 <= value < 2**63):
+            raise ValueError(f"{key} is {value!r}")
+    if "step" not in state or ("config" in state and not isinstance(state["config"].get("optim"), dict)):
+        raise ValueError("step or config.optim is missing")
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """Return the state of a checkpoint that `verify` has found whole."""
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -162,14 +182,25 @@ def read_state(path: Path) -> dict[str, Any]:
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], Generators]:
     """Load a verified checkpoint into `model` and `optimizer` in place; return its state and generator states.
 
-    Raises ValueError if the tensors are not those of this model and optimizer.
+    Raises ValueError if the tensors are not those of this model and optimizer, or a file holds something else.
     """
     try:
         load_model(model, path / FILES[0], device=str(next(model.parameters()).device))
         _restore_optimizer(model, optimizer, load_file(path / FILES[1]))
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} belongs to another model: {error}") from error
-    return read_state(path), load_file(path / FILES[2])
+    return read_state(path), _load_generators(path / FILES[2])
+
+
+def _load_generators(path: Path) -> Generators:
+    try:
+        generators = load_file(path)
+        for name, state in generators.items():
+            if name.endswith(".cpu"):
+                torch.Generator().set_state(state)  # a trial: it refuses what is no generator's state
+    except (RuntimeError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{path} holds no generators' states: {error}") from error
+    return generators
 
 
 def _steps(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -206,8 +237,19 @@ def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tenso
     unknown = slots.keys() - set(order)
     if unknown:
         raise KeyError(f"optimizer tensors of unknown parameters {sorted(unknown)[:3]}")
+    _check_slots(dict(model.named_parameters()), slots)
     state = {index: slots[name] for index, name in enumerate(order) if name in slots}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _check_slots(parameters: dict[str, nn.Parameter], slots: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Raise KeyError for a tensor that fits no optimizer: torch takes it, and fails in the next step."""
+    for name, own in slots.items():
+        for slot, tensor in own.items():
+            if tensor.numel() != 1 and tensor.shape != parameters[name].shape:
+                raise KeyError(f"{name}.{slot} of shape {tuple(tensor.shape)}")
+        if any(own.keys() < others.keys() for others in slots.values()):
+            raise KeyError(f"{name} has {', '.join(own)} only")
 
 
 def get_generators(device: torch.device) -> Generators:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
+from moa_train.reading import check_shape
 from moa_train.schedule import Budget, DecayShape
 
 Config = TypeVar("Config")
@@ -275,12 +276,14 @@ def parse_config(
     given = any(argument.split("=")[0] == "--config" for argument in arguments)
     first = [] if given or default is None else [f"--config={default}"]
     try:
+        _check_shapes([*first, *arguments])
         namespace = parser.parse_args([*first, *arguments])
         del namespace["config"]
         for group in {str(action.dest).partition(".")[0] for action in parser._actions if "." in str(action.dest)}:
             mapping = isinstance(namespace[group], Namespace)
             require(group, namespace[group], mapping, "keys with values")  # jsonargparse lets a list through
         checking = namespace.pop("check", False)
+        _check_given(kind, namespace)
         config = kind(**parser.instantiate(namespace).as_dict())
         if checking and check is not None:
             check(config)
@@ -290,6 +293,36 @@ def parse_config(
         print(yaml.safe_dump(as_tree(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
+
+
+def _check_shapes(words: Sequence[str]) -> None:
+    """Raise ValueError for a configuration file or value that is too deep or too large; see `check_shape`."""
+    for before, word in zip(["", *words], words, strict=False):
+        option, equals, value = word.partition("=")
+        text = value if equals else word
+        try:
+            check_shape(text)
+            if "--config" in (option, before) and Path(text).is_file():
+                check_shape(Path(text).read_text(encoding="utf-8"))
+        except OSError:
+            continue  # the parser will say so
+        except ValueError as error:
+            raise ValueError(f"{text if len(text) < 99 else option}: {error}") from error
+
+
+def _check_given(kind: type, namespace: Namespace, prefix: str = "") -> None:
+    """Raise ValueError for a key that is null but must not be, which jsonargparse lets through."""
+    hints = get_type_hints(kind)
+    for key in dataclasses.fields(kind):
+        hint = hints[key.name]
+        if key.name not in namespace:
+            continue  # one of parse_config's `plain`
+        value = namespace[key.name]
+        if isinstance(value, Namespace) and dataclasses.is_dataclass(hint):
+            _check_given(cast(type, hint), value, f"{prefix}{key.name}.")
+        elif value is None:
+            optional = hint is Any or type(None) in get_args(hint)
+            require(f"{prefix}{key.name}", value, optional, getattr(hint, "__name__", str(hint)))
 
 
 def _refuse(parser: ArgumentParser, message: str) -> NoReturn:

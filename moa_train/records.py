@@ -19,6 +19,7 @@ import yaml
 
 from moa_train.config import HARMLESS, differing_keys, require
 from moa_train.durable import LineFile, write_json, write_text
+from moa_train.reading import read_json, read_yaml
 
 if TYPE_CHECKING:
     import torch  # imported where a device is described: who only reads run folders need not wait for it
@@ -59,13 +60,8 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} already holds a run and resume is 'never'; choose another name or delete the folder"
             )
-        try:
-            old = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-            different = differing_keys(old, tree, harmless=harmless)
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-            raise ValueError(
-                f"{self.path}/config.yaml cannot be read ({error}); delete the folder to start afresh"
-            ) from error
+        old = read_yaml(self.path / "config.yaml", "delete the folder to start afresh")
+        different = differing_keys(old, tree, harmless=harmless)
         if different and resume != "force":
             listed = "\n  ".join(different)
             raise ValueError(
@@ -90,12 +86,9 @@ class RunFolder:
         rows = []
         for number, line in enumerate(self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
             try:
-                row = json.loads(line)
-                require("kind", row["kind"], row["kind"] in KINDS, "train or val")
-                require("step", row["step"], isinstance(row["step"], int), "a number")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.metrics} line {number} is no metrics row ({error!r}); delete it") from error
-            rows.append(row)
+                rows.append(parse_row(line))
+            except ValueError as error:
+                raise ValueError(f"{self.metrics} line {number} is no metrics row ({error}); delete it") from error
         return rows
 
     def truncate(self, step: int, validated: int) -> None:
@@ -106,23 +99,61 @@ class RunFolder:
 
     def append(self, row: Row) -> None:
         """Add a row; NaN becomes null. Raises OSError as `LineFile.append` does."""
-        self._metrics_lines.append(json.dumps(_finite(row)))
+        self._metrics_lines.append(json.dumps(_with_null(row)))
 
     def append_event(self, row: Row) -> None:
         """Add a row to events.jsonl; NaN becomes null. No row is ever taken back. Raises OSError likewise."""
-        self._events_lines.append(json.dumps(_finite(row)))
+        self._events_lines.append(json.dumps(_with_null(row)))
 
     def summarize(self, facts: dict[str, Any], best_by: str) -> None:
         """Write summary.json: `facts` and what the rows say; `best_by` is the validation key that is to be low."""
         write_json(self._summary, {**facts, **summarize_rows(self.rows(), best_by)})
 
     def summary(self) -> dict[str, Any]:
-        """Return summary.json."""
-        return json.loads(self._summary.read_text(encoding="utf-8"))
+        """Return summary.json. Raises ValueError if it is missing, or is none that `summarize` wrote."""
+        remedy = "delete it, and the run's command writes it again"
+        summary = read_json(self._summary, remedy)
+        final = summary.get("final") or {}
+        numbers = [summary.get("steps"), summary.get("wall_s"), *(final.values() if isinstance(final, dict) else "?")]
+        known = all(value is None or _is_number(value) for value in numbers)
+        if not (isinstance(summary.get("status"), str) and known):
+            raise ValueError(f"{self._summary} has no usable status, steps, wall_s or final; {remedy}")
+        return summary
 
     def status(self) -> str:
-        """Return the summary's status, "unfinished" while there is no summary."""
-        return self.summary()["status"] if self._summary.exists() else "unfinished"
+        """Return the summary's status, "unfinished" while there is no summary that can be read."""
+        try:
+            return self.summary()["status"]
+        except ValueError:  # the run goes on from its newest checkpoint, and writes another at its end
+            return "unfinished"
+
+
+def parse_row(line: str | bytes) -> Row:
+    """Return a line of metrics.jsonl as a row: "kind", "step", and numbers or None; NaN and infinity become None.
+
+    Raises ValueError for what is no such row.
+    """
+    try:
+        row = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"it holds a {type(row).__name__}, not an object")
+    kind, step = row.get("kind"), row.get("step")
+    require("kind", kind, kind in KINDS, "train or val")
+    require("step", step, _is_number(step) and isinstance(step, int) and step >= 0, "a whole number, 0 or above")
+    for key, value in row.items():
+        require(key, value, key == "kind" or value is None or _is_number(value), "a number or null")
+    return _with_null(row)
+
+
+def _with_null(row: Row) -> Row:
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether a value is a number that fits into 64 bits."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def summarize_rows(rows: Iterable[Row], best_by: str) -> dict[str, Any]:
@@ -130,18 +161,14 @@ def summarize_rows(rows: Iterable[Row], best_by: str) -> dict[str, Any]:
     rows = list(rows)
     val = [row for row in rows if row["kind"] == "val"]
     train = [row for row in rows if row["kind"] == "train"]
-    speeds = [row["throughput"] for row in train if "throughput" in row]
-    best = min((row for row in val if row[best_by] is not None), key=lambda row: row[best_by], default=None)
+    speeds = [row["throughput"] for row in train if row.get("throughput") is not None]
+    best = min((row for row in val if row.get(best_by) is not None), key=lambda row: row[best_by], default=None)
     return {
         "final": _losses(val[-1]) if val else None,
         "best": {**_losses(best), "step": best["step"]} if best else None,
-        "train_loss": train[-1]["loss"] if train else None,
+        "train_loss": train[-1].get("loss") if train else None,
         "throughput": statistics.median(speeds) if speeds else None,
     }
-
-
-def _finite(row: Row) -> Row:
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
 
 
 def _losses(row: Row) -> Row:

@@ -108,6 +108,8 @@ def duration(seconds: float) -> str:
 
 def rate(value: float) -> str:
     """A learning rate in its shortest exact form: 0.0012 is "1.2e-3"."""
+    if not math.isfinite(value):
+        return f"{value:g}"
     mantissa, exponent = f"{value:.6e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if 0 < value < 0.01 else f"{value:g}"
 

@@ -155,7 +155,7 @@ def _read_step(path: Path) -> tuple[int, tuple[Routing, ...]]:
     try:
         routed = [entry for entry in content["layers"] if len(entry["load"]) > 1]  # one expert has no choice
         return int(content["step"]), tuple(map(_routing, routed))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise broken(path, f"not a record of experts ({error!r})", _REMEDY) from None
 
 

@@ -123,7 +123,7 @@ def read_mixing(folder: Path) -> Mixing | None:
     Raises:
         RunFolderError: A file is broken.
     """
-    steps = dict(sorted(_read_step(path) for path in folder.glob("step_*.json")))
+    steps = dict(sorted((_read_step(path) for path in folder.glob("step_*.json")), key=lambda entry: entry[0]))
     if not any(steps.values()):
         return None
     index = folder / "index.json"
@@ -132,9 +132,14 @@ def read_mixing(folder: Path) -> Mixing | None:
     content = read_json(index)
     try:
         keys, (rows, columns) = tuple(map(str, content["keys"])), map(int, content["grid"])
-        parts = {str(part): (own["layers"], own["coefficients"]) for part, own in content["parts"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        parts = {
+            str(part): (_names(own["layers"]), _names(own["coefficients"])) for part, own in content["parts"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise broken(index, f"not the index of a mixing folder ({error!r})", _REMEDY) from None
+    known = {term for layer in steps[max(steps)] for term in layer.terms}
+    if strange := {term for _, terms in parts.values() for term in terms} - known:
+        raise broken(index, f"names {min(strange)!r}, which the last step does not have", _REMEDY)
     maps = _read_maps(folder / "maps.safetensors", parts, (len(keys), rows * columns))
     return Mixing(steps, keys, (rows, columns), maps)
 
@@ -214,8 +219,14 @@ def _read_step(path: Path) -> tuple[int, tuple[Layer, ...]]:
     content = read_json(path)
     try:
         return int(content["step"]), tuple(_layer(entry) for entry in content["layers"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise broken(path, f"not a record of mixing ({error!r})", _REMEDY) from None
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"{value!r} is no list of names")
+    return tuple(value)
 
 
 def _layer(entry: Mapping[str, Any]) -> Layer:

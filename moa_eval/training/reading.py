@@ -14,6 +14,7 @@ from moa_eval.training.runs import AUTOENCODER, FINITE, LANGUAGE_MODEL, Columns,
 _OPTIONAL = {"train": ("epoch", "lr", "throughput", "mfu"), "val": ("epoch",)}  # columns that a row may lack
 _CONFIG_KEYS = {"name": str, "seed": int, "optim.lr": int | float}  # what a page cannot do without
 _TILES = ("original", "masked", "reconstruction")
+_YAML_FAULTS = (ValueError, RecursionError, AttributeError, LookupError, TypeError)  # of tags that do not fit
 _REMEDY = "restore the file or leave this run out"
 
 
@@ -83,23 +84,40 @@ def read_json(path: Path) -> dict[str, Any]:
         RunFolderError: It is missing or broken.
     """
     try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise broken(path, f"not valid JSON ({error})") from None
+        content = parse_json(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, RunFolderError) else broken(path, f"not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise broken(path, f"holds a {type(content).__name__}, not an object")
     return content
 
 
+def parse_json(text: str) -> Any:
+    """Read JSON whose numbers all fit into a float, and whose text can all be written into a page.
+
+    Raises:
+        ValueError: It is no JSON, or holds half a surrogate pair.
+        RecursionError: It is nested too deeply.
+    """
+    content = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
+    json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
 def _read_config(path: Path) -> tuple[dict[str, Any], Kind]:
+    text = _read_text(path)
     try:
-        config = yaml.safe_load(_read_text(path))
-    except yaml.YAMLError as error:
+        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("aliases, which a resolved configuration does not have")
+        config = yaml.safe_load(text)
+        json.dumps(config, ensure_ascii=False, default=str).encode()
+    except (yaml.YAMLError, *_YAML_FAULTS) as error:
         raise broken(path, f"not valid YAML ({error})") from None
     kind = LANGUAGE_MODEL if isinstance(_look_up(config, LANGUAGE_MODEL.ffn_key), str) else AUTOENCODER
     for key, wanted in (_CONFIG_KEYS | {kind.ffn_key: str}).items():
         value = _look_up(config, key)
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        fits = not isinstance(value, int | float) or abs(value) < 2**63  # a NaN is no rate
+        if not isinstance(value, wanted) or isinstance(value, bool) or not fits:
             raise broken(path, f"has no usable {key} (found {value!r})", "is it the config that training resolved?")
     return config, kind
 
@@ -117,8 +135,8 @@ def _read_metrics(path: Path, kind: Kind) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # no newline yet: a run that is being written, or was killed while writing
                 break
             raise broken(path, f"line {number} is not valid JSON ({error})", "delete that line") from None
@@ -129,7 +147,7 @@ def _read_metrics(path: Path, kind: Kind) -> list[dict[str, Any]]:
 
 
 def _row_fault(row: Any, kind: Kind) -> str | None:
-    if not isinstance(row, dict) or "kind" not in row:
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
         return "has no 'kind'"
     required = kind.required.get(row["kind"], ())
     for key in (*required, *_OPTIONAL.get(row["kind"], ())):
@@ -138,6 +156,8 @@ def _row_fault(row: Any, kind: Kind) -> str | None:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool):
             return f"({row['kind']}) has no number '{key}' (found {value!r})"
+        if key in required and key not in FINITE and not math.isfinite(value):
+            return f"({row['kind']}) has a '{key}' that is not finite"
     return None
 
 
@@ -172,7 +192,7 @@ def _read_probe(path: Path) -> Probe:
         )
     except KeyError as error:
         raise broken(path, f"has no {error}", remedy) from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise broken(path, f"holds a value of a wrong type ({error})", remedy) from None
 
 
@@ -192,7 +212,9 @@ def _read_reconstructions(index: Path) -> tuple[tuple[Reconstruction, ...], int 
         return tuple(images), int(content["step"])
     except KeyError as error:
         raise broken(index, f"has no {error}", remedy) from None
-    except TypeError as error:
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, RunFolderError):
+            raise
         raise broken(index, f"holds a value of a wrong type ({error})", remedy) from None
 
 

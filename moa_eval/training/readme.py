@@ -22,7 +22,7 @@ def results_markdown(losses: str | Path) -> str:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RunFolderError(f"{path}: cannot be read ({error}); give the losses.csv of a report") from None
     columns = set(rows[0]) if rows else set()
     kinds = [kind for kind in (AUTOENCODER, LANGUAGE_MODEL) if {f"final_{loss}" for loss in kind.losses} <= columns]
@@ -32,7 +32,10 @@ def results_markdown(losses: str | Path) -> str:
     heads = [f"{space} | difference | 95 % interval" for space in spaces.values()]
     lines = [f"| | peak rate | seeds | {' | '.join(heads)} |", "|---|---:|---:|" + "---:|---:|---:|" * len(spaces)]
     # Tables from before there were sizes do not name the baseline: it is the first.
-    lines += [_results_line(row, [*spaces], baseline=not row.get("baseline", row is not rows[0])) for row in rows]
+    try:
+        lines += [_results_line(row, [*spaces], baseline=not row.get("baseline", row is not rows[0])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(f"{path}: a row is damaged ({error!r}); write the report again") from None
     return "\n".join(lines) + "\n"
 
 

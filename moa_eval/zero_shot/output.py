@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from moa_eval.training.reading import parse_json
+
 _DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
 # In "<function doc_to_text at 0x7f...>", which the harness writes for a task's functions: another in every process.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")
@@ -137,6 +139,12 @@ def read_evaluation(path: str | Path) -> Evaluation:
     results = content.get("results")
     if not isinstance(results, dict) or not results:
         raise _broken(file, "has no results", "is it a results file of lm_eval?")
+    for key in ("config", "configs", "versions", "n-shot", "n-samples"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise _broken(file, f"has {key} that are no object", "the file is damaged: run lm_eval again")
+    limit = (content.get("config") or {}).get("limit")
+    if limit is not None and not _is_number(limit):
+        raise _broken(file, f"has the limit {limit!r}", "the file is damaged: run lm_eval again")
     configs = content.get("configs") or {}
     tasks = {name: _read_task(file, content, name) for name in results if name in configs or not configs}
     if not tasks:
@@ -178,8 +186,10 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(_ADDRESS.sub("", _read_text(path)))
-    except json.JSONDecodeError as error:
+        content = parse_json(_ADDRESS.sub("", _read_text(path)))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ResultsError):
+            raise
         raise _broken(path, f"not valid JSON ({error})", "the file is cut or damaged: run lm_eval again") from None
     if not isinstance(content, dict):
         raise _broken(path, f"holds a {type(content).__name__}, not an object", "is it a results file of lm_eval?")
@@ -188,7 +198,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_task(file: Path, content: Mapping[str, Any], name: str) -> TaskResult:
     path = _samples_file(file, name)
-    config = dict((content.get("configs") or {}).get(name) or {})
+    config = (content.get("configs") or {}).get(name) or {}
+    if not isinstance(config, dict):
+        raise _broken(file, f"has no settings of {name}", "the file is damaged: run lm_eval again")
     samples: dict[str, dict[int, dict[str, Any]]] = {}  # by filter, then by item
     for where, sample in _samples(path):
         identity = sample.get("doc_id") if isinstance(sample, dict) else None
@@ -248,15 +260,15 @@ def _samples(path: Path) -> Iterator[tuple[str, Any]]:
     remedy = "the file is cut or damaged: run lm_eval again"
     if text.lstrip().startswith("["):
         try:
-            yield from ((f"entry {index}", sample) for index, sample in enumerate(json.loads(text)))
-        except json.JSONDecodeError as error:
+            yield from ((f"entry {index}", sample) for index, sample in enumerate(parse_json(text)))
+        except (ValueError, RecursionError) as error:
             raise _broken(path, f"not valid JSON ({error})", remedy) from None
         return
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: texts hold U+2028 and the like
         if line.strip():
             try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
+                yield f"line {number}", parse_json(line)
+            except (ValueError, RecursionError) as error:
                 raise _broken(path, f"line {number} is not valid JSON ({error})", remedy) from None
 
 
@@ -318,7 +330,8 @@ def _metrics(
 
 
 def _aggregation(config: Mapping[str, Any], name: str) -> Any:
-    entries = config.get("metric_list") or []
+    listed = config.get("metric_list")
+    entries = listed if isinstance(listed, list) else []
     return next((e.get("aggregation") for e in entries if isinstance(e, dict) and e.get("metric") == name), None)
 
 

@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import yaml
+from moa_train.reading import read_yaml
 
 OWN_KEYS = {"name": "the sweep names its runs", "seed": "use --seeds", "out": "use --out", "config": "use --config"}
 """Keys that the sweep itself sets, and what to do instead of setting them."""
@@ -172,11 +172,8 @@ def name_configs(configs: Sequence[Path]) -> dict[Path, str]:
     """
     names = {}
     for path in configs:
-        try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            names[path] = str(tree.get("name") or path.stem)
-        except (OSError, AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"--config {path} cannot be read as a configuration: {error}") from error
+        tree = read_yaml(path, "--config takes YAML files of keys with values", empty=True)
+        names[path] = str(tree.get("name") or path.stem)
     count = Counter(names.values())
     names = {path: name if count[name] == 1 else path.stem for path, name in names.items()}
     clash = next((name for name, times in Counter(names.values()).items() if times > 1), None)

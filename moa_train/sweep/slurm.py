@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from moa_train.durable import write_json, write_text
+from moa_train.reading import read_json
 from moa_train.signals import EXIT_STOPPED
 from moa_train.sweep.local import with_own_programs
 from moa_train.sweep.state import Job
@@ -91,7 +91,7 @@ class Cluster:
         Raises:
             SlurmError: the queue cannot be read.
         """
-        known: dict[str, list[str]] = json.loads(self._jobs.read_text()) if self._jobs.exists() else {}
+        known = self._known()
         by_name = {job.run.name: job for job in jobs}
         queue = _call(["squeue", "--me", "--noheader", "--array", "--format=%F %K %T"]) if known else ""
         live = set()
@@ -128,8 +128,8 @@ class Cluster:
 
     def submit(self, jobs: Sequence[Job]) -> str:
         """Submit the array script that was written; return the job's number. Raises SlurmError."""
+        known = self._known()  # before anything is submitted that could not be written down
         number = _submit(self.script)
-        known = json.loads(self._jobs.read_text()) if self._jobs.exists() else {}
         write_json(self._jobs, {**known, number: [job.run.name for job in jobs]})
         return number
 
@@ -138,6 +138,20 @@ class Cluster:
         text = REPORT.format(report=shlex.join(report), **self._common(self.report_arguments))
         write_text(self.report_script, text)
         return _submit(self.report_script, f"--dependency=afterany:{':'.join(after)}")
+
+    def _known(self) -> dict[str, list[str]]:
+        """Return the runs of each job that was submitted. Raises SlurmError if the list of them is damaged."""
+        if not self._jobs.exists():
+            return {}
+        remedy = "look at squeue for jobs of this sweep, cancel them, and delete the file"
+        try:
+            known = read_json(self._jobs, remedy)
+        except ValueError as error:
+            raise SlurmError(str(error)) from error
+        for number, names in known.items():
+            if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+                raise SlurmError(f"{self._jobs} has no list of runs for job {number!r}; {remedy}")
+        return known
 
     def _common(self, arguments: str) -> dict[str, str]:
         return {

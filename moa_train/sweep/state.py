@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -10,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moa_train.records import RunFolder
+from moa_train.reading import read_json
+from moa_train.records import RunFolder, parse_row
 from moa_train.sweep.grid import PlannedRun
 
 TAIL_BYTES = 1 << 16
@@ -103,8 +103,8 @@ def time_left_s(jobs: Sequence[Job], at_once: int) -> float | None:
 def observe(folder: Path) -> Progress:
     """Return how far the run in `folder` is; a folder that is missing or holds no rows has not begun."""
     rows = last_rows(folder / "metrics.jsonl")
-    train = [row for row in rows if row.get("kind") == "train"]
-    val = [row for row in rows if row.get("kind") == "val"]
+    train = [row for row in rows if row["kind"] == "train"]
+    val = [row for row in rows if row["kind"] == "val"]
     if not train:
         return Progress()
     last = train[-1]
@@ -112,16 +112,16 @@ def observe(folder: Path) -> Progress:
         state=_state(folder, last),
         step=last["step"],
         total=total_steps(folder),
-        loss=last["loss"],
+        loss=last.get("loss"),
         val_loss=val[-1].get("loss_norm", val[-1].get("loss")) if val else None,
         throughput=last.get("throughput"),
         counter="tokens" if "tokens" in last else "samples",
-        wall_s=last["wall_s"],
+        wall_s=last.get("wall_s") or 0.0,
     )
 
 
 def _state(folder: Path, last: dict[str, Any]) -> str:
-    if last["loss"] is None or last.get("grad_norm", 0.0) is None:  # NaN and infinity are written as null
+    if last.get("loss", 0.0) is None or last.get("grad_norm", 0.0) is None:  # NaN and infinity are written as null
         return "diverged"
     return "finished" if RunFolder(folder).status() == "finished" else "begun"
 
@@ -129,9 +129,10 @@ def _state(folder: Path, last: dict[str, Any]) -> str:
 def total_steps(folder: Path) -> int:
     """Return the steps of the whole run, as its env.json says; 0 if unknown."""
     try:
-        return int(json.loads((folder / "env.json").read_text(encoding="utf-8"))["total_steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+        total = read_json(folder / "env.json", "").get("total_steps")
+    except ValueError:
         return 0
+    return total if isinstance(total, int) and 0 < total < 2**63 else 0
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:
@@ -146,7 +147,7 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in lines[1:] if size > TAIL_BYTES else lines:
         try:
-            rows.append(json.loads(line))
+            rows.append(parse_row(line))
         except ValueError:
-            continue
+            continue  # the run itself will refuse it and say which line
     return rows
