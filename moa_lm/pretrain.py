@@ -280,20 +280,22 @@ class LMTask:
         if not shown:
             return
         assert self.val_shards is not None, "without held-out tokens there is no validation"
+        assert isinstance(model, MoALlamaForCausalLM)
         spread = [number * self.val_samples // shown for number in range(shown)]  # over documents of all kinds
         windows = [torch.from_numpy(self.val_shards.window(index, length).astype(np.int64)) for index in spread]
         device = next(model.parameters()).device
         inputs = self._inputs(TokenBatch(torch.stack(windows).to(device)))
         half = self.config.loop.precision == "bf16"  # as in training
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            watched = watch(self.language_model, inputs["input_ids"], inputs.get("position_ids"))
+            watched = watch(model, inputs["input_ids"], inputs.get("position_ids"))
         save_mixing(watched, folder / "mixing", step=step)
         save_experts(watched, folder / "experts", step=step)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a transformers folder, tokenizer included."""
         logging.disable_progress_bar()
-        self.language_model.save_pretrained(folder)
+        assert isinstance(model, MoALlamaForCausalLM)
+        model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(self.train_shards.tokenizer_folder).save_pretrained(folder)
 
     def _inputs(self, batch: TokenBatch) -> dict[str, Tensor]:

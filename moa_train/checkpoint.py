@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moa_train.durable import new_folder, write_json, write_text
+from moa_train.parallel import full, place_like
 from moa_train.reading import read_json
 
 FILES = ("model.safetensors", "optimizer.safetensors", "generators.safetensors")
@@ -45,19 +46,24 @@ class NotSaved(Exception):
     """A checkpoint could not be written; the message names it and says why. Older ones are as they were."""
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, generators: Generators) -> Snapshot:
+def snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, generators: Generators, *, main: bool = True
+) -> Snapshot:
     """Copy what a checkpoint holds to the CPU, so that training can go on while it is written.
 
-    `model` is the bare module (no DDP wrapper).
+    What is in shards is copied whole, which takes all processes together; those that are not the `main` one drop what
+    they gathered, and their snapshot is empty. `model` is the bare module (no DDP wrapper).
     """
     kept = model.state_dict().keys()
     named = chain(model.named_parameters(), model.named_buffers())  # tied ones once
     weights = {name: tensor for name, tensor in named if name in kept}
-    parts = (weights, _optimizer_tensors(model, optimizer), generators)
-    return {
-        file: {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in part.items()}
-        for file, part in zip(FILES, parts, strict=True)
-    }
+    parts = zip(FILES, (weights, _optimizer_tensors(model, optimizer), generators), strict=True)
+    taken: Snapshot = {file: {} for file in FILES}
+    for file, name, tensor in ((file, name, tensor) for file, part in parts for name, tensor in part.items()):
+        whole = full(tensor.detach())
+        if main:
+            taken[file][name] = whole.to("cpu", copy=True).contiguous()
+    return taken
 
 
 def save(folder: Path, state: dict[str, Any], tensors: Snapshot, *, keep: int, keep_every: int | None = None) -> Path:
@@ -182,10 +188,12 @@ def read_state(path: Path) -> dict[str, Any]:
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], Generators]:
     """Load a verified checkpoint into `model` and `optimizer` in place; return its state and generator states.
 
+    Where these are in shards, each process reads the files and takes its own.
+
     Raises ValueError if the tensors are not those of this model and optimizer, or a file holds something else.
     """
     try:
-        load_model(model, path / FILES[0], device=str(next(model.parameters()).device))
+        _restore_model(model, load_file(path / FILES[0]))
         _restore_optimizer(model, optimizer, load_file(path / FILES[1]))
     except (RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} belongs to another model: {error}") from error
@@ -226,6 +234,14 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
+def _restore_model(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Load a model's tensors; of tied ones any name will do. Raises RuntimeError if they are another model's."""
+    targets = model.state_dict(keep_vars=True)
+    given = {targets[name]: tensor for name, tensor in tensors.items() if name in targets}
+    placed = {name: place_like(target, given[target]) for name, target in targets.items() if target in given}
+    model.load_state_dict({**tensors, **placed})
+
+
 def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Undo `_optimizer_tensors`. Raises KeyError for a tensor of a parameter that the model lacks."""
     slots: dict[str, dict[str, torch.Tensor]] = {}
@@ -237,8 +253,13 @@ def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tenso
     unknown = slots.keys() - set(order)
     if unknown:
         raise KeyError(f"optimizer tensors of unknown parameters {sorted(unknown)[:3]}")
-    _check_slots(dict(model.named_parameters()), slots)
-    state = {index: slots[name] for index, name in enumerate(order) if name in slots}
+    parameters = {name: parameter for parameter, name in names.items()}
+    _check_slots(parameters, slots)
+    state = {
+        index: {slot: place_like(parameters[name], value) for slot, value in slots[name].items()}
+        for index, name in enumerate(order)
+        if name in slots
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -129,6 +129,8 @@ class LoopConfig:
         keep_every: Steps between checkpoints that are kept for good, a multiple of save_every; null keeps none.
         skip_nonfinite: Steps of a run, at most, that are left out, without an update, because their loss or gradient
             is not finite; one more stops the run.
+        processes: Processes that the run must have, all machines together; any other number is an error. null takes
+            what the launcher says.
         trackers: Trackers of accelerate by name, e.g. tensorboard, wandb; [] is none.
     """
 
@@ -143,6 +145,7 @@ class LoopConfig:
     keep: int = 2
     keep_every: int | None = None
     skip_nonfinite: int = 0
+    processes: int | None = None
     trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
@@ -155,6 +158,8 @@ class LoopConfig:
         require(
             "loop.keep_every", self.keep_every, kept, f"a multiple of loop.save_every ({self.save_every}), or null"
         )
+        processes = self.processes is None or self.processes >= 1
+        require("loop.processes", self.processes, processes, "1 or above, or null")
         samples = self.val_samples is None or self.val_samples >= 1
         require("loop.val_samples", self.val_samples, samples, "1 or above, or null")
 
@@ -207,7 +212,7 @@ class RunConfig:
 HARMLESS = frozenset(
     {"out", "resume"}
     | {f"loop.{key}" for key in ("micro_batch_size", "compile", "log_every", "val_every", "visualize")}
-    | {f"loop.{key}" for key in ("save_every", "keep", "keep_every", "skip_nonfinite", "trackers")}
+    | {f"loop.{key}" for key in ("save_every", "keep", "keep_every", "skip_nonfinite", "processes", "trackers")}
 )
 """Keys that may change when a run is resumed: they say how it is run and recorded, not what is trained."""
 

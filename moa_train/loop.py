@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from accelerate.utils import gather_object, send_to_device, set_seed
 from safetensors import SafetensorError
 from torch import Tensor
 
-from moa_train import checkpoint
+from moa_train import checkpoint, parallel
 from moa_train.checkpoint import (
     DamagedCheckpoint,
     Generators,
@@ -65,11 +65,7 @@ def run(
         accelerator = None
         try:
             check_trackers(config.loop.trackers)
-            accelerator = Accelerator(
-                mixed_precision="bf16" if config.loop.precision == "bf16" else "no",
-                log_with=list(config.loop.trackers) or None,
-                project_dir=config.folder / "trackers",
-            )
+            accelerator = parallel.start(config.loop, config.folder / "trackers")
             set_seed(config.seed)
             with accelerator.local_main_process_first():
                 task = build_task()
@@ -127,9 +123,8 @@ class Trainer:
 
         self.bare = task.model.to(self.device)
         self.costs = self._measure_costs()
-        if config.loop.compile:
-            self.bare.compile()  # in place: the names in the state dict stay
-        self.model = accelerator.prepare_model(self.bare)
+        self.spread = parallel.Spread(self.bare, accelerator, compiled=config.loop.compile)
+        self.model = self.spread.model
         self.optimizer = self._build_optimizer()
 
         self.state, self.generators, self.begun_saving = State(), Generators(), -1
@@ -156,7 +151,9 @@ class Trainer:
 
         by_muon = self._hidden_matrices() if self.config.optim.algorithm == "muon" else None
         flops = self.task.forward_flops_per_sample
-        return measure_costs(self.bare, loss, self.task.example_batch, flops, by_muon or ())
+        costs = measure_costs(self.bare, loss, self.task.example_batch, flops, by_muon or ())
+        shards = self.plan.world_size if parallel.shards_wanted() else 1
+        return replace(costs, state_bytes=costs.state_bytes // shards)
 
     def run(self) -> int:
         """Announce, train, export; return the exit code."""
@@ -185,7 +182,7 @@ class Trainer:
             begin, generators = time.perf_counter(), get_generators(self.device)
             lr = self.plan.lr_at(self.state.step)
             loss, gradients = self._accumulate(batches)
-            grad_norm = torch.nn.utils.get_total_norm(gradients)
+            grad_norm = parallel.total_norm(gradients)
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite:
                 self._update(lr, grad_norm)
@@ -208,7 +205,7 @@ class Trainer:
         self.micro_batches.clear()
         for left in reversed(range(self.plan.accumulation)):
             batch = send_to_device(next(batches), self.device, non_blocking=True)
-            with self.accelerator.no_sync(self.model) if left else contextlib.nullcontext():
+            with self.spread.no_sync() if left else contextlib.nullcontext():
                 loss = self.task.loss(self.model, batch) / self.plan.accumulation
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -276,16 +273,22 @@ class Trainer:
             losses = self._validation_losses()
             if losses is None:
                 return False
-            if self.accelerator.is_main_process and self.config.loop.visualize:
-                with self.journal.despite_full_disk("a picture or a note of what the model does"):
-                    self.task.visualize(self.bare, self.folder.path, step)
+            if self.config.loop.visualize:
+                self._visualize(step)
         self.journal.val_row(losses)
         self.state.validated = step
         return True
 
+    def _visualize(self, step: int) -> None:
+        with self.spread.whole() as model:
+            if model is not None:  # on the main process
+                with self.journal.despite_full_disk("a picture or a note of what the model does"):
+                    self.task.visualize(model, self.folder.path, step)
+
     def _validation_losses(self) -> dict[str, float] | None:
         """Return the held-out losses, averaged over samples, all processes together; None if a stop request came."""
         batches = iter(self.task.val_batches(self.share))
+        seen = self.task.example_batch(1)
         sums = torch.zeros(1 + len(self.task.val_names), dtype=torch.float64)  # weights, then each loss
         while True:
             batch = next(batches, None)
@@ -294,8 +297,12 @@ class Trainer:
                 return None
             if not more:
                 break
-            if batch is not None:  # else only other processes have some left
-                losses = self.task.val_losses(self.bare, send_to_device(batch, self.device, non_blocking=True))
+            mine = batch is not None  # else only other processes have some left
+            if not (mine or self.spread.sharded):
+                continue
+            seen = batch if mine else seen  # in shards, every process takes part in every forward pass
+            losses = self.task.val_losses(self.bare, send_to_device(seen, self.device, non_blocking=True))
+            if mine:
                 values = torch.stack([losses[name] for name in self.task.val_names]).cpu().double()
                 weights = losses[WEIGHT].cpu().double() if WEIGHT in losses else torch.ones(values.shape[1]).double()
                 sums += torch.cat([weights.sum()[None], values @ weights])
@@ -309,6 +316,7 @@ class Trainer:
         self.bare.eval()
         with torch.no_grad():
             yield
+        self.spread.rest()
         self.bare.train()
         set_generators(generators, self.device)
 
@@ -332,8 +340,9 @@ class Trainer:
             self._tell_of_saving(wait=True)  # one at a time
             self.journal.note_memory()
             everyones = of_all_processes(generators, self.accelerator)
-            if self.accelerator.is_main_process:
-                tensors = checkpoint.snapshot(self.bare, self.optimizer, everyones)
+            main = self.accelerator.is_main_process
+            tensors = checkpoint.snapshot(self.bare, self.optimizer, everyones, main=main)
+            if main:
                 self.saver.begin(self._saved_state(), tensors)
         if wait:
             self._tell_of_saving(wait=True)
@@ -425,14 +434,17 @@ class Trainer:
             )
 
     def _export(self) -> None:
-        if self.accelerator.is_main_process:
-            bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            try:
-                with new_folder(self.folder.path / "export") as folder:
-                    self.task.export(bare.eval(), folder)
-            except (OSError, SafetensorError) as error:
-                raise NotSaved(
-                    f"the trained model could not be exported: {error}. Its last checkpoint is in "
-                    f"{self.folder.checkpoints}; the same command exports it"
-                ) from error
+        with self.spread.whole() as model:
+            if model is not None:  # on the main process
+                self._write_export(self.accelerator.unwrap_model(model, keep_fp32_wrapper=False))
         self.accelerator.wait_for_everyone()
+
+    def _write_export(self, model: torch.nn.Module) -> None:
+        try:
+            with new_folder(self.folder.path / "export") as folder:
+                self.task.export(model.eval(), folder)
+        except (OSError, SafetensorError) as error:
+            raise NotSaved(
+                f"the trained model could not be exported: {error}. Its last checkpoint is in "
+                f"{self.folder.checkpoints}; the same command exports it"
+            ) from error

@@ -1,4 +1,4 @@
-"""Muon for stacks of matrices, such as a layer's experts: torch.optim.Muon's arithmetic, a whole stack at a time."""
+"""Muon for stacks of matrices, as experts are, and for matrices in shards: torch.optim.Muon's arithmetic."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from moa_train.parallel import full, local, place_like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that an iteration applies to the singular values (Keller Jordan's Muon, and torch.optim.Muon)."""
@@ -35,21 +37,26 @@ UPDATE_SCALES = {
 class StackedMuon(torch.optim.Optimizer):
     """Muon for parameters of shape (E, A, B), each of whose E matrices (A, B) is orthogonalized on its own.
 
-    Each matrix W takes the same step as in `torch.optim.Muon`, which knows matrices only. With gradient G, momentum m
-    and rate r: M <- m M + (1 - m) G, then W <- (1 - r weight_decay) W - r scale(A, B) orthogonalize(m M + (1 - m) G).
-    A stack's matrices share their products, so the two agree up to the rounding of bfloat16. The state of a parameter
-    is one tensor, "momentum_buffer". A matrix whose gradient is zero, as that of an expert without a token in a step,
-    is stepped in full along its momentum: the size of an update does not depend on that of the gradient.
+    Each matrix W takes the same step as in `torch.optim.Muon`, which knows matrices only, and these only whole. With
+    gradient G, momentum m and rate r: M <- m M + (1 - m) G, then W <- (1 - r weight_decay) W - r scale(A, B)
+    orthogonalize(m M + (1 - m) G). A stack's matrices share their products, so the two agree up to the rounding of
+    bfloat16. The state of a parameter is one tensor, "momentum_buffer". A matrix whose gradient is zero, as that of
+    an expert without a token in a step, is stepped in full along its momentum: the size of an update does not depend
+    on that of the gradient.
+
+    Parameters may be in shards of their first dimension (FSDP2), and their momentum is then. Of a stack each process
+    has whole matrices and steps them alone. A matrix (A, B), a stack of one, is gathered: its momentum blended with
+    its gradient is orthogonalized on every process, which keeps its own rows.
 
     Args:
-        params: Parameters (E, A, B) or groups of them.
+        params: Parameters (E, A, B) or (A, B), or groups of them.
         lr: Rate.
         weight_decay: Decoupled weight decay.
         momentum: Nesterov momentum, in [0, 1).
         adjust_lr_fn: A key of `UPDATE_SCALES`.
 
     Raises:
-        ValueError: a parameter is no stack of matrices, or `adjust_lr_fn` is unknown.
+        ValueError: a parameter is neither a matrix nor a stack of them, or `adjust_lr_fn` is unknown.
     """
 
     def __init__(
@@ -66,12 +73,14 @@ class StackedMuon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of stacks. Raises ValueError for a parameter that is none."""
+        """Add a group of matrices and stacks. Raises ValueError for a parameter that is neither."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            if parameter.ndim != 3:
+            if parameter.ndim not in (2, 3):
                 shape = tuple(parameter.shape)
-                raise ValueError(f"a parameter has the shape {shape}; it must be a stack of matrices (E, A, B)")
+                raise ValueError(
+                    f"a parameter has the shape {shape}; it must be a matrix (A, B) or a stack of matrices (E, A, B)"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -85,9 +94,10 @@ class StackedMuon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                update = orthogonalize(_look_ahead(self.state[parameter], parameter.grad, group["momentum"]))
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * scale(*parameter.shape[1:]))
+                update = _orthogonal(_look_ahead(self.state[parameter], parameter.grad, group["momentum"]))
+                own = local(parameter)
+                own.mul_(1 - group["lr"] * group["weight_decay"])
+                own.add_(update, alpha=-group["lr"] * scale(*parameter.shape[-2:]))
         return loss
 
 
@@ -96,6 +106,13 @@ def _look_ahead(state: dict[str, Tensor], gradient: Tensor, momentum: float) -> 
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = torch.zeros_like(gradient)
     return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
+
+
+def _orthogonal(blend: Tensor) -> Tensor:
+    """Return this process's part of the orthogonalized matrices (E, A, B) or matrix (A, B)."""
+    if blend.ndim == 3:  # in shards of whole matrices
+        return orthogonalize(local(blend))
+    return local(place_like(blend, orthogonalize(full(blend)[None])[0]))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

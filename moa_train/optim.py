@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from moa_train.config import OptimConfig
@@ -90,10 +91,10 @@ def build_optimizer(
 ) -> Optimizer:
     """Return the optimizer of all trainable parameters that `config.algorithm` names.
 
-    adamw: AdamW over `parameter_groups`. muon: the parameters in `hidden_matrices` go to Muon, matrices to torch's
-    and stacks of matrices to `StackedMuon`; all others go to AdamW, at `config.adamw_lr_scale` times the rate (their
-    groups' "lr_scale"). Weight decay as in `parameter_groups`. AdamW is fused where that is asked for and the
-    parameters' device has the kernel.
+    adamw: AdamW over `parameter_groups`. muon: the parameters in `hidden_matrices` go to Muon, matrices to torch's,
+    stacks of matrices and whatever is in shards to `StackedMuon`; all others go to AdamW, at `config.adamw_lr_scale`
+    times the rate (their groups' "lr_scale"). Weight decay as in `parameter_groups`. AdamW is fused where that is
+    asked for and the parameters' device has the kernel.
 
     Args:
         model: The model, on its device.
@@ -194,7 +195,10 @@ def _muon_and_adamw(
     for group in others:
         group["lr_scale"] = config.adamw_lr_scale
     muon: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "adjust_lr_fn": config.muon_scale}
-    optimizers: list[Optimizer] = [Muon(matrices, **muon)] if matrices else []
+    in_shards = any(isinstance(parameter, DTensor) for parameter in hidden.values())
+    optimizers: list[Optimizer] = []
+    if matrices:
+        optimizers.append(StackedMuon(matrices, **muon) if in_shards else Muon(matrices, **muon))
     optimizers += [StackedMuon(stacks, **muon)] if stacks else []
     optimizers += [_adamw(others, config)] if others else []
     return optimizers

@@ -93,11 +93,14 @@ class Task(Protocol):
         ...
 
     def visualize(self, model: nn.Module, folder: Path, step: int) -> None:
-        """Draw what the model does on held-out samples into the run folder `folder`."""
+        """Draw what the model does on held-out samples into the run folder `folder`.
+
+        Asked on the main process only, with `model` whole: it need not be the task's own, which may be in shards.
+        """
         ...
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Write the trained model, in the form in which others load it, into the empty `folder`."""
+        """Write the trained model, in the form in which others load it, into the empty `folder`; as `visualize`."""
         ...
 
 

@@ -191,13 +191,14 @@ class MAETask:
         """Draw the same few held-out images, masked and reconstructed, each time, and note how their tokens mix."""
         if self._shown is None:
             return
+        assert isinstance(model, MAE)
         images, noise, keys = self._shown
         images, noise = (tensor.to(next(model.parameters()).device) for tensor in (images, noise))
         images = self._normalized(images)
-        maps = mixing_maps(self.mae, images, noise)
-        save_mixing(maps, keys, self.mae.grid_size, folder / "mixing", step=step)
+        maps = mixing_maps(model, images, noise)
+        save_mixing(maps, keys, model.grid_size, folder / "mixing", step=step)
         save_reconstructions(
-            self.mae,
+            model,
             images,
             noise,
             keys,
@@ -209,7 +210,8 @@ class MAETask:
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the encoder for timm, and the whole autoencoder beside it."""
-        export_encoder(self.mae, folder, self.data.mean, self.data.std)
+        assert isinstance(model, MAE)
+        export_encoder(model, folder, self.data.mean, self.data.std)
 
     @cached_property
     def _shown(self) -> tuple[Tensor, Tensor, list[str]] | None:

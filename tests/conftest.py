@@ -1,11 +1,16 @@
 """Settings of every test."""
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parent.parent
 
 os.environ.setdefault("MOA_FFN_COMPILE", "0")  # compiling costs seconds a process; tests/ffn/test_compiled.py does it
 
@@ -23,3 +28,24 @@ def fuzzing():
 def fuzz(request, fuzzing):
     """`fuzzing.run`, in a short form that is always the same and a long one that is marked slow."""
     return partial(fuzzing.run, thorough=request.param == "long")
+
+
+@pytest.fixture(scope="session")
+def two_processes():
+    """two_processes(jobs, folder) runs jobs one after the other in two gloo processes, and returns what it printed.
+
+    A job is {"main": module or script, "arguments": [...]}, with "fsdp": True to be in shards; see two_processes.py.
+    """
+
+    def launch(jobs, folder):
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        config = ["--config_file", str(ROOT / "configs/accelerate/cpu_2.yaml")]
+        script = [str(ROOT / "tests/two_processes.py"), str(folder / "jobs.json")]
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        command = [sys.executable, "-m", "accelerate.commands.launch", *config, *script]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result
+
+    return launch

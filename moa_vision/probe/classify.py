@@ -323,8 +323,9 @@ class LinearTask(Classifier):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write encoder and probe as one timm classifier."""
-        weight, bias = self.probe.folded_head()
-        state = {**self.probe.encoder.state_dict(), "head.weight": weight, "head.bias": bias}
+        assert isinstance(model, LinearProbe)
+        weight, bias = model.folded_head()
+        state = {**model.encoder.state_dict(), "head.weight": weight, "head.bias": bias}
         pooling = {"global_pool": "token"} if self.recipe.pool == "cls" else {"global_pool": "avg", "fc_norm": False}
         self.encoder.export_classifier(state, self.num_classes, folder, **pooling)
 
@@ -371,7 +372,7 @@ class FinetuneTask(Classifier):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the classifier."""
-        self.encoder.export_classifier(self.vit.state_dict(), self.num_classes, folder, global_pool="avg")
+        self.encoder.export_classifier(model.state_dict(), self.num_classes, folder, global_pool="avg")
 
 
 def layer_groups(model: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

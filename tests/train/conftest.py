@@ -82,3 +82,9 @@ def make_runs():
 @pytest.fixture
 def runs(tmp_path):
     return Runs(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def toy_runs():
+    """toy_runs(folder) -> `Runs` there."""
+    return Runs

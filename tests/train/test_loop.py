@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -61,28 +58,6 @@ def test_clipping(runs):
     norms = [row["grad_norm"] for row in runs.rows("run", "train")]
     assert norms[0] == runs.rows("free", "train")[0]["grad_norm"] > 0.1, "the norm before clipping is recorded"
     assert runs.final("run") != runs.final("free")
-
-
-def two_processes(runs, name, **changed):
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    port = ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launch, *port, str(runs.script), *runs.arguments(name, **changed)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def test_two_processes_have_the_losses_of_one(runs):
-    result = two_processes(runs, "two", model__dropout=0.0, loop__micro_batch_size=2)
-    assert result.returncode == 0, result.stderr
-    assert runs("one", model__dropout=0.0, loop__micro_batch_size=2) == 0
-    assert runs.json("two", "env.json")["world_size"] == 2
-    one, two = runs.rows("one"), runs.rows("two")
-    assert [(row["kind"], row["step"], row["samples"]) for row in one] == [
-        (row["kind"], row["step"], row["samples"]) for row in two
-    ]
-    for key in ("loss", "lr", "grad_norm"):
-        assert [r.get(key, 0) for r in two] == pytest.approx([r.get(key, 0) for r in one], rel=1e-6)
-    assert result.stdout.count("finished") == 1, "only the main process speaks"
 
 
 def test_not_finite_stops_before_the_step_and_can_be_continued(runs, capsys):

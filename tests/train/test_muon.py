@@ -141,7 +141,7 @@ def test_closure():
     assert optimizer.step(closure).item() == 24 and (stack < 1).all()
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 5)], ids=str)
 def test_a_parameter_that_is_no_stack_is_refused(shape):
     with pytest.raises(ValueError, match=r"has the shape \(.*stack of matrices \(E, A, B\)"):
         StackedMuon([nn.Parameter(torch.zeros(shape))])

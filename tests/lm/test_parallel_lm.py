@@ -1,0 +1,126 @@
+"""A language model trained by two processes, whole in each or in shards, against one process."""
+
+import json
+
+import pytest
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from moa_lm.pretrain import main
+from moa_lm.token_shards import TokenSettings, make_tokens
+
+SMALL = {
+    "model.size": "dense-micro",
+    "model.ffn": "qdmoa",
+    "model.args.hidden_size": 32,
+    "model.args.intermediate_size": 48,
+    "model.args.num_hidden_layers": 3,
+    "data.sequence_length": 16,
+    "data.document_mask": "true",
+    "optim.lr": 1e-3,
+    "schedule.tokens": 20 * 8 * 16,
+    "schedule.batch_size": 8,
+    "schedule.warmup_steps": 4,
+    "loop.micro_batch_size": 4,
+    "loop.log_every": 1,
+    "loop.val_every": 10,
+    "loop.save_every": 20,
+    "loop.val_samples": 5,
+    "loop.visualize": 2,
+    "loop.trackers": "[]",
+}
+DENSE = {"model.args.tie_word_embeddings": "true", "model.gradient_checkpointing": "true"}
+EXPERTS = {
+    "model.size": "moe-micro",
+    "model.args.moe_intermediate_size": 24,
+    "optim.algorithm": "muon",
+}
+MODELS = {"dense": (DENSE, 1e-6), "experts": (EXPERTS, 1e-3)}
+COMPILED = {"loop.compile": "true", "loop.precision": "bf16", "schedule.tokens": 4 * 8 * 16, "loop.val_every": 4}
+WAYS = {"ddp": False, "fsdp": True}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """Four hundred documents of a few words; a tenth is held out."""
+    folder = tmp_path_factory.mktemp("tokens")
+    words = ("king", "had", "daughter", "more", "beautiful", "than", "other", "sea")
+    texts = [" ".join(words[(n * k) % 8] for k in range(1, 21)) + f" {n}." for n in range(400)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    make_tokens([str(folder / "text.jsonl")], folder / "set", TokenSettings(train_bpe=300, val_fraction=0.1))
+    return folder / "set"
+
+
+def launch(tokens, out, two_processes, variants):
+    """Run every variant on one process (NAME), and on two (NAME_ddp, NAME_fsdp)."""
+    (out / "empty.yaml").write_text("seed: 0")
+
+    def arguments(name, settings):
+        paths = {"data.train": tokens / "train", "data.val": tokens / "val", "name": name, "out": out}
+        return [f"--config={out}/empty.yaml", *(f"--{key}={v}" for key, v in (SMALL | paths | settings).items())]
+
+    jobs = [
+        {"main": "moa_lm.pretrain", "arguments": arguments(f"{name}_{way}", settings), "fsdp": fsdp}
+        for name, settings in variants.items()
+        for way, fsdp in WAYS.items()
+    ]
+    two_processes(jobs, out)
+    for name, settings in variants.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert main(arguments(name, settings)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def launched(tokens, tmp_path_factory, two_processes):
+    variants = {name: settings for name, (settings, _) in MODELS.items()}
+    return launch(tokens, tmp_path_factory.mktemp("parallel"), two_processes, variants)
+
+
+def rows(folder, kind):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if row["kind"] == kind]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MODELS)
+def test_two_processes_have_the_losses_of_one(name, way, launched):
+    """Muon's iteration is in bfloat16, so that sums in another order show."""
+    one, two = launched / name, launched / f"{name}_{way}"
+    assert len(rows(one, "train")) == 20 and len(rows(one, "val")) == 2
+    for kind in ("train", "val"):
+        before, after = rows(one, kind), rows(two, kind)
+        assert [row["tokens"] for row in before] == [row["tokens"] for row in after]
+        for key in before[0].keys() & {"loss", "aux_loss", "z_loss"}:
+            assert [r[key] for r in after] == pytest.approx([r[key] for r in before], rel=MODELS[name][1])
+    seen = json.loads((two / "spread.json").read_text())
+    where = "shard" if WAYS[way] else "whole"
+    assert (seen["world_size"], seen["parameters"], seen["optimizer"]) == (2, [where], [where])
+    assert seen["held"] < 0.6 * seen["all"] if WAYS[way] else seen["held"] == seen["all"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_it_leaves_is_the_same(name, way, launched):
+    one, two = launched / name, launched / f"{name}_{way}"
+    for file in ("model", "optimizer"):
+        path = f"checkpoints/step_00000020/{file}.safetensors"
+        before, after = load_file(one / path), load_file(two / path)
+        assert {key: tensor.shape for key, tensor in before.items()} == {key: t.shape for key, t in after.items()}
+    trees = [{p.relative_to(f) for p in f.rglob("*.json") if p.name != "spread.json"} for f in (one, two)]
+    assert trees[0] == trees[1] and any(path.parts[0] == "mixing" for path in trees[0])
+    model = AutoModelForCausalLM.from_pretrained(two / "export")
+    saved = load_file(two / "checkpoints/step_00000020/model.safetensors")
+    assert all((dict(model.named_parameters())[name] == tensor).all() for name, tensor in saved.items())
+
+
+@pytest.mark.slow
+def test_compiled_in_bf16_too(tokens, tmp_path, two_processes):
+    variants = {name: settings | COMPILED for name, (settings, _) in MODELS.items()}
+    out = launch(tokens, tmp_path, two_processes, variants)
+    for name in variants:
+        before = [row["loss"] for row in rows(out / name, "train") + rows(out / name, "val")]
+        for way in WAYS:
+            after = [row["loss"] for row in rows(out / f"{name}_{way}", "train") + rows(out / f"{name}_{way}", "val")]
+            assert after == pytest.approx(before, rel=5e-3), (name, way)

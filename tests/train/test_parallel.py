@@ -1,0 +1,218 @@
+"""Two processes, the model whole or in shards, take the steps of one; a run has as many as were asked for."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from moa_train.muon import StackedMuon
+from moa_train.parallel import blocks, full, local, place_like, total_norm
+from moa_train.signals import EXIT_STOPPED
+
+CONFIGS = Path(__file__).parents[2] / "configs/accelerate"
+PLAIN = {"model__dropout": 0.0, "schedule__epochs": 4, "loop__micro_batch_size": 4}
+CLIPPED = {**PLAIN, "loop__micro_batch_size": 1, "optim__clip_grad": 0.3}
+WAYS = {"ddp": False, "fsdp": True}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, two_processes, toy_runs):
+    """All that two processes do here: folder, and what was printed."""
+    runs = toy_runs(tmp_path_factory.mktemp("parallel"))
+
+    def job(name, fsdp, code=0, **changed):
+        return {
+            "main": str(runs.script),
+            "arguments": runs.arguments(name, **changed),
+            "fsdp": fsdp,
+            "code": code,
+        }
+
+    moves = {**PLAIN, "schedule__epochs": 4}
+    assert runs("moved", **moves, model__stop_at=4) == EXIT_STOPPED
+    result = two_processes(
+        [
+            *(job(way, fsdp, **PLAIN) for way, fsdp in WAYS.items()),
+            *(job(f"{way}_clipped", fsdp, **CLIPPED) for way, fsdp in WAYS.items()),
+            job("moved", False, EXIT_STOPPED, **moves, model__stop_at=9),
+            job("moved", True, EXIT_STOPPED, **moves, model__stop_at=14),
+            job("refused", True, 2, **{**PLAIN, "loop__micro_batch_size": 3}),
+        ],
+        runs.out,
+    )
+    assert runs("moved", **moves) == 0
+    assert runs("one", **PLAIN) == 0
+    assert runs("one_clipped", **CLIPPED) == 0
+    return runs, result
+
+
+def assert_same_rows(runs, name, other):
+    one, two = runs.rows(name), runs.rows(other)
+    assert [(row["kind"], row["step"], row["samples"]) for row in two] == [
+        (row["kind"], row["step"], row["samples"]) for row in one
+    ]
+    for key in ("loss", "loss_norm", "lr", "grad_norm"):
+        assert [r.get(key, 0) for r in two] == pytest.approx([r.get(key, 0) for r in one], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["", "_clipped"], ids=["plain", "accumulated-and-clipped"])
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_take_the_steps_of_one(launched, way, kind):
+    runs, _ = launched
+    assert len(runs.rows(f"one{kind}", "train")) == 20
+    assert_same_rows(runs, f"one{kind}", f"{way}{kind}")
+    seen = runs.json(f"{way}{kind}", "spread.json")
+    where = "shard" if WAYS[way] else "whole"
+    assert (seen["world_size"], seen["parameters"], seen["optimizer"]) == (2, [where], [where])
+    assert (seen["model"] == "DistributedDataParallel") is not WAYS[way]
+    assert seen["held"] < seen["all"] if WAYS[way] else seen["held"] == seen["all"]
+
+
+def test_a_checkpoint_moves_from_one_process_to_ddp_to_shards_and_back(launched):
+    runs, _ = launched
+    assert_same_rows(runs, "one", "moved")
+    one, moved = runs.final("one"), runs.final("moved")
+    names = {key for key in one if key[0] != "generators.safetensors"}
+    assert names == {key for key in moved if key[0] != "generators.safetensors"}
+
+
+def test_the_files_are_those_of_one_process_and_none_is_a_pickle(launched):
+    runs, _ = launched
+    trees = [
+        {str(path.relative_to(runs.out / name)) for path in (runs.out / name).rglob("*") if path.is_file()}
+        for name in ("one", "fsdp")
+    ]
+    assert trees[1] - trees[0] == {"spread.json"} and not trees[0] - trees[1]
+    assert {Path(name).suffix for name in trees[0]} <= {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ""}
+    exported = [(runs.out / name / "export/weights.txt").read_text() for name in ("one", "fsdp")]
+    numbers = [torch.tensor(list(flat(yaml.safe_load(text)))) for text in exported]
+    torch.testing.assert_close(*numbers)
+
+
+def flat(nested):
+    return itertools.chain.from_iterable(map(flat, nested)) if isinstance(nested, list) else [nested]
+
+
+def test_an_impossible_split_is_refused_with_the_nearest_that_work(launched):
+    runs, result = launched
+    assert (
+        "must be a multiple of 6 (2 processes x loop.micro_batch_size 3): the nearest are 6 and 12" in result.stderr
+    )
+    assert "or keep it with loop.micro_batch_size 2" in result.stderr and not (runs.out / "refused").exists()
+
+
+NOBODY = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+NOBODY += ("SLURM_NTASKS", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION")
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes", "told"),
+    [
+        ({}, 2, "loop.processes asks for 2 processes, but there is 1"),
+        ({"WORLD_SIZE": "2"}, None, "WORLD_SIZE asks for 2 processes, but there is 1"),
+        ({"WORLD_SIZE": "2"}, 1, "WORLD_SIZE asks for 2"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, None, "OMPI_COMM_WORLD_SIZE asks for 4"),
+        ({"SLURM_NTASKS": "8"}, None, "SLURM_NTASKS asks for 8"),
+        (
+            {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"},
+            None,
+            "started one, as it does for MULTI_CPU",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, None, "fsdp_version is 1"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, None, "ACCELERATE_USE_DEEPSPEED"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, None, "FSDP_OFFLOAD_PARAMS"),
+        ({}, 0, "loop.processes is 0; it must be 1 or above, or null"),
+    ],
+    ids=["key", "torchrun", "both", "mpi", "slurm", "multi-cpu", "fsdp1", "deepspeed", "offload", "zero"],
+)
+def test_other_processes_than_asked_for_are_refused_before_anything_is_built(
+    runs, environment, processes, told, monkeypatch, capsys
+):
+    for name in NOBODY:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runs.toy.ToyTask, "__init__", lambda task, config: pytest.fail("the task was built"))
+    given = {} if processes is None else {"loop__processes": processes}
+    try:
+        code = runs("run", **given)
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2 and told in capsys.readouterr().err and not (runs.out / "run").exists()
+
+
+def test_what_slurm_says_of_the_job_gives_way(runs, monkeypatch):
+    """To loop.processes, and to the number of tasks of the step."""
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert runs("stated", loop__processes=1) == 0
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert runs("step") == 0
+
+
+EXPECTED = {
+    "single_gpu": ("NO", 1, 1),
+    "gpus_8": ("MULTI_GPU", 1, 8),
+    "nodes_2x8": ("MULTI_GPU", 2, 16),
+    "fsdp2": ("FSDP", 1, 8),
+    "cpu_2": ("MULTI_GPU", 1, 2),
+}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_each_file(path):
+    config = load_config_from_file(str(path))
+    found = (config.distributed_type.value, config.num_machines, config.num_processes)
+    assert found == EXPECTED[path.stem] and config.mixed_precision == "no" and not config.use_cpu
+    assert (config.fsdp_config.get("fsdp_version") == 2) is (path.stem == "fsdp2")
+    header = path.read_text().partition("\ncompute_environment")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert f"--config_file configs/accelerate/{path.name}" in header and "# Use it:" in header
+
+
+def test_there_is_a_file_for_each_kind_of_machine():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(EXPECTED)
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Linear(2, 2)) for _ in range(3)])})
+        self.decoder = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        self.head = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2))
+
+
+def test_blocks_are_the_items_of_outermost_lists_of_alike_modules():
+    model = Nested()
+    assert blocks(model) == [*model.body["layers"].children(), *model.decoder]
+    assert blocks(nn.Sequential(nn.Linear(2, 2))) == [], "the model itself is no list in it"
+
+
+def test_without_shards_tensors_stay_what_they_are():
+    tensor = torch.randn(3, 4)
+    assert full(tensor) is tensor and local(tensor) is tensor and place_like(torch.empty(3, 4), tensor) is tensor
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=5), min_size=1, max_size=5))
+def test_the_norm_is_that_of_all_numbers(values):
+    expected = math.sqrt(sum(value * value for row in values for value in row))
+    assert float(total_norm([torch.tensor(row) for row in values])) == pytest.approx(expected, rel=1e-5, abs=1e-30)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (7, 1)], ids=str)
+def test_a_matrix_is_stepped_as_torchs_muon_steps_it(shape):
+    torch.manual_seed(0)
+    weight, gradient = 0.1 * torch.randn(shape), torch.randn(shape)
+    steps = []
+    for kind in (StackedMuon, torch.optim.Muon):
+        parameter = nn.Parameter(weight.clone())
+        parameter.grad = gradient.clone()
+        kind([parameter], lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw").step()
+        steps.append(parameter.detach() - weight)
+    assert (steps[0] - steps[1]).norm() < 1e-2 * steps[1].norm()  # the rounding of bfloat16

@@ -1,0 +1,87 @@
+"""A masked autoencoder trained by two processes, whole in each or in shards, against one process."""
+
+import json
+
+import pytest
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from moa_vision.export import load_mae
+from moa_vision.pretrain import main
+
+WAYS = {"ddp": False, "fsdp": True}
+COMPILED = {"loop.compile": "true", "loop.precision": "bf16", "schedule.epochs": 1}
+
+
+@pytest.fixture
+def launch(tmp_path, shards, write_tar, photos, encode, two_processes):
+    """launch(**changed) runs 20 steps on one process ("one") and on two ("ddp", "fsdp")."""
+    write_tar(tmp_path / "held-out.tar", [(f"{i}.jpg", encode(photo)) for i, photo in enumerate(photos[:3])])
+    encoder = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
+    values = {
+        "out": tmp_path,
+        "model.encoder": "vit_tiny_patch16_qdmoa",
+        "model.img_size": [16, 24],
+        "model.encoder_args": json.dumps(encoder),
+        "model.decoder_dim": 16,
+        "model.decoder_depth": 2,
+        "model.decoder_heads": 2,
+        "data.train": shards,
+        "data.val": tmp_path / "held-out.tar",
+        "data.workers": 0,
+        "schedule.epochs": 5,
+        "schedule.warmup_epochs": 1,
+        "schedule.batch_size": 8,
+        "loop.micro_batch_size": 4,
+        "loop.log_every": 1,
+        "loop.val_every": 10,
+        "loop.save_every": 20,
+        "loop.visualize": 2,
+        "loop.trackers": "[]",
+    }
+    (tmp_path / "empty.yaml").write_text("seed: 0")
+
+    def launch(**changed):
+        def arguments(name):
+            given = values | {"name": name} | {key.replace("__", "."): value for key, value in changed.items()}
+            return [f"--config={tmp_path}/empty.yaml", *(f"--{key}={value}" for key, value in given.items())]
+
+        jobs = [{"main": "moa_vision.pretrain", "arguments": arguments(way), "fsdp": WAYS[way]} for way in WAYS]
+        two_processes(jobs, tmp_path)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert main(arguments("one")) == 0
+        return tmp_path
+
+    return launch
+
+
+def rows(folder, kind):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if row["kind"] == kind]
+
+
+def test_two_processes_have_the_losses_of_one(launch):
+    out = launch()
+    assert len(rows(out / "one", "train")) == 20
+    for way, fsdp in WAYS.items():
+        for kind in ("train", "val"):
+            one, two = rows(out / "one", kind), rows(out / way, kind)
+            assert [row["samples"] for row in one] == [row["samples"] for row in two]
+            assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-6), way
+        seen = json.loads((out / way / "spread.json").read_text())
+        where = "shard" if fsdp else "whole"
+        assert (seen["world_size"], seen["parameters"], seen["optimizer"]) == (2, [where], [where])
+        saved = load_file(out / way / "checkpoints/step_00000020/model.safetensors")
+        exported = load_mae(out / way / "export").state_dict()
+        assert all((exported[name] == tensor).all() for name, tensor in saved.items())
+        files = [{p.name for p in (out / name).rglob("*") if p.name != "spread.json"} for name in ("one", way)]
+        assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_compiled_in_bf16_too(launch):
+    out = launch(**COMPILED)
+    before = [row["loss"] for row in rows(out / "one", "train") + rows(out / "one", "val")]
+    for way in WAYS:
+        after = [row["loss"] for row in rows(out / way, "train") + rows(out / way, "val")]
+        assert after == pytest.approx(before, rel=5e-3), way
