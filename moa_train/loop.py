@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
@@ -30,6 +29,7 @@ from moa_train.checkpoint import (
 )
 from moa_train.config import HARMLESS, STARTS_ANEW, RunConfig, as_tree, differing_keys
 from moa_train.durable import new_folder
+from moa_train.failures import Together
 from moa_train.journal import Journal, State, check_trackers
 from moa_train.optim import build_optimizer, describe_groups, set_rate
 from moa_train.plan import Costs, make_plan, measure_costs
@@ -61,28 +61,24 @@ def run(
         harmless: Keys that may change between sessions of a run.
         expected: Errors of the task whose message is enough, without a traceback.
     """
-    with StopRequests() as stop:
-        accelerator = None
+    with StopRequests() as stop, contextlib.ExitStack() as cleanup, Together() as together:
         try:
             check_trackers(config.loop.trackers)
             accelerator = parallel.start(config.loop, config.folder / "trackers")
+            cleanup.callback(accelerator.end_training)
+            together.watch(accelerator)
             set_seed(config.seed)
             with accelerator.local_main_process_first():
                 task = build_task()
             trainer = Trainer(config, task, accelerator, stop, harmless)
         except (ValueError, OSError, *expected) as error:
-            if accelerator is None or accelerator.is_main_process:
-                print(f"error: {error}", file=sys.stderr)
-            return 2
+            return together.fail(error, 2)
         try:
-            return trainer.run()
+            with contextlib.closing(trainer.journal.progress):
+                return trainer.run()
         except (NonFiniteError, NotSaved, *expected) as error:
             trainer.journal.close("failed")
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        finally:
-            trainer.journal.progress.close()
-            accelerator.end_training()
+            return together.fail(error, 1)
 
 
 def check(config: RunConfig, build_task: Callable[[], Task]) -> None:

@@ -1,5 +1,8 @@
 import importlib.util
 import json
+import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -84,7 +87,56 @@ def runs(tmp_path):
     return Runs(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def toy_runs():
-    """toy_runs(folder) -> `Runs` there."""
-    return Runs
+class Ranks:
+    """Processes of the run `name`, placed as srun would place them; forks of one that has loaded torch."""
+
+    def __init__(self, runs, name="run"):
+        self.runs, self.name = runs, name
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["troubled"])
+        self.said = ""  # on stderr, by all
+
+    def start(self, trouble="", on=0, count=2, **changed):
+        """Begin; return the processes."""
+        target = importlib.import_module("troubled").forked
+        shared = {"TROUBLE": trouble, "ON": str(on), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        if count > 1:
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(count)}
+        processes = []
+        for rank in range(count):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+            files = [str(self.runs.out / f"{self.name}.{stream}") for stream in ("out", "err")]
+            arguments = self.runs.arguments(self.name, **changed)
+            processes.append(self.context.Process(target=target, args=(shared | place, arguments, *files)))
+            processes[-1].start()
+        return processes
+
+    def end(self, processes, seconds=240):
+        """Wait for all; return the exit codes, and keep what was said."""
+        try:
+            for process in processes:
+                process.join(seconds)
+            codes = [process.exitcode for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        err = self.runs.out / f"{self.name}.err"
+        self.said = err.read_text()
+        err.write_text("")
+        return codes
+
+    def __call__(self, trouble="", on=0, count=2, **changed):
+        return self.end(self.start(trouble, on, count, **changed))
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+@pytest.fixture
+def ranks(runs, monkeypatch):
+    monkeypatch.syspath_prepend(TOY.parent)  # for the forks; for the process that they are forked from:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TOY.parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return Ranks(runs)

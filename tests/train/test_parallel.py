@@ -23,9 +23,9 @@ WAYS = {"ddp": False, "fsdp": True}
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory, two_processes, toy_runs):
+def launched(tmp_path_factory, two_processes, make_runs):
     """All that two processes do here: folder, and what was printed."""
-    runs = toy_runs(tmp_path_factory.mktemp("parallel"))
+    runs = make_runs(tmp_path_factory.mktemp("parallel"))
 
     def job(name, fsdp, code=0, **changed):
         return {

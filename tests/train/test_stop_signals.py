@@ -1,0 +1,91 @@
+"""SIGTERM and SIGUSR1, wherever they come: the run saves within the step and ends with 75; the same command goes on.
+
+What a signal in a step or in validation does on one process, for every kind of step, is in test_resume.py.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moa_train.signals import EXIT_STOPPED
+
+
+def same(runs, name, other):
+    assert runs.rows(name) == runs.rows(other)
+    assert runs.final(name) == runs.final(other)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "steps", "changed"),
+    [
+        ("SIGUSR1", 4, {"schedule__warmup_epochs": 2}),
+        ("SIGUSR1 in validation", 4, {}),
+        ("SIGUSR1 in a checkpoint", 6, {}),
+        pytest.param("SIGUSR1 in compile", 1, {"loop__compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=["warm-up", "validation", "checkpoint", "compile"],
+)
+def test_slurms_warning(runs, ranks, trouble, steps, changed):
+    """At most the step at hand is finished; then nothing is missing and nothing comes twice."""
+    assert ranks(trouble, count=1, **changed) == [EXIT_STOPPED]
+    summary = runs.json("run", "summary.json")
+    assert (summary["status"], summary["steps"]) == ("stopped", steps)
+    assert (runs.out / "run/checkpoints/LAST").read_text() == f"step_{steps:08}\n"
+    assert ranks(count=1, **changed) == [0]
+    assert "Traceback" not in ranks.said
+    if "loop__compile" not in changed:  # compiled twice is rounded twice
+        assert runs("unbroken", **changed) == 0
+        same(runs, "run", "unbroken")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "on"), [("SIGTERM", 1), ("SIGUSR1 in validation", 0)], ids=["step", "validation"]
+)
+def test_a_signal_to_one_of_two_stops_both(runs, ranks, trouble, on):
+    assert ranks(trouble, on) == [EXIT_STOPPED, EXIT_STOPPED]
+    assert ranks.said == "", "to stop is no failure"
+    assert runs.json("run", "summary.json")["status"] == "stopped"
+    assert (runs.out / "run/checkpoints/LAST").read_text() == "step_00000004\n"
+    assert ranks() == [0, 0]
+    assert [row["step"] for row in runs.rows("run", "train")] == list(range(1, 16))
+    assert runs.json("run", "summary.json")["status"] == "finished"
+
+
+LAUNCH = "moa_train.launch --standalone --nproc-per-node=2"
+ACCELERATE = (
+    "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --main_process_port=0 "
+    "--mixed_precision=no --dynamo_backend=no"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "number", "code"),
+    [(LAUNCH, signal.SIGTERM, EXIT_STOPPED), (LAUNCH, signal.SIGUSR1, EXIT_STOPPED), (ACCELERATE, signal.SIGTERM, 1)],
+    ids=["launch, SIGTERM", "launch, SIGUSR1", "accelerate launch, SIGTERM"],
+)
+def test_a_signal_to_the_launcher(runs, module, number, code):
+    """All save; accelerate launch tells a stop from a failure by no code of its own."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    arguments = runs.arguments("run", model__step_s=0.3)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *module.split(), str(runs.script), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics, deadline = runs.out / "run/metrics.jsonl", time.monotonic() + 240
+    while not metrics.exists() or '"step": 2' not in metrics.read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate(timeout=240)
+    assert process.returncode == code, said
+    assert "The same command continues" in said[0]
+    assert code == 1 or "Traceback" not in said[1]
+    assert runs.json("run", "summary.json")["status"] == "stopped"
