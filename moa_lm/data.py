@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moa_train.config import require
+from moa_train.open_files import OpenFiles, open_to_read
 from moa_train.order import ORDER, StepBatches, batch_loader, generator, philox_key
 
 MANIFEST = "manifest.json"
@@ -34,6 +36,9 @@ TENSOR = "tokens"
 DTYPES = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}
 
 _COUNTS = ("tokens", "documents", "bytes")
+_MAX_COUNT = 2**62  # a larger one is a mistake
+
+_OPEN_FILES = 64  # file descriptors that a reader keeps
 
 
 class TokenDataError(ValueError):
@@ -79,7 +84,7 @@ class TokenBatch(NamedTuple):
 
 
 class TokenShards:
-    """A folder of token shards, its manifest checked; shards are mapped into memory when they are first read.
+    """A folder of token shards, its manifest checked; shards are opened when they are first read.
 
     Args:
         folder: with manifest.json, shard-*.safetensors and tokenizer/.
@@ -108,12 +113,11 @@ class TokenShards:
         self.bytes_per_token = self.manifest["bytes"] / self.tokens
         self.tokenizer_folder = self.folder / TOKENIZER
         self._starts = np.cumsum([0, *(shard["tokens"] for shard in self.manifest["shards"])])
-        self._open: dict[int, Any] = {}  # shard -> its tensor, sliced without reading the rest
+        self._dtype = DTYPES[self.manifest["dtype"]]
+        self._files = OpenFiles(_OPEN_FILES)
+        self._begins: dict[int, int] = {}  # shard -> where its tokens begin, in bytes
         for shard in self.manifest["shards"]:
             self._check_size(shard)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a process maps its own
 
     def windows(self, length: int) -> int:
         """How many windows of `length` inputs there are: what is left over at the end is not used."""
@@ -136,13 +140,36 @@ class TokenShards:
         if not 0 <= index < self.windows(length):
             raise IndexError(f"window {index} of {length} tokens: {self.folder} has {self.windows(length)}")
         begin, end = index * length, index * length + length + 1
-        pieces = []
+        tokens = np.empty(length + 1, self._dtype)
         shard = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        rest = tokens
         while begin < end:
             first, last = int(self._starts[shard]), min(end, int(self._starts[shard + 1]))
-            pieces.append(self._tensor(shard)[begin - first : last - first])
-            begin, shard = last, shard + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            self.read_into(rest[: last - begin], shard, begin - first)
+            rest, begin, shard = rest[last - begin :], last, shard + 1
+        if tokens.max() >= self.vocab_size:  # a model would fail with less to say, a GPU without a name
+            raise TokenDataError(
+                f"window {index} of {length} tokens holds {tokens.max()}, but the vocabulary of {self.folder} has "
+                f"{self.vocab_size}; {_remedy(self.folder)}"
+            )
+        return tokens
+
+    def read_into(self, tokens: np.ndarray, shard: int, first: int) -> None:
+        """Fill `tokens` (n,), of the set's dtype, from a shard's token `first` on.
+
+        By reading, not by mapping: a file that has become shorter is an error here, and the end of the process there.
+
+        Raises:
+            TokenDataError: if the shard cannot be read or is damaged.
+        """
+        path = self.folder / self.manifest["shards"][shard]["name"]
+        try:
+            file = self._files.get(shard, lambda: self._opened(path, shard))
+            count = os.preadv(file, [tokens.data], self._begins[shard] + first * tokens.itemsize)
+        except (OSError, SafetensorError) as error:
+            raise TokenDataError(f"{path}: {error}; {_remedy(self.folder)}") from error
+        if count != tokens.nbytes:
+            raise TokenDataError(f"{path} has become shorter; {_remedy(self.folder)}")
 
     def verify(self) -> None:
         """Read all shards and compare their checksums. Raises TokenDataError naming the first that differs."""
@@ -170,20 +197,31 @@ class TokenShards:
         if size != shard["bytes"]:
             raise TokenDataError(f"{path} has {size} bytes instead of {shard['bytes']}; {_remedy(self.folder)}")
 
-    def _tensor(self, shard: int) -> Any:
-        if shard not in self._open:
-            about = self.manifest["shards"][shard]
-            path = self.folder / about["name"]
-            try:
-                tensor = safe_open(path, framework="np").get_slice(TENSOR)
-            except (OSError, SafetensorError) as error:
-                raise TokenDataError(f"{path}: {error}; {_remedy(self.folder)}") from error
-            found = (tensor.get_dtype(), tensor.get_shape())
-            expected = (_dtype_code(self.manifest["dtype"]), [about["tokens"]])
-            if found != expected:
-                raise TokenDataError(f"{path} holds {found} instead of {expected}; {_remedy(self.folder)}")
-            self._open[shard] = tensor
-        return self._open[shard]
+    def _opened(self, path: Path, shard: int) -> int:
+        file, self._begins[shard] = open_tokens(
+            path, self.manifest["dtype"], self.manifest["shards"][shard]["tokens"]
+        )
+        return file
+
+
+def open_tokens(path: Path, dtype: str, tokens: int) -> tuple[int, int]:
+    """Open a shard that holds so many tokens of a type and nothing else.
+
+    Returns:
+        Its file descriptor, and where its tokens begin, in bytes.
+
+    Raises:
+        OSError, SafetensorError: if it cannot be read.
+        TokenDataError: if it holds something else.
+    """
+    with safe_open(path, framework="np") as content:
+        tensors = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  (it is no dict)
+        found = {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in tensors.items()}
+    expected = {TENSOR: (_dtype_code(dtype), [tokens])}
+    if found != expected:
+        raise TokenDataError(f"{path} holds {found} instead of {expected}; {_remedy(path.parent)}")
+    file = open_to_read(path)
+    return file, 8 + int.from_bytes(os.pread(file, 8, 0), "little")  # after the header and its length
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -200,7 +238,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         inside = folder / "train"
         hint = f"; did you mean {inside}?" if (inside / MANIFEST).exists() else f"; {_remedy(folder)}"
         raise TokenDataError(f"{path} does not exist{hint}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenDataError(f"{path} cannot be used: {error}; delete {folder} and make or copy it anew") from error
     return manifest
 
@@ -212,25 +250,29 @@ def _check_manifest(manifest: Any) -> None:
     shards, tokenizer = manifest.get("shards"), manifest.get("tokenizer")
     if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
         raise ValueError('field "shards" is no list of shards')
-    if not isinstance(tokenizer, dict) or not {"name", "sha256"} <= tokenizer.keys():
+    if not isinstance(tokenizer, dict) or not all(isinstance(tokenizer.get(key), str) for key in ("name", "sha256")):
         raise ValueError('field "tokenizer" lacks "name" or "sha256"')
     for entry in (manifest, *shards):
         for field in _COUNTS:
-            if not isinstance(entry.get(field), int) or entry[field] < 1:
+            if type(entry.get(field)) is not int or not 1 <= entry[field] <= _MAX_COUNT:
                 raise ValueError(f'field "{field}" of {entry.get("name", "the set")} is {entry.get(field)!r}')
     for shard in shards:
-        if not re.fullmatch(r"\w[\w.-]*", str(shard.get("name"))):
+        if not re.fullmatch(r"\w[\w.-]*", shard["name"] if isinstance(shard.get("name"), str) else ""):
             raise ValueError(f'field "name" is {shard.get("name")!r}, not a plain file name')
-        if not re.fullmatch(r"[0-9a-f]{64}", str(shard.get("sha256"))):
+        if not re.fullmatch(r"[0-9a-f]{64}", shard["sha256"] if isinstance(shard.get("sha256"), str) else ""):
             raise ValueError(f'field "sha256" of {shard["name"]} is {shard.get("sha256")!r}')
     for field in ("tokens", "documents"):
         total = sum(shard[field] for shard in shards)
         if total != manifest[field]:
             raise ValueError(f'field "{field}" is {manifest[field]}, but its shards have {total}')
-    if manifest.get("dtype") not in DTYPES:
+    if manifest.get("dtype") not in tuple(DTYPES):
         raise ValueError(f'field "dtype" is {manifest.get("dtype")!r}; allowed: {", ".join(DTYPES)}')
+    itemsize = DTYPES[manifest["dtype"]].itemsize
+    for shard in shards:
+        if shard["tokens"] * itemsize > shard["bytes"]:
+            raise ValueError(f'field "tokens" of {shard["name"]} is {shard["tokens"]}, too many for its "bytes"')
     vocab_size, end = manifest.get("vocab_size"), manifest.get("end_of_text")
-    if not isinstance(vocab_size, int) or not isinstance(end, int) or not 0 <= end < vocab_size:
+    if type(vocab_size) is not int or type(end) is not int or not 0 <= end < vocab_size <= 256**itemsize:
         raise ValueError(f'field "end_of_text" is {end!r}, with "vocab_size" {vocab_size!r}')
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,7 +44,7 @@ class BadSamples:
                 continue
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(sample._asdict()) + "\n")
+                file.write(f"{self._line_end()}{json.dumps(sample._asdict())}\n")
             tqdm.write(f"warning: skipped {sample.key} in {sample.shard}: {sample.reason}")
             self.known.add([sample])
 
@@ -51,8 +52,19 @@ class BadSamples:
         """Return how many there are, those of other processes included."""
         return len({(sample.shard, sample.key) for sample in self._read()})
 
+    def _line_end(self) -> str:
+        """What ends a last line that was cut short, so that the next one is whole."""
+        data = self.path.read_bytes()
+        return "\n" if data and not data.endswith(b"\n") else ""
+
     def _read(self) -> list[BadSample]:
+        """The samples of the file; what is no whole line of ours (a killed process may cut one short) is none."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without an end was cut short
-        return [BadSample(**json.loads(line)) for line in lines]
+        samples = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with suppress(ValueError, TypeError, RecursionError):
+                sample = BadSample(**json.loads(line))
+                if all(isinstance(value, str) for value in sample):
+                    samples.append(sample)
+        return samples

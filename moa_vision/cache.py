@@ -16,19 +16,26 @@ from filelock import FileLock
 from webdataset.gopen import gopen
 
 from moa_train.durable import sync_file
+from moa_vision.room import hold, make_room, release
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 5
-BACKOFF_S = 1.0  # the first pause between attempts; doubled each time
+ATTEMPTS = 8
+BACKOFF_S = 1.0  # the first pause between attempts; doubled each time: a server may be away for two minutes
 STALL_S = 60.0  # a transfer that brings nothing for so long is given up and tried again
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EISDIR}
+_SHARDS = "shards"  # folder in the cache folder
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_HOPELESS = {*_FULL, errno.EROFS, errno.EACCES, errno.EISDIR}
 
 
 class DataError(RuntimeError):
     """A data set, shard or sample that cannot be used; the message names it and says what to do."""
+
+
+class LostShard(DataError):
+    """A shard that cannot be had; others may be."""
 
 
 class Shard(NamedTuple):
@@ -76,7 +83,48 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise DataError(f"cannot open {url}: {error}") from error
 
 
-def local_path(shard: Shard, cache_dir: Path, check: Callable[[Path], object] | None = None) -> Path:
+def is_kept(url: str) -> bool:
+    """Whether a shard is read from a copy in the cache folder: it is remote, or compressed as its name says."""
+    return is_remote(url) or url.endswith((".gz", ".tgz"))
+
+
+class OpenShard(NamedTuple):
+    """A plain tar file that is open for reading: its descriptor and its path."""
+
+    file: int
+    path: Path
+
+    def close(self) -> None:
+        """Closes it; from the cache it may go then."""
+        release(self.file)
+
+
+def open_shard(
+    shard: Shard, cache_dir: Path, check: Callable[[Path], object] | None = None, limit: int | None = None
+) -> OpenShard:
+    """Opens the plain tar file that holds `shard`; see `local_path`. One in the cache stays there until it is closed.
+
+    Raises:
+        LostShard: if it cannot be read or fetched.
+        DataError: if there is no room for it.
+    """
+    for _ in range(ATTEMPTS):
+        try:
+            path = local_path(shard, cache_dir, check, limit)
+            in_cache = path.parent == cache_dir / _SHARDS
+            return OpenShard(hold(path) if in_cache else os.open(path, os.O_RDONLY), path)
+        except FileNotFoundError as error:
+            if not is_remote(shard.url) and not Path(shard.url).exists():
+                raise LostShard(f"cannot read shard {shard.url}: {error}") from error
+            # else another process made room between look-up and opening
+        except OSError as error:
+            raise LostShard(f"cannot read shard {shard.url}: {error}") from error
+    raise DataError(f"{shard.url} is removed from {cache_dir} as soon as it is fetched; allow data.cache_gib more")
+
+
+def local_path(
+    shard: Shard, cache_dir: Path, check: Callable[[Path], object] | None = None, limit: int | None = None
+) -> Path:
     """The plain tar file that holds `shard`, fetched or unpacked into `cache_dir` if need be.
 
     Any number of processes may ask for the same shard: one fetches it, the others wait for that one.
@@ -85,10 +133,12 @@ def local_path(shard: Shard, cache_dir: Path, check: Callable[[Path], object] | 
         shard: remote, or a local path.
         cache_dir: created if absent.
         check: called with a newly fetched file before it is let in; an exception means that the transfer failed.
+        limit: bytes of shards in the cache folder; those that were not used for longest make room. None: no limit.
 
     Raises:
         OSError: if a local shard cannot be read.
-        DataError: if a shard cannot be fetched, after `ATTEMPTS` attempts where another attempt may help.
+        LostShard: if a shard cannot be fetched, after `ATTEMPTS` attempts where another attempt may help.
+        DataError: if the cache folder cannot take it.
     """
     if is_remote(shard.url):
         name = f"{short_hash(shard.url, shard.sha256)}-{_plain_name(shard.url)}"
@@ -98,37 +148,65 @@ def local_path(shard: Shard, cache_dir: Path, check: Callable[[Path], object] | 
             return path
         stat = path.stat()
         name = f"{short_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)}-{_plain_name(path.name)}"
-    return fetch(shard, cache_dir / "shards" / name, check)
+    return fetch(shard, cache_dir / _SHARDS / name, check, limit)
 
 
-def fetch(shard: Shard, target: Path, check: Callable[[Path], object] | None = None) -> Path:
+def fetch(
+    shard: Shard, target: Path, check: Callable[[Path], object] | None = None, limit: int | None = None
+) -> Path:
     """Fetches any remote or local file to `target` (unpacked if it is gzip) unless it is there; see `local_path`."""
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        for attempt in range(ATTEMPTS):
-            if target.exists():
-                break
-            temporary = target.with_name(f"{target.name}.tmp")
-            temporary.unlink(missing_ok=True)
-            try:
-                _transfer(shard, temporary)
-                if check is not None:
-                    check(temporary)
-                sync_file(temporary)
-                temporary.replace(target)
-            except Exception as error:  # the drivers of fsspec raise their own types
-                temporary.unlink(missing_ok=True)
-                if attempt + 1 == ATTEMPTS or not is_remote(shard.url) or _is_hopeless(error):
-                    raise DataError(
-                        f"cannot fetch {shard.url} (attempt {attempt + 1} of {ATTEMPTS}): "
-                        f"{type(error).__name__}: {error}"
-                    ) from error
-                pause_s = BACKOFF_S * 2**attempt
-                log.warning("fetching %s failed (%s); trying again in %.0f s", shard.url, error, pause_s)
-                time.sleep(pause_s)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                make_room(target.parent, limit, wanted=shard.size or 0)
+                _fetch_with_patience(shard, target, check)
+                make_room(target.parent, limit, keep=target)
+    except OSError as error:
+        raise _no_room(shard, target, error) from error
     return target
+
+
+def _fetch_with_patience(shard: Shard, target: Path, check: Callable[[Path], object] | None) -> None:
+    """Fetches `target`, its lock held, in up to `ATTEMPTS` attempts."""
+    temporary = target.with_name(f"{target.name}.tmp")
+    for attempt in range(ATTEMPTS):
+        temporary.unlink(missing_ok=True)
+        try:
+            _transfer(shard, temporary)
+            _pass(check, temporary)
+            sync_file(temporary)
+            temporary.replace(target)
+            return
+        except Exception as error:  # the drivers of fsspec raise their own types
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise
+            if attempt + 1 == ATTEMPTS or not is_remote(shard.url) or _is_hopeless(error):
+                raise LostShard(
+                    f"cannot fetch {shard.url} (attempt {attempt + 1} of {ATTEMPTS}): {type(error).__name__}: {error}"
+                ) from error
+            pause_s = BACKOFF_S * 2**attempt
+            log.warning("fetching %s failed (%s); trying again in %.0f s", shard.url, error, pause_s)
+            time.sleep(pause_s)
+
+
+def _pass(check: Callable[[Path], object] | None, path: Path) -> None:
+    """Checks a file that came; one that is not good may have been cut on its way: an OSError, to try again."""
+    try:
+        if check is not None:
+            check(path)
+    except DataError as error:
+        raise OSError(str(error)) from error
+
+
+def _no_room(shard: Shard, target: Path, error: OSError) -> DataError:
+    return DataError(
+        f"cannot keep {shard.url} in {target.parent}: {error}; free space there, bound it by data.cache_gib, or "
+        "choose another folder by data.cache_dir"
+    )
 
 
 def read_remote(url: str) -> bytes:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moa_train.order import SAMPLE, StepBatches, batch_loader, generator, philox_key
-from moa_vision.cache import DataError
+from moa_vision.cache import DataError, LostShard, is_kept
 from moa_vision.images import CROP_DRAWS, Box, ImageError, central_box, crop_into, decode_rgb, random_box
 from moa_vision.index import ShardIndex, ShardReader
 from moa_vision.order import EpochOrder
@@ -40,7 +40,9 @@ class DataConfig:
         std: Of the normalization, per channel, of pixels in [0, 1].
         workers: Processes that decode images, per device; 0: none beside the training process.
         cache_dir: For indices and for remote or compressed shards; default ~/.cache/moa_vision.
-        max_bad_samples: Different unusable samples after which a run stops.
+        cache_gib: Limit of the remote or compressed shards kept there, in GiB; those that were not used for longest
+            make room. Null: no limit.
+        max_bad_samples: Different unusable samples after which a run stops; so does a lost shard that has more.
     """
 
     train: str
@@ -55,6 +57,7 @@ class DataConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     workers: int = 4
     cache_dir: str | None = None
+    cache_gib: float | None = None
     max_bad_samples: int = 100
 
     def __post_init__(self) -> None:
@@ -67,6 +70,7 @@ class DataConfig:
             "val_crop_pct": (0 < self.val_crop_pct <= 1, "a fraction, more than 0 and at most 1"),
             "std": (min(self.std) > 0, "three positive numbers"),
             "workers": (self.workers >= 0, "0 or more"),
+            "cache_gib": (self.cache_gib is None or self.cache_gib > 0, "more than 0, or null for no limit"),
             "max_bad_samples": (self.max_bad_samples >= 0, "0 or more"),
         }
         for field in fields(self):
@@ -126,7 +130,8 @@ class TrainSamples(Dataset[ImageBatch]):
     def __init__(
         self, index: ShardIndex, config: DataConfig, image_size: tuple[int, int], num_patches: int, seed: int
     ) -> None:
-        self.reader = ShardReader(index)
+        open_files = None if index.cache_limit is None else config.window_shards
+        self.reader = ShardReader(index, config.max_bad_samples, open_files)
         self.config = config
         self.image_size = image_size
         self.num_patches = num_patches
@@ -156,7 +161,7 @@ class TrainSamples(Dataset[ImageBatch]):
             sample = self.order.sample(epoch, slot + ahead)
             try:
                 image = decode_rgb(self.reader.read(sample))
-            except (ImageError, OSError, DataError) as error:
+            except (ImageError, OSError, LostShard) as error:
                 failed.append(self.reader.index.bad(sample, error))
             else:
                 bad += failed
@@ -172,7 +177,8 @@ class ValSamples(Dataset[ImageBatch]):
     """Central crops by sample number; the noise is a function of the sample's key alone."""
 
     def __init__(self, index: ShardIndex, config: DataConfig, image_size: tuple[int, int], num_patches: int) -> None:
-        self.reader = ShardReader(index)
+        open_files = None if index.cache_limit is None else 1
+        self.reader = ShardReader(index, config.max_bad_samples, open_files)
         self.config = config
         self.image_size = image_size
         self.num_patches = num_patches
@@ -184,7 +190,7 @@ class ValSamples(Dataset[ImageBatch]):
         for sample in samples:
             try:
                 image = decode_rgb(self.reader.read(sample))
-            except (ImageError, OSError, DataError) as error:
+            except (ImageError, OSError, LostShard) as error:
                 batch.bad.append(index.bad(sample, error))
                 continue
             height, width = image.shape[:2]
@@ -298,6 +304,28 @@ def val_loader(
     samples = [number * len(index) // count for number in range(rank, count, world_size)]
     batches = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
     return batch_loader(ValSamples(index, config, image_size, num_patches), batches, config.workers)
+
+
+def require_cache_room(config: DataConfig, train: ShardIndex, val: ShardIndex | None = None) -> None:
+    """Raises ValueError if `data.cache_gib` is less than what is read at the same time.
+
+    That is two windows of training shards, as some workers begin one before others have ended the last, and two
+    validation shards.
+    """
+    if config.cache_gib is None:
+        return
+    needed = _largest(train, 2 * config.window_shards) + (_largest(val, 2) if val else 0)
+    if config.cache_gib * 2**30 < needed:
+        raise ValueError(
+            f"data.cache_gib is {config.cache_gib}; allowed: {needed / 2**30:.3g} or more, which two windows of "
+            f"data.window_shards = {config.window_shards} of these shards take, or null for no limit"
+        )
+
+
+def _largest(index: ShardIndex, count: int) -> int:
+    """Bytes of the `count` largest shards of those that are kept in the cache."""
+    sizes = [size for shard, size in zip(index.shards, index.shard_bytes(), strict=True) if is_kept(shard.url)]
+    return sum(sorted(sizes)[-count:])
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
+MAX_PIXELS = 178_956_970
+"""Of an image that is decoded; one that claims more, for which PIL would not stop either, is taken for an attack."""
+
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _CROP_ATTEMPTS = 10  # of torchvision's RandomResizedCrop.get_params
 CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2  # uniform numbers that one random_box takes
@@ -75,13 +78,28 @@ def open_image(data: bytes) -> Image.Image:
     Raises:
         ImageError: if PIL cannot read it.
     """
+    image = open_header(data)
     try:
-        image = Image.open(io.BytesIO(data))
         image.load()
-    except UnidentifiedImageError as error:
-        raise ImageError("no image of a format that PIL reads") from error
     except Exception as error:  # PIL's readers raise many types: OSError, SyntaxError, struct.error, ...
         raise ImageError(f"{error}" or type(error).__name__) from error
+    return image
+
+
+def open_header(data: bytes) -> Image.Image:
+    """PIL's image of the encoded `data`, its pixels not read yet.
+
+    Raises:
+        ImageError: if PIL cannot read it, or it claims more than `MAX_PIXELS`.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise ImageError("no image of a format that PIL reads") from error
+    except Exception as error:
+        raise ImageError(f"{error}" or type(error).__name__) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"it claims {image.width} x {image.height} pixels; {MAX_PIXELS:,} are allowed")
     return image
 
 
@@ -95,9 +113,10 @@ def decode_rgb(data: np.ndarray) -> Tensor:
         (H, W, 3) uint8, contiguous, upright RGB.
 
     Raises:
-        ImageError: if the image is damaged, truncated or of no known kind.
+        ImageError: if the image is damaged, truncated, larger than `MAX_PIXELS` or of no known kind.
     """
     if data[:3].tobytes() == _JPEG_MAGIC:
+        open_header(data.tobytes())
         try:
             return _decode_jpeg(torch.from_numpy(data)).permute(1, 2, 0).contiguous()
         except (RuntimeError, ValueError):

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections import OrderedDict
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -20,8 +20,9 @@ import numpy as np
 from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 
+from moa_train.open_files import OpenFiles
 from moa_vision import cache
-from moa_vision.cache import DataError, Shard
+from moa_vision.cache import DataError, LostShard, Shard
 from moa_vision.images import ImageError
 from moa_vision.table import IMAGE_EXTENSIONS, BadSample, SampleTable, index_tar
 
@@ -33,6 +34,8 @@ MANIFEST_VERSION = 1
 
 _ALLOWED = "allowed are a folder of shards, or tars by path, brace or glob"
 _OPEN_FILES = 64  # file descriptors that a reader keeps
+_LOST_S = 600.0  # a shard that could not be had is tried again after so long
+_MAX_SIZE = 2**62  # bytes; a larger one, or as many samples, is a mistake
 _THREADS = 8  # shards indexed or fetched at a time
 _SHARD_NAME = re.compile(r"\.(tar|tgz)\b", re.IGNORECASE)
 
@@ -48,6 +51,7 @@ class ShardIndex:
         label_names: of the labels 0, 1, ...; empty if unknown.
         problems: what was wrong with samples when the index was built; those without an image are not in the table.
         cache_dir: where remote and compressed shards are kept.
+        cache_limit: how many bytes of them at a time; None: all.
     """
 
     shards: tuple[Shard, ...]
@@ -56,6 +60,7 @@ class ShardIndex:
     label_names: tuple[str, ...]
     problems: tuple[BadSample, ...]
     cache_dir: Path
+    cache_limit: int | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -64,61 +69,78 @@ class ShardIndex:
         """The number of the shard that holds a sample."""
         return int(np.searchsorted(self.starts, sample, side="right")) - 1
 
+    def shard_bytes(self) -> list[int]:
+        """The size of each shard, as its manifest says, or at least that of its samples."""
+        ends = self.table.offsets + self.table.sizes
+        spans = zip(self.shards, self.starts[:-1], self.starts[1:], strict=True)
+        return [shard.size or int(ends[first:last].max(initial=0)) for shard, first, last in spans]
+
+    def without_image(self) -> list[BadSample]:
+        """The samples of the shards that are not in the table."""
+        keys = {(self.bad(i, "").shard, self.table.key(i)) for i in range(len(self))} if self.problems else set()
+        return [problem for problem in self.problems if (problem.shard, problem.key) not in keys]
+
     def bad(self, sample: int, reason: object) -> BadSample:
         """Names a sample that could not be used."""
         return BadSample(self.shards[self.shard_of(sample)].url, self.table.key(sample), str(reason))
 
 
 class ShardReader:
-    """Reads encoded images by offset; keeps the last shards' files open, each process its own."""
+    """Reads encoded images by offset; keeps the last shards' files open, each process its own.
 
-    def __init__(self, index: ShardIndex) -> None:
+    Args:
+        index: of the samples.
+        max_lost: the most samples of a shard that can be done without; None: any number.
+        open_files: how many files are kept open.
+    """
+
+    def __init__(self, index: ShardIndex, max_lost: int | None = None, open_files: int | None = None) -> None:
         self.index = index
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor
-        self._lost: dict[int, DataError] = {}  # shards that could not be fetched; not tried again for every sample
+        self.max_lost = max_lost
+        self._files = OpenFiles(open_files or _OPEN_FILES, cache.release)
+        self._lost: dict[int, tuple[LostShard, float]] = {}  # and when to try again: not for every sample
 
     def read(self, sample: int) -> np.ndarray:
         """The encoded image, (size,) uint8.
 
         Raises:
             ImageError: if the shard is shorter than the index says.
-            OSError, DataError: if the shard cannot be read or fetched.
+            OSError, LostShard: if the shard cannot be read or fetched.
+            DataError: if such a shard has more than `max_lost` samples, or the cache has no room for it.
         """
-        table, file = self.index.table, self._file(self.index.shard_of(sample))
-        data = bytearray(int(table.sizes[sample]))  # writable, so that torch takes it without a copy
-        if os.preadv(file, [data], int(table.offsets[sample])) != len(data):
+        table, number = self.index.table, self.index.shard_of(sample)
+        file = self._files.get(number, lambda: self._open(number))
+        offset, size = int(table.offsets[sample]), int(table.sizes[sample])
+        if offset + size > os.fstat(file).st_size:  # before so much memory is taken
+            raise ImageError("the shard ends before the sample does")
+        data = bytearray(size)  # writable, so that torch takes it without a copy
+        if os.preadv(file, [data], offset) != size:
             raise ImageError("the shard ends before the sample does")
         return np.frombuffer(data, np.uint8)
 
     def close(self) -> None:
         """Closes the files; reading opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.close()
 
-    def _file(self, shard: int) -> int:
-        if shard in self._lost:
-            raise self._lost[shard]
-        if shard not in self._files:
-            try:
-                path = cache.local_path(self.index.shards[shard], self.index.cache_dir)
-            except DataError as error:
-                self._lost[shard] = error
-                raise
-            self._files[shard] = os.open(path, os.O_RDONLY)
-            if len(self._files) > _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-    def __del__(self) -> None:
-        if "_files" in self.__dict__:  # else it was never finished
-            self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index, "_files": OrderedDict(), "_lost": {}}
+    def _open(self, number: int) -> int:
+        index, shard = self.index, self.index.shards[number]
+        error, retry_s = self._lost.get(number, (None, 0.0))
+        if error is not None and time.monotonic() < retry_s:
+            raise error
+        try:
+            return cache.open_shard(shard, index.cache_dir, limit=index.cache_limit).file
+        except LostShard as error:
+            self._lost[number] = error, time.monotonic() + _LOST_S
+            samples = int(index.starts[number + 1] - index.starts[number])
+            if self.max_lost is not None and samples > self.max_lost:
+                raise DataError(
+                    f"shard {shard.url} with its {samples:,} samples is lost, and data.max_bad_samples is "
+                    f"{self.max_lost}: {error}. Bring it back and run the same command again, or raise the limit."
+                ) from error
+            raise
 
 
-def open_index(pattern: str, cache_dir: str | Path | None = None) -> ShardIndex:
+def open_index(pattern: str, cache_dir: str | Path | None = None, cache_gib: float | None = None) -> ShardIndex:
     """Resolves `pattern` and indexes its shards.
 
     Args:
@@ -126,16 +148,18 @@ def open_index(pattern: str, cache_dir: str | Path | None = None) -> ShardIndex:
             http(s)://, hf:// or pipe:command; several joined by "::". A remote name without ".tar" is a folder that
             holds our manifest. Tars may be compressed by gzip.
         cache_dir: for the indices that are built, and for remote and compressed shards; see `default_cache_dir`.
+        cache_gib: GiB of shards that are kept there; those that were not used for longest go. None: no limit.
 
     Raises:
         ValueError: if the pattern names nothing.
         DataError: if a shard or manifest is missing, damaged or does not fit.
     """
     folder = cache.default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    limit = None if cache_gib is None else int(cache_gib * 2**30)
     sources = [read_manifest(name, folder) if name.endswith(MANIFEST) else Shard(name) for name in expand(pattern)]
     plain = [source for source in sources if isinstance(source, Shard)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        tables = pool.map(lambda shard: _shard_table(shard, folder), plain)
+        tables = pool.map(lambda shard: _shard_table(shard, folder, limit), plain)
         built = iter(list(tqdm(tables, "indexing shards", len(plain), leave=False, disable=None if plain else True)))
     shards: list[Shard] = []
     columns: list[SampleTable] = []
@@ -162,7 +186,7 @@ def open_index(pattern: str, cache_dir: str | Path | None = None) -> ShardIndex:
     if problems:
         log.warning("%d problems in the shards of %s, the first: %s", len(problems), pattern, problems[0])
     table = SampleTable.concatenate(columns)
-    return ShardIndex(tuple(shards), np.cumsum(counts, dtype=np.int64), table, names, tuple(problems), folder)
+    return ShardIndex(tuple(shards), np.cumsum(counts, dtype=np.int64), table, names, tuple(problems), folder, limit)
 
 
 def expand(pattern: str) -> list[str]:
@@ -251,7 +275,10 @@ def read_manifest(url: str, cache_dir: Path) -> Listed:
 
 def parse_manifest(text: bytes) -> dict[str, Any]:
     """A manifest's JSON with the fields that reading needs. Raises ValueError naming the field that is wrong."""
-    manifest = json.loads(text)
+    try:
+        manifest = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise ValueError(f'field "format" is not "{MANIFEST_FORMAT}"')
     if manifest.get("version") != MANIFEST_VERSION:
@@ -265,17 +292,17 @@ def parse_manifest(text: bytes) -> dict[str, Any]:
     for entry in [*shards, manifest.get("index")]:
         if not isinstance(entry, dict):
             raise ValueError(f"a file's entry is {entry!r}")
-        if not re.fullmatch(r"\w[\w.-]*", str(entry.get("name"))):
+        if not re.fullmatch(r"\w[\w.-]*", entry["name"] if isinstance(entry.get("name"), str) else ""):
             raise ValueError(f'field "name" is {entry.get("name")!r}, not a plain file name')
-        if not re.fullmatch(r"[0-9a-f]{64}", str(entry.get("sha256"))):
+        if not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"] if isinstance(entry.get("sha256"), str) else ""):
             raise ValueError(f'field "sha256" of {entry["name"]} is {entry.get("sha256")!r}')
         for field in ("size",) if entry is manifest["index"] else ("size", "samples"):
-            if not isinstance(entry.get(field), int) or entry[field] < 0:
+            if type(entry.get(field)) is not int or not 0 <= entry[field] <= _MAX_SIZE:
                 raise ValueError(f'field "{field}" of {entry["name"]} is {entry.get(field)!r}')
     return manifest
 
 
-def _shard_table(shard: Shard, cache_dir: Path) -> tuple[SampleTable, list[BadSample]]:
+def _shard_table(shard: Shard, cache_dir: Path, limit: int | None) -> tuple[SampleTable, list[BadSample]]:
     """A shard's rows from the index kept in the cache, or from its headers (and then kept).
 
     A kept index belongs to a local shard's path, size and time of change, or to a remote shard's address, whose
@@ -291,10 +318,15 @@ def _shard_table(shard: Shard, cache_dir: Path) -> tuple[SampleTable, list[BadSa
         try:
             return SampleTable.from_bytes(kept.read_bytes())
         except (OSError, ValueError):  # absent, or not whole: built (again)
-            path = cache.local_path(shard, cache_dir, check=lambda new: fetched.append(index_tar(new, shard.url)))
+            opened = cache.open_shard(
+                shard, cache_dir, lambda path: fetched.append(index_tar(path, shard.url)), limit
+            )
     except OSError as error:
         raise DataError(f"cannot read shard {shard.url}: {error}") from error
-    table, problems = fetched[-1] if fetched else index_tar(path, shard.url)
+    try:
+        table, problems = fetched[-1] if fetched else index_tar(opened.path, shard.url)
+    finally:
+        opened.close()
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")

@@ -22,7 +22,7 @@ from moa_train.signals import ignore_stop_signals
 from moa_train.task import Share
 from moa_vision.bad_samples import BadSamples
 from moa_vision.cache import DataError
-from moa_vision.data import DataConfig, ImageBatch, normalize, train_loader, val_loader
+from moa_vision.data import DataConfig, ImageBatch, normalize, require_cache_room, train_loader, val_loader
 from moa_vision.export import export_encoder
 from moa_vision.index import open_index
 from moa_vision.mae import MAE, create_mae, forward_flops, parameter_counts
@@ -30,7 +30,7 @@ from moa_vision.mixing import mixing_maps, save_mixing
 from moa_vision.photographs import make_photograph_shards
 from moa_vision.reconstruct import save_reconstructions
 
-DATA_HARMLESS = {"data.workers", "data.cache_dir", "data.max_bad_samples"}
+DATA_HARMLESS = {"data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples"}
 """Keys of the data that may change when a run is resumed."""
 
 PHOTOGRAPHS = Path("data/photographs")
@@ -112,8 +112,10 @@ class MAETask:
         self.mae = build_mae(config.model)
         self.model: nn.Module = self.mae
         self.image_size = (self.mae.grid_size[0] * self.mae.patch_size, self.mae.grid_size[1] * self.mae.patch_size)
-        self.train_index = open_index(self.data.train, self.data.cache_dir)
-        self.val_index = open_index(self.data.val, self.data.cache_dir) if self.data.val else None
+        kept = self.data.cache_dir, self.data.cache_gib
+        self.train_index = open_index(self.data.train, *kept)
+        self.val_index = open_index(self.data.val, *kept) if self.data.val else None
+        require_cache_room(self.data, self.train_index, self.val_index)
         self.samples_per_epoch = len(self.train_index) // self.data.repeats * self.data.repeats
         held_out = len(self.val_index) if self.val_index else 0
         self.val_samples = held_out if config.loop.val_samples is None else min(held_out, config.loop.val_samples)
@@ -165,6 +167,8 @@ class MAETask:
             num_steps=plan.total_steps,
         )
         loader.worker_init_fn = ignore_stop_signals
+        if share.rank == 0:
+            self.bad_samples.note(self.train_index.without_image())
         return self._good(loader)
 
     def val_batches(self, share: Share) -> Iterable[Images]:

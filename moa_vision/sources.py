@@ -130,7 +130,7 @@ class TarSource:
         try:
             label = int(_read(path, members["cls"])) if "cls" in members else None
             extra = json.loads(_read(path, members["json"])) if "json" in members else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ImageError(f"its .cls is no number or its .json no JSON: {error}") from error
         return Raw(_read(path, image), label, extra if isinstance(extra, dict) else {"json": extra})
 

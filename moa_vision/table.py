@@ -3,7 +3,7 @@
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +58,7 @@ class SampleTable:
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[str, int, int, int]]) -> "SampleTable":
         """From rows of key, offset, size and label."""
-        keys = [row[0].encode(errors="replace") for row in rows]  # names of tars need not be UTF-8
+        keys = [row[0].encode(errors="replace") for row in rows]
         numbers = np.array([row[1:] for row in rows], dtype=np.int64).reshape(-1, 3)
         return cls(
             np.ascontiguousarray(numbers[:, 0]),
@@ -95,14 +95,22 @@ class SampleTable:
         """The inverse of `to_bytes`. Raises ValueError if `data` is not such a file."""
         try:
             arrays = safetensors.numpy.load(data)
-            problems = [BadSample(*row) for row in json.loads(arrays["problems"].tobytes())]
+            rows = json.loads(arrays["problems"].tobytes())
+            problems = [BadSample(*map(str, row)) for row in rows]
             table = cls(*(arrays[name].astype(dtype, casting="no") for name, dtype in _COLUMNS.items()))
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"no sample table: {error}") from error
+        if any(getattr(table, name).ndim != 1 for name in _COLUMNS):
+            raise ValueError("no sample table: a column is no list of numbers")
         ends = np.concatenate([[0], table.key_ends])
         if not (table.offsets.shape == table.sizes.shape == table.labels.shape == table.key_ends.shape):
             raise ValueError("no sample table: its columns differ in length")
-        if (np.diff(ends) < 0).any() or ends[-1] != len(table.key_bytes) or (table.sizes < 0).any():
+        if (
+            (np.diff(ends) < 0).any()
+            or ends[-1] != len(table.key_bytes)
+            or (table.sizes < 0).any()
+            or (table.offsets < 0).any()
+        ):
             raise ValueError("no sample table: negative lengths")
         return table, problems
 
@@ -129,27 +137,42 @@ def scan_tar(path: Path, shard: str | None = None) -> tuple[dict[str, dict[str, 
     samples: dict[str, dict[str, Member]] = {}
     problems = []
     try:
-        end = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, extension = base_plus_ext(member.name)
-                if not member.isreg() or key is None or extension is None or re.match(r"__[^/]*__($|/)", member.name):
-                    continue
-                if member.offset_data + member.size > end:
-                    raise DataError(f"shard {shard} is truncated inside {member.name}: fetch or make it again")
-                found = samples.setdefault(key, {})
-                if extension.lower() in found:
-                    problems.append(BadSample(shard, key, f"{member.name} occurs twice; the first is used"))
-                else:
-                    found[extension.lower()] = (member.offset_data, member.size)
-            stopped = tar.offset
-        with path.open("rb") as file:  # tarfile takes a damaged header for the end
-            file.seek(stopped)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise DataError(f"shard {shard} is damaged at byte {stopped}: fetch or make it again")
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"cannot read shard {shard}: {error}") from error
+        for member in _members(path, shard):
+            name = member.name.encode(errors="replace").decode()  # names of tars need not be UTF-8
+            key, extension = base_plus_ext(name)
+            if member.isdir() or key is None or extension is None or re.match(r"__[^/]*__($|/)", name):
+                continue
+            found = samples.setdefault(key, {})
+            if not member.isreg() or member.issparse():
+                problems.append(BadSample(shard, key, f"{name} is no plain file; it is left out"))
+            elif extension.lower() in found:
+                problems.append(BadSample(shard, key, f"{name} occurs twice; the first is used"))
+            else:
+                found[extension.lower()] = (member.offset_data, member.size)
+    except DataError:
+        raise
+    except Exception as error:  # besides its own errors tarfile has OverflowError, MemoryError, RecursionError, ...
+        raise DataError(f"cannot read shard {shard}: {error or type(error).__name__}") from error
     return samples, problems
+
+
+def _members(path: Path, shard: str) -> Iterator[tarfile.TarInfo]:
+    """The members of a plain tar, in order. Raises DataError, and what tarfile raises."""
+    end = path.stat().st_size
+    position = -1
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.size < 0 or member.offset <= position:  # some versions of tarfile go round in circles
+                raise DataError(f"shard {shard} is damaged at byte {member.offset}: fetch or make it again")
+            if member.isreg() and not member.issparse() and member.offset_data + member.size > end:
+                raise DataError(f"shard {shard} is truncated inside {member.name}: fetch or make it again")
+            position = member.offset
+            yield member
+        stopped = tar.offset
+    with path.open("rb") as file:  # tarfile takes a damaged header for the end
+        file.seek(stopped)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise DataError(f"shard {shard} is damaged at byte {stopped}: fetch or make it again")
 
 
 def index_tar(path: Path, shard: str | None = None) -> tuple[SampleTable, list[BadSample]]:
@@ -161,7 +184,7 @@ def index_tar(path: Path, shard: str | None = None) -> tuple[SampleTable, list[B
         for key, members in samples.items():
             image = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
             if image is None:
-                problems.append(BadSample(shard, key, f"no image among its members ({', '.join(members)})"))
+                problems.append(BadSample(shard, key, f"no image among its members ({', '.join(members) or 'none'})"))
                 continue
             label = -1
             if "cls" in members:

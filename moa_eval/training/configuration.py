@@ -11,7 +11,8 @@ ABSENT = "absent"  # stands for the value of a key that a configuration lacks
 # A name that ends in a dot stands for all keys below it. Keys in none of the lists are settings of the method.
 _IDENTITY = ("name", "seed", "out", "resume")
 _BOOKKEEPING = (
-    "data.workers", "data.cache_dir", "data.max_bad_samples", "optim.fused", "loop.micro_batch_size", "loop.compile",
+    "data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples", "optim.fused",
+    "loop.micro_batch_size", "loop.compile",
     "loop.log_every", "loop.val_every", "loop.visualize", "loop.save_every", "loop.keep", "loop.keep_every",
     "loop.trackers", "model.gradient_checkpointing",
 )  # fmt: skip

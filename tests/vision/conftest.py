@@ -1,13 +1,18 @@
-"""Photographs, tars written by tarfile, and a cache folder of the test's own."""
+"""Photographs, tars written by tarfile, a web server that misbehaves, and a cache folder of the test's own."""
 
+import http.server
 import io
 import tarfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import skimage.data
 from PIL import Image
+
+from moa_vision import cache
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +73,64 @@ def shards(tmp_path: Path, photos, encode, write_tar) -> Path:
             number += 1
         write_tar(folder / f"{letter}.tar", members)
     return folder
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder; `faults` maps a file's name to what goes wrong at its next requests.
+
+    A fault is a status, "cut" (half of the file comes), "silent cut" (so that only its content tells) or "stall".
+    """
+
+    def __init__(self, folder: Path, mixin: type | None = None) -> None:
+        self.faults: dict[str, list[int | str]] = {}
+        self.requests: list[str] = []
+        self.stalled = threading.Event()  # set: whoever stalls ends
+        handler = type("Handler", (mixin, Handler) if mixin else (Handler,), {})
+        super().__init__(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def close(self) -> None:
+        self.stalled.set()
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self) -> None:
+        name = self.path.strip("/")
+        self.server.requests.append(name)
+        fault = self.server.faults.get(name, [])
+        if not fault:
+            return super().do_GET()
+        kind = fault.pop(0)
+        if isinstance(kind, int):
+            return self.send_error(kind)
+        data = (Path(self.directory) / name).read_bytes()
+        self.send_response(200)
+        if kind != "silent cut":
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2])
+        self.wfile.flush()
+        if kind == "stall":
+            self.server.stalled.wait(120)
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
+    """serve(folder, mixin of its handler) -> a running `Server`; pauses between attempts are short."""
+    monkeypatch.setattr(cache, "BACKOFF_S", 0.002)
+    servers: list[Server] = []
+
+    def serve(folder: Path, mixin: type | None = None) -> Server:
+        servers.append(Server(folder, mixin))
+        return servers[-1]
+
+    yield serve
+    for server in servers:
+        server.close()

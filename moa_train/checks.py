@@ -1,0 +1,84 @@
+"""Checks of a data set's files against its manifest: what one finds, and many of them in worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import NamedTuple
+
+from moa_train.progress import CountBar
+from moa_train.signals import end_with_parent
+
+
+class Problem(NamedTuple):
+    """What is wrong with a file or with a sample in it.
+
+    Attributes:
+        file: its path or address.
+        sample: its name; "" where the file as a whole is meant.
+        text: what is wrong.
+    """
+
+    file: str
+    sample: str
+    text: str
+
+    def __str__(self) -> str:
+        """Return one line."""
+        where = f"{self.file}: {self.sample}" if self.sample else self.file
+        return " ".join(f"{where}: {self.text}".split())
+
+
+class Checked(NamedTuple):
+    """What the check of one file found.
+
+    Attributes:
+        samples: how many were looked at; of token shards, tokens.
+        bytes: how many were read.
+        problems: all there are.
+    """
+
+    samples: int
+    bytes: int
+    problems: list[Problem]
+
+
+class Plan(NamedTuple):
+    """How a data set is checked.
+
+    Attributes:
+        name: of the set.
+        unit: what its samples are.
+        bytes: of all files, as the manifest says.
+        problems: those found without reading the shards.
+        checks: one a shard; each may run in a process of its own.
+    """
+
+    name: str
+    unit: str
+    bytes: int
+    problems: list[Problem]
+    checks: Sequence[Callable[[], Checked]]
+
+
+def run_checks(plan: Plan, workers: int) -> Iterator[Checked]:
+    """Run the checks of a plan, `workers` at a time (1: in this process), and yield what each found as it ends."""
+    with CountBar(total=plan.bytes, title=f"check {plan.name}", unit="B") as bar:
+        bar.unit_scale = True
+        for checked in _results(plan.checks, workers):
+            bar.update(checked.bytes)
+            yield checked
+
+
+def _results(checks: Sequence[Callable[[], Checked]], workers: int) -> Iterator[Checked]:
+    if workers <= 1 or len(checks) <= 1:
+        for check in checks:
+            yield check()
+        return
+    with ProcessPoolExecutor(min(workers, len(checks)), initializer=end_with_parent) as pool:
+        futures = [pool.submit(check) for check in checks]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

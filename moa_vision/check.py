@@ -1,0 +1,144 @@
+"""Checks a data set of `moa_vision.shards` against its manifest and index, file by file and sample by sample."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moa_train.checks import Checked, Plan, Problem
+from moa_vision import cache
+from moa_vision.cache import DataError, Shard
+from moa_vision.images import ImageError, decode_rgb
+from moa_vision.index import parse_manifest
+from moa_vision.table import SampleTable, index_tar
+
+_SHOWN = 200  # characters of a reason
+
+
+class Rows(NamedTuple):
+    """What the index says of one shard: N keys, and (N, 3) int64 offsets, sizes and labels."""
+
+    keys: list[str]
+    numbers: np.ndarray
+
+
+def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | None = None) -> Plan:
+    """Plans the check of a data set; its manifest and its index are checked here.
+
+    Args:
+        manifest_url: of its manifest, local or remote.
+        decode: decode every image too.
+        cache_dir: where remote shards are fetched to; see `moa_vision.cache.default_cache_dir`.
+    """
+    folder = cache_dir or cache.default_cache_dir()
+    base = manifest_url.rpartition("/")[0] or "."
+    remote = cache.is_remote(manifest_url)
+    try:
+        data = cache.read_remote(manifest_url) if remote else Path(manifest_url).read_bytes()
+        manifest = parse_manifest(data)
+    except (OSError, ValueError, DataError) as error:
+        return Plan(base, "images", 0, [Problem(manifest_url, "", str(error))], [])
+    index, entries = manifest["index"], manifest["shards"]
+    url = f"{base}/{index['name']}"
+    table: SampleTable | None = None
+    problems: list[Problem] = []
+    try:
+        kept = folder / "index" / f"{index['sha256']}.safetensors"
+        path = cache.fetch(Shard(url, index["size"], index["sha256"]), kept) if remote else Path(url)
+        content = path.read_bytes()
+        problems += _bytes_differ(url, path, index)
+        table, _ = SampleTable.from_bytes(content)
+    except (OSError, ValueError, DataError) as error:
+        problems.append(Problem(url, "", str(error)))
+    names = [entry["name"] for entry in entries]
+    problems += [
+        Problem(manifest_url, name, "is listed twice") for name in dict.fromkeys(names) if names.count(name) > 1
+    ]
+    samples = sum(entry["samples"] for entry in entries)
+    if table is not None and len(table) != samples:
+        problems.append(Problem(url, "", f"has {len(table)} samples, the manifest {samples}"))
+        table = None
+    labels = len(manifest["label_names"])
+    checks = []
+    first = 0
+    for entry in entries:
+        rows = None if table is None else _rows(table, range(first, first + entry["samples"]))
+        first += entry["samples"]
+        checks.append(partial(check_shard, f"{base}/{entry['name']}", entry, rows, labels, decode, folder))
+    return Plan(base, "images", sum(entry["size"] for entry in entries), problems, checks)
+
+
+def check_shard(
+    url: str, entry: dict[str, Any], rows: Rows | None, labels: int, decode: bool, cache_dir: Path
+) -> Checked:
+    """Checks one shard: its bytes, its members against its part of the index, and its images.
+
+    Args:
+        url: of the tar.
+        entry: what the manifest says of it.
+        rows: what the index says of it; None: the index cannot be used.
+        labels: number of label names; 0: unknown.
+        decode: decode the images.
+        cache_dir: for remote shards.
+    """
+    problems: list[Problem] = []
+    try:
+        remote = cache.is_remote(url)
+        path = cache.local_path(Shard(url, entry["size"], entry["sha256"]), cache_dir) if remote else Path(url)
+        size = path.stat().st_size
+        problems += _bytes_differ(url, path, entry)
+        table, found = index_tar(path, url)
+    except (OSError, DataError) as error:
+        return Checked(0, entry["size"], [*problems, Problem(url, "", str(error)[:_SHOWN])])
+    problems += [Problem(url, bad.key, bad.reason) for bad in found]
+    if len(table) != entry["samples"]:
+        problems.append(Problem(url, "", f"has {len(table)} samples, the manifest {entry['samples']}"))
+    actual = _rows(table, range(len(table)))
+    problems += [] if rows is None else _rows_differ(url, rows, actual)
+    if labels:
+        outside = (key for key, row in zip(*actual, strict=True) if row[2] >= labels)
+        problems += [Problem(url, key, f"its label is not among the {labels} label names") for key in outside]
+    if decode:
+        problems += _undecodable(url, path, actual)
+    return Checked(len(table), size, problems)
+
+
+def _bytes_differ(url: str, path: Path, entry: dict[str, Any]) -> list[Problem]:
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return [Problem(url, "", f"has {size} bytes, the manifest says {entry['size']}")]
+    if cache.file_sha256(path) != entry["sha256"]:
+        return [Problem(url, "", "its SHA-256 is not the manifest's")]
+    return []
+
+
+def _rows(table: SampleTable, part: range) -> Rows:
+    span = slice(part.start, part.stop)
+    numbers = np.stack([table.offsets[span], table.sizes[span], table.labels[span].astype(np.int64)], axis=1)
+    return Rows([table.key(sample) for sample in part], numbers)
+
+
+def _rows_differ(url: str, said: Rows, found: Rows) -> Iterator[Problem]:
+    """Where the index and the tar say different things of a sample."""
+    here = {key: row.tolist() for key, row in zip(*found, strict=True)}
+    for key, row in zip(said.keys, said.numbers.tolist(), strict=True):
+        actual = here.pop(key, None)
+        if actual is None:
+            yield Problem(url, key, "the index lists it, the tar lacks it")
+        for what, ours, theirs in zip(("offset", "size", "label"), row, actual or row, strict=True):
+            if ours != theirs:
+                yield Problem(url, key, f"its {what} is {theirs}, the index says {ours}")
+    for key in here:
+        yield Problem(url, key, "the index does not list it")
+
+
+def _undecodable(url: str, path: Path, rows: Rows) -> Iterator[Problem]:
+    with path.open("rb") as file:
+        for key, (offset, size, _) in zip(rows.keys, rows.numbers.tolist(), strict=True):
+            file.seek(offset)
+            try:
+                decode_rgb(np.frombuffer(bytearray(file.read(size)), np.uint8))
+            except ImageError as error:
+                yield Problem(url, key, f"cannot be decoded: {str(error)[:_SHOWN]}")

@@ -1,0 +1,200 @@
+"""Whole runs over a web server that misbehaves while they read: what is tried again, skipped, and given up."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from moa_vision.cache import DataError, LostShard, Shard, local_path
+from moa_vision.data import DataConfig, require_cache_room, train_loader
+from moa_vision.index import ShardReader, open_index
+from moa_vision.pretrain import main
+from moa_vision.shards import ShardSettings, make_shards
+
+# Python 3.12 and 3.13 warn of every fork of a process with threads, as torch and the server make them
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+
+@pytest.fixture
+def server(shards, tmp_path, serve):
+    """Our own data set of the photographs, 8 shards of 4, behind a server."""
+    make_shards(str(shards), tmp_path / "packed", ShardSettings(samples_per_shard=4))
+    return serve(tmp_path / "packed")
+
+
+@pytest.fixture
+def train(tmp_path, server):
+    """train(name, **changed) -> exit code and folder of a run of 8 steps of 8 images, two epochs, two workers."""
+
+    def train(name, **changed):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        encoder = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8}
+        values = {
+            "name": name,
+            "out": tmp_path / "runs",
+            "model.encoder": "vit_tiny_patch16_qdmoa",
+            "model.img_size": 16,
+            "model.encoder_args": json.dumps(encoder),
+            "model.decoder_dim": 16,
+            "model.decoder_depth": 1,
+            "model.decoder_heads": 2,
+            "data.train": server.url,
+            "data.cache_dir": tmp_path / "caches" / name,
+            "data.window_shards": 1,
+            "data.workers": 2,
+            "schedule.epochs": 2,
+            "schedule.warmup_epochs": 0,
+            "schedule.batch_size": 8,
+            "loop.micro_batch_size": 8,
+            "loop.log_every": 1,
+            "loop.trackers": "[]",
+        } | {key.replace("__", "."): value for key, value in changed.items()}
+        return main([f"--{key}={value}" for key, value in values.items()]), tmp_path / "runs" / name
+
+    return train
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def bad_samples(folder):
+    path = folder / "bad_samples.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_run_survives_a_server_that_fails_for_a_while(train, server, monkeypatch):
+    monkeypatch.setattr("moa_vision.cache.STALL_S", 1.0)
+    code, healthy = train("healthy")
+    assert code == 0 and len(losses(healthy)) == 8
+    faults = [[500, 503], ["cut"], ["stall"], [429, "cut", 500], ["silent cut"]]
+    server.faults |= {f"shard-{number:06d}.tar": list(fault) for number, fault in enumerate(faults)}
+    server.requests.clear()
+    code, folder = train("ill")
+    assert code == 0 and not any(server.faults.values()), "all that was to go wrong did"
+    assert losses(folder) == losses(healthy) and not bad_samples(folder)
+    shards = [name for name in server.requests if name.endswith(".tar")]
+    assert len(shards) == 8 + sum(map(len, faults)), "each fault took one more attempt"
+
+
+def test_a_small_lost_shard_is_skipped_and_listed(train, server, tmp_path):
+    server.faults["shard-000003.tar"] = [404] * 99
+    code, folder = train("run", data__max_bad_samples=4)
+    assert code == 0 and len(losses(folder)) == 8
+    bad = bad_samples(folder)
+    lost = open_index(str(tmp_path / "packed")).table
+    assert sorted(sample["key"] for sample in bad) == sorted(lost.key(number) for number in range(12, 16))
+    assert {sample["shard"] for sample in bad} == {f"{server.url}/shard-000003.tar"}
+    assert all("cannot fetch" in sample["reason"] for sample in bad)
+    assert json.loads((folder / "summary.json").read_text())["bad_samples"] == 4
+
+
+@pytest.mark.parametrize("fault", [404, 500], ids=["gone", "ill for good"])
+def test_a_lost_shard_with_more_samples_than_the_limit_ends_the_run(train, server, capsys, fault):
+    server.faults["shard-000003.tar"] = [fault] * 99
+    code, folder = train("run", data__max_bad_samples=3)
+    error = capsys.readouterr().err
+    assert code == 1
+    assert error.count("error: ") == 1 and "Traceback" not in error
+    assert "shard-000003.tar with its 4 samples is lost, and data.max_bad_samples is 3: cannot fetch" in error
+    assert not bad_samples(folder), "no sample is blamed for its shard"
+    server.faults.clear()
+    assert train("run", data__max_bad_samples=3)[0] == 0, "the same command goes on when the shard is back"
+
+
+def test_wrong_bytes_are_named(train, server, capsys, tmp_path):
+    path = tmp_path / "packed" / "shard-000002.tar"
+    data = bytearray(path.read_bytes())
+    data[900] ^= 1
+    path.write_bytes(data)
+    code, _ = train("run", data__max_bad_samples=3)
+    error = capsys.readouterr().err
+    assert code == 1 and "shard-000002.tar" in error and "its SHA-256 is not the manifest's" in error
+
+
+def test_samples_without_an_image_are_listed_too(train, shards, write_tar, tmp_path, capsys):
+    write_tar(shards / "f.tar", [("f0.cls", b"1"), ("f1.json", b"{}")])
+    code, folder = train("run", data__train=shards)
+    assert code == 0
+    assert [(sample["key"], sample["reason"][:8]) for sample in bad_samples(folder)] == [
+        ("f0", "no image"), ("f1", "no image"),
+    ]  # fmt: skip
+    code, _ = train("strict", data__train=shards, data__max_bad_samples=1)
+    assert code == 1 and "f1 in " in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told(server, tmp_path, monkeypatch):
+    """No sample is bad because there is no room for it: the run stops, and says where to make some."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    index = open_index(server.url, tmp_path / "cache")
+    monkeypatch.setattr("moa_vision.cache._transfer", full)
+    for read in (
+        lambda: local_path(Shard(f"{server.url}/shard-000000.tar"), tmp_path / "cache"),
+        lambda: ShardReader(index).read(0),
+        lambda: list(batches(index)),
+    ):
+        with pytest.raises(
+            DataError, match=r"cannot keep .*No space left.*data\.cache_gib.*data\.cache_dir"
+        ) as error:
+            read()
+        assert not isinstance(error.value, LostShard)
+    assert not list((tmp_path / "cache" / "shards").glob("*.tmp"))
+
+
+def batches(index, **fields):
+    config = DataConfig(train="", workers=0, **fields)
+    return train_loader(index, config, image_size=(16, 16), num_patches=1, seed=0, global_batch=4, micro_batch=4,
+                        num_steps=1)  # fmt: skip
+
+
+def test_a_lost_shard_is_tried_again_after_a_while(server, tmp_path, monkeypatch):
+    reader = ShardReader(open_index(server.url, tmp_path / "cache"))
+    server.faults["shard-000000.tar"] = [404]
+    for _ in range(2):
+        with pytest.raises(LostShard, match=r"FileNotFound"):
+            reader.read(0)
+    assert server.requests.count("shard-000000.tar") == 1
+    monkeypatch.setattr("moa_vision.index.time", SimpleNamespace(monotonic=lambda: 1e18))
+    assert len(reader.read(0)) and server.requests.count("shard-000000.tar") == 2
+
+
+def test_a_list_of_bad_samples_that_was_cut_short_is_read_and_continued(tmp_path):
+    from moa_vision.bad_samples import BadSamples
+    from moa_vision.table import BadSample
+
+    path = tmp_path / "bad_samples.jsonl"
+    first, second, third = (BadSample("a.tar", key, "why") for key in "abc")
+    BadSamples(path, 9).note([first, second])
+    path.write_bytes(path.read_bytes()[:-9])
+    again = BadSamples(path, 9)
+    assert list(again.known.samples.values()) == [first]
+    again.note([first, second, third])
+    assert list(BadSamples(path, 9).known.samples.values()) == [first, second, third]
+    path.write_bytes(b'[1]\n{"shard": 3, "key": "x", "reason": "y"}\n\xff\n{"a": 1}\n' + b"[" * 10**5 + b"\n")
+    assert BadSamples(path, 9).recorded() == 0
+
+
+def test_a_cache_smaller_than_two_windows_is_refused(train, server, capsys):
+    code, _ = train("run", data__cache_gib=1e-6, data__window_shards=2)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "data.cache_gib is 1e-06; allowed: " in error and "data.window_shards = 2" in error
+    index = open_index(server.url)
+    sizes = sorted(shard.size for shard in index.shards)
+    just = sum(sizes[-4:]) / 2**30
+    require_cache_room(DataConfig(train="", window_shards=2, cache_gib=just), index)
+    with pytest.raises(ValueError, match=r"data\.cache_gib"):
+        require_cache_room(DataConfig(train="", window_shards=2, cache_gib=just * 0.999), index)
+
+
+def test_a_run_within_a_bounded_cache_has_the_same_losses(train, server, tmp_path):
+    _, free = train("free")
+    sizes = sorted(path.stat().st_size for path in (tmp_path / "packed").glob("*.tar"))
+    code, bounded = train("bounded", data__workers=1, data__cache_gib=sum(sizes[-2:]) / 2**30)
+    assert code == 0 and losses(bounded) == losses(free)
+    kept = [path.stat().st_size for path in (tmp_path / "caches" / "bounded" / "shards").glob("*.tar")]
+    assert 0 < sum(kept) <= sum(sizes[-2:])
