@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 BF16_PEAK_FLOPS = {
     "B200": 2250e12,
@@ -47,6 +48,64 @@ def bf16_peak_flops(device_name: str) -> float | None:
     return None
 
 
+class Gpu(NamedTuple):
+    """What a plan knows of a device.
+
+    Attributes:
+        name: As in `BF16_PEAK_FLOPS` (with the memory behind it where there are several), or "cpu".
+        memory_gib: Device memory, of which drivers and error correction leave programs up to 6 % less.
+        link_gb_s: Bandwidth to the other devices of a node in one direction, 1e9 bytes/s: NVLink, else PCIe x16.
+    """
+
+    name: str
+    memory_gib: float | None
+    link_gb_s: float | None
+
+    @property
+    def peak_flops(self) -> float | None:
+        """The dense bf16 peak in FLOP/s."""
+        return bf16_peak_flops(self.name)
+
+
+GPUS = (
+    Gpu("B200", 180, 900),
+    Gpu("H200", 141, 450),
+    Gpu("H100", 80, 450),
+    Gpu("H100 NVL", 94, 300),
+    Gpu("H100 PCIe", 80, 64),
+    Gpu("A100 80GB", 80, 300),
+    Gpu("A100 40GB", 40, 300),
+    Gpu("A40", 48, 32),
+    Gpu("A30", 24, 32),
+    Gpu("A10", 24, 32),
+    Gpu("L40S", 48, 32),
+    Gpu("L40", 48, 32),
+    Gpu("L4", 24, 32),
+    Gpu("RTX 6000 Ada", 48, 32),
+    Gpu("RTX 5090", 32, 64),
+    Gpu("RTX 4090", 24, 32),
+    Gpu("RTX 3090", 24, 32),
+    Gpu("cpu", None, None),
+)
+"""Devices that a plan can be made for, from NVIDIA's data sheets."""
+
+
+def find_gpu(name: str) -> Gpu:
+    """Return the device of `GPUS` with this name, in any case, with spaces, dashes or nothing between words.
+
+    Raises ValueError naming those that are known.
+    """
+    known = {_plain(gpu.name): gpu for gpu in GPUS}
+    if _plain(name) not in known:
+        listed = ", ".join(gpu.name.lower().replace(" ", "-") for gpu in GPUS)
+        raise ValueError(f"gpu is {name!r}; it must be one of {listed}")
+    return known[_plain(name)]
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
 def device_name(device: torch.device) -> str:
     """Return e.g. "NVIDIA H200" or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -68,30 +127,72 @@ def state_bytes(model: nn.Module, with_one_moment: Collection[str] = ()) -> int:
     return weights + 3 * trained - spared
 
 
-def saved_bytes_per_sample(
-    model: nn.Module, loss: Callable[[Any], torch.Tensor], example: Callable[[int], Any]
-) -> int:
+def saved_bytes_per_sample(model: nn.Module, loss: Callable[[Any], Tensor], example: Callable[[int], Any]) -> int:
     """Return the bytes that eager autograd keeps for backward, for each sample of a batch.
 
     Counted in two forward passes, of one and of two samples (`loss(example(n))`), as the growth of the distinct
     storages saved, parameters aside. torch.compile keeps less. The random generators are left as they were.
     """
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def saved(count: int) -> int:
-        storages: dict[int, torch.UntypedStorage] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            kept = loss(example(count))
-        total = sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in parameters)
-        del kept
-        return total
-
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
-        return saved(2) - saved(1)
+        one, two = (_saved_bytes(lambda n=n: loss(example(n)), model.parameters()) for n in (1, 2))
+    return two - one
+
+
+class SavedBytes(NamedTuple):
+    """What eager autograd keeps for backward: bytes whatever the batch (weights cast by autocast, gradients that the
+    loss makes early), and bytes for each sample.
+    """
+
+    fixed: int
+    per_sample: int
+
+
+def trace_saved_bytes(model: nn.Module, loss: Callable[[int], Tensor], *, bf16: bool) -> SavedBytes:
+    """Count what `loss(n)`, the loss of n samples through `model`, keeps for backward; nothing is computed or stored.
+
+    Forward passes of one and two samples with torch's fake tensors, which have a shape, a dtype and a storage without
+    memory. Activations are those of a CPU in eager mode, under autocast with `bf16`.
+
+    Args:
+        model: On torch's "meta" device.
+        loss: Makes its batch itself, with the model and torch's usual functions.
+        bf16: As loop.precision.
+    """
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, samples: int) -> Tensor:
+            return loss(samples)
+
+    bound = Loss()
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        tensors: dict[str, Tensor] = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            for name, tensor in (*bound.named_parameters(), *bound.named_buffers())
+        }
+        one, two = (
+            _saved_bytes(lambda n=n: torch.func.functional_call(bound, tensors, (n,)), tensors.values())
+            for n in (1, 2)
+        )
+    return SavedBytes(2 * one - two, two - one)
+
+
+def _saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages that autograd saves in `loss()`, but for those of the parameters."""
+    own = {parameter.untyped_storage()._cdata for parameter in parameters}  # an identity that fake ones have too
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = loss()
+    total = sum(storage.nbytes() for identity, storage in storages.items() if identity not in own)
+    del kept
+    return total

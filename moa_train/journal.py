@@ -226,9 +226,10 @@ class Journal:
         """Say what the finished run came to."""
         if self.main:
             summary = self.folder.summary()
-            final = ", ".join(f"{name} {value:.4f}" for name, value in (summary["final"] or {}).items())
+            losses = (summary.get("final") or {}).items()
+            final = ", ".join(f"{name} {'nan' if value is None else f'{value:.4f}'}" for name, value in losses)
             self.say(
-                f"finished    {summary['steps']} steps, {duration(summary['wall_s'])} of training: {final}\n"
+                f"finished    {self.state.step} steps, {duration(self.state.wall_s)} of training: {final}\n"
                 f"            {self.folder.path} (delete it, or choose another name, to run again)"
             )
 

@@ -1,0 +1,208 @@
+"""scripts/plan.py against runs that really train, torch's own counters, and the tables in docs/scaling.md."""
+
+import importlib.util
+import json
+import re
+import shlex
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from moa_ffn import FFN
+from moa_lm.pretrain import main as train_lm
+from moa_lm.sizes import named_config
+from moa_lm.token_shards import TokenSettings, make_tokens
+from moa_train.devices import saved_bytes_per_sample
+from moa_vision.pretrain import ModelConfig, build_mae
+from moa_vision.pretrain import main as train_mae
+
+ROOT = Path(__file__).parents[1]
+QUICK = {
+    "schedule": {"batch_size": 8},
+    "loop": {"micro_batch_size": 4, "log_every": 1, "visualize": 0, "save_every": 2, "trackers": []},
+}
+SMALL_ENCODER = {"embed_dim": 96, "depth": 2, "num_heads": 2, "patch_size": 4}
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("plan_script", ROOT / "scripts/plan.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+plan = load_script()
+
+
+@pytest.fixture
+def planned(capsys):
+    """planned(file, *options) -> (workload, plan of the first number of devices) as the script prints them."""
+
+    def planned(file, *options):
+        capsys.readouterr()
+        assert plan.main(["--config", str(file), "--json", "--gpu", "cpu", "--gpus", "1", *options]) == 0
+        tree = json.loads(capsys.readouterr().out)
+        return tree["workload"], tree["plans"][0]
+
+    return planned
+
+
+def write_config(folder, tree):
+    both = {key: {**QUICK.get(key, {}), **value} for key, value in tree.items()}
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump({**QUICK, **both, "out": str(folder), "name": "run"} | {"name": "run"}))
+    return file
+
+
+def check_against_run(folder, workload, found, samples):
+    """What was planned is what the run in `folder` came to."""
+    summary = json.loads((folder / "summary.json").read_text())
+    assert workload["parameters"] == summary["parameters"]
+    assert found["plan"]["total_steps"] == summary["steps"]
+    per_unit = summary.get("flops_per_sample", summary.get("flops_per_token"))
+    assert workload["flops_per_sample"] / workload["units_per_sample"] == pytest.approx(per_unit, rel=1e-12)
+    newest = folder / "checkpoints" / (folder / "checkpoints/LAST").read_text().strip()
+    assert found["checkpoint_bytes"] == pytest.approx(sum(f.stat().st_size for f in newest.iterdir()), rel=0.01)
+    assert found["kept"] == len([*(folder / "checkpoints").glob("step_*")])
+    assert found["hours"] * 3600 == pytest.approx(summary["steps"] * samples / summary["throughput"])
+
+
+def test_a_masked_autoencoder_that_really_trains(tmp_path, planned):
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 24, 24, 3), dtype=np.uint8)
+    sizes = []
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for number, image in enumerate(pixels):
+            buffer = BytesIO()
+            Image.fromarray(image).save(buffer, "JPEG")
+            info = tarfile.TarInfo(f"{number:02d}.jpg")
+            info.size = len(buffer.getvalue())
+            sizes.append(info.size)
+            tar.addfile(info, BytesIO(buffer.getvalue()))
+    model = {"encoder": "vit_tiny_patch16_qdmoa", "img_size": 16, "encoder_args": SMALL_ENCODER}
+    model |= {"decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 2}
+    data = {"train": str(tmp_path / "images.tar"), "workers": 0, "cache_dir": str(tmp_path / "cache")}
+    file = write_config(tmp_path, {"model": model, "data": data, "schedule": {"epochs": 2}})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train_mae(["--config", str(file)]) == 0
+    workload, found = planned(file, "--measured", str(tmp_path / "run"))
+    check_against_run(tmp_path / "run", workload, found, samples=8)
+    assert workload["samples_per_epoch"] == 20
+    assert found["reading"]["stored_bytes"] == pytest.approx(np.mean(sizes))
+
+    torch.manual_seed(0)
+    real = build_mae(ModelConfig(**model))
+    for module in real.modules():
+        if isinstance(module, FFN):
+            module.backend = "eager"
+    noise = torch.linspace(0, 1, real.num_patches)
+
+    def batch(count):
+        return torch.zeros(count, 3, 16, 16), noise.expand(count, -1)
+
+    assert workload["saved"]["per_sample"] == saved_bytes_per_sample(real, lambda b: real(*b).loss, batch)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        real(*batch(64))
+    assert 3 * counter.get_total_flops() / 64 == pytest.approx(workload["flops_per_sample"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "algorithm", "fields"),
+    [("dense-micro", "adamw", {}), ("moe-micro", "muon", {"moe_intermediate_size": 48})],
+    ids=["dense", "experts"],
+)
+def test_a_language_model_that_really_trains(size, algorithm, fields, tmp_path, planned):
+    from moa_lm.modeling import MoALlamaForCausalLM
+
+    text = "".join(json.dumps({"text": f"the {n} kings had {n} daughters by the sea"}) + "\n" for n in range(200))
+    (tmp_path / "text.jsonl").write_text(text)
+    make_tokens([str(tmp_path / "text.jsonl")], tmp_path / "set", TokenSettings(train_bpe=300, val_fraction=0.1))
+    args = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3} | fields
+    tree = {
+        "model": {"size": size, "ffn": "qdmoa", "args": args},
+        "data": {"train": str(tmp_path / "set/train"), "sequence_length": 16},
+        "optim": {"algorithm": algorithm},
+        "schedule": {"tokens": 512},
+    }
+    file = write_config(tmp_path, tree)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train_lm(["--config", str(file)]) == 0
+    workload, found = planned(file, "--measured", str(tmp_path / "run"))
+    check_against_run(tmp_path / "run", workload, found, samples=8 * 16)
+    assert found["reading"]["stored_bytes"] == 2 * 17
+
+    eager = {"ffn_backend": "eager", "expert_dispatch": "grouped", "vocab_size": 320}
+    real = MoALlamaForCausalLM(named_config(size, "qdmoa", **args, **eager))
+
+    def loss(tokens):
+        return real(input_ids=tokens, shift_labels=tokens, skip_logits=True).loss
+
+    def batch(count):
+        return torch.zeros(count, 16, dtype=torch.int64)
+
+    assert workload["saved"]["per_sample"] == pytest.approx(saved_bytes_per_sample(real, loss, batch), rel=0.02)
+
+
+def commands():
+    return re.findall(r"<!-- (python scripts/plan.py .*--markdown) -->\n((?:\|.*\n)+)", text())
+
+
+def text():
+    return (ROOT / "docs/scaling.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "number", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
+def test_tables_of_the_docs(number, capsys, monkeypatch):
+    assert len(commands()) == text().count("<!-- python") == 3
+    command, shown = commands()[number]
+    monkeypatch.chdir(ROOT)
+    assert plan.main(shlex.split(command)[2:]) == 0
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "h300"], "argument --gpu: gpu is 'h300'; it must be one of b200"),
+        (["--gpus", "8,none"], "argument --gpus: 'none' is not a number above 0"),
+        (["--network", "-1"], "argument --network: '-1' is not a number above 0"),
+        (["--disk", "inf"], "argument --disk: 'inf' is not a number above 0"),
+        (["--markdown"], "--markdown prints the table of several --gpus"),
+        (["--utilization", "1.5"], "utilization is 1.5; it must be above 0 and at most 1"),
+        (["--measured", "absent"], "measured is 'absent'; it must be a run folder"),
+        (["--config", "absent.yaml"], "--config absent.yaml cannot be read"),
+        (["--optim.lrr", "1"], "did you mean optim.lr?"),
+    ],
+    ids=lambda value: value[0][2:] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_planned(options, message, capsys):
+    file = str(ROOT / "configs/mae/vit_b16_qdmoa_800ep.yaml")
+    with pytest.raises(SystemExit) as stopped:
+        plan.main(["--config", file, *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_epochs_of_unknown_tokens(tmp_path, capsys):
+    tree = {"model": {"size": "dense-micro"}, "data": {"train": "absent"}, "schedule": {"epochs": 2}}
+    file = write_config(tmp_path, tree)
+    with pytest.raises(SystemExit):
+        plan.main(["--config", str(file)])
+    assert "schedule.epochs is 2.0; it must be null, or give --tokens N" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        plan.main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--gpus" in shown and "rtx-4090" in shown and "docs/scaling.md" in shown
