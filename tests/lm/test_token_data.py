@@ -48,11 +48,12 @@ def config(length=4, **fields):
 def firsts(loader, length=4):
     """The window numbers that a loader gives, batch by batch, from a `counting` set; checks the tokens too."""
     numbers = []
-    for (tokens,) in loader:
+    for tokens, windows in loader:
         assert tokens.dtype == torch.int64 and tokens.shape[1] == length + 1
         assert torch.equal(tokens, tokens[:, :1] + torch.arange(length + 1))
         assert not (tokens[:, 0] % length).any()
         numbers.append((tokens[:, 0] // length).tolist())
+        assert list(windows) == numbers[-1]
     return numbers
 
 
