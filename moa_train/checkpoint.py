@@ -4,7 +4,8 @@ checkpoints/step_00001000/model.safetensors         weights, by parameter name
                           optimizer.safetensors     optimizer tensors, "PARAMETER.SLOT"
                           generators.safetensors    random generators, "RANK.cpu" and "RANK.cuda"
                           state.json                step, seconds, config; size and sha256 of the files above
-checkpoints/LAST                                    name of the newest folder, renamed into place last
+checkpoints/LAST                                    name of the folder written last, for people and scripts; a run
+                                                    goes on from the newest folder that is whole
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from torch import nn
 from moa_train.durable import new_folder, write_json, write_text
 from moa_train.parallel import full, place_like
 from moa_train.reading import read_json
+from moa_train.spikes import RecentLoss
 
 FILES = ("model.safetensors", "optimizer.safetensors", "generators.safetensors")
 
@@ -67,12 +70,13 @@ def snapshot(
 
 
 def save(folder: Path, state: dict[str, Any], tensors: Snapshot, *, keep: int, keep_every: int | None = None) -> Path:
-    """Write `folder`/step_XXXXXXXX, then point LAST at it, then drop old ones.
+    """Write `folder`/step_XXXXXXXX, then point LAST at it, then drop others.
 
-    Kept are the newest `keep` and those whose step is a multiple of `keep_every`. `state` is JSON with an int "step".
+    Kept are the newest `keep` up to this one, and those whose step is a multiple of `keep_every`. `state` is JSON
+    with an int "step".
 
     Raises:
-        NotSaved: the disk is full, or cannot be written to.
+        NotSaved: the disk is full, or cannot be written to, or `state` is no JSON.
     """
     final = folder / f"step_{state['step']:08d}"
     try:
@@ -83,13 +87,23 @@ def save(folder: Path, state: dict[str, Any], tensors: Snapshot, *, keep: int, k
             sums = {name: _checksum(temporary / name) for name in FILES}
             write_json(temporary / "state.json", {**state, "files": sums})
         write_text(folder / "LAST", final.name + "\n")
-        for step, old in sorted(_steps(folder), reverse=True)[keep:]:
-            if keep_every is None or step % keep_every:
-                old.rename(old.with_name(f".{old.name}.old"))  # gone at once: what is visible is whole
+        for old in _superfluous(folder, state["step"], keep, keep_every):
+            old.rename(old.with_name(f".{old.name}.old"))  # gone at once: what is visible is whole
         remove_leftovers(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise NotSaved(f"{final} could not be written: {error}") from error
     return final
+
+
+def _superfluous(folder: Path, newest: int, keep: int, keep_every: int | None) -> Iterator[Path]:
+    """Yield the checkpoints to drop once that of step `newest` is there.
+
+    Later ones are damaged, or they were when this session began: it goes another way since.
+    """
+    steps = sorted(_steps(folder), reverse=True)
+    earlier = [(step, path) for step, path in steps if step <= newest]
+    yield from (path for step, path in steps if step > newest)
+    yield from (path for step, path in earlier[keep:] if keep_every is None or step % keep_every)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -168,6 +182,8 @@ _STATE: dict[str, tuple[type, ...]] = {
 }
 """Types of the values of state.json that are looked at."""
 
+_RECENT = {field.name for field in fields(RecentLoss)}
+
 
 def _check_state(state: dict[str, Any]) -> None:
     """Raise ValueError for a value that `save` cannot have been given; only the step has to be there."""
@@ -178,6 +194,9 @@ def _check_state(state: dict[str, Any]) -> None:
             raise ValueError(f"{key} is {value!r}")
     if "step" not in state or ("config" in state and not isinstance(state["config"].get("optim"), dict)):
         raise ValueError("step or config.optim is missing")
+    for key, value in state.get("recent_loss", {}).items():
+        if key not in _RECENT or not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"recent_loss.{key} is {value!r}")
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -265,11 +284,12 @@ def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tenso
 
 def _check_slots(parameters: dict[str, nn.Parameter], slots: dict[str, dict[str, torch.Tensor]]) -> None:
     """Raise KeyError for a tensor that fits no optimizer: torch takes it, and fails in the next step."""
+    kinds = {frozenset(own) for own in slots.values()}
     for name, own in slots.items():
         for slot, tensor in own.items():
             if tensor.numel() != 1 and tensor.shape != parameters[name].shape:
                 raise KeyError(f"{name}.{slot} of shape {tuple(tensor.shape)}")
-        if any(own.keys() < others.keys() for others in slots.values()):
+        if any(own.keys() < kind for kind in kinds):
             raise KeyError(f"{name} has {', '.join(own)} only")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -290,6 +292,8 @@ def parse_config(
         checking = namespace.pop("check", False)
         _check_given(kind, namespace)
         config = kind(**parser.instantiate(namespace).as_dict())
+        for key, value in flatten(as_tree(config)).items():
+            require(key, value, not isinstance(value, float) or math.isfinite(value), "a finite number")
         if checking and check is not None:
             check(config)
     except (ArgumentError, ValueError) as error:
@@ -331,7 +335,9 @@ def _check_given(kind: type, namespace: Namespace, prefix: str = "") -> None:
 
 
 def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
-    """Print one message, with the key that was probably meant, and exit with code 2."""
+    """Print one message, with the key that was probably meant, once a machine; exit with code 2."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        parser.exit(2)
     keys = [str(action.dest) for action in parser._actions]
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|'([\w.]+)' is not accepted|option '([\w.]+)'", message)
     if unknown:

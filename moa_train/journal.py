@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -71,6 +72,8 @@ class Journal:
         self.folder = RunFolder(config.folder)
         self.main = accelerator.is_main_process
         self.progress = Progress(visible=self.main, unit=task.unit, step=state.step, total_steps=plan.total_steps)
+        self.tracking = True
+        self.unwritten: set[str] = set()  # for want of space, as was said
         self.session_steps, self.step_s = 0, 0.0  # the latter smoothed
         self.window_steps, self.window_s = 0, 0.0  # since the last row
 
@@ -82,7 +85,8 @@ class Journal:
             environment = describe_environment(device, self.plan.world_size)
             self.folder.open(tree, {**environment, "total_steps": self.plan.total_steps})
             self.folder.truncate(self.state.step, self.state.validated)
-        start_trackers(self.accelerator, tree, step=self.state.step)
+        with self._despite_trackers():
+            start_trackers(self.accelerator, tree, step=self.state.step)
         self.event("begun", self.state.step, processes=self.plan.world_size, device=devices.device_name(device))
         how = self.config.loop.precision + (", compiled" if self.config.loop.compile else "")
         lines = {
@@ -165,7 +169,9 @@ class Journal:
         if self.main:
             with self.despite_full_disk(self.folder.metrics.name):
                 self.folder.append(row)
-        track(self.accelerator, row)
+        with self._despite_trackers():
+            if self.tracking:
+                track(self.accelerator, row)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """Add a row to events.jsonl, with the time of day."""
@@ -175,14 +181,28 @@ class Journal:
                 self.folder.append_event({"kind": kind, "step": step, "time": time, **values})
 
     @contextmanager
+    def _despite_trackers(self) -> Iterator[None]:
+        """Let the run go on, with a warning and without trackers, where one cannot write."""
+        try:
+            yield
+        except OSError as error:
+            self.tracking = False
+            names = ", ".join(self.config.loop.trackers)
+            self.say(f"warning: trackers ({names}) failed: {error}; the run goes on without them")
+
+    @contextmanager
     def despite_full_disk(self, what: str) -> Iterator[None]:
-        """Let the run go on, with a warning, where `what` cannot be written because the disk is full."""
+        """Let the run go on, with one warning, while `what` cannot be written because the disk is full."""
         try:
             yield
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            self.say(f"warning: {what} could not be written: {error}; the run goes on")
+            if what not in self.unwritten:
+                self.unwritten.add(what)
+                self.say(f"warning: {what} could not be written: {error}; the run goes on")
+        else:
+            self.unwritten.discard(what)
 
     def _units(self, step: int) -> int:
         """Samples or tokens seen in `step` steps."""
@@ -235,7 +255,8 @@ class Journal:
 
     def say_stopped(self, signal: str, saved_step: int) -> None:
         """Say that the run was asked to stop, and how to continue it; the newest checkpoint is of `saved_step`."""
-        saved = "saved" if saved_step == self.state.step else f"with a checkpoint of step {max(saved_step, 0)}"
+        newest = f"its newest checkpoint is of step {saved_step}" if saved_step >= 0 else "it has no checkpoint"
+        saved = "saved" if saved_step == self.state.step else newest
         self.say(
             f"stopped     {signal or 'another process was asked to stop'}: {saved} after step {self.state.step} of "
             f"{self.plan.total_steps}. The same command continues:\n  {command_line()}"
@@ -254,6 +275,14 @@ def check_trackers(names: Sequence[str]) -> None:
                 f"loop.trackers names {name!r}, whose package is not installed: pip install {name}, "
                 "or leave it out (--loop.trackers [])"
             )
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """End the trackers and, with several processes, their group."""
+    try:
+        accelerator.end_training()
+    except OSError as error:  # what they had yet to write; the rows are in metrics.jsonl
+        print(f"warning: a tracker could not write its last rows: {error}", file=sys.stderr)
 
 
 def start_trackers(accelerator: Accelerator, tree: dict[str, Any], *, step: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -30,10 +30,10 @@ from moa_train.checkpoint import (
 from moa_train.config import HARMLESS, STARTS_ANEW, RunConfig, as_tree, differing_keys
 from moa_train.durable import new_folder
 from moa_train.failures import Together
-from moa_train.journal import Journal, State, check_trackers
+from moa_train.journal import Journal, State, check_trackers, end_trackers
 from moa_train.optim import build_optimizer, describe_groups, set_rate
 from moa_train.plan import Costs, make_plan, measure_costs
-from moa_train.records import RunFolder, command_line
+from moa_train.records import RunFolder, RunInUse, command_line
 from moa_train.signals import EXIT_STOPPED, StopRequests
 from moa_train.task import WEIGHT, HiddenMatrices, Identified, Named, OwnOptimizer, Share, Task
 
@@ -65,7 +65,7 @@ def run(
         try:
             check_trackers(config.loop.trackers)
             accelerator = parallel.start(config.loop, config.folder / "trackers")
-            cleanup.callback(accelerator.end_training)
+            cleanup.callback(end_trackers, accelerator)
             together.watch(accelerator)
             set_seed(config.seed)
             with accelerator.local_main_process_first():
@@ -76,6 +76,8 @@ def run(
         try:
             with contextlib.closing(trainer.journal.progress):
                 return trainer.run()
+        except RunInUse as error:
+            return together.fail(error, 2)
         except (NonFiniteError, NotSaved, *expected) as error:
             trainer.journal.close("failed")
             return together.fail(error, 1)
@@ -156,9 +158,22 @@ class Trainer:
         if self.journal.finished():
             self.journal.say_finished()
             return 0
-        self.journal.open(describe_groups(self.optimizer), self.warnings)
-        if self.accelerator.is_main_process:
-            checkpoint.remove_leftovers(self.folder.checkpoints)
+        with contextlib.ExitStack() as held:
+            self._open(held)
+            return self._run()
+
+    def _open(self, held: contextlib.ExitStack) -> None:
+        """Take the run folder for this session, until `held` ends, and say what will be done."""
+        try:
+            if self.accelerator.is_main_process:
+                self.folder.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(self.folder.held())
+                checkpoint.remove_leftovers(self.folder.checkpoints)
+            self.journal.open(describe_groups(self.optimizer), self.warnings)
+        except OSError as error:
+            raise NotSaved(f"the run folder cannot be written to: {error}") from error
+
+    def _run(self) -> int:
         if not self.train():
             self.journal.close("stopped")
             self.journal.say_stopped(self.stop.received, self.saver.saved_step)
@@ -191,7 +206,9 @@ class Trainer:
             going = self._go_on() and self._validate_if_due()
             last = not going or self.state.step == self.plan.total_steps
             if last or self.plan.due(self.state.step, self.config.loop.save_every):
-                self._save(get_generators(self.device), wait=last)
+                saved = self._save(get_generators(self.device), wait=last)
+                if going and last and not saved:
+                    raise NotSaved("the last checkpoint could not be written; make room, the same command continues")
             self._tell_of_saving(wait=False)
         return going
 
@@ -221,9 +238,9 @@ class Trainer:
         self.journal.event("nonfinite", step, **values, skipped=skips, micro_batches=self._everyones_micro_batches())
         what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, at lr {lr:.3g}"
         if not skips:
-            self._save(generators, wait=True)
+            saved = self._save(generators, wait=True)
             self.journal.write("train", step, **values)
-            raise NonFiniteError(self._how_to_continue(what))
+            raise NonFiniteError(self._how_to_continue(what, saved))
         self.optimizer.zero_grad()
         self.state.step += 1
         self.state.skipped += 1
@@ -242,13 +259,14 @@ class Trainer:
         ]
         return gather_object(own)
 
-    def _how_to_continue(self, what: str) -> str:
+    def _how_to_continue(self, what: str, saved: bool) -> str:
         beside = f"--loop.skip_nonfinite {self.state.skipped + 1}"
         options = [beside, *(f"--resume force {option}" for option in self.config.gentler())]
+        state = f"{'is' if saved else 'could NOT be'} saved in {self.folder.checkpoints}"
         return (
-            f"{what}. Nothing was updated; the state before this step is saved in {self.folder.checkpoints}, and "
-            f"{self.folder.events} lists its samples. Continue without this step, with a lower rate, or with clipped "
-            "gradients:" + "".join(f"\n  {command_line()} {option}" for option in options)
+            f"{what}. Nothing was updated; the state before this step {state}, and {self.folder.events} lists its "
+            "samples. Continue without this step, with a lower rate, or with clipped gradients:"
+            + "".join(f"\n  {command_line()} {option}" for option in options)
         )
 
     def _update(self, lr: float, grad_norm: Tensor) -> None:
@@ -326,23 +344,35 @@ class Trainer:
         device_values = torch.tensor(values, dtype=torch.float64, device=self.device)
         return self.accelerator.reduce(device_values, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _save(self, generators: Generators, *, wait: bool) -> None:
+    def _save(self, generators: Generators, *, wait: bool) -> bool:
         """Begin a checkpoint of the finished steps, unless there is one; `generators` are this process's.
 
-        It is written while training goes on; with `wait` it is there, or has been told to be missing, on return.
+        It is written while training goes on. With `wait` it is there on return, or was tried twice; return whether it
+        is, as far as known.
         """
         if self.begun_saving != self.state.step:
-            self.begun_saving = self.state.step
-            self._tell_of_saving(wait=True)  # one at a time
-            self.journal.note_memory()
-            everyones = of_all_processes(generators, self.accelerator)
-            main = self.accelerator.is_main_process
-            tensors = checkpoint.snapshot(self.bare, self.optimizer, everyones, main=main)
-            if main:
-                self.saver.begin(self._saved_state(), tensors)
-        if wait:
-            self._tell_of_saving(wait=True)
-            self.accelerator.wait_for_everyone()
+            self._begin_saving(generators)
+        if not wait:
+            return True
+        if not self._is_saved():
+            self._begin_saving(generators)
+        return self._is_saved()
+
+    def _begin_saving(self, generators: Generators) -> None:
+        self._tell_of_saving(wait=True)  # one at a time
+        self.begun_saving = self.state.step
+        self.journal.note_memory()
+        everyones = of_all_processes(generators, self.accelerator)
+        main = self.accelerator.is_main_process
+        tensors = checkpoint.snapshot(self.bare, self.optimizer, everyones, main=main)
+        if main:
+            self.saver.begin(self._saved_state(), tensors)
+
+    def _is_saved(self) -> bool:
+        """Wait for the last checkpoint; return on every process whether it is one of the finished steps."""
+        self._tell_of_saving(wait=True)
+        missing = self.accelerator.is_main_process and self.saver.saved_step != self.state.step
+        return not any(self._sum_over_processes(missing))
 
     def _saved_state(self) -> dict[str, Any]:
         return {
@@ -365,8 +395,7 @@ class Trainer:
 
     def _resume(self) -> list[str]:
         """Take the newest valid checkpoint, if there is one; return a message for each damaged one passed over."""
-        newest, damaged = checkpoint.newest_valid(self.folder.checkpoints)
-        source = newest or self._start()
+        newest, source, damaged = self._choose()
         if source is not None:
             self._check_fit(source)
             saved, generators = checkpoint.load(source, self.bare, self.optimizer)
@@ -380,6 +409,20 @@ class Trainer:
         set_seed(self.config.seed + self.state.step, device_specific=True)
         return damaged
 
+    def _choose(self) -> tuple[Path | None, Path | None, list[str]]:
+        """Return the run's newest valid checkpoint, that or another to begin with, and what was damaged.
+
+        The main process looks, and all take what it found: a file system may not show them the same.
+        """
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            newest, damaged = checkpoint.newest_valid(self.folder.checkpoints)
+            found = [(newest, newest or self._start(), damaged)]
+        newest, source, damaged = broadcast_object_list(found)[0]
+        if source is not None and not source.exists():
+            raise ValueError(f"{source} is there for the main process, but not here: all must see the same folder")
+        return newest, source, damaged
+
     def _check_fit(self, path: Path) -> None:
         """Raise ValueError if the checkpoint holds another algorithm's state, or was trained on something else."""
         state = checkpoint.read_state(path)
@@ -390,7 +433,7 @@ class Trainer:
                 f"{path} was trained on other data: {', '.join(changed)} changed since. Bring back what it was, "
                 "begin a new run, or continue all the same with --resume force"
             )
-        saved = state["config"]["optim"].get("algorithm", "adamw")
+        saved = state.get("config", {}).get("optim", {}).get("algorithm", "adamw")
         if saved != self.config.optim.algorithm:
             raise ValueError(
                 f"optim.algorithm is {self.config.optim.algorithm!r}, but {path} holds the optimizer state of "
@@ -412,7 +455,9 @@ class Trainer:
 
     def _check_start(self, path: Path, state: dict[str, Any]) -> None:
         """Raise ValueError unless this run is the one that wrote the checkpoint, but for how and when it ends."""
-        different = differing_keys(state["config"], as_tree(self.config), harmless=self.harmless | STARTS_ANEW)
+        different = differing_keys(
+            state.get("config", {}), as_tree(self.config), harmless=self.harmless | STARTS_ANEW
+        )
         if different:
             listed = "\n  ".join(different)
             raise ValueError(

@@ -186,7 +186,11 @@ class Spread:
             yield self.bare if self._accelerator.is_main_process else None
             return
         self.rest()
-        weights = [full(parameter.detach()) for parameter in self.bare.parameters()]
+        weights = []
+        for parameter in self.bare.parameters():
+            weight = full(parameter.detach())
+            if self._hollow is not None:  # the others hold one at a time
+                weights.append(weight)
         if self._hollow is None:
             yield None
             return

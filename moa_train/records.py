@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -10,7 +11,8 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,10 @@ Row = dict[str, Any]
 
 KINDS = ("train", "val")
 """Kinds of rows."""
+
+
+class RunInUse(Exception):
+    """Another process runs the same run."""
 
 
 class RunFolder:
@@ -75,6 +81,24 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
         write_json(self.path / "env.json", environment)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from running this run at the same time. Raises RunInUse if one does.
+
+        A POSIX record lock: it ends with this process, however that ends, and its workers do not inherit it.
+        """
+        with (self.path / "run.lock").open("w", encoding="utf-8") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise RunInUse(
+                    f"{self.path} is being run by another process (it holds {file.name}); wait until it has ended, "
+                    "stop it, or choose another name"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+            yield
 
     def rows(self) -> list[Row]:
         """Return the rows written so far; a last line cut short by a crash is left out.

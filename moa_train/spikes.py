@@ -14,6 +14,9 @@ DEVIATIONS = 5.0
 FLOOR = 1e-3
 """Smallest standard deviation that counts, relative to the mean: a loss that hardly moves has no spikes."""
 
+TINY = 1e-12
+"""Smallest standard deviation that counts at all."""
+
 
 @dataclass
 class RecentLoss:
@@ -35,7 +38,7 @@ class RecentLoss:
 
         A spike counts in the mean and variance as the largest loss that is none, so that it does not hide the next.
         """
-        deviation = max(math.sqrt(self.variance), FLOOR * abs(self.mean))
+        deviation = max(math.sqrt(self.variance), FLOOR * abs(self.mean), TINY)
         spike = self.count >= MEMORY and loss > self.mean + DEVIATIONS * deviation
         above = (loss - self.mean) / deviation if spike else None
         self._add(self.mean + DEVIATIONS * deviation if spike else loss)

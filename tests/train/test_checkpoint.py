@@ -69,6 +69,23 @@ def test_only_the_newest_are_kept(tmp_path):
     assert (tmp_path / "LAST").read_text() == "step_00000015\n"
 
 
+def test_later_ones_are_superseded_and_do_not_count(tmp_path):
+    """Damaged ones of a session before: the new ones are kept in their place."""
+    for step in (5, 10, 15, 20):
+        save(tmp_path, step, keep=9)
+    for step in (15, 20):
+        (tmp_path / f"step_{step:08d}" / "model.safetensors").write_bytes(b"")
+    save(tmp_path, 12, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LAST", "step_00000012"]
+    assert checkpoint.newest_valid(tmp_path) == (tmp_path / "step_00000012", [])
+
+
+def test_a_state_that_is_no_json_is_not_saved(tmp_path):
+    model, optimizer = trained(0)
+    with pytest.raises(NotSaved, match=r"step_00000001 could not be written: .*JSON"):
+        checkpoint.save(tmp_path, {"step": 1, "x": float("inf")}, checkpoint.snapshot(model, optimizer, {}), keep=1)
+
+
 def test_nothing_is_pickled(tmp_path):
     for file in save(tmp_path, 1).iterdir():
         if file.suffix == ".safetensors":

@@ -3,57 +3,58 @@ be given fails writes as a full disk does, in the kernel."""
 
 import errno
 import json
-import os
 import resource
-import subprocess
-import sys
 
 import pytest
 
 from moa_train import checkpoint
 from moa_train.durable import LineFile
 
-LIMITED = """
-import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-del sys.argv[0:2]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+
+@pytest.fixture
+def limited(runs, ranks):
+    """limited(size, ...) runs where files have at most `size` bytes; returns the exit code, and what was said."""
+
+    def run(size, **changed):
+        (code,) = ranks(count=1, model__max_file=size, **changed)
+        return code, (runs.out / "run.out").read_text()
+
+    return run
 
 
-def limited(runs, size, name, **changed):
-    """Run with files of at most `size` bytes."""
-    command = [sys.executable, "-B", "-c", LIMITED, str(size), str(runs.script), *runs.arguments(name, **changed)]
-    return subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_checkpoints_that_do_not_fit(runs):
+def test_checkpoints_that_do_not_fit(runs, ranks, limited):
     """Rows fit (3 kB), checkpoints (of 400 units 12 kB and more) do not; then there is room again."""
     wide = {"model__width": 400, "loop__log_every": 5, "loop__val_every": 50}
     assert runs("unbroken", **wide) == 0
     assert runs("run", **wide, model__stop_at=4) == 75
-    done = limited(runs, 8_000, "run", **wide)
-    assert done.returncode == 1, done.stderr
-    assert "could not be exported" in done.stderr and "Traceback" not in done.stderr
-    told = done.stdout.count("could not be written")
-    assert told == 2 and "newest checkpoint: step 5" in done.stdout, "those of steps 10 and 15"
+    code, out = limited(8_000, **wide)
+    assert code == 1 and "the last checkpoint could not be written" in ranks.said
+    assert "Traceback" not in ranks.said
+    assert out.count("step_00000010 could not be written") == 1 and "newest checkpoint: step 5" in out
     newest, damaged = checkpoint.newest_valid(runs.out / "run" / "checkpoints")
     assert newest.name == "step_00000005" and damaged == []
     assert not list((runs.out / "run").rglob(".*")), "no half of a file is left"
     events = [json.loads(line) for line in (runs.out / "run" / "events.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in events if row["kind"] == "not_saved"] == [10, 15]
+    assert [row["step"] for row in events if row["kind"] == "not_saved"] == [10, 15, 15], (
+        "the last one is tried twice"
+    )
     assert runs("run", **wide) == 0
     runs.assert_same("run", "unbroken")
 
 
-def test_rows_that_do_not_fit_wait_for_room(runs):
-    """At 2 kB metrics.jsonl is full after some steps; the run goes on, and no row is cut in two."""
-    done = limited(runs, 2_000, "run", loop__save_every=100)
-    assert "metrics.jsonl could not be written" in done.stdout, done.stderr
+def test_rows_and_trackers_that_do_not_fit(runs, limited):
+    """metrics.jsonl and TensorBoard's file are full after some steps: the run goes on, and no row is cut in two."""
+    code, out = limited(4_000, schedule__epochs=8, loop__save_every=100, loop__trackers='["tensorboard"]')
+    assert out.count("metrics.jsonl could not be written") == 1, "told once"
+    assert out.count("trackers (tensorboard) failed") == 1
+    assert "step 40/40" in out and code in (0, 1), "to the end; whether the last checkpoint fits is another question"
     rows = runs.rows("run", "train")
-    assert 0 < len(rows) < 15 and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert 0 < len(rows) < 40 and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+
+
+def test_a_run_folder_that_cannot_be_written(runs, ranks, limited):
+    (code, _) = limited(100)
+    assert code == 1 and "the run folder cannot be written to" in ranks.said and "Traceback" not in ranks.said
 
 
 def test_lines_are_whole_or_absent_and_come_later(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moa_train import checkpoint
 from moa_train.signals import EXIT_STOPPED
 from moa_train.spikes import DEVIATIONS, MEMORY, RecentLoss
 
@@ -53,6 +54,15 @@ def test_skipping_resumes_exactly(runs, stop_at):
     assert runs("run", model__nan_at=7, model__nan_for=2, loop__skip_nonfinite=2) == 0
     assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
     assert runs.json("run", "summary.json")["skipped_steps"] == 2
+
+
+def test_a_state_that_could_not_be_saved_is_not_called_saved(runs, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise checkpoint.NotSaved("no space")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert runs("run", model__nan_at=7) == 1
+    assert "the state before this step could NOT be saved" in capsys.readouterr().err
 
 
 def test_one_more_than_allowed_stops_and_may_be_allowed_later(runs, capsys):
@@ -101,6 +111,13 @@ def test_what_stands_out_is_a_spike_and_does_not_hide_the_next(losses, high):
 def test_a_constant_loss_with_noise_of_its_last_digits_has_no_spikes():
     recent = RecentLoss()
     assert not any(recent.take(1.0 + 1e-5 * (step % 7 == 0)) for step in range(5 * MEMORY))
+
+
+def test_a_loss_that_was_zero_may_rise():
+    recent = RecentLoss()
+    for _ in range(MEMORY):
+        recent.take(0.0)
+    assert recent.take(1.0) is not None
 
 
 def test_variance_is_numpys_with_the_same_weights():

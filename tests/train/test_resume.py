@@ -1,9 +1,5 @@
 """k steps + stop + resume + the rest == one unbroken run, bit for bit, whatever the stop."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -54,23 +50,6 @@ def test_a_validation_made_up_for_is_not_written_twice(runs, unbroken):
     newest = folder / "checkpoints" / "step_00000005"
     (newest / "model.safetensors").write_bytes(b"")  # so that the next session starts at 4 again
     assert runs("run") == 0
-    runs.assert_same("run", unbroken)
-
-
-def test_killed_between_checkpoints(runs, unbroken):
-    """kill -9 in a process of its own: rows after the last checkpoint are run again."""
-    command = [sys.executable, str(runs.script), *runs.arguments("run", model__step_s=0.05)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    metrics = runs.out / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not metrics.exists() or '"step": 7' not in metrics.read_text():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    with metrics.open("a") as file:
-        file.write('{"kind": "train", "st')  # a row cut short
-    assert runs("run", model__step_s=0) == 0
     runs.assert_same("run", unbroken)
 
 
@@ -140,6 +119,20 @@ def test_force_cannot_load_another_model(runs, capsys):
     runs("run", model__stop_at=6)
     assert runs("run", model__width=9, resume="force") == 2
     assert "belongs to another model" in capsys.readouterr().err
+
+
+def test_a_run_is_run_by_one_process_at_a_time(runs, ranks, capsys):
+    (process,) = ranks.start(count=1, model__step_s=0.5)
+    try:
+        while not (runs.out / "run" / "events.jsonl").exists():
+            assert process.is_alive()
+            time.sleep(0.01)
+        assert runs("run") == 2
+        assert "is being run by another process" in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.join()
+    assert runs("run") == 0, "the lock has ended with its process"
 
 
 def test_never_refuses_a_folder_in_use(runs, capsys):

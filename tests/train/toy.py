@@ -5,6 +5,7 @@ import importlib
 import itertools
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -32,6 +33,7 @@ class ToyModel:
         stop_at: The step in which SIGTERM comes; -1 is none.
         stop_in_val: The first validation at or after this step gets SIGTERM; -1 is none.
         step_s: Seconds that a step is made to last.
+        max_file: Bytes that a file may have, as if the disk were full then; 0: no limit.
         kill_in: "MODULE:FUNCTION" of moa_train (or of this file), in the middle of which kill -9 comes; "" is none.
         kill_call: In which call of it, from 1.
     """
@@ -44,13 +46,24 @@ class ToyModel:
     stop_at: int = -1
     stop_in_val: int = -1
     step_s: float = 0.0
+    max_file: int = 0
     kill_in: str = ""
     kill_call: int = 1
 
 
 TROUBLE = {
     f"model.{key}"
-    for key in ("nan_at", "nan_for", "high_at", "stop_at", "stop_in_val", "step_s", "kill_in", "kill_call")
+    for key in (
+        "nan_at",
+        "nan_for",
+        "high_at",
+        "stop_at",
+        "stop_in_val",
+        "step_s",
+        "max_file",
+        "kill_in",
+        "kill_call",
+    )
 }
 
 
@@ -104,6 +117,8 @@ class ToyTask:
         self.model = nn.Sequential(
             nn.Linear(3, width), nn.GELU(), nn.Dropout(config.model.dropout), nn.Linear(width, 1)
         )
+        if config.model.max_file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (config.model.max_file, resource.RLIM_INFINITY))
         self.samples_per_epoch = config.samples
         self.val_samples = 7
         self.step = 0
