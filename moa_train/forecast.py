@@ -16,6 +16,7 @@ from torch import nn
 
 from moa_train.config import RunConfig, require
 from moa_train.devices import Gpu, SavedBytes, bf16_peak_flops, state_bytes
+from moa_train.parallel import blocks
 from moa_train.plan import ASSUMED_UTILIZATION, Plan, make_plan
 from moa_train.progress import count, duration
 from moa_train.records import RunFolder
@@ -52,7 +53,7 @@ class States:
 def count_states(model: nn.Module, with_one_moment: Sequence[str] = ()) -> States:
     """Count `model`, on any device ("meta" too); `with_one_moment` are the parameters that Muon steps.
 
-    Blocks are the members of its lists of modules (nn.ModuleList, nn.Sequential).
+    Blocks are those of `moa_train.parallel.blocks`, which a run gathers one at a time.
     """
 
     def size(parameters: Sequence[nn.Parameter]) -> int:
@@ -60,14 +61,13 @@ def count_states(model: nn.Module, with_one_moment: Sequence[str] = ()) -> State
 
     weights = size([*model.parameters()])
     gradients = size([p for p in model.parameters() if p.requires_grad])
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    blocks = [[*block.parameters()] for blocks in lists for block in blocks]
-    in_blocks = {parameter: None for block in blocks for parameter in block}
+    parts = [[*block.parameters()] for block in blocks(model)]
+    in_blocks = {parameter: None for part in parts for parameter in part}
     return States(
         weights=weights,
         gradients=gradients,
         moments=state_bytes(model, with_one_moment) - weights - gradients,
-        block=max(map(size, blocks), default=0),
+        block=max(map(size, parts), default=0),
         root=weights - size([*in_blocks]),
     )
 

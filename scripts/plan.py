@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
+from halves import LANGUAGE, VISION, training_script
 
 from moa_train.config import RunConfig, parse_config, require
 from moa_train.devices import GPUS, SavedBytes, find_gpu, trace_saved_bytes
@@ -51,17 +51,20 @@ DECODING_PART = 318 / 414
 """Of that time, what decoding takes (414 images/s alone); data.repeats crops share it."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the plan's own options; all others are keys of the configuration."""
+def build_parser(*, files: bool = True) -> argparse.ArgumentParser:
+    """Return the parser of the plan's own options, without --config unless `files`; all others are keys."""
     parser = argparse.ArgumentParser(
         prog="plan.py",
         usage="%(prog)s --config FILE [--gpus N[,N...]] [--gpu NAME] [options] [--KEY.SUBKEY VALUE ...]",
         description="Tell what a run takes on devices that are not there. Neither data nor weights are needed.",
-        epilog="Any key of the configuration can be set as in training: --loop.micro_batch_size 32. "
-        "Formulas and what they leave out: docs/scaling.md.",
+        epilog="Several --config are layered, and any key can be set, as in training: --loop.micro_batch_size 32; "
+        f"all keys: {VISION.name} --help, {LANGUAGE.name} --help. Formulas and what they leave out: docs/scaling.md.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="of vision or language")
+    if files:
+        parser.add_argument(
+            "--config", type=Path, action="append", required=True, metavar="FILE", help="of vision or language"
+        )
     what = parser.add_argument_group("on what")
     what.add_argument(
         "--gpus", type=_counts, default=[8], metavar="N", help="how many (default: 8); 1,8,64 makes a table"
@@ -130,25 +133,23 @@ def _gpu(text: str) -> Any:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def read_config(file: Path, keys: Sequence[str]) -> tuple[RunConfig, bool]:
-    """Return the configuration with `keys` set, and whether it is a masked autoencoder's: those have an encoder.
+def read_config(files: Sequence[Path], words: Sequence[str]) -> tuple[RunConfig, bool]:
+    """Return the configuration that a training script makes of `words`, and whether it is a masked autoencoder's.
+
+    Args:
+        files: The configuration files among the words.
+        words: --config FILE and --KEY.SUBKEY VALUE in the order given: later ones win.
 
     Raises:
-        ValueError: the file cannot be read.
-        SystemExit: code 2, after a message, for a key or value that is wrong.
+        ValueError: a file cannot be read, or none describes a model.
+        SystemExit: code 2, after a message in the training script's name, for a key or value that is wrong.
     """
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from error
-    model = tree.get("model") if isinstance(tree, dict) else None
-    require(f"--config {file}: model", model, isinstance(model, dict), "keys with values")
-    is_autoencoder = "encoder" in model  # pyright: ignore[reportOperatorIssue]
-    if is_autoencoder:  # each half is imported where it is wanted
+    script = training_script(files)
+    if script == VISION:  # each half is imported where it is wanted
         from moa_vision.pretrain import MAEConfig as Config
     else:
         from moa_lm.pretrain import LMConfig as Config
-    return parse_config(Config, [f"--config={file}", *keys], program="plan.py", summary=""), is_autoencoder
+    return parse_config(Config, words, program=script.name, summary=""), script == VISION
 
 
 def vision_workload(
@@ -243,7 +244,11 @@ def language_workload(config: Any, *, tokens: int | None) -> Workload:
         flops_per_sample=TRAINING_FLOPS_PER_FORWARD * forward_flops(model, length),
         states=count_states(whole, [*by_muon]),
         saved=language_saved_bytes(
-            model, length, bf16=config.loop.precision == "bf16", checkpointed=config.model.gradient_checkpointing
+            model,
+            length,
+            bf16=config.loop.precision == "bf16",
+            checkpointed=config.model.gradient_checkpointing,
+            masked=config.data.document_mask,
         ),
         reading=Reading(
             stored_bytes=(length + 1) * (2 if model.vocab_size <= 2**16 else 4),
@@ -254,24 +259,29 @@ def language_workload(config: Any, *, tokens: int | None) -> Workload:
     )
 
 
-def language_saved_bytes(model: Any, length: int, *, bf16: bool, checkpointed: bool = False) -> SavedBytes:
+def language_saved_bytes(
+    model: Any, length: int, *, bf16: bool, checkpointed: bool = False, masked: bool = False
+) -> SavedBytes:
     """Return what backward needs of sequences of `length` tokens; `model` is a MoALlamaConfig.
 
     Layers are alike, so that models of one and of two tell of all. With gradient checkpointing each layer's input
-    stays, in float32, and all of one layer.
+    stays, in float32, and all of one layer. `masked` is data.document_mask, whose mask each layer keeps.
     """
     from moa_lm.modeling import MoALlamaForCausalLM
 
+    fields = {"ffn_backend": "eager", "expert_dispatch": "grouped"}  # what tracing can follow
+    fields |= {} if masked else {"attn_implementation": _attention_without_mask()}
+
     def traced(layers: int) -> SavedBytes:
-        fields = {"num_hidden_layers": layers, "layer_types": None}
-        fields |= {"ffn_backend": "eager", "expert_dispatch": "grouped"}  # what tracing can follow
-        own = {key: value for key, value in model.to_dict().items() if key not in fields}
+        shape = {"num_hidden_layers": layers, "layer_types": None}
+        own = {key: value for key, value in model.to_dict().items() if key not in {**fields, **shape}}
         with torch.device("meta"):
-            shallow = MoALlamaForCausalLM(type(model)(**own, **fields))
+            shallow = MoALlamaForCausalLM(type(model)(**own, **fields, **shape))
 
         def loss(samples: int) -> torch.Tensor:
             tokens = torch.zeros(samples, length, dtype=torch.int64)
-            found = shallow(input_ids=tokens, shift_labels=tokens, skip_logits=True).loss
+            places = {"position_ids": torch.arange(length).repeat(samples, 1)} if masked else {}
+            found = shallow(input_ids=tokens, shift_labels=tokens, skip_logits=True, **places).loss
             assert found is not None
             return found
 
@@ -285,14 +295,29 @@ def language_saved_bytes(model: Any, length: int, *, bf16: bool, checkpointed: b
     return SavedBytes(*(a + (layers - 1) * more for a, more in zip(one, layer, strict=True)))
 
 
+def _attention_without_mask() -> str:
+    """Return the name, for transformers, of its usual attention without a mask: causal by itself.
+
+    Transformers cannot look into the positions of fake tensors, so it makes a mask of T x T for each sequence, in
+    case several documents are packed into one; it makes none for the real ones of a single document. There is no way
+    to make masks for a name that it does not know.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+    return "sdpa_without_mask"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan that the command line asks for; return 0, or 2 after a message for what cannot be planned."""
     parser = build_parser()
-    options, keys = parser.parse_known_args(arguments)
+    options, _ = parser.parse_known_args(arguments)
+    _, words = build_parser(files=False).parse_known_args(arguments)
     if options.markdown and len(options.gpus) == 1:
         parser.error("--markdown prints the table of several --gpus, e.g. --gpus 1,8,64")
     try:
-        config, is_autoencoder = read_config(options.config, keys)
+        config, is_autoencoder = read_config(options.config, words)
         gpu = options.gpu if not isinstance(options.gpu, str) else find_gpu(options.gpu)
         if options.measured:
             rate, source = measured_rate(options.measured, gpu)

@@ -14,27 +14,27 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import yaml
+from halves import LANGUAGE, VISION, training_script
 
 from moa_train.config import HARMLESS
 from moa_train.sweep.command import main
 
-HERE = Path(__file__).resolve().parent
-
 
 def script_of(arguments: Sequence[str]) -> Path:
-    """Return the script that trains the first configuration file named; a masked autoencoder's has an encoder."""
-    for path in (Path(argument.removeprefix("--config=")) for argument in arguments):
-        if path.suffix in (".yaml", ".yml") and path.is_file():
-            with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-                is_autoencoder = "encoder" in yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-                return HERE / ("pretrain_mae.py" if is_autoencoder else "pretrain_lm.py")
-    return HERE / "pretrain_mae.py"
+    """Return the script that trains the first configuration file named, or vision's where none tells.
+
+    Files that cannot be read are left to the sweep's own check, which names them.
+    """
+    paths = [Path(argument.removeprefix("--config=")) for argument in arguments]
+    first = next((path for path in paths if path.suffix in (".yaml", ".yml") and path.is_file()), None)
+    with contextlib.suppress(ValueError):
+        return training_script([first] if first else [])
+    return VISION
 
 
 def harmless(script: Path) -> frozenset[str]:
     """Return the keys that may change when a run of the script is resumed."""
-    if script.name == "pretrain_lm.py":  # imported here, so that --help need not wait for it
+    if script == LANGUAGE:  # imported here, so that --help need not wait for it
         from moa_lm.pretrain import LM_HARMLESS
 
         return HARMLESS | LM_HARMLESS
@@ -44,6 +44,6 @@ def harmless(script: Path) -> frozenset[str]:
 
 
 if __name__ == "__main__":
-    report = [sys.executable, str(HERE / "compare_runs.py")]
+    report = [sys.executable, str(VISION.with_name("compare_runs.py"))]
     script = script_of(sys.argv[1:])
     sys.exit(main(sys.argv[1:], script=script, report=report, harmless=partial(harmless, script)))

@@ -14,7 +14,7 @@ _BOOKKEEPING = (
     "data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples", "optim.fused",
     "loop.micro_batch_size", "loop.compile",
     "loop.log_every", "loop.val_every", "loop.visualize", "loop.save_every", "loop.keep", "loop.keep_every",
-    "loop.trackers", "model.gradient_checkpointing",
+    "loop.skip_nonfinite", "loop.processes", "loop.trackers", "model.gradient_checkpointing",
 )  # fmt: skip
 BUDGETS = ("schedule.epochs", "schedule.steps", "schedule.tokens", "schedule.tokens_per_parameter")
 _MUST_MATCH = (

@@ -14,6 +14,7 @@ from moa_eval.training.comparison import NotComparableError, compare
 from moa_eval.training.configuration import config_difference, role
 from moa_eval.training.reading import read_run
 from moa_eval.training.seeds import difference
+from moa_train.config import HARMLESS
 
 scalars = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.5, 1.0, "x", "absent"])
 values = st.recursive(
@@ -295,6 +296,11 @@ def test_labels_are_unique_even_for_the_same_run_twice(make_run):
 )
 def test_what_a_differing_key_means(key, pair, expected):
     assert role(key, pair) == expected
+
+
+@pytest.mark.parametrize("key", sorted(HARMLESS))
+def test_what_a_run_may_be_resumed_with_matters_to_no_comparison(key):
+    assert role(key, [1, 2]) in ("identity", "bookkeeping")
 
 
 def test_incomparable_runs_are_named_by_key_and_refused_when_strict(make_run):

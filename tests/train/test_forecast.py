@@ -131,6 +131,15 @@ def test_blocks_and_what_lies_outside():
     assert states.block == max(sizes) and states.root == states.weights - sum(sizes)
 
 
+def test_blocks_are_those_that_are_gathered():
+    """A list within a block is a part of it, and a sequence of different modules is no list of blocks."""
+    blocks = nn.ModuleList(nn.ModuleDict({"parts": nn.ModuleList(nn.Linear(5, 5) for _ in range(n))}) for n in (4, 2))
+    head = nn.Sequential(nn.Linear(50, 30), nn.ReLU(), nn.LayerNorm(30))
+    states = count_states(nn.ModuleDict({"blocks": blocks, "head": head}))
+    assert states.block == 4 * 4 * (25 + 5) and states.root == 4 * (50 * 30 + 30 + 2 * 30)
+    assert states.weights == states.root + 6 * 4 * (25 + 5)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     batch=st.integers(1, 600), gpus=st.integers(1, 700), micro=st.integers(1, 64), gib=st.floats(0.5, 40), fsdp=...

@@ -1,6 +1,7 @@
 """Sweeps: what they expand to, and what becomes of them when runs fail, diverge, are stopped or killed."""
 
 import fcntl
+import importlib
 import io
 import json
 import os
@@ -739,6 +740,42 @@ def write_tar(path):
         info = tarfile.TarInfo("a.png")
         info.size = len(picture.getvalue())
         tar.addfile(info, io.BytesIO(picture.getvalue()))
+
+
+@pytest.fixture
+def entry(monkeypatch):
+    """scripts/sweep.py, imported."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("sweep")
+
+
+@pytest.mark.parametrize(
+    ("content", "script"),
+    [
+        ("model: {encoder: vit}", "pretrain_mae.py"),
+        ("model: {size: dense-micro}", "pretrain_lm.py"),
+        ("model: [encoder]", "pretrain_mae.py"),
+        ("- 1", "pretrain_mae.py"),
+        ("model: !!bool x", "pretrain_mae.py"),
+        (f"a: {'[' * 99}{']' * 99}", "pretrain_mae.py"),
+    ],
+    ids=["vision", "language", "no keys", "list", "wrong tag", "deep"],
+)
+def test_the_script_is_told_by_the_first_configuration(sweeps, entry, content, script):
+    Path("first.yml").write_text(content)
+    for words in (["--config", "first.yml", "one.yaml"], ["--set", "seed=1", "--config=first.yml"]):
+        assert entry.script_of(words) == ROOT / "scripts" / script
+    assert entry.script_of(["--config", "absent.yaml", "first.yml"]) == ROOT / "scripts" / script
+    assert entry.script_of(["--help"]) == ROOT / "scripts/pretrain_mae.py"
+
+
+@pytest.mark.parametrize("content", ["model: !!bool x", "- 1", "a: [1,"], ids=["wrong tag", "list", "broken"])
+def test_a_configuration_that_cannot_be_read_is_told_in_one_message(sweeps, entry, capsys, content):
+    Path("one.yaml").write_text(content)
+    arguments = ["--config", "one.yaml", "--out", "runs"]
+    assert main(arguments, script=entry.script_of(arguments), report=["false"], harmless=lambda: HARMLESS) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: one.yaml cannot be read (") and told.count("\n") == 1
 
 
 def test_pretraining(sweeps, monkeypatch, capsys):
