@@ -62,7 +62,13 @@ class Plan(NamedTuple):
 
 
 def run_checks(plan: Plan, workers: int) -> Iterator[Checked]:
-    """Run the checks of a plan, `workers` at a time (1: in this process), and yield what each found as it ends."""
+    """Run the checks of a plan, `workers` at a time (1: in this process), and yield what each found as it ends.
+
+    Raises:
+        ValueError: there is no worker.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; allowed: 1 or more")
     with CountBar(total=plan.bytes, title=f"check {plan.name}", unit="B") as bar:
         bar.unit_scale = True
         for checked in _results(plan.checks, workers):
@@ -71,7 +77,7 @@ def run_checks(plan: Plan, workers: int) -> Iterator[Checked]:
 
 
 def _results(checks: Sequence[Callable[[], Checked]], workers: int) -> Iterator[Checked]:
-    if workers <= 1 or len(checks) <= 1:
+    if workers == 1 or len(checks) <= 1:
         for check in checks:
             yield check()
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from moa_train.order import end_workers
 from moa_vision.cache import DataError
 from moa_vision.data import BadSampleLimit, ImageBatch
 from moa_vision.table import BadSample
@@ -18,7 +19,7 @@ class BadSamples:
     """The samples that a run could not use, each once, as lines of a JSON Lines file.
 
     Args:
-        path: The file; what it holds from earlier sessions counts.
+        path: The file; what it holds from earlier sessions and from other processes counts.
         limit: How many are put up with.
     """
 
@@ -28,25 +29,44 @@ class BadSamples:
         self.known.samples.update({(sample.shard, sample.key): sample for sample in self._read()})
 
     def good(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-        """Pass on the batches that hold anything, and note what they lack. Raises DataError beyond the limit."""
+        """Pass on the batches that hold anything, and note what they lack.
+
+        Unless the batches are read to their end, a loader's workers end with this iteration.
+
+        Raises:
+            DataError: beyond the limit, or for a batch with a `failure`.
+        """
+        ended = False
         try:
             for batch in batches:
                 self.note(batch.bad)
+                if batch.failure:
+                    raise DataError(batch.failure)
                 if len(batch.images):
                     yield batch
+            ended = True
         except DataError as error:  # a worker's carries its traceback before the message
             raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+        finally:
+            if not ended:
+                end_workers(batches)
 
     def note(self, bad: Sequence[BadSample]) -> None:
-        """Record and tell those not seen before. Raises DataError beyond the limit."""
-        for sample in dict.fromkeys(bad):
-            if (sample.shard, sample.key) in self.known.samples:
-                continue
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Record and tell those not seen before. Raises DataError if all processes together have too many."""
+        new = self._unknown(bad)
+        if not new:
+            return
+        self.known.samples.update({(sample.shard, sample.key): sample for sample in self._read()})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for sample in self._unknown(new):  # what no other process has told meanwhile
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{self._line_end()}{json.dumps(sample._asdict())}\n")
             tqdm.write(f"warning: skipped {sample.key} in {sample.shard}: {sample.reason}")
-            self.known.add([sample])
+        self.known.add(new)
+
+    def _unknown(self, bad: Sequence[BadSample]) -> list[BadSample]:
+        found = {(sample.shard, sample.key): sample for sample in bad}
+        return [sample for where, sample in found.items() if where not in self.known.samples]
 
     def recorded(self) -> int:
         """Return how many there are, those of other processes included."""

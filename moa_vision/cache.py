@@ -3,19 +3,22 @@
 import errno
 import gzip
 import hashlib
+import json
 import logging
+import math
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock
 from webdataset.gopen import gopen
 
-from moa_train.durable import sync_file
+from moa_train.durable import sync_file, write_json
 from moa_vision.room import hold, make_room, release
 
 log = logging.getLogger(__name__)
@@ -23,6 +26,8 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 8
 BACKOFF_S = 1.0  # the first pause between attempts; doubled each time: a server may be away for two minutes
 STALL_S = 60.0  # a transfer that brings nothing for so long is given up and tried again
+SERIES_S = 300.0  # all attempts, pauses and stalls together: other ranks wait, for 10 minutes at most
+LOST_S = 600.0  # a shard that could not be had is tried again after so long
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _SHARDS = "shards"  # folder in the cache folder
@@ -100,7 +105,11 @@ class OpenShard(NamedTuple):
 
 
 def open_shard(
-    shard: Shard, cache_dir: Path, check: Callable[[Path], object] | None = None, limit: int | None = None
+    shard: Shard,
+    cache_dir: Path,
+    check: Callable[[Path], object] | None = None,
+    limit: int | None = None,
+    since_s: float = math.inf,
 ) -> OpenShard:
     """Opens the plain tar file that holds `shard`; see `local_path`. One in the cache stays there until it is closed.
 
@@ -110,7 +119,7 @@ def open_shard(
     """
     for _ in range(ATTEMPTS):
         try:
-            path = local_path(shard, cache_dir, check, limit)
+            path = local_path(shard, cache_dir, check, limit, since_s)
             in_cache = path.parent == cache_dir / _SHARDS
             return OpenShard(hold(path) if in_cache else os.open(path, os.O_RDONLY), path)
         except FileNotFoundError as error:
@@ -123,7 +132,11 @@ def open_shard(
 
 
 def local_path(
-    shard: Shard, cache_dir: Path, check: Callable[[Path], object] | None = None, limit: int | None = None
+    shard: Shard,
+    cache_dir: Path,
+    check: Callable[[Path], object] | None = None,
+    limit: int | None = None,
+    since_s: float = math.inf,
 ) -> Path:
     """The plain tar file that holds `shard`, fetched or unpacked into `cache_dir` if need be.
 
@@ -134,10 +147,13 @@ def local_path(
         cache_dir: created if absent.
         check: called with a newly fetched file before it is let in; an exception means that the transfer failed.
         limit: bytes of shards in the cache folder; those that were not used for longest make room. None: no limit.
+        since_s: a shard that some process found lost after this `time.time()`, and less than `LOST_S` ago, is lost
+            without another attempt. By default it is tried.
 
     Raises:
         OSError: if a local shard cannot be read.
-        LostShard: if a shard cannot be fetched, after `ATTEMPTS` attempts where another attempt may help.
+        LostShard: if a shard cannot be fetched; where another attempt may help, after `ATTEMPTS` of them, or as many
+            as `SERIES_S` has room for.
         DataError: if the cache folder cannot take it.
     """
     if is_remote(shard.url):
@@ -148,11 +164,15 @@ def local_path(
             return path
         stat = path.stat()
         name = f"{short_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)}-{_plain_name(path.name)}"
-    return fetch(shard, cache_dir / _SHARDS / name, check, limit)
+    return fetch(shard, cache_dir / _SHARDS / name, check, limit, since_s)
 
 
 def fetch(
-    shard: Shard, target: Path, check: Callable[[Path], object] | None = None, limit: int | None = None
+    shard: Shard,
+    target: Path,
+    check: Callable[[Path], object] | None = None,
+    limit: int | None = None,
+    since_s: float = math.inf,
 ) -> Path:
     """Fetches any remote or local file to `target` (unpacked if it is gzip) unless it is there; see `local_path`."""
     if target.exists():
@@ -161,17 +181,47 @@ def fetch(
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not target.exists():
+                _believe_lost(target, since_s)
                 make_room(target.parent, limit, wanted=shard.size or 0)
-                _fetch_with_patience(shard, target, check)
+                _fetch_or_mark(shard, target, check)
                 make_room(target.parent, limit, keep=target)
     except OSError as error:
         raise _no_room(shard, target, error) from error
     return target
 
 
+def _believe_lost(target: Path, since_s: float) -> None:
+    """Raises the LostShard that another process left as a mark since `since_s`, if that is less than `LOST_S` ago."""
+    time_s, reason = 0.0, ""
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # there is none, or none of ours
+        mark = json.loads(_mark(target).read_bytes())
+        time_s, reason = float(mark["time_s"]), str(mark["reason"])
+    if reason and time_s >= since_s and time.time() - time_s < LOST_S:
+        raise LostShard(reason)
+
+
+def _fetch_or_mark(shard: Shard, target: Path, check: Callable[[Path], object] | None) -> None:
+    """Fetches `target`, its lock held; leaves a mark beside it for those that wait if it cannot be had."""
+    try:
+        _fetch_with_patience(shard, target, check)
+    except LostShard as error:
+        with suppress(OSError):  # a full disk: every process tries for itself
+            write_json(_mark(target), {"time_s": time.time(), "reason": str(error)})
+        raise
+    _mark(target).unlink(missing_ok=True)
+
+
+def _mark(target: Path) -> Path:
+    return target.with_name(f"{target.name}.lost")
+
+
 def _fetch_with_patience(shard: Shard, target: Path, check: Callable[[Path], object] | None) -> None:
-    """Fetches `target`, its lock held, in up to `ATTEMPTS` attempts."""
+    """Fetches `target`, its lock held, in up to `ATTEMPTS` attempts, none of which may stall beyond `SERIES_S`.
+
+    A transfer that goes on, however slowly, is not cut off.
+    """
     temporary = target.with_name(f"{target.name}.tmp")
+    begin_s = time.monotonic()
     for attempt in range(ATTEMPTS):
         temporary.unlink(missing_ok=True)
         try:
@@ -184,11 +234,12 @@ def _fetch_with_patience(shard: Shard, target: Path, check: Callable[[Path], obj
             temporary.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in _FULL:
                 raise
-            if attempt + 1 == ATTEMPTS or not is_remote(shard.url) or _is_hopeless(error):
+            pause_s = BACKOFF_S * 2**attempt
+            late = time.monotonic() - begin_s + pause_s + STALL_S > SERIES_S
+            if attempt + 1 == ATTEMPTS or late or not is_remote(shard.url) or _is_hopeless(error):
                 raise LostShard(
                     f"cannot fetch {shard.url} (attempt {attempt + 1} of {ATTEMPTS}): {type(error).__name__}: {error}"
                 ) from error
-            pause_s = BACKOFF_S * 2**attempt
             log.warning("fetching %s failed (%s); trying again in %.0f s", shard.url, error, pause_s)
             time.sleep(pause_s)
 

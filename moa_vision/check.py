@@ -1,8 +1,10 @@
 """Checks a data set of `moa_vision.shards` against its manifest and index, file by file and sample by sample."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +32,8 @@ def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | Non
     Args:
         manifest_url: of its manifest, local or remote.
         decode: decode every image too.
-        cache_dir: where remote shards are fetched to; see `moa_vision.cache.default_cache_dir`.
+        cache_dir: where one remote shard at a time is while it is checked, for each process; see
+            `moa_vision.cache.default_cache_dir`.
     """
     folder = cache_dir or cache.default_cache_dir()
     base = manifest_url.rpartition("/")[0] or "."
@@ -45,11 +48,10 @@ def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | Non
     table: SampleTable | None = None
     problems: list[Problem] = []
     try:
-        kept = folder / "index" / f"{index['sha256']}.safetensors"
-        path = cache.fetch(Shard(url, index["size"], index["sha256"]), kept) if remote else Path(url)
-        content = path.read_bytes()
-        problems += _bytes_differ(url, path, index)
-        table, _ = SampleTable.from_bytes(content)
+        with _at_hand(url, index, folder) as path:
+            content = path.read_bytes()
+            problems += _bytes_differ(url, path, index)
+            table, _ = SampleTable.from_bytes(content)
     except (OSError, ValueError, DataError) as error:
         problems.append(Problem(url, "", str(error)))
     names = [entry["name"] for entry in entries]
@@ -81,17 +83,40 @@ def check_shard(
         rows: what the index says of it; None: the index cannot be used.
         labels: number of label names; 0: unknown.
         decode: decode the images.
-        cache_dir: for remote shards.
+        cache_dir: a remote shard is kept in a folder there while it is checked.
     """
     problems: list[Problem] = []
     try:
-        remote = cache.is_remote(url)
-        path = cache.local_path(Shard(url, entry["size"], entry["sha256"]), cache_dir) if remote else Path(url)
-        size = path.stat().st_size
-        problems += _bytes_differ(url, path, entry)
-        table, found = index_tar(path, url)
+        with _at_hand(url, entry, cache_dir) as path:
+            return _check_file(url, path, entry, rows, labels, decode, problems)
     except (OSError, DataError) as error:
         return Checked(0, entry["size"], [*problems, Problem(url, "", str(error)[:_SHOWN])])
+
+
+@contextmanager
+def _at_hand(url: str, entry: dict[str, Any], cache_dir: Path) -> Iterator[Path]:
+    """The file of an entry; a remote one as its server has it now, for as long as it is needed."""
+    if not cache.is_remote(url):
+        yield Path(url)
+        return
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="check-", dir=cache_dir) as folder:
+        yield cache.local_path(Shard(url, entry["size"], entry["sha256"]), Path(folder))
+
+
+def _check_file(
+    url: str,
+    path: Path,
+    entry: dict[str, Any],
+    rows: Rows | None,
+    labels: int,
+    decode: bool,
+    problems: list[Problem],
+) -> Checked:
+    """Adds what is wrong with a shard's file to `problems`; see `check_shard`."""
+    size = path.stat().st_size
+    problems += _bytes_differ(url, path, entry)
+    table, found = index_tar(path, url)
     problems += [Problem(url, bad.key, bad.reason) for bad in found]
     if len(table) != entry["samples"]:
         problems.append(Problem(url, "", f"has {len(table)} samples, the manifest {entry['samples']}"))

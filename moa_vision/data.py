@@ -88,6 +88,8 @@ class ImageBatch(NamedTuple):
         keys: B sample keys.
         labels: (B,) int64, -1 where there is none.
         bad: samples that could not be used while the batch was made.
+        failure: why nothing can follow, where that is so: the batch is cut short there, and is not to be used. What a
+            worker raises would lose `bad` on its way; `moa_vision.bad_samples.BadSamples.good` raises it.
     """
 
     images: Tensor
@@ -95,6 +97,7 @@ class ImageBatch(NamedTuple):
     keys: list[str]
     labels: Tensor
     bad: list[BadSample]
+    failure: str = ""
 
 
 class BadSampleLimit:
@@ -124,6 +127,10 @@ class BadSampleLimit:
         return new
 
 
+class _NoGoodSample(DataError):
+    """As many samples in a row as may be bad at all."""
+
+
 class TrainSamples(Dataset[ImageBatch]):
     """Random crops by (epoch, position)."""
 
@@ -139,14 +146,20 @@ class TrainSamples(Dataset[ImageBatch]):
         self.order = EpochOrder(index.starts, seed, config.window_shards, config.repeats)
 
     def __getitems__(self, where: Sequence[tuple[int, int]]) -> ImageBatch:
-        """The batch of these epochs and positions; images that several positions share are decoded once."""
+        """The batch of these epochs and positions; images that several positions share are decoded once.
+
+        Too many bad samples in a row are told by its `failure`.
+        """
         batch = _Builder(self.reader.index, len(where), self.image_size, self.num_patches)
         current, image, sample = None, torch.empty(0), -1
         for epoch, position in where:
             slot = position // self.config.repeats
             if (epoch, slot) != current:
                 current = (epoch, slot)
-                image, sample = self._image(epoch, slot, batch.bad)
+                try:
+                    image, sample = self._image(epoch, slot, batch.bad)
+                except _NoGoodSample as error:
+                    return batch.done(str(error))
             stream = generator(self.key, epoch, position)
             draws = stream.random(CROP_DRAWS + 1)
             height, width = image.shape[:2]
@@ -156,19 +169,18 @@ class TrainSamples(Dataset[ImageBatch]):
 
     def _image(self, epoch: int, slot: int, bad: list[BadSample]) -> tuple[Tensor, int]:
         """The slot's image, or the next good one of the epoch's order; and which sample that is."""
-        failed = []
-        for ahead in range(min(self.config.max_bad_samples + 1, self.order.slots)):
+        allowed = min(self.config.max_bad_samples + 1, self.order.slots)
+        for ahead in range(allowed):
             sample = self.order.sample(epoch, slot + ahead)
             try:
                 image = decode_rgb(self.reader.read(sample))
             except (ImageError, OSError, LostShard) as error:
-                failed.append(self.reader.index.bad(sample, error))
+                bad.append(self.reader.index.bad(sample, error))
             else:
-                bad += failed
                 return image, sample
-        shard, key, reason = failed[-1]
-        raise DataError(
-            f"{len(failed)} samples in a row are bad, the last {key} in {shard}: {reason}. "
+        shard, key, reason = bad[-1]
+        raise _NoGoodSample(
+            f"{allowed} samples in a row are bad, the last {key} in {shard}: {reason}. "
             "Make or fetch these shards again."
         )
 
@@ -217,7 +229,7 @@ class _Builder:
         stream.random(dtype=np.float32, out=self.noise[row].numpy())
         self.samples.append(sample)
 
-    def done(self) -> ImageBatch:
+    def done(self, failure: str = "") -> ImageBatch:
         count = len(self.samples)
         return ImageBatch(
             self.images[:count].permute(0, 3, 1, 2),
@@ -225,6 +237,7 @@ class _Builder:
             [self.table.key(sample) for sample in self.samples],
             torch.from_numpy(self.table.labels[self.samples].astype(np.int64)),
             self.bad,
+            failure,
         )
 
 

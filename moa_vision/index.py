@@ -11,7 +11,7 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,6 @@ MANIFEST_VERSION = 1
 
 _ALLOWED = "allowed are a folder of shards, or tars by path, brace or glob"
 _OPEN_FILES = 64  # file descriptors that a reader keeps
-_LOST_S = 600.0  # a shard that could not be had is tried again after so long
 _MAX_SIZE = 2**62  # bytes; a larger one, or as many samples, is a mistake
 _THREADS = 8  # shards indexed or fetched at a time
 _SHARD_NAME = re.compile(r"\.(tar|tgz)\b", re.IGNORECASE)
@@ -52,6 +51,7 @@ class ShardIndex:
         problems: what was wrong with samples when the index was built; those without an image are not in the table.
         cache_dir: where remote and compressed shards are kept.
         cache_limit: how many bytes of them at a time; None: all.
+        opened_s: `time.time()` at which it was opened; shards that were lost before are tried again.
     """
 
     shards: tuple[Shard, ...]
@@ -61,6 +61,7 @@ class ShardIndex:
     problems: tuple[BadSample, ...]
     cache_dir: Path
     cache_limit: int | None = None
+    opened_s: float = field(default_factory=time.time)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -98,7 +99,7 @@ class ShardReader:
         self.index = index
         self.max_lost = max_lost
         self._files = OpenFiles(open_files or _OPEN_FILES, cache.release)
-        self._lost: dict[int, tuple[LostShard, float]] = {}  # and when to try again: not for every sample
+        self._lost: dict[int, tuple[LostShard, float]] = {}  # and when that was: not tried for every sample
 
     def read(self, sample: int) -> np.ndarray:
         """The encoded image, (size,) uint8.
@@ -124,13 +125,13 @@ class ShardReader:
 
     def _open(self, number: int) -> int:
         index, shard = self.index, self.index.shards[number]
-        error, retry_s = self._lost.get(number, (None, 0.0))
-        if error is not None and time.monotonic() < retry_s:
+        error, lost_s = self._lost.get(number, (None, 0.0))
+        if error is not None and time.monotonic() - lost_s < cache.LOST_S:
             raise error
         try:
-            return cache.open_shard(shard, index.cache_dir, limit=index.cache_limit).file
+            opened = cache.open_shard(shard, index.cache_dir, limit=index.cache_limit, since_s=index.opened_s)
         except LostShard as error:
-            self._lost[number] = error, time.monotonic() + _LOST_S
+            self._lost[number] = error, time.monotonic()
             samples = int(index.starts[number + 1] - index.starts[number])
             if self.max_lost is not None and samples > self.max_lost:
                 raise DataError(
@@ -138,6 +139,7 @@ class ShardReader:
                     f"{self.max_lost}: {error}. Bring it back and run the same command again, or raise the limit."
                 ) from error
             raise
+        return opened.file
 
 
 def open_index(pattern: str, cache_dir: str | Path | None = None, cache_gib: float | None = None) -> ShardIndex:
@@ -296,9 +298,9 @@ def parse_manifest(text: bytes) -> dict[str, Any]:
             raise ValueError(f'field "name" is {entry.get("name")!r}, not a plain file name')
         if not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"] if isinstance(entry.get("sha256"), str) else ""):
             raise ValueError(f'field "sha256" of {entry["name"]} is {entry.get("sha256")!r}')
-        for field in ("size",) if entry is manifest["index"] else ("size", "samples"):
-            if type(entry.get(field)) is not int or not 0 <= entry[field] <= _MAX_SIZE:
-                raise ValueError(f'field "{field}" of {entry["name"]} is {entry.get(field)!r}')
+        for key in ("size",) if entry is manifest["index"] else ("size", "samples"):
+            if type(entry.get(key)) is not int or not 0 <= entry[key] <= _MAX_SIZE:
+                raise ValueError(f'field "{key}" of {entry["name"]} is {entry.get(key)!r}')
     return manifest
 
 

@@ -2,7 +2,7 @@
 
   python scripts/check_shards.py data/mine                        # its folders train and val, if it has such
   python scripts/check_shards.py data/imagenet/train --decode --workers 32
-  python scripts/check_shards.py https://host/shards/train        # fetches the shards into the cache
+  python scripts/check_shards.py https://host/shards/train        # fetches each shard, and deletes it
 
 Read are all bytes: sizes, SHA-256, the members of each tar against the index, tokens and ends of documents, the
 tokenizer; with --decode the images too. Every problem is told in a line of its own.
@@ -39,8 +39,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", help="processes (default: %(default)s)", type=int, default=os.cpu_count() or 1, metavar="N"
     )
-    parser.add_argument("--cache-dir", help="for remote shards (default: ~/.cache/moa_vision)", metavar="DIR")
+    parser.add_argument(
+        "--cache-dir", help="remote shards are there while checked (default: ~/.cache/moa_vision)", metavar="DIR"
+    )
     given = parser.parse_args(arguments)
+    if given.workers < 1:
+        parser.error(f"--workers is {given.workers}; allowed: 1 or more")
     given.sets = []
     for name in given.folders:
         sets = [name] if "://" in name else sets_of(Path(name))

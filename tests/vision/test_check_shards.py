@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moa_train.checks import Plan, run_checks
 from moa_vision.shards import ShardSettings, make_shards
 from moa_vision.table import SampleTable
 
@@ -151,11 +152,14 @@ def test_manifest_that_is_none(packed, lines, tmp_path, capsys, command):
     (packed / "manifest.json").write_text("[" * 100_000)
     code, told = lines(packed)
     assert code == 1 and "manifest.json: it is nested too deeply" in told[0]
-    for arguments in ([str(tmp_path)], [], ["--workers", "two", str(packed)]):
+    for arguments in ([str(tmp_path)], [], *(["--workers", number, str(packed)] for number in ("two", "0", "-3"))):
         with pytest.raises(SystemExit) as stop:
             command(arguments)
         assert stop.value.code == 2
-    assert "usage: " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "usage: " in told and "--workers is -3; allowed: 1 or more" in told
+    with pytest.raises(ValueError, match="workers is 0; allowed: 1 or more"):
+        list(run_checks(Plan("a", "images", 0, [], []), 0))
 
 
 def test_train_and_val_below_a_folder_and_remote_sets(shards, tmp_path, lines, serve):
@@ -166,9 +170,14 @@ def test_train_and_val_below_a_folder_and_remote_sets(shards, tmp_path, lines, s
     ]
     server = serve(tmp_path / "set" / "val")
     assert lines(server.url, "--decode", "--cache-dir", tmp_path / "cache")[0] == 0
+    assert not list((tmp_path / "cache").iterdir()), "nothing is kept"
     server.faults["shard-000000.tar"] = [404] * 9
-    code, told = lines(f"{server.url}/", "--cache-dir", tmp_path / "other")
-    assert code == 1 and f"{server.url}/shard-000000.tar: cannot fetch" in told[0]
+    code, told = lines(f"{server.url}/", "--cache-dir", tmp_path / "cache")
+    assert code == 1 and f"{server.url}/shard-000000.tar: cannot fetch" in told[0], "the server's, not a copy"
+    server.faults = {"index.safetensors": [404] * 9}
+    code, told = lines(server.url, "--cache-dir", tmp_path / "cache")
+    assert code == 1 and f"{server.url}/index.safetensors: cannot fetch" in told[0]
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_help(command, capsys):

@@ -1,16 +1,19 @@
 """Whole runs over a web server that misbehaves while they read: what is tried again, skipped, and given up."""
 
 import json
+import multiprocessing
 from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
 
-from moa_vision.cache import DataError, LostShard, Shard, local_path
+from moa_vision.bad_samples import BadSamples
+from moa_vision.cache import ATTEMPTS, DataError, LostShard, Shard, local_path
 from moa_vision.data import DataConfig, require_cache_room, train_loader
 from moa_vision.index import ShardReader, open_index
 from moa_vision.pretrain import main
 from moa_vision.shards import ShardSettings, make_shards
+from moa_vision.table import BadSample
 
 # Python 3.12 and 3.13 warn of every fork of a process with threads, as torch and the server make them
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -90,7 +93,7 @@ def test_a_small_lost_shard_is_skipped_and_listed(train, server, tmp_path):
     assert json.loads((folder / "summary.json").read_text())["bad_samples"] == 4
 
 
-@pytest.mark.parametrize("fault", [404, 500], ids=["gone", "ill for good"])
+@pytest.mark.parametrize("fault", [404, pytest.param(500, marks=pytest.mark.slow)], ids=["gone", "ill for good"])
 def test_a_lost_shard_with_more_samples_than_the_limit_ends_the_run(train, server, capsys, fault):
     server.faults["shard-000003.tar"] = [fault] * 99
     code, folder = train("run", data__max_bad_samples=3)
@@ -99,6 +102,7 @@ def test_a_lost_shard_with_more_samples_than_the_limit_ends_the_run(train, serve
     assert error.count("error: ") == 1 and "Traceback" not in error
     assert "shard-000003.tar with its 4 samples is lost, and data.max_bad_samples is 3: cannot fetch" in error
     assert not bad_samples(folder), "no sample is blamed for its shard"
+    assert not multiprocessing.active_children(), "a worker that goes on would keep the program from ending"
     server.faults.clear()
     assert train("run", data__max_bad_samples=3)[0] == 0, "the same command goes on when the shard is back"
 
@@ -158,14 +162,87 @@ def test_a_lost_shard_is_tried_again_after_a_while(server, tmp_path, monkeypatch
         with pytest.raises(LostShard, match=r"FileNotFound"):
             reader.read(0)
     assert server.requests.count("shard-000000.tar") == 1
-    monkeypatch.setattr("moa_vision.index.time", SimpleNamespace(monotonic=lambda: 1e18))
+    monkeypatch.setattr("moa_vision.cache.LOST_S", -1.0)
     assert len(reader.read(0)) and server.requests.count("shard-000000.tar") == 2
 
 
-def test_a_list_of_bad_samples_that_was_cut_short_is_read_and_continued(tmp_path):
-    from moa_vision.bad_samples import BadSamples
-    from moa_vision.table import BadSample
+def test_all_processes_make_one_series_of_attempts(server, tmp_path):
+    """Readers of the same run (each rank's workers) believe the first; a run that begins later tries for itself."""
+    first, second = (ShardReader(open_index(server.url, tmp_path / "cache")) for _ in range(2))
+    server.faults["shard-000000.tar"] = [500] * ATTEMPTS
+    for reader in (first, second):
+        with pytest.raises(LostShard, match=rf"cannot fetch .*attempt {ATTEMPTS} of {ATTEMPTS}"):
+            reader.read(0)
+    assert server.requests.count("shard-000000.tar") == ATTEMPTS
+    (mark,) = (tmp_path / "cache" / "shards").glob("*.lost")
+    assert "cannot fetch" in json.loads(mark.read_text())["reason"]
+    assert len(ShardReader(open_index(server.url, tmp_path / "cache")).read(0)), "a run that begins after that"
+    assert not mark.exists()
+    server.faults["shard-000001.tar"] = [404]
+    with pytest.raises(LostShard):
+        first.read(4)
+    (mark,) = (tmp_path / "cache" / "shards").glob("*.lost")
+    for content in (b"", b"[1]", b'{"time_s": 1e999, "reason": 3', b'{"time_s": null}', b"\xff", b"[" * 10**5):
+        mark.write_bytes(content)
+        assert len(ShardReader(second.index).read(4))
+        next((tmp_path / "cache" / "shards").glob("*-shard-000001.tar")).unlink()
 
+
+@pytest.mark.parametrize(
+    ("lasts_s", "attempts"), [(0.0, ATTEMPTS), (60.0, 4), (200.0, 2)], ids=["fails", "stalls", "long, then fails"]
+)
+def test_a_series_of_attempts_ends_in_time(tmp_path, monkeypatch, lasts_s, attempts):
+    """Whoever waits for the lock, and the ranks that wait for that one, do so for 5 minutes where nothing moves."""
+    clock = [0.0]
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    def transfer(*arguments):
+        transfers.append(clock[0])
+        clock[0] += lasts_s
+        raise OSError("nothing comes")
+
+    transfers = []
+    monkeypatch.setattr("moa_vision.cache._transfer", transfer)
+    monkeypatch.setattr(
+        "moa_vision.cache.time", SimpleNamespace(monotonic=lambda: clock[0], time=lambda: clock[0], sleep=sleep)
+    )
+    with pytest.raises(LostShard, match=rf"attempt {attempts} of {ATTEMPTS}"):
+        local_path(Shard("http://127.0.0.1:1/a.tar"), tmp_path)
+    assert len(transfers) == attempts and transfers[-1] + 60 <= 300
+    if lasts_s == 0:
+        assert transfers == [2.0**number - 1 for number in range(ATTEMPTS)]
+
+
+def test_the_limit_is_that_of_all_processes(tmp_path, capsys):
+    bad = [BadSample("a.tar", str(number), "why") for number in range(5)]
+    ranks = [BadSamples(tmp_path / "bad_samples.jsonl", 3) for _ in range(3)]
+    for rank, sample in zip(ranks, bad, strict=False):
+        rank.note([sample])
+    ranks[0].note(bad[:3])
+    assert capsys.readouterr().out.count("warning: skipped") == 3, "each told by one process"
+    with pytest.raises(DataError, match=r"4 bad samples, more than data\.max_bad_samples = 3"):
+        ranks[1].note([bad[3]])
+    with pytest.raises(DataError, match="5 bad samples"):
+        BadSamples(tmp_path / "bad_samples.jsonl", 3).note([bad[4]])
+    assert ranks[2].recorded() == 5
+
+
+@pytest.mark.parametrize("workers", [0, 1], ids=["no worker", "a worker"])
+def test_samples_that_end_the_run_are_listed(tmp_path, write_tar, workers):
+    write_tar(tmp_path / "none.tar", [(f"{number}.jpg", b"nothing") for number in range(4)])
+    config = DataConfig(train="", workers=workers)
+    loader = train_loader(open_index(str(tmp_path / "none.tar")), config, image_size=(16, 16), num_patches=1, seed=0,
+                          global_batch=2, micro_batch=2, num_steps=1)  # fmt: skip
+    samples = BadSamples(tmp_path / "bad_samples.jsonl", 100)
+    with pytest.raises(DataError, match=r"^4 samples in a row are bad, the last . in .*none\.tar.*again\.$"):
+        list(samples.good(loader))
+    assert sorted(sample["key"] for sample in bad_samples(tmp_path)) == ["0", "1", "2", "3"]
+    assert not multiprocessing.active_children()
+
+
+def test_a_list_of_bad_samples_that_was_cut_short_is_read_and_continued(tmp_path):
     path = tmp_path / "bad_samples.jsonl"
     first, second, third = (BadSample("a.tar", key, "why") for key in "abc")
     BadSamples(path, 9).note([first, second])
@@ -191,6 +268,7 @@ def test_a_cache_smaller_than_two_windows_is_refused(train, server, capsys):
         require_cache_room(DataConfig(train="", window_shards=2, cache_gib=just * 0.999), index)
 
 
+@pytest.mark.slow
 def test_a_run_within_a_bounded_cache_has_the_same_losses(train, server, tmp_path):
     _, free = train("free")
     sizes = sorted(path.stat().st_size for path in (tmp_path / "packed").glob("*.tar"))
