@@ -11,6 +11,7 @@ launcher to end the others.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import sys
@@ -55,10 +56,12 @@ class Together:
 
     def __init__(self) -> None:
         self._link: _Hub | _Spoke | None = None
+        self._watched = False
         self._failed = False
 
     def watch(self, accelerator: Accelerator) -> None:
         """Begin; every process has to call it."""
+        self._watched = True
         if accelerator.num_processes == 1:
             return
         rank = accelerator.process_index
@@ -76,8 +79,12 @@ class Together:
             )
 
     def fail(self, error: Exception, code: int) -> int:
-        """Tell an error whose message is enough, unless another process failed first; return the exit code."""
-        return self._settle(code, lambda: _say(f"error: {error}"))
+        """Tell an error whose message is enough, unless another process failed first; return the exit code.
+
+        Before `watch`, a ValueError is about what all processes were given: one of each machine tells it.
+        """
+        tells = self._watched or not isinstance(error, ValueError) or os.environ.get("LOCAL_RANK", "0") == "0"
+        return self._settle(code, lambda: _say(f"error: {_message(error)}") if tells else None)
 
     def _settle(self, code: int, tell: Callable[[], object]) -> int:
         """Let the others know; `tell` if this is the first failure. Return the exit code of the first."""
@@ -103,6 +110,13 @@ class Together:
             raise SystemExit(self._settle(1, lambda: sys.excepthook(kind, error, trace))) from None
         if not self._failed:
             self._link.leave()
+
+
+def _message(error: Exception) -> str:
+    """Return an error's message; where torch passes it on from a loader's worker, without the worker's traceback."""
+    before, _, trace = str(error).partition("Original Traceback")
+    heads = list(re.finditer(rf"^(?:\S*\.)?{type(error).__name__}: ", trace, re.MULTILINE))
+    return trace[heads[-1].end() :].rstrip() if before.startswith("Caught ") and heads else str(error)
 
 
 class _Link:

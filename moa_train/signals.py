@@ -14,8 +14,9 @@ EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop, has saved and can be continued: EX_TEMPFAIL of sysexits.h, "try again
 later". A requeue tells it from success (0), failure (1), a wrong configuration (2) and a kill (128 + signal).
 
-Of several processes all end with it. Slurm's srun passes it on, and so does `python -m moa_train.launch`; `torchrun`
-and `accelerate launch` end with 1 whatever the run's code is."""
+Of several processes all end with it. Slurm's srun ends with it too, and so does `python -m moa_train.launch`;
+`torchrun` and `accelerate launch` end with 1 whatever the run's code is. To srun itself send SIGUSR1, which it passes
+on to all processes; of SIGTERM it kills them, unsaved."""
 
 IMPATIENCE_S = 3.0
 """A later Ctrl-C interrupts at once; torchrun passes the terminal's first one on a second time, much sooner."""

@@ -39,11 +39,9 @@ def two_processes():
 
     def launch(jobs, folder):
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        config = ["--config_file", str(ROOT / "configs/accelerate/cpu_2.yaml")]
-        script = [str(ROOT / "tests/two_processes.py"), str(folder / "jobs.json")]
+        command = [sys.executable, str(ROOT / "tests/two_processes.py"), str(folder / "jobs.json")]
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-        command = [sys.executable, "-m", "accelerate.commands.launch", *config, *script]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
         assert result.returncode == 0, result.stdout + result.stderr
         return result

@@ -1,8 +1,8 @@
 """scripts/cluster: what the dry runs print, and the recipes really run on two "machines" that are this one.
 
 Slurm does not come with pip, so sbatch, srun and scontrol are imitations. They do what Slurm's manual says of what
-the recipe relies on: a batch script that is warned by SIGUSR1 alone, an srun that passes SIGTERM on to its tasks and
-ends with the highest exit code, a job that is queued again.
+the recipe relies on: a batch script that is warned by SIGUSR1 alone, an srun that passes SIGUSR1 on to its tasks,
+kills them of SIGTERM and ends with the highest exit code, a job that is queued again.
 """
 
 import json
@@ -57,14 +57,15 @@ done
 """
 
 SRUN = r"""#!/bin/bash
-# Runs a task for each place; a signal that it gets, all get; ends with the highest exit code.
+# Runs a task for each place; SIGUSR1 they all get, SIGTERM kills them; ends with the highest exit code.
 while [[ "$1" == --* ]]; do shift; done
 tasks=()
+trap 'interrupted=yes; kill -USR1 "${tasks[@]}" 2>/dev/null' USR1
+trap 'interrupted=yes; kill -KILL "${tasks[@]}" 2>/dev/null' TERM
 for ((i = 0; i < SLURM_NTASKS; i++)); do
     SLURM_PROCID=$i SLURM_LOCALID=$((i % SLURM_NTASKS_PER_NODE)) "$@" &
     tasks+=($!)
 done
-trap 'interrupted=yes; kill -TERM "${tasks[@]}" 2>/dev/null' TERM
 highest=0
 for task in "${tasks[@]}"; do
     interrupted=yes

@@ -1,4 +1,4 @@
-"""Runs several trainings one after the other in the processes of one launch, which takes seconds to start.
+"""Runs several trainings one after the other in two processes, forks of one that has loaded what they need.
 
 Its argument is a JSON file with a list of jobs: "main", a module or a script with a function `main(arguments)`;
 "arguments"; "fsdp", whether the model is to be in shards; "code", the exit code that is expected, 0 unless given.
@@ -9,7 +9,9 @@ import importlib
 import json
 import os
 import pickle
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from moa_train.loop import Trainer
+
+WORLD_SIZE = 2
 
 trainers = []
 construct = Trainer.__init__
@@ -36,14 +40,18 @@ def kind(tensor):
     return "shard" if isinstance(tensor, DTensor) else "whole"
 
 
+def load(main):
+    """Return the function `main` of a module or a script."""
+    folder, _, module = main.removesuffix(".py").rpartition("/")
+    sys.path.insert(0, folder or sys.path[0])
+    return importlib.import_module(module).main
+
+
 def run(job):
     os.environ |= {"ACCELERATE_USE_FSDP": str(job.get("fsdp", False)).lower(), "FSDP_VERSION": "2"}
     AcceleratorState._reset_state(reset_partial_state=True)
     trainers.clear()
-    folder, _, module = job["main"].removesuffix(".py").rpartition("/")
-    sys.path.insert(0, folder or sys.path[0])
-    main = importlib.import_module(module).main
-    code = main(job["arguments"])
+    code = load(job["main"])(job["arguments"])
     assert code == job.get("code", 0), (code, job)
     if dist.get_rank() == 1 and trainers:
         (trainer,) = trainers
@@ -61,9 +69,43 @@ def run(job):
     dist.barrier()
 
 
-Trainer.__init__ = constructed
-PartialState.destroy_process_group = lambda state, group=None: None  # the next job goes on with it
-pickle.load = torch.load = refuse
-for job in json.loads(Path(sys.argv[1]).read_text()):
-    run(job)
-dist.destroy_process_group()
+def be(rank, jobs):
+    """Do the jobs as one of the processes, as a launcher places it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    Trainer.__init__ = constructed
+    PartialState.destroy_process_group = lambda state, group=None: None  # the next job goes on with it
+    pickle.load = torch.load = refuse
+    for job in jobs:
+        run(job)
+    dist.destroy_process_group()
+
+
+def fork(rank, jobs):
+    """Start a process; return its ID."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        be(rank, jobs)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def main(jobs):
+    for job in jobs:
+        load(job["main"])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= place | {"ACCELERATE_USE_CPU": "true"}
+    children = [fork(rank, jobs) for rank in range(WORLD_SIZE)]
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text())))

@@ -37,7 +37,7 @@ esac
 setsid "${{run[@]}}" >>"$log" 2>&1 &
 child=$!
 warned=
-pass_on() {{ again=yes; kill -TERM -- "-$child" 2>/dev/null || kill -TERM "$child"; }}
+pass_on() {{ again=yes; kill -{signal} -- "-$child" 2>/dev/null || kill -{signal} "$child"; }}
 trap 'warned=yes; pass_on' USR1
 trap pass_on TERM
 code={stopped}
@@ -123,6 +123,7 @@ class Cluster:
             cases="\n".join(cases),
             warning=WARNING_S,
             stopped=EXIT_STOPPED,
+            signal=stop_signal(command),
             **self._common(self.arguments),
         )
 
@@ -161,6 +162,13 @@ class Cluster:
             "folder": shlex.quote(str(Path.cwd())),
             "path": shlex.quote(with_own_programs({})["PATH"]),
         }
+
+
+def stop_signal(command: Sequence[str]) -> str:
+    """Return the signal that asks `command` to stop: srun kills its tasks on SIGTERM, and passes on SIGUSR1, of which
+    other launchers die.
+    """
+    return "USR1" if Path(command[0]).name == "srun" else "TERM"
 
 
 RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}

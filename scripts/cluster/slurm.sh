@@ -11,9 +11,10 @@
 # DRY_RUN=1  print the submission, and what each process is on which node with which environment; submit nothing
 # SBATCH_*   sbatch's own: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_QOS ... (man sbatch)
 #
-# Slurm's warning comes 120 s before the end (SIGUSR1, to this script alone), a cancellation as SIGTERM; both are passed
-# on, and the run saves and ends with 75. After the warning the job is queued again, and continues. A run that is
-# cancelled (75), fails (1) or is wrong (2) is not; its code is the job's. All machines must see the same files.
+# 120 s before its time is up Slurm warns the job (SIGUSR1, to this script alone): the run saves and ends with 75, and
+# the job is queued again, and continues. A run that fails (1) or is wrong (2) is not; its code is the job's. To stop a
+# job for good, saved: scancel --signal=TERM --batch JOB (75). A plain scancel goes to srun as well, which kills the run:
+# the last checkpoint is left. All machines must see the same files.
 #
 #SBATCH --job-name=moa
 #SBATCH --output=slurm-%j.log
@@ -75,15 +76,19 @@ if [ -n "${DRY_RUN:-}" ]; then
     exit 0
 fi
 
-# `wait` returns early when a signal comes; the run is waited for again while it saves.
-"${task[@]}" &
-child=$!
+# Either signal is passed on as SIGUSR1, which srun gives to every task; of SIGTERM it would kill them. `wait` returns
+# early when a signal comes; the run is waited for again while it saves.
+child=
 warned=
-again=yes
+again=
 code=75
-pass_on() { again=yes; kill -TERM "$child" 2>/dev/null || true; }
+pass_on() { again=yes; [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null || true; }
 trap 'warned=yes; pass_on' USR1
 trap pass_on TERM
+"${task[@]}" &
+child=$!
+[ -z "$again" ] || pass_on  # it came before there was a child
+again=yes
 while [ -n "$again" ]; do
     again=
     status=0

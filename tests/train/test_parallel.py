@@ -16,6 +16,8 @@ from moa_train.muon import StackedMuon
 from moa_train.parallel import blocks, full, local, place_like, total_norm
 from moa_train.signals import EXIT_STOPPED
 
+pytestmark = pytest.mark.xdist_group("two processes")  # what is loaded for them is loaded once
+
 CONFIGS = Path(__file__).parents[2] / "configs/accelerate"
 PLAIN = {"model__dropout": 0.0, "schedule__epochs": 4, "loop__micro_batch_size": 4}
 CLIPPED = {**PLAIN, "loop__micro_batch_size": 1, "optim__clip_grad": 0.3}
@@ -90,7 +92,8 @@ def test_the_files_are_those_of_one_process_and_none_is_a_pickle(launched):
         for name in ("one", "fsdp")
     ]
     assert trees[1] - trees[0] == {"spread.json"} and not trees[0] - trees[1]
-    assert {Path(name).suffix for name in trees[0]} <= {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ""}
+    suffixes = {Path(name).suffix for name in trees[0]}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ".yaml", ".txt", ".lock", ""}
     exported = [(runs.out / name / "export/weights.txt").read_text() for name in ("one", "fsdp")]
     numbers = [torch.tensor(list(flat(yaml.safe_load(text)))) for text in exported]
     torch.testing.assert_close(*numbers)

@@ -802,3 +802,16 @@ def wait_for(condition, process=None, seconds=60):
     while not condition():
         assert time.monotonic() < deadline and (process is None or process.poll() is None)
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("command", "signal"),
+    [
+        ("srun --ntasks=8 scripts/pretrain_mae.py", "USR1"),
+        ("/usr/bin/srun python x.py", "USR1"),
+        ("accelerate launch x.py", "TERM"),
+        ("python scripts/srun.py", "TERM"),
+    ],
+)
+def test_the_signal_that_a_launcher_passes_on(command, signal):
+    assert slurm.stop_signal(command.split()) == signal
