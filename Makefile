@@ -45,7 +45,7 @@ demo-lm: $(READY)
 
 # One thread a worker: the tests are many and small.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not slow"
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -55,13 +55,15 @@ class StopRequests:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """Leave stop signals to the main process; for a DataLoader's `worker_init_fn`.
+    """Leave stop signals to the main process, and end with it; for a DataLoader's `worker_init_fn`.
 
     A terminal sends Ctrl-C, and a cluster SIGTERM, to every process of the group: workers that died of it would take
     away the batches that the main process needs to end its step.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if parent_process() is not None:
+        end_with_parent()  # torch looks for the parent's number, which a fork server's workers do not see change
 
 
 def end_with_parent() -> None:

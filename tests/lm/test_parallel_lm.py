@@ -10,8 +10,6 @@ from transformers import AutoModelForCausalLM
 from moa_lm.pretrain import main
 from moa_lm.token_shards import TokenSettings, make_tokens
 
-pytestmark = pytest.mark.xdist_group("two processes, language")  # what is loaded for them is loaded once
-
 SMALL = {
     "model.size": "dense-micro",
     "model.ffn": "qdmoa",

@@ -10,8 +10,6 @@ import pytest
 from moa_train import checkpoint
 from moa_train.durable import LineFile
 
-pytestmark = pytest.mark.xdist_group("forks")  # what is loaded for them is loaded once
-
 
 @pytest.fixture
 def limited(runs, ranks):

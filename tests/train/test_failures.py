@@ -1,5 +1,6 @@
 """A process that fails or dies ends the others in time, and the first error is told once: with real processes."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,13 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from moa_train import failures
 from moa_train.failures import ENDED_WITHIN_S, GRACE_S, Together
-
-pytestmark = pytest.mark.xdist_group("forks")  # what is loaded for them is loaded once
 
 CPU_2 = Path(__file__).parents[2] / "configs/accelerate/cpu_2.yaml"
 BUG = "RuntimeError: a bug in the loss"
@@ -85,6 +85,15 @@ def test_a_bug_before_training(ranks):
     assert ranks.said.count("Traceback") == ranks.said.count("KeyError: 'a bug'") == 1, ranks.said
 
 
+def is_open(path):
+    """Whether some process has a file open."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(file.path == str(path) for file in process.open_files()):
+                return True
+    return False
+
+
 @pytest.mark.parametrize("on", [0, 1])
 def test_one_that_is_killed_ends_the_other_and_is_named(ranks, on):
     """Process 0 too, on which all depend; its data worker, which outlives it a little, does not hide its death."""
@@ -92,6 +101,10 @@ def test_one_that_is_killed_ends_the_other_and_is_named(ranks, on):
     assert codes[on] == -signal.SIGKILL and codes[1 - on] == 1
     assert ranks.said.count("error: ") == 1 and f"error: process {on} of 2 (" in ranks.said, ranks.said
     assert "Traceback" not in ranks.said
+    deadline = time.monotonic() + 60
+    while is_open(ranks.runs.out / "run.out"):
+        assert time.monotonic() < deadline, "a worker outlives its process"
+        time.sleep(0.1)
     if on == 0:
         assert ranks() == [0, 0], "and the same command continues"
 

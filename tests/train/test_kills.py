@@ -11,8 +11,6 @@ import pytest
 
 from moa_train import checkpoint
 
-pytestmark = pytest.mark.xdist_group("forks")  # what is loaded for them is loaded once
-
 FORKSERVER = multiprocessing.get_context("forkserver")  # its processes begin with torch imported
 FORKSERVER.set_forkserver_preload(["moa_train.loop"])
 

@@ -16,8 +16,6 @@ from moa_train.muon import StackedMuon
 from moa_train.parallel import blocks, full, local, place_like, total_norm
 from moa_train.signals import EXIT_STOPPED
 
-pytestmark = pytest.mark.xdist_group("two processes")  # what is loaded for them is loaded once
-
 CONFIGS = Path(__file__).parents[2] / "configs/accelerate"
 PLAIN = {"model__dropout": 0.0, "schedule__epochs": 4, "loop__micro_batch_size": 4}
 CLIPPED = {**PLAIN, "loop__micro_batch_size": 1, "optim__clip_grad": 0.3}

@@ -13,8 +13,6 @@ import pytest
 
 from moa_train.signals import EXIT_STOPPED
 
-pytestmark = pytest.mark.xdist_group("forks")  # what is loaded for them is loaded once
-
 
 def same(runs, name, other):
     assert runs.rows(name) == runs.rows(other)

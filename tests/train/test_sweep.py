@@ -27,6 +27,7 @@ from moa_train.sweep.board import Board, LiveBoard, one_line
 from moa_train.sweep.command import main
 from moa_train.sweep.grid import PlannedRun, expand, parse_seeds, parse_settings, short, split_values
 from moa_train.sweep.local import open_log, slot_environments
+from moa_train.sweep.slurm import stop_signal
 from moa_train.sweep.state import Job, Progress, observe, time_left_s
 
 ROOT = Path(__file__).parents[2]
@@ -805,7 +806,7 @@ def wait_for(condition, process=None, seconds=60):
 
 
 @pytest.mark.parametrize(
-    ("command", "signal"),
+    ("command", "expected"),
     [
         ("srun --ntasks=8 scripts/pretrain_mae.py", "USR1"),
         ("/usr/bin/srun python x.py", "USR1"),
@@ -813,5 +814,5 @@ def wait_for(condition, process=None, seconds=60):
         ("python scripts/srun.py", "TERM"),
     ],
 )
-def test_the_signal_that_a_launcher_passes_on(command, signal):
-    assert slurm.stop_signal(command.split()) == signal
+def test_the_signal_that_a_launcher_passes_on(command, expected):
+    assert stop_signal(command.split()) == expected

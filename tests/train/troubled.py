@@ -16,6 +16,7 @@ import toy
 
 from moa_train import durable
 from moa_train.loop import NonFiniteError, run
+from moa_train.signals import ignore_stop_signals
 
 AT = 3
 """The step, from 0, in which it happens."""
@@ -39,7 +40,8 @@ class Troubled(toy.ToyTask):
         loader = super().train_batches(share, plan, start_step)
         if self.trouble != "killed":
             return loader
-        return DataLoader(loader.dataset, batch_size=None, num_workers=1)  # which has all that is open, too
+        # A worker, which has all that is open, too.
+        return DataLoader(loader.dataset, batch_size=None, num_workers=1, worker_init_fn=ignore_stop_signals)
 
     def loss(self, model, batch):
         if batch[0] == AT and (self.mine or self.trouble == "everywhere"):

@@ -1,10 +1,14 @@
 """From shards to a run folder: whole tiny runs, their exact resume, and the configs that are shipped."""
 
 import json
+import multiprocessing
 import os
+import random
 import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
@@ -141,6 +145,33 @@ def test_exact_resume(train, stops, monkeypatch):
         assert done == stop + 1
     monkeypatch.setattr(MAETask, "loss", loss)
     assert train("run")[0] == 0
+    assert rows(folder) == rows(unbroken)
+    assert weights(folder) == weights(unbroken)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_with_workers(train, arguments):
+    """kill -9 of the training process only, twelve times; its workers have to end by themselves."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moa_vision.pretrain"])
+    draw, changed, survivors = random.Random(0), {"data__workers": 2, "loop__save_every": 2}, []
+    folder = Path(arguments()[1].removeprefix("--out=")) / "run"
+    for _ in range(12):
+        process = context.Process(target=main, args=(arguments("run", **changed),))
+        process.start()
+        metrics, begun = folder / "metrics.jsonl", time.monotonic()
+        aim = (len(rows(folder)) if metrics.exists() else 0) + draw.randrange(3)
+        while process.is_alive() and time.monotonic() < begun + 60:
+            if metrics.exists() and metrics.read_text().count("\n") >= aim > 0:
+                break
+            time.sleep(0.005)
+        survivors += psutil.Process(process.pid).children() if process.is_alive() else []
+        process.kill()
+        process.join()
+    _, alive = psutil.wait_procs(survivors, timeout=60)
+    assert not alive
+    assert train("run", **changed)[0] == train("unbroken", **changed)[0] == 0
+    unbroken = folder.parent / "unbroken"
     assert rows(folder) == rows(unbroken)
     assert weights(folder) == weights(unbroken)
 
