@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,6 +21,19 @@ from moa_vision.mae import MAE, create_mae
 
 _RUN_ONLY = ("drop_rate", "drop_path_rate", "ffn_backend")
 """Endings of encoder arguments that belong to the training run and not to the weights."""
+
+
+_FAULTS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SafetensorError,
+)
+"""What reading a damaged export raises, RecursionError among it: in JSON, in a constructor, in its weights."""
 
 
 def export_encoder(mae: MAE, folder: str | Path, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -46,15 +60,14 @@ def load_mae(folder: str | Path) -> MAE:
     """The MAE that `export_encoder` wrote, with its weights, on the CPU.
 
     Raises:
-        ValueError: `folder` holds no such export.
+        ValueError: `folder` holds no such export, or a damaged one.
     """
     path = Path(folder) / "mae.json"
     try:
-        arguments = json.loads(path.read_text())["model"]
-    except (OSError, ValueError, KeyError) as error:
+        mae = create_mae(**json.loads(path.read_text())["model"])
+        mae.load_state_dict(load_file(path.with_name("mae.safetensors")))
+    except _FAULTS as error:
         raise ValueError(f"{path} is not an exported MAE ({error!r}); give a run's export folder") from error
-    mae = create_mae(**arguments)
-    mae.load_state_dict(load_file(path.with_name("mae.safetensors")))
     return mae
 
 

@@ -167,3 +167,28 @@ def test_errors_say_which_and_what(exported, tmp_path):
         load_mae(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="built by create_mae"):
         export_encoder(MAE(mae.encoder, **DECODER), tmp_path / "export", MEAN, STD)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mae.json", b"{"),
+        ("mae.json", b"[]"),
+        ("mae.json", b"[" * 100_000),
+        ("mae.json", b'{"model": 7}'),
+        ("mae.json", b'{"model": {"encoder_name": null}}'),
+        ("mae.json", b'{"model": {"encoder_name": "vit_tiny_patch16_qdmoa", "img_size": "x"}}'),
+        ("mae.safetensors", b""),
+        ("mae.safetensors", b"\xff" * 64),
+        ("mae.safetensors", None),
+    ],
+    ids=["cut", "a list", "deep", "a number", "no name", "no size", "empty", "noise", "another's"],
+)
+def test_a_damaged_export_is_named(exported, tmp_path, name, content):
+    _, folder = exported
+    if content is None:
+        export_encoder(make(embed_dim=64), tmp_path / "other", MEAN, STD)
+        content = (tmp_path / "other" / name).read_bytes()
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"mae\.json is not an exported MAE"):
+        load_mae(folder)
