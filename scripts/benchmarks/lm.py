@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-sizes", nargs="+", default=sizes, help=f"lm-experts: named sizes (default: {' '.join(sizes)})"
     )
-    add_sized(parser, "--expert-tokens", "lm-experts: tokens of a pass", cpu=2048, cuda=16384)
+    add_sized(parser, "--expert-tokens", "lm-experts: tokens of a pass", cpu=16384, cuda=16384)
 
 
 def run(args: argparse.Namespace) -> None:
