@@ -23,7 +23,17 @@ from moa_ffn import FFN
 
 from .ffn import layer_case
 from .measure import Case, device_seconds, measure
-from .options import MODES, add_common, add_layers, add_modes, add_sized, add_variants, in_mode, layers_remark
+from .options import (
+    MODES,
+    add_common,
+    add_layers,
+    add_modes,
+    add_sized,
+    add_variants,
+    in_mode,
+    layers_remark,
+    positive,
+)
 from .overhead import steps
 from .table import memory, note, rate, report, speed_ratio, time_ratio, times
 from .training import autocast, precision_name
@@ -51,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-sizes", nargs="+", default=sizes, help=f"lm-experts: named sizes (default: {' '.join(sizes)})"
     )
-    add_sized(parser, "--expert-tokens", "lm-experts: tokens of a pass", cpu=16384, cuda=16384)
+    parser.add_argument(
+        "--expert-tokens", type=positive, default=16384, help="lm-experts: tokens of a pass (default: 16384)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
