@@ -11,7 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -20,8 +21,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from moa_ffn import FFN
 from moa_lm.configuration import MoALlamaConfig
@@ -122,7 +123,8 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
         self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -135,21 +137,45 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
     ) -> MoAModelOutput:
         """Hidden states of input_ids (B, T) or inputs_embeds (B, T, hidden_size); arguments as in Llama.
 
+        Llama's own forward, but that the mask is made for the positions that the caller gave, if any. Llama makes it
+        for the default ones too: under torch.compile nobody can look whether several documents are packed there, and
+        every batch would get a mask of T x T in place of causal attention's fastest kernels.
+
         Returns:
             last_hidden_state (B, T, hidden_size); with `output_router_logits` and experts also router_logits, one
             (B * T, num_experts) float32 tensor a layer.
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds are given.
         """
-        kwargs["return_dict"] = True  # the decorator makes the tuple
-        outputs = super().forward(
-            input_ids=input_ids,
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
             attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            position_ids=position_ids,
         )
-        return MoAModelOutput(**outputs)
+        positions: Tensor | None = position_ids
+        if positions is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0) + past
+        rotations = self.rotary_emb(hidden, position_ids=positions)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=rotations,
+                position_ids=positions,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return MoAModelOutput(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
 
 class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright: ignore[reportIncompatibleVariableOverride]

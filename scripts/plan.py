@@ -270,7 +270,6 @@ def language_saved_bytes(
     from moa_lm.modeling import MoALlamaForCausalLM
 
     fields = {"ffn_backend": "eager", "expert_dispatch": "grouped"}  # what tracing can follow
-    fields |= {} if masked else {"attn_implementation": _attention_without_mask()}
 
     def traced(layers: int) -> SavedBytes:
         shape = {"num_hidden_layers": layers, "layer_types": None}
@@ -293,20 +292,6 @@ def language_saved_bytes(
         inputs = layers * 4 * length * model.hidden_size
         return SavedBytes(one.fixed, one.per_sample + inputs)
     return SavedBytes(*(a + (layers - 1) * more for a, more in zip(one, layer, strict=True)))
-
-
-def _attention_without_mask() -> str:
-    """Return the name, for transformers, of its usual attention without a mask: causal by itself.
-
-    Transformers cannot look into the positions of fake tensors, so it makes a mask of T x T for each sequence, in
-    case several documents are packed into one; it makes none for the real ones of a single document. There is no way
-    to make masks for a name that it does not know.
-    """
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
-    return "sdpa_without_mask"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from moa_ffn import VARIANTS
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM, MoALlamaModel
+from moa_lm.modeling import document_positions
 
 EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILY = [*VARIANTS, "moe"]
@@ -293,3 +294,24 @@ def test_attention_implementations_are_llama_s(tiny):
         assert getattr(tiny(), flag) is getattr(LlamaForCausalLM, flag) is True
     with pytest.raises(ValueError, match="nonsense"):
         tiny(attn_implementation="nonsense")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["positions left out", "positions of documents"])
+def test_compiled_attention_has_a_mask_for_packed_documents_only(packed, tiny, tokens):
+    graphs: list[torch.fx.GraphModule] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    model, input_ids = tiny(ffn_variant="qdmoa", ffn_backend="eager"), tokens(2, 12)
+    positions = {"position_ids": document_positions(input_ids, int(input_ids[0, 5]))} if packed else {}
+    expected = model(input_ids, use_cache=False, **positions).logits
+    found = torch.compile(model, backend=look, fullgraph=True)(input_ids, use_cache=False, **positions).logits
+    assert torch.equal(found, expected)
+    attention = [
+        node.kwargs for node in graphs[0].graph.nodes if node.target is nn.functional.scaled_dot_product_attention
+    ]
+    assert len(graphs) == 1 and len(attention) == model.config.num_hidden_layers
+    for arguments in attention:
+        assert (arguments["attn_mask"] is not None) == packed and arguments["is_causal"] != packed
