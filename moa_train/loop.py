@@ -7,18 +7,16 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from safetensors import SafetensorError
 from torch import Tensor
 
-from moa_train import checkpoint, parallel
+from moa_train import checkpoint, origin, parallel
 from moa_train.checkpoint import (
-    DamagedCheckpoint,
     Generators,
     NotSaved,
     Saver,
@@ -27,7 +25,7 @@ from moa_train.checkpoint import (
     of_process,
     set_generators,
 )
-from moa_train.config import HARMLESS, STARTS_ANEW, RunConfig, as_tree, differing_keys
+from moa_train.config import HARMLESS, RunConfig, as_tree
 from moa_train.durable import new_folder
 from moa_train.failures import Together
 from moa_train.journal import Journal, State, check_trackers, end_trackers
@@ -395,9 +393,9 @@ class Trainer:
 
     def _resume(self) -> list[str]:
         """Take the newest valid checkpoint, if there is one; return a message for each damaged one passed over."""
-        newest, source, damaged = self._choose()
+        newest, source, damaged = origin.choose(self.config, self.plan, self.accelerator, self.harmless)
         if source is not None:
-            self._check_fit(source)
+            origin.check_fit(source, self.config, self.identity)
             saved, generators = checkpoint.load(source, self.bare, self.optimizer)
             self.state = State.of(saved)
             self.generators = of_process(generators, self.accelerator.process_index)
@@ -408,71 +406,6 @@ class Trainer:
         # Every process has its own random numbers; one without a saved state (it was not there before) keeps these.
         set_seed(self.config.seed + self.state.step, device_specific=True)
         return damaged
-
-    def _choose(self) -> tuple[Path | None, Path | None, list[str]]:
-        """Return the run's newest valid checkpoint, that or another to begin with, and what was damaged.
-
-        The main process looks, and all take what it found: a file system may not show them the same.
-        """
-        found: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            newest, damaged = checkpoint.newest_valid(self.folder.checkpoints)
-            found = [(newest, newest or self._start(), damaged)]
-        newest, source, damaged = broadcast_object_list(found)[0]
-        if source is not None and not source.exists():
-            raise ValueError(f"{source} is there for the main process, but not here: all must see the same folder")
-        return newest, source, damaged
-
-    def _check_fit(self, path: Path) -> None:
-        """Raise ValueError if the checkpoint holds another algorithm's state, or was trained on something else."""
-        state = checkpoint.read_state(path)
-        known, own = state.get("identity") or {}, self.identity or {}
-        changed = sorted(key for key in known.keys() & own.keys() if known[key] != own[key])
-        if changed and self.config.resume != "force":
-            raise ValueError(
-                f"{path} was trained on other data: {', '.join(changed)} changed since. Bring back what it was, "
-                "begin a new run, or continue all the same with --resume force"
-            )
-        saved = state.get("config", {}).get("optim", {}).get("algorithm", "adamw")
-        if saved != self.config.optim.algorithm:
-            raise ValueError(
-                f"optim.algorithm is {self.config.optim.algorithm!r}, but {path} holds the optimizer state of "
-                f"{saved!r}; go back to it, or begin a new run"
-            )
-
-    def _start(self) -> Path | None:
-        """Return the other run's checkpoint to begin with, if the configuration names one and it fits."""
-        if self.config.start_from is None:
-            return None
-        path = Path(self.config.start_from)
-        try:
-            state = checkpoint.verify(path)
-        except DamagedCheckpoint as error:
-            raise ValueError(f"start_from cannot be used: {error}") from error
-        if self.config.resume != "force":
-            self._check_start(path, state)
-        return path
-
-    def _check_start(self, path: Path, state: dict[str, Any]) -> None:
-        """Raise ValueError unless this run is the one that wrote the checkpoint, but for how and when it ends."""
-        different = differing_keys(
-            state.get("config", {}), as_tree(self.config), harmless=self.harmless | STARTS_ANEW
-        )
-        if different:
-            listed = "\n  ".join(different)
-            raise ValueError(
-                f"start_from {path} is of a run with another configuration:\n  {listed}\n"
-                "Go back to these values, or begin with it all the same with --resume force."
-            )
-        step, part = state["step"], self.config.schedule.decay_fraction
-        if not state.get("stable", True) or step < self.plan.warmup_steps:
-            raise ValueError(f"start_from {path}: its rate still rose, or fell already; take another checkpoint")
-        if self.plan.is_decaying(step):
-            longer = f"{math.ceil(step / (1 - part)):,} steps or more" if part < 1 else "a decay_fraction below 1"
-            raise ValueError(
-                f"start_from {path} is of step {step:,}, but this schedule's rate falls from step "
-                f"{self.plan.total_steps - self.plan.decay_steps:,} on; it takes {longer}"
-            )
 
     def _export(self) -> None:
         with self.spread.whole() as model:

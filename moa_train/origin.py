@@ -1,0 +1,109 @@
+"""The checkpoint that a session begins with: the run's newest valid one, or another run's (`start_from`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from moa_train import checkpoint
+from moa_train.checkpoint import DamagedCheckpoint
+from moa_train.config import STARTS_ANEW, RunConfig, as_tree, differing_keys
+from moa_train.plan import Plan
+from moa_train.records import RunFolder
+
+
+class Origin(NamedTuple):
+    """What `choose` found.
+
+    newest: the run's newest valid checkpoint. source: that one, or another run's to begin with. damaged: a message
+    for each of the run's checkpoints that were passed over.
+    """
+
+    newest: Path | None
+    source: Path | None
+    damaged: list[str]
+
+
+def choose(config: RunConfig, plan: Plan, accelerator: Accelerator, harmless: frozenset[str]) -> Origin:
+    """Look for the checkpoint to begin with; to be called by all processes.
+
+    The main process looks, and all take what it found: a file system may not show them the same.
+
+    Raises:
+        ValueError: `start_from` names a checkpoint that is damaged or does not fit (`harmless` keys may differ), or
+            this process does not see what the main one found.
+    """
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        newest, damaged = checkpoint.newest_valid(RunFolder(config.folder).checkpoints)
+        found = [(newest, newest or _start(config, plan, harmless), damaged)]
+    origin = Origin(*broadcast_object_list(found)[0])
+    if origin.source is not None and not origin.source.exists():
+        raise ValueError(f"{origin.source} is there for the main process, but not here: all must see the same folder")
+    return origin
+
+
+def check_fit(path: Path, config: RunConfig, identity: Mapping[str, Any] | None) -> None:
+    """Raise ValueError if the checkpoint holds another algorithm's state, or was trained on something else.
+
+    `identity` is what the task tells of its data (`task.Identified`).
+    """
+    state = checkpoint.read_state(path)
+    known, own = state.get("identity") or {}, identity or {}
+    changed = sorted(key for key in known.keys() & own.keys() if known[key] != own[key])
+    if changed and config.resume != "force":
+        raise ValueError(
+            f"{path} was trained on other data: {', '.join(changed)} changed since. Bring back what it was, "
+            "begin a new run, or continue all the same with --resume force"
+        )
+    saved = state.get("config", {}).get("optim", {}).get("algorithm", "adamw")
+    if saved != config.optim.algorithm:
+        raise ValueError(
+            f"optim.algorithm is {config.optim.algorithm!r}, but {path} holds the optimizer state of "
+            f"{saved!r}; go back to it, or begin a new run"
+        )
+
+
+def _start(config: RunConfig, plan: Plan, harmless: frozenset[str]) -> Path | None:
+    """Return the other run's checkpoint to begin with, if the configuration names one and it fits."""
+    if config.start_from is None:
+        return None
+    path = Path(config.start_from)
+    try:
+        state = checkpoint.verify(path)
+    except DamagedCheckpoint as error:
+        raise ValueError(f"start_from cannot be used: {error}") from error
+    if config.resume != "force":
+        _check_same_run(path, state, config, harmless)
+        _check_phase(path, state, plan, config.schedule.decay_fraction)
+    return path
+
+
+def _check_same_run(path: Path, state: Mapping[str, Any], config: RunConfig, harmless: frozenset[str]) -> None:
+    """Raise ValueError unless this run is the one that wrote the checkpoint, but for how and when it ends."""
+    different = differing_keys(state.get("config", {}), as_tree(config), harmless=harmless | STARTS_ANEW)
+    if different:
+        listed = "\n  ".join(different)
+        raise ValueError(
+            f"start_from {path} is of a run with another configuration:\n  {listed}\n"
+            "Go back to these values, or begin with it all the same with --resume force."
+        )
+
+
+def _check_phase(path: Path, state: Mapping[str, Any], plan: Plan, decay_fraction: float) -> None:
+    """Raise ValueError unless the checkpoint was written at the peak rate, and its step has it here too."""
+    step = state["step"]
+    if not state.get("stable", True) or step < plan.warmup_steps:
+        raise ValueError(f"start_from {path}: its rate still rose, or fell already; take another checkpoint")
+    if plan.is_decaying(step):
+        enough = math.ceil(step / (1 - decay_fraction)) if decay_fraction < 1 else 0
+        longer = f"{enough:,} steps or more" if enough else "a decay_fraction below 1"
+        raise ValueError(
+            f"start_from {path} is of step {step:,}, but this schedule's rate falls from step "
+            f"{plan.total_steps - plan.decay_steps:,} on; it takes {longer}"
+        )
