@@ -7,7 +7,9 @@ which needs no logits beside the loss.
 `lm-experts` is the forward and backward of one layer with SwiGLU experts: ours, and Qwen2-MoE's block (router, routed
 experts, shared expert) by each of transformers' `experts_implementation`. Ratios refer to a dense FFN as wide as the
 experts that a token passes. `batched_mm` copies an expert's weights for each assignment, and is left out where that
-takes more than 1 GiB. float32 on a CPU; on a GPU the layers are bfloat16, and the step is under its autocast.
+takes more than 1 GiB. The default number of tokens is that of a micro-batch of configs/lm/moe_*.yaml; with fewer,
+every expert's weights are read for fewer rows. float32 on a CPU; on a GPU the layers are bfloat16, and the step is
+under its autocast.
 """
 
 import argparse
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--expert-sizes", nargs="+", default=sizes, help=f"lm-experts: named sizes (default: {' '.join(sizes)})"
     )
     parser.add_argument(
-        "--expert-tokens", type=positive, default=16384, help="lm-experts: tokens of a pass (default: 16384)"
+        "--expert-tokens", type=positive, default=32768, help="lm-experts: tokens of a pass (default: 32768)"
     )
 
 
