@@ -10,12 +10,15 @@ checkpoints/LAST                                    name of the folder written l
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -27,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moa_train.durable import new_folder, write_json, write_text
+from moa_train.durable import new_folder, sync_file, write_json, write_text
 from moa_train.parallel import full, place_like
 from moa_train.reading import read_json
 from moa_train.spikes import RecentLoss
@@ -46,7 +49,22 @@ class DamagedCheckpoint(Exception):
 
 
 class NotSaved(Exception):
-    """A checkpoint could not be written; the message names it and says why. Older ones are as they were."""
+    """A checkpoint, or another file of the run, could not be written; the message names it. Others are as before."""
+
+
+class NotTidied(Exception):
+    """A checkpoint is there and whole, but LAST does not point at it, or others could not be dropped."""
+
+
+class Unreadable(Exception):
+    """A file cannot be read now, for a reason that says nothing about its content; the message names it."""
+
+
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
+"""Errors in reading that speak of the file. Others (a stale handle, no permission, too many files) may pass."""
+
+_PAUSES_S = (1, 4)
+"""Before a checkpoint that could not be read is tried again."""
 
 
 def snapshot(
@@ -69,40 +87,69 @@ def snapshot(
     return taken
 
 
-def save(folder: Path, state: dict[str, Any], tensors: Snapshot, *, keep: int, keep_every: int | None = None) -> Path:
+def save(
+    folder: Path,
+    state: dict[str, Any],
+    tensors: Snapshot,
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    beside: Sequence[Path] = (),
+    superseded: Path | None = None,
+) -> Path:
     """Write `folder`/step_XXXXXXXX, then point LAST at it, then drop others.
 
-    Kept are the newest `keep` up to this one, and those whose step is a multiple of `keep_every`. `state` is JSON
-    with an int "step".
+    Kept are the newest `keep` up to this one, and those whose step is a multiple of `keep_every`.
+
+    Args:
+        folder: Of the checkpoints.
+        state: JSON with an int "step".
+        tensors: Of `snapshot`.
+        keep: As above.
+        keep_every: As above.
+        beside: Files that the checkpoint counts on, such as rows: forced to the disk before it can be seen.
+        superseded: A checkpoint that is dropped and does not count.
 
     Raises:
         NotSaved: the disk is full, or cannot be written to, or `state` is no JSON.
+        NotTidied: the checkpoint is there, but what comes after it failed.
     """
     final = folder / f"step_{state['step']:08d}"
     try:
         remove_leftovers(folder)
+        for path in beside:
+            if path.exists():
+                sync_file(path)
         with new_folder(final) as temporary:
             for name in FILES:
                 save_file(tensors[name], temporary / name)
             sums = {name: _checksum(temporary / name) for name in FILES}
             write_json(temporary / "state.json", {**state, "files": sums})
-        write_text(folder / "LAST", final.name + "\n")
-        for old in _superfluous(folder, state["step"], keep, keep_every):
-            old.rename(old.with_name(f".{old.name}.old"))  # gone at once: what is visible is whole
-        remove_leftovers(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise NotSaved(f"{final} could not be written: {error}") from error
+    try:
+        write_text(folder / "LAST", final.name + "\n")
+        for old in _superfluous(final, keep, keep_every, superseded):
+            old.rename(old.with_name(f".{old.name}.old"))  # gone at once: what is visible is whole
+        remove_leftovers(folder)
+    except OSError as error:
+        raise NotTidied(
+            f"{final} is saved, but LAST does not say so, or older ones are still there: {error}"
+        ) from error
     return final
 
 
-def _superfluous(folder: Path, newest: int, keep: int, keep_every: int | None) -> Iterator[Path]:
-    """Yield the checkpoints to drop once that of step `newest` is there.
+def _superfluous(newest: Path, keep: int, keep_every: int | None, superseded: Path | None) -> Iterator[Path]:
+    """Yield the checkpoints to drop once `newest` is there.
 
     Later ones are damaged, or they were when this session began: it goes another way since.
     """
-    steps = sorted(_steps(folder), reverse=True)
-    earlier = [(step, path) for step, path in steps if step <= newest]
-    yield from (path for step, path in steps if step > newest)
+    earlier = []
+    for step, path in sorted(_steps(newest.parent), reverse=True):
+        if path.name > newest.name or (path == superseded and path != newest):
+            yield path
+        else:
+            earlier.append((step, path))
     yield from (path for step, path in earlier[keep:] if keep_every is None or step % keep_every)
 
 
@@ -115,41 +162,62 @@ def remove_leftovers(folder: Path) -> None:
 class Saver:
     """Saves checkpoints one after another in a thread of its own; see `save`.
 
+    Args:
+        folder: Of the checkpoints.
+        keep: As `save` has it.
+        keep_every: Likewise.
+        beside: Likewise.
+
     Attributes:
         saved_step: Step of the newest checkpoint that is known to be whole, -1 if there is none.
     """
 
-    def __init__(self, folder: Path, *, keep: int, keep_every: int | None) -> None:
-        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+    def __init__(self, folder: Path, *, keep: int, keep_every: int | None, beside: Sequence[Path] = ()) -> None:
+        self.folder, self.keep, self.keep_every, self.beside = folder, keep, keep_every, beside
         self.saved_step = -1
+        self._passing: Path | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def begin(self, state: dict[str, Any], tensors: Snapshot) -> None:
-        """Begin to save; the one before must have been told of by `outcome`."""
+    def begin(self, state: dict[str, Any], tensors: Snapshot, *, passing: bool = False) -> None:
+        """Begin to save; `outcome` must have told of the one before. One in `passing` lasts until the next."""
         assert self._pending is None
-        self._pending = self._thread.submit(self._save, state, tensors)
+        self._pending = self._thread.submit(self._save, state, tensors, passing)
 
-    def outcome(self, *, wait: bool) -> NotSaved | None:
+    def outcome(self, *, wait: bool) -> NotSaved | NotTidied | None:
         """Return what went wrong with the last save, once; None if nothing did or, without `wait`, has yet."""
         if self._pending is None or not (wait or self._pending.done()):
             return None
         error, self._pending = self._pending.exception(), None
-        if error is not None and not isinstance(error, NotSaved):
+        if error is not None and not isinstance(error, NotSaved | NotTidied):
             raise error
         return error
 
-    def _save(self, state: dict[str, Any], tensors: Snapshot) -> None:
-        save(self.folder, state, tensors, keep=self.keep, keep_every=self.keep_every)
-        self.saved_step = state["step"]
+    def _save(self, state: dict[str, Any], tensors: Snapshot, passing: bool) -> None:
+        keep = {"keep": self.keep + passing, "keep_every": self.keep_every}
+        try:
+            save(self.folder, state, tensors, **keep, beside=self.beside, superseded=self._passing)
+        except NotSaved:
+            raise
+        except NotTidied:
+            self._note(state["step"], passing)
+            raise
+        self._note(state["step"], passing)
+
+    def _note(self, step: int, passing: bool) -> None:
+        self.saved_step = step
+        self._passing = self.folder / f"step_{step:08d}" if passing else None
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that passes `verify`, if any, and a message for each one passed over."""
+    """Return the newest checkpoint that passes `verify`, if any, and a message for each one passed over.
+
+    Raises Unreadable for one that cannot be read now: to go on from an older one would give up what it holds.
+    """
     damaged: list[str] = []
     for _, path in sorted(_steps(folder), reverse=True):
         try:
-            verify(path)
+            _verify_patiently(path)
         except DamagedCheckpoint as error:
             damaged.append(str(error))
         else:
@@ -157,22 +225,52 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
+def _verify_patiently(path: Path) -> None:
+    for pause in _PAUSES_S:
+        try:
+            verify(path)
+        except Unreadable:
+            time.sleep(pause)
+        else:
+            return
+    verify(path)
+
+
 def verify(path: Path) -> dict[str, Any]:
-    """Check every file's size and sha256 against state.json and return the state. Raises DamagedCheckpoint."""
+    """Check every file's size and sha256 against state.json and return the state.
+
+    Raises:
+        DamagedCheckpoint: a file is not what was saved.
+        Unreadable: one cannot be read now.
+    """
     try:
+        with _reading(path / "state.json"):
+            (path / "state.json").read_bytes()
         state = read_json(path / "state.json", "take another checkpoint")
         expected = {name: state["files"][name] for name in FILES}
         _check_state(state)
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{path}/state.json cannot be read ({error!r})") from error
     for name, checksum in expected.items():
-        try:
+        with _reading(path / name):
             found = _checksum(path / name)
-        except OSError as error:
-            raise DamagedCheckpoint(f"{path}/{name} cannot be read ({error!r})") from error
         if found != checksum:
             raise DamagedCheckpoint(f"{path}/{name} is damaged: {found} is not the recorded {checksum}")
     return state
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn an OSError into DamagedCheckpoint or Unreadable."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DAMAGE:
+            raise DamagedCheckpoint(f"{file} cannot be read ({error!r})") from error
+        raise Unreadable(
+            f"{file} cannot be read now ({error!r}), which says nothing about what it holds; nothing was changed. "
+            "The same command tries again; to go on from an older checkpoint, move this one away"
+        ) from error
 
 
 _STATE: dict[str, tuple[type, ...]] = {

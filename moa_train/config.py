@@ -125,9 +125,9 @@ class LoopConfig:
         val_samples: Held-out samples used in each validation; null is all of them.
         visualize: Held-out samples looked at closely at each validation (reconstructions, mixing, expert load); 0 is
             none.
-        save_every: Steps between checkpoints: the most work that a crash can lose, beside the few steps for which the
-            last one is still being written.
-        keep: Checkpoints kept, newest first.
+        save_every: Steps between checkpoints: the most work that a crash can lose. As they are written while
+            training goes on, there is one more half-way to each, which the next one replaces.
+        keep: Checkpoints kept, newest first, without the half-way one.
         keep_every: Steps between checkpoints that are kept for good, a multiple of save_every; null keeps none.
         skip_nonfinite: Steps of a run, at most, that are left out, without an update, because their loss or gradient
             is not finite; one more stops the run.

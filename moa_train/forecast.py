@@ -313,9 +313,12 @@ def _seconds(workload: Workload, cluster: Cluster, plan: Plan) -> tuple[float | 
 
 def _kept(plan: Plan, save_every: int, keep: int, keep_every: int | None) -> tuple[int, int]:
     """Checkpoints that lie there at the end, and how many are written in all; see `moa_train.checkpoint.save`."""
-    saves = -(-plan.total_steps // save_every)  # the last step counts as due
-    dropped = max(0, saves - keep) * save_every if keep_every else 0  # the step up to which only those for good stay
-    return min(keep, saves) + (dropped // keep_every if keep_every else 0), saves
+    whole = -(-plan.total_steps // save_every)  # the last step counts as due
+    halfway = (
+        -(-(plan.total_steps - save_every // 2) // save_every) if save_every > 1 else 0
+    )  # each lasts to the next
+    dropped = max(0, whole - keep) * save_every if keep_every else 0  # the step up to which only those for good stay
+    return min(keep, whole) + (dropped // keep_every if keep_every else 0), whole + max(0, halfway)
 
 
 def _notes(

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from moa_train import devices
+from moa_train.checkpoint import NotSaved
 from moa_train.config import RunConfig, as_tree, flatten
 from moa_train.plan import Costs, Plan, describe
 from moa_train.progress import Progress, duration
@@ -197,7 +198,7 @@ class Journal:
             yield
         except OSError as error:
             if error.errno not in DISK_FULL:
-                raise
+                raise NotSaved(f"{what} cannot be written: {error}") from error
             if what not in self.unwritten:
                 self.unwritten.add(what)
                 self.say(f"warning: {what} could not be written: {error}; the run goes on")

@@ -20,6 +20,7 @@ from moa_train.checkpoint import (
     Generators,
     NotSaved,
     Saver,
+    Unreadable,
     get_generators,
     of_all_processes,
     of_process,
@@ -68,16 +69,17 @@ def run(
             set_seed(config.seed)
             with accelerator.local_main_process_first():
                 task = build_task()
-            trainer = Trainer(config, task, accelerator, stop, harmless)
-        except (ValueError, OSError, *expected) as error:
+            trainer = Trainer(config, task, accelerator, stop, cleanup, harmless)
+        except (ValueError, OSError, RunInUse, *expected) as error:
             return together.fail(error, 2)
+        except (NotSaved, Unreadable) as error:
+            return together.fail(error, 1)
         try:
             with contextlib.closing(trainer.journal.progress):
                 return trainer.run()
-        except RunInUse as error:
-            return together.fail(error, 2)
         except (NonFiniteError, NotSaved, *expected) as error:
-            trainer.journal.close("failed")
+            with contextlib.suppress(OSError, NotSaved):  # what could not be written before may not be now
+                trainer.journal.close("failed")
             return together.fail(error, 1)
 
 
@@ -94,10 +96,13 @@ def check(config: RunConfig, build_task: Callable[[], Task]) -> None:
 
 
 class Trainer:
-    """One session of a run; it takes the run up where its folder left it.
+    """One session of a run; it takes the run up where its folder left it, and holds the folder until `held` ends.
 
     Raises:
         ValueError: the batch cannot be split, or the folder holds another run.
+        RunInUse: another process holds the folder.
+        NotSaved: the folder cannot be written to.
+        Unreadable: a checkpoint cannot be read now.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class Trainer:
         task: Task,
         accelerator: Accelerator,
         stop: StopRequests,
+        held: contextlib.ExitStack,
         harmless: frozenset[str] = HARMLESS,
     ) -> None:
         self.config, self.task, self.accelerator, self.stop = config, task, accelerator, stop
@@ -124,9 +130,13 @@ class Trainer:
         self.optimizer = self._build_optimizer()
 
         self.state, self.generators, self.begun_saving = State(), Generators(), -1
-        self.saver = Saver(self.folder.checkpoints, keep=config.loop.keep, keep_every=config.loop.keep_every)
+        beside = (self.folder.metrics, self.folder.events)
+        kept = {"keep": config.loop.keep, "keep_every": config.loop.keep_every}
+        self.saver = Saver(self.folder.checkpoints, **kept, beside=beside)
         self.micro_batches: list[tuple[Tensor, list[str]]] = []  # of the step at hand: losses, names of the samples
+        self._take_folder(held)
         damaged = self._resume()
+        self.begun_at = self.state.step
         self.warnings = [f"passed over a damaged checkpoint: {message}" for message in damaged]
         self.warnings += [f"continuing with another value of {message}" for message in changed]
         self.journal = Journal(config, task, self.plan, self.costs, accelerator, self.state)
@@ -156,22 +166,8 @@ class Trainer:
         if self.journal.finished():
             self.journal.say_finished()
             return 0
-        with contextlib.ExitStack() as held:
-            self._open(held)
-            return self._run()
-
-    def _open(self, held: contextlib.ExitStack) -> None:
-        """Take the run folder for this session, until `held` ends, and say what will be done."""
-        try:
-            if self.accelerator.is_main_process:
-                self.folder.path.mkdir(parents=True, exist_ok=True)
-                held.enter_context(self.folder.held())
-                checkpoint.remove_leftovers(self.folder.checkpoints)
+        with self._writing_to_folder():
             self.journal.open(describe_groups(self.optimizer), self.warnings)
-        except OSError as error:
-            raise NotSaved(f"the run folder cannot be written to: {error}") from error
-
-    def _run(self) -> int:
         if not self.train():
             self.journal.close("stopped")
             self.journal.say_stopped(self.stop.received, self.saver.saved_step)
@@ -181,6 +177,21 @@ class Trainer:
         self.journal.say_finished()
         return 0
 
+    def _take_folder(self, held: contextlib.ExitStack) -> None:
+        """Keep other processes from running this run, before its checkpoints are looked at, until `held` ends."""
+        if self.accelerator.is_main_process:
+            with self._writing_to_folder():
+                self.folder.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(self.folder.held())
+                checkpoint.remove_leftovers(self.folder.checkpoints)
+
+    @contextlib.contextmanager
+    def _writing_to_folder(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise NotSaved(f"the run folder cannot be written to: {error}") from error
+
     def train(self) -> bool:
         """Run the steps left; return True at the end of the plan, False if asked to stop, and saved, before."""
         batches = iter(self.task.train_batches(self.share, self.plan, self.state.step))
@@ -188,6 +199,7 @@ class Trainer:
         self.bare.train()
         going = self._go_on() and self._validate_if_due()
         while going and self.state.step < self.plan.total_steps:
+            self._keep_up_with_saving()
             begin, generators = time.perf_counter(), get_generators(self.device)
             lr = self.plan.lr_at(self.state.step)
             loss, gradients = self._accumulate(batches)
@@ -203,12 +215,29 @@ class Trainer:
                 self.journal.train_row(float(loss), lr, float(grad_norm), seconds)
             going = self._go_on() and self._validate_if_due()
             last = not going or self.state.step == self.plan.total_steps
-            if last or self.plan.due(self.state.step, self.config.loop.save_every):
+            if last or self._saving_is_due():
                 saved = self._save(get_generators(self.device), wait=last)
                 if going and last and not saved:
                     raise NotSaved("the last checkpoint could not be written; make room, the same command continues")
             self._tell_of_saving(wait=False)
         return going
+
+    def _saving_is_due(self) -> bool:
+        return self.state.step % self.config.loop.save_every == 0 or self._is_halfway()
+
+    def _is_halfway(self) -> bool:
+        every = self.config.loop.save_every
+        return every > 1 and self.state.step % every == every // 2
+
+    def _keep_up_with_saving(self) -> None:
+        """Wait for a checkpoint that is being written if, without it, a crash in the next step would lose too much.
+
+        It has half of `save_every` steps to be written in before anybody waits.
+        """
+        if self.accelerator.is_main_process:
+            safe = max(self.saver.saved_step, self.begun_at)
+            if self.state.step - safe >= self.config.loop.save_every:
+                self._tell_of_saving(wait=True)
 
     def _accumulate(self, batches: Iterator[Any]) -> tuple[Tensor, list[Tensor]]:
         """Add up one global batch's gradients; return its mean loss over all processes, and the gradients."""
@@ -349,14 +378,14 @@ class Trainer:
         is, as far as known.
         """
         if self.begun_saving != self.state.step:
-            self._begin_saving(generators)
+            self._begin_saving(generators, passing=self._is_halfway() and not wait)
         if not wait:
             return True
         if not self._is_saved():
             self._begin_saving(generators)
         return self._is_saved()
 
-    def _begin_saving(self, generators: Generators) -> None:
+    def _begin_saving(self, generators: Generators, *, passing: bool = False) -> None:
         self._tell_of_saving(wait=True)  # one at a time
         self.begun_saving = self.state.step
         self.journal.note_memory()
@@ -364,7 +393,7 @@ class Trainer:
         main = self.accelerator.is_main_process
         tensors = checkpoint.snapshot(self.bare, self.optimizer, everyones, main=main)
         if main:
-            self.saver.begin(self._saved_state(), tensors)
+            self.saver.begin(self._saved_state(), tensors, passing=passing)
 
     def _is_saved(self) -> bool:
         """Wait for the last checkpoint; return on every process whether it is one of the finished steps."""

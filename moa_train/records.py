@@ -11,11 +11,12 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
@@ -30,6 +31,10 @@ Row = dict[str, Any]
 
 KINDS = ("train", "val")
 """Kinds of rows."""
+
+
+LEASE_S = 200
+"""How long a file server may keep the locks of a machine that is gone: a lease and a grace of NFS, 90 s each."""
 
 
 class RunInUse(Exception):
@@ -86,19 +91,39 @@ class RunFolder:
     def held(self) -> Iterator[None]:
         """Keep other processes from running this run at the same time. Raises RunInUse if one does.
 
-        A POSIX record lock: it ends with this process, however that ends, and its workers do not inherit it.
+        A POSIX record lock: it ends with this process, however that ends, and its workers do not inherit it. Where a
+        whole machine is gone, the file server lets go of its locks only after a while, which is waited for.
         """
-        with (self.path / "run.lock").open("w", encoding="utf-8") as file:
+        with (self.path / "run.lock").open("a+", encoding="utf-8") as file:
+            self._lock(file, time.monotonic() + LEASE_S)
+            file.truncate(0)
+            file.write(f"{platform.node()} {os.getpid()}\n")
+            file.flush()
+            yield
+
+    def _lock(self, file: TextIO, deadline: float) -> None:
+        told = False
+        while True:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
-                raise RunInUse(
-                    f"{self.path} is being run by another process (it holds {file.name}); wait until it has ended, "
-                    "stop it, or choose another name"
-                ) from error
+                file.seek(0)
+                holder, _, pid = file.read().strip().partition(" ")
+                elsewhere = holder not in ("", platform.node())
+                if not elsewhere or time.monotonic() > deadline:
+                    where = f" (process {pid} on {holder})" if holder else ""
+                    raise RunInUse(
+                        f"{self.path} is being run by another process{where}, which holds {file.name}; wait until it "
+                        "has ended, stop it, or choose another name"
+                    ) from error
+                if not told:
+                    print(f"waiting for {holder}, which holds {file.name}, up to {LEASE_S} s", file=sys.stderr)
+                told = True
+                time.sleep(1)
             except OSError:  # a file system without locks
-                pass
-            yield
+                return
+            else:
+                return
 
     def rows(self) -> list[Row]:
         """Return the rows written so far; a last line cut short by a crash is left out.
@@ -126,7 +151,10 @@ class RunFolder:
         self._metrics_lines.append(json.dumps(_with_null(row)))
 
     def append_event(self, row: Row) -> None:
-        """Add a row to events.jsonl; NaN becomes null. No row is ever taken back. Raises OSError likewise."""
+        """Add a row to events.jsonl; NaN becomes null. Raises OSError likewise.
+
+        No row is ever taken back: steps that are taken again after a crash leave theirs a second time.
+        """
         self._events_lines.append(json.dumps(_with_null(row)))
 
     def summarize(self, facts: dict[str, Any], best_by: str) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import pickletools
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from moa_train import checkpoint
-from moa_train.checkpoint import FILES, DamagedCheckpoint, NotSaved
+from moa_train.checkpoint import FILES, DamagedCheckpoint, NotSaved, NotTidied, Saver, Unreadable
 
 
 def trained(seed, steps=3):
@@ -143,7 +144,9 @@ def test_a_failed_save_leaves_the_old_one(tmp_path, failing, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, failing, no_space)
-        with pytest.raises(NotSaved, match=r"step_00000010 could not be written: .*No space"):
+        untidied = failing == "write_text"  # of LAST: the checkpoint is there
+        what = "step_00000010 is saved, but LAST" if untidied else "step_00000010 could not be written"
+        with pytest.raises(NotTidied if untidied else NotSaved, match=f"{what}.*No space"):
             save(tmp_path, 10)
     assert (tmp_path / "LAST").read_text() == f"{old.name}\n"
     newest, damaged = checkpoint.newest_valid(tmp_path)
@@ -165,3 +168,58 @@ def test_another_model_is_refused(tmp_path):
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     with pytest.raises(ValueError, match="step_00000005 belongs to another model"):
         checkpoint.load(path, model, torch.optim.AdamW(model.parameters()))
+
+
+def steps(folder):
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+
+
+def test_one_in_passing_lasts_until_the_next_and_does_not_count(tmp_path):
+    saver, seen = Saver(tmp_path, keep=2, keep_every=None), []
+    tensors = checkpoint.snapshot(*trained(0), {})
+    for step in (5, 10, 15, 20, 25, 30):
+        saver.begin({"step": step}, tensors, passing=step % 10 == 5)
+        assert saver.outcome(wait=True) is None and saver.saved_step == step
+        seen.append(steps(tmp_path))
+    assert seen == [[5], [10], [10, 15], [10, 20], [10, 20, 25], [20, 30]]
+
+
+@pytest.mark.parametrize("error", [errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_one_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, error, monkeypatch):
+    """To go on from an older one would drop it, as a later one that is superseded."""
+    save(tmp_path, 5), save(tmp_path, 10)
+    failing, read = iter([True, True, False, True, True, True]), checkpoint._checksum
+
+    def checksum(path):
+        if path.name == "model.safetensors" and next(failing):
+            raise OSError(error, "for a while")
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "_checksum", checksum)
+    monkeypatch.setattr(checkpoint, "_PAUSES_S", (0, 0))
+    assert checkpoint.newest_valid(tmp_path) == (tmp_path / "step_00000010", []), "the third time"
+    with pytest.raises(Unreadable, match=r"step_00000010/model.safetensors cannot be read now"):
+        checkpoint.newest_valid(tmp_path)
+
+
+def test_it_is_on_the_disk_before_it_can_be_seen(tmp_path, monkeypatch):
+    """Rows, then the files, then the folder that lists them; then the name; then the folder that has the name."""
+    rows, calls = tmp_path / "metrics.jsonl", []
+    rows.write_text("{}\n")
+    sync, rename = os.fsync, os.rename
+
+    def synced(descriptor):
+        calls.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    def renamed(source, target):
+        calls.append(f"-> {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder, {"step": 5}, checkpoint.snapshot(*trained(0), {}), keep=1, beside=(rows, tmp_path / "no"))
+    seen = calls.index("-> step_00000005")
+    assert calls[0] == "metrics.jsonl" and calls[seen - 1] == ".step_00000005.tmp"
+    assert {*FILES, "state.json"} <= set(calls[1 : seen - 1]) and calls[seen + 1] == "checkpoints"

@@ -65,6 +65,12 @@ def last_step(runs, name):
     return len([line for line in lines if '"kind": "train"' in line])
 
 
+def count_sessions(runs, name):
+    """The sessions of which the run has got as far as to begin its steps."""
+    events = runs.out / name / "events.jsonl"
+    return events.read_text().count('"begun"') if events.exists() else 0
+
+
 def wait_for(condition, process):
     deadline = time.monotonic() + 120
     while not condition() and process.is_alive():
@@ -91,24 +97,30 @@ def test_killed_at_a_certain_moment(runs, unbroken, start, moment):
     assert not list((runs.out / "run").rglob(".step_*")), "what the kill left behind is gone"
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(runs, unbroken, start, kills):
+@pytest.mark.parametrize(("kills", "epochs"), [(3, 3), pytest.param(36, 60, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(runs, start, kills, epochs):
     """Also in start-up, twice in the same step, and at the end of an epoch (every fifth step)."""
-    draw, done = random.Random(kills), 0
+    draw, newest, in_steps = random.Random(kills), 0, 0
     for _ in range(kills):
-        process = start("run", model__step_s=0.02)
+        sessions, before = count_sessions(runs, "run"), newest
+        process = start("run", model__step_s=0.02, schedule__epochs=epochs)
         if draw.random() < 0.8:
-            aim = min(14, newest_step(runs.out / "run") + draw.randrange(1, SAVE_EVERY + 3))
+            # A session's first word takes the rows away that are newer than its checkpoint: then they are its own.
+            wait_for(lambda sessions=sessions: count_sessions(runs, "run") > sessions, process)
+            aim = before + draw.randrange(1, SAVE_EVERY + 3)
             wait_for(lambda aim=aim: last_step(runs, "run") >= aim, process)
         time.sleep(draw.random() * 0.08)
+        assert process.is_alive(), "the run is long enough"
         process.kill()
         process.join()
         seen, newest = last_step(runs, "run"), newest_step(runs.out / "run")
-        assert newest >= done, "no checkpoint is lost"
-        assert seen - newest <= SAVE_EVERY + 2, "of the work done, save_every steps, or as many more as saving takes"
-        done = newest
-    assert runs("run") == 0
-    runs.assert_same("run", unbroken)
+        assert newest >= before, "no checkpoint is lost"
+        assert seen - newest <= SAVE_EVERY
+        in_steps += count_sessions(runs, "run") > sessions and seen > before
+    assert in_steps >= 2 * kills // 3
+    for name in ("run", "unbroken"):
+        assert runs(name, schedule__epochs=epochs) == 0
+    runs.assert_same("run", "unbroken")
 
 
 @pytest.mark.slow
