@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from moa_lm.data import DTYPES, MANIFEST, TOKENIZER, TokenDataError, open_tokens, read_manifest
 from moa_lm.encode import open_vocabulary
-from moa_train.checks import Checked, Plan, Problem
+from moa_train.checks import Checked, Plan, Problem, unlisted
 
 _BLOCK = 2**24  # tokens that are in memory at a time
 
@@ -28,6 +28,7 @@ def plan_check(folder: Path) -> Plan:
     names = [shard["name"] for shard in shards]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     problems = [Problem(str(folder / MANIFEST), name, "is listed twice") for name in twice]
+    problems += unlisted(folder, names)
     problems += _tokenizer_problems(folder / TOKENIZER, manifest)
     checks = [partial(check_shard, folder, shard, manifest) for shard in shards]
     return Plan(str(folder), "tokens", sum(shard["bytes"] for shard in shards), problems, checks)

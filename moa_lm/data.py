@@ -160,12 +160,15 @@ class TokenShards:
         By reading, not by mapping: a file that has become shorter is an error here, and the end of the process there.
 
         Raises:
-            TokenDataError: if the shard cannot be read or is damaged.
+            TokenDataError: if the shard cannot be read (twice) or is damaged.
         """
+
+        def read(file: int) -> int:
+            return os.preadv(file, [tokens.data], self._begins[shard] + first * tokens.itemsize)
+
         path = self.folder / self.manifest["shards"][shard]["name"]
         try:
-            file = self._files.get(shard, lambda: self._opened(path, shard))
-            count = os.preadv(file, [tokens.data], self._begins[shard] + first * tokens.itemsize)
+            count = self._files.read(shard, lambda: self._opened(path, shard), read)
         except (OSError, SafetensorError) as error:
             raise TokenDataError(f"{path}: {error}; {_remedy(self.folder)}") from error
         if count != tokens.nbytes:

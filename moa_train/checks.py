@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import NamedTuple
 
 from moa_train.progress import CountBar
 from moa_train.signals import end_with_parent
+
+_SHARD = re.compile(r".+\.(tar|tar\.gz|tgz)|shard-.+\.safetensors")
 
 
 class Problem(NamedTuple):
@@ -59,6 +63,19 @@ class Plan(NamedTuple):
     bytes: int
     problems: list[Problem]
     checks: Sequence[Callable[[], Checked]]
+
+
+def shards_in(folder: Path) -> list[str]:
+    """Return the names of what are shards of images or tokens by their names, sorted; none if there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
+
+
+def unlisted(folder: Path, names: Sequence[str]) -> list[Problem]:
+    """Return the shards in a data set's folder that its manifest does not list: no run reads them."""
+    text = "its manifest does not list it; make or copy the set again, or delete what is none of it"
+    return [Problem(str(folder / name), "", text) for name in shards_in(folder) if name not in set(names)]
 
 
 def run_checks(plan: Plan, workers: int) -> Iterator[Checked]:

@@ -1,12 +1,21 @@
-"""File descriptors for reading by offset: the last used stay open, and every process has its own."""
+"""File descriptors for reading by offset: the last used stay open, and every process has its own.
+
+On a network file system a descriptor may fail for good (ESTALE), or once (EIO), while the file can be opened again.
+"""
 
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+RETRY_S = 1.0  # the pause before a file that could not be read is opened again
+
+Result = TypeVar("Result")
 
 
 class OpenFiles:
@@ -30,6 +39,20 @@ class OpenFiles:
                 self._close(self._files.popitem(last=False)[1])
         self._files.move_to_end(name)
         return self._files[name]
+
+    def read(self, name: Hashable, opened: Callable[[], int], read: Callable[[int], Result]) -> Result:
+        """Return `read` of the descriptor that `get` returns.
+
+        An OSError closes the file, which is opened and read once more after a pause; a second one passes.
+        """
+        try:
+            return read(self.get(name, opened))
+        except OSError:
+            if name in self._files:
+                with suppress(OSError):  # of the same fault
+                    self._close(self._files.pop(name))
+        time.sleep(RETRY_S)
+        return read(self.get(name, opened))
 
     def close(self) -> None:
         """Close the files; `get` opens them again."""

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 8
 BACKOFF_S = 1.0  # the first pause between attempts; doubled each time: a server may be away for two minutes
 STALL_S = 60.0  # a transfer that brings nothing for so long is given up and tried again
-SERIES_S = 300.0  # all attempts, pauses and stalls together: other ranks wait, for 10 minutes at most
+SERIES_S = 300.0  # all pauses and stalls of a shard's attempts together, in which others wait and nothing comes
 LOST_S = 600.0  # a shard that could not be had is tried again after so long
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -110,6 +110,7 @@ def open_shard(
     check: Callable[[Path], object] | None = None,
     limit: int | None = None,
     since_s: float = math.inf,
+    least: int = 0,
 ) -> OpenShard:
     """Opens the plain tar file that holds `shard`; see `local_path`. One in the cache stays there until it is closed.
 
@@ -117,9 +118,9 @@ def open_shard(
         LostShard: if it cannot be read or fetched.
         DataError: if there is no room for it.
     """
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         try:
-            path = local_path(shard, cache_dir, check, limit, since_s)
+            path = local_path(shard, cache_dir, check, limit, since_s, least)
             in_cache = path.parent == cache_dir / _SHARDS
             return OpenShard(hold(path) if in_cache else os.open(path, os.O_RDONLY), path)
         except FileNotFoundError as error:
@@ -127,7 +128,9 @@ def open_shard(
                 raise LostShard(f"cannot read shard {shard.url}: {error}") from error
             # else another process made room between look-up and opening
         except OSError as error:
-            raise LostShard(f"cannot read shard {shard.url}: {error}") from error
+            if attempt > 0 or _is_hopeless(error):
+                raise LostShard(f"cannot read shard {shard.url}: {error}") from error
+            time.sleep(BACKOFF_S)  # a network file system may fail for once
     raise DataError(f"{shard.url} is removed from {cache_dir} as soon as it is fetched; allow data.cache_gib more")
 
 
@@ -137,6 +140,7 @@ def local_path(
     check: Callable[[Path], object] | None = None,
     limit: int | None = None,
     since_s: float = math.inf,
+    least: int = 0,
 ) -> Path:
     """The plain tar file that holds `shard`, fetched or unpacked into `cache_dir` if need be.
 
@@ -146,14 +150,17 @@ def local_path(
         shard: remote, or a local path.
         cache_dir: created if absent.
         check: called with a newly fetched file before it is let in; an exception means that the transfer failed.
-        limit: bytes of shards in the cache folder; those that were not used for longest make room. None: no limit.
+        limit: bytes of shards in the cache folder; those that were not used for longest make room. Those that are
+            being fetched may come on top meanwhile. None: no limit.
         since_s: a shard that some process found lost after this `time.time()`, and less than `LOST_S` ago, is lost
             without another attempt. By default it is tried.
+        least: bytes that the plain tar of a remote or compressed shard has at least. One that comes shorter was cut
+            on its way, and one in the cache that is shorter is fetched again.
 
     Raises:
         OSError: if a local shard cannot be read.
         LostShard: if a shard cannot be fetched; where another attempt may help, after `ATTEMPTS` of them, or as many
-            as `SERIES_S` has room for.
+            as `SERIES_S` has room for: pauses and stalls, not the time in which bytes came.
         DataError: if the cache folder cannot take it.
     """
     if is_remote(shard.url):
@@ -164,7 +171,7 @@ def local_path(
             return path
         stat = path.stat()
         name = f"{short_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)}-{_plain_name(path.name)}"
-    return fetch(shard, cache_dir / _SHARDS / name, check, limit, since_s)
+    return fetch(shard, cache_dir / _SHARDS / name, check, limit, since_s, least)
 
 
 def fetch(
@@ -173,21 +180,40 @@ def fetch(
     check: Callable[[Path], object] | None = None,
     limit: int | None = None,
     since_s: float = math.inf,
+    least: int = 0,
 ) -> Path:
     """Fetches any remote or local file to `target` (unpacked if it is gzip) unless it is there; see `local_path`."""
-    if target.exists():
+    if _is_there(target, least):
         return target
+
+    def fits(path: Path) -> None:
+        if not _is_there(path, least):
+            raise DataError(
+                f"{path.stat().st_size} bytes came, and its samples end at {least}: it is cut, or has changed since "
+                f"it was indexed (then delete {target.parents[1] / 'index'})"
+            )
+        if check is not None:
+            check(path)
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if not target.exists():
+            if not _is_there(target, least):
                 _believe_lost(target, since_s)
-                make_room(target.parent, limit, wanted=shard.size or 0)
-                _fetch_or_mark(shard, target, check)
+                make_room(target.parent, limit, wanted=max(shard.size or 0, least))
+                _fetch_or_mark(shard, target, fits)
                 make_room(target.parent, limit, keep=target)
     except OSError as error:
         raise _no_room(shard, target, error) from error
     return target
+
+
+def _is_there(path: Path, least: int) -> bool:
+    """Whether there is such a file of `least` bytes or more."""
+    try:
+        return path.stat().st_size >= least
+    except FileNotFoundError:
+        return False
 
 
 def _believe_lost(target: Path, since_s: float) -> None:
@@ -200,7 +226,7 @@ def _believe_lost(target: Path, since_s: float) -> None:
         raise LostShard(reason)
 
 
-def _fetch_or_mark(shard: Shard, target: Path, check: Callable[[Path], object] | None) -> None:
+def _fetch_or_mark(shard: Shard, target: Path, check: Callable[[Path], object]) -> None:
     """Fetches `target`, its lock held; leaves a mark beside it for those that wait if it cannot be had."""
     try:
         _fetch_with_patience(shard, target, check)
@@ -215,15 +241,16 @@ def _mark(target: Path) -> Path:
     return target.with_name(f"{target.name}.lost")
 
 
-def _fetch_with_patience(shard: Shard, target: Path, check: Callable[[Path], object] | None) -> None:
-    """Fetches `target`, its lock held, in up to `ATTEMPTS` attempts, none of which may stall beyond `SERIES_S`.
+def _fetch_with_patience(shard: Shard, target: Path, check: Callable[[Path], object]) -> None:
+    """Fetches `target`, its lock held, in up to `ATTEMPTS` attempts, which may wait for `SERIES_S` in all.
 
-    A transfer that goes on, however slowly, is not cut off.
+    A transfer that goes on, however slowly, is not cut off, and the time in which its bytes came is not counted.
     """
     temporary = target.with_name(f"{target.name}.tmp")
-    begin_s = time.monotonic()
+    waited_s = 0.0
     for attempt in range(ATTEMPTS):
         temporary.unlink(missing_ok=True)
+        begin_s = time.monotonic()
         try:
             _transfer(shard, temporary)
             _pass(check, temporary)
@@ -231,11 +258,13 @@ def _fetch_with_patience(shard: Shard, target: Path, check: Callable[[Path], obj
             temporary.replace(target)
             return
         except Exception as error:  # the drivers of fsspec raise their own types
+            waited_s += _idle_s(temporary, time.monotonic() - begin_s)
             temporary.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in _FULL:
                 raise
             pause_s = BACKOFF_S * 2**attempt
-            late = time.monotonic() - begin_s + pause_s + STALL_S > SERIES_S
+            waited_s += pause_s
+            late = waited_s + STALL_S > SERIES_S  # the next attempt may stall
             if attempt + 1 == ATTEMPTS or late or not is_remote(shard.url) or _is_hopeless(error):
                 raise LostShard(
                     f"cannot fetch {shard.url} (attempt {attempt + 1} of {ATTEMPTS}): {type(error).__name__}: {error}"
@@ -244,11 +273,20 @@ def _fetch_with_patience(shard: Shard, target: Path, check: Callable[[Path], obj
             time.sleep(pause_s)
 
 
-def _pass(check: Callable[[Path], object] | None, path: Path) -> None:
+def _idle_s(path: Path, lasted_s: float) -> float:
+    """For how long nothing had come when a transfer to `path` failed that lasted so long."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return lasted_s
+    since_s = time.time() - stat.st_mtime  # a network file system's clock may be another
+    return min(max(since_s, 0.0), lasted_s) if stat.st_size else lasted_s
+
+
+def _pass(check: Callable[[Path], object], path: Path) -> None:
     """Checks a file that came; one that is not good may have been cut on its way: an OSError, to try again."""
     try:
-        if check is not None:
-            check(path)
+        check(path)
     except DataError as error:
         raise OSError(str(error)) from error
 

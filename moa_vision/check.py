@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moa_train.checks import Checked, Plan, Problem
+from moa_train.checks import Checked, Plan, Problem, unlisted
 from moa_vision import cache
 from moa_vision.cache import DataError, Shard
 from moa_vision.images import ImageError, decode_rgb
@@ -58,6 +58,7 @@ def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | Non
     problems += [
         Problem(manifest_url, name, "is listed twice") for name in dict.fromkeys(names) if names.count(name) > 1
     ]
+    problems += [] if remote else unlisted(Path(base), names)
     samples = sum(entry["samples"] for entry in entries)
     if table is not None and len(table) != samples:
         problems.append(Problem(url, "", f"has {len(table)} samples, the manifest {samples}"))

@@ -41,8 +41,9 @@ class DataConfig:
         workers: Processes that decode images, per device; 0: none beside the training process.
         cache_dir: For indices and for remote or compressed shards; default ~/.cache/moa_vision.
         cache_gib: Limit of the remote or compressed shards kept there, in GiB; those that were not used for longest
-            make room. Null: no limit.
-        max_bad_samples: Different unusable samples after which a run stops; so does a lost shard that has more.
+            make room. Shards that are being fetched may come on top meanwhile. Null: no limit.
+        max_bad_samples: Different unusable samples after which a run stops, and stops again if it is started again;
+            so does a lost shard that has more.
     """
 
     train: str
@@ -98,33 +99,6 @@ class ImageBatch(NamedTuple):
     labels: Tensor
     bad: list[BadSample]
     failure: str = ""
-
-
-class BadSampleLimit:
-    """Counts the different bad samples of a run, and ends it when there are too many.
-
-    Args:
-        limit: how many are put up with.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.samples: dict[tuple[str, str], BadSample] = {}
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def add(self, bad: Sequence[BadSample]) -> list[BadSample]:
-        """Takes a batch's bad samples; returns those not seen before. Raises DataError beyond the limit."""
-        new = [sample for sample in bad if (sample.shard, sample.key) not in self.samples]
-        self.samples.update({(sample.shard, sample.key): sample for sample in new})
-        if len(self.samples) > self.limit:
-            shard, key, reason = list(self.samples.values())[-1]
-            raise DataError(
-                f"{len(self.samples)} bad samples, more than data.max_bad_samples = {self.limit} allows. The last: "
-                f"{key} in {shard}: {reason}. Make or fetch these shards again, or raise the limit."
-            )
-        return new
 
 
 class _NoGoodSample(DataError):

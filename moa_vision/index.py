@@ -72,9 +72,12 @@ class ShardIndex:
 
     def shard_bytes(self) -> list[int]:
         """The size of each shard, as its manifest says, or at least that of its samples."""
-        ends = self.table.offsets + self.table.sizes
-        spans = zip(self.shards, self.starts[:-1], self.starts[1:], strict=True)
-        return [shard.size or int(ends[first:last].max(initial=0)) for shard, first, last in spans]
+        return [shard.size or self.end_of(number) for number, shard in enumerate(self.shards)]
+
+    def end_of(self, number: int) -> int:
+        """Where the last sample of shard `number` ends, in bytes of its plain tar."""
+        span = slice(self.starts[number], self.starts[number + 1])
+        return int((self.table.offsets[span] + self.table.sizes[span]).max(initial=0))
 
     def without_image(self) -> list[BadSample]:
         """The samples of the shards that are not in the table."""
@@ -106,12 +109,18 @@ class ShardReader:
 
         Raises:
             ImageError: if the shard is shorter than the index says.
-            OSError, LostShard: if the shard cannot be read or fetched.
+            OSError, LostShard: if the shard cannot be read (twice) or fetched.
             DataError: if such a shard has more than `max_lost` samples, or the cache has no room for it.
         """
-        table, number = self.index.table, self.index.shard_of(sample)
-        file = self._files.get(number, lambda: self._open(number))
-        offset, size = int(table.offsets[sample]), int(table.sizes[sample])
+        number = self.index.shard_of(sample)
+        return self._files.read(number, lambda: self._open(number), lambda file: self._read(file, sample))
+
+    def close(self) -> None:
+        """Closes the files; reading opens them again."""
+        self._files.close()
+
+    def _read(self, file: int, sample: int) -> np.ndarray:
+        offset, size = int(self.index.table.offsets[sample]), int(self.index.table.sizes[sample])
         if offset + size > os.fstat(file).st_size:  # before so much memory is taken
             raise ImageError("the shard ends before the sample does")
         data = bytearray(size)  # writable, so that torch takes it without a copy
@@ -119,17 +128,19 @@ class ShardReader:
             raise ImageError("the shard ends before the sample does")
         return np.frombuffer(data, np.uint8)
 
-    def close(self) -> None:
-        """Closes the files; reading opens them again."""
-        self._files.close()
-
     def _open(self, number: int) -> int:
         index, shard = self.index, self.index.shards[number]
         error, lost_s = self._lost.get(number, (None, 0.0))
         if error is not None and time.monotonic() - lost_s < cache.LOST_S:
             raise error
         try:
-            opened = cache.open_shard(shard, index.cache_dir, limit=index.cache_limit, since_s=index.opened_s)
+            opened = cache.open_shard(
+                shard,
+                index.cache_dir,
+                limit=index.cache_limit,
+                since_s=index.opened_s,
+                least=index.end_of(number),
+            )
         except LostShard as error:
             self._lost[number] = error, time.monotonic()
             samples = int(index.starts[number + 1] - index.starts[number])

@@ -57,7 +57,8 @@ def release(file: int) -> None:
 def make_room(folder: Path, limit: int | None, wanted: int = 0, keep: Path | None = None) -> None:
     """Removes what killed transfers left in a folder, then the least recently used files, until it is small enough.
 
-    Any number of processes may do so at the same time.
+    Any number of processes may do so at the same time. Of what others have under way only the bytes that came are
+    counted, so that the folder may exceed the limit by a file for each of them, until they end and make room again.
 
     Args:
         folder: of files that were fetched; FILE.tmp is a transfer that whoever has locked FILE.lock is making.

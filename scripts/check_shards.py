@@ -5,7 +5,8 @@
   python scripts/check_shards.py https://host/shards/train        # fetches each shard, and deletes it
 
 Read are all bytes: sizes, SHA-256, the members of each tar against the index, tokens and ends of documents, the
-tokenizer; with --decode the images too. Every problem is told in a line of its own.
+tokenizer; with --decode the images too. Every problem is told in a line of its own: shards that no manifest lists are
+problems too.
 
 Exit codes: 0 all is well, 1 there are problems, 2 wrong usage.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moa_train.checks import Plan, run_checks
+from moa_train.checks import Plan, Problem, run_checks, shards_in
 from moa_train.progress import duration
 
 MANIFEST = "manifest.json"
@@ -50,18 +51,28 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         sets = [name] if "://" in name else sets_of(Path(name))
         given.sets += sets
         if not sets:
-            parser.error(f"{name} holds no {MANIFEST}, and its folders train and val hold none")
+            parser.error(f"{name} holds no {MANIFEST} and no shards, nor do its folders train and val")
     return given
 
 
 def sets_of(folder: Path) -> list[str]:
-    """The data sets that a folder is or holds."""
-    return [str(path) for path in (folder, folder / "train", folder / "val") if (path / MANIFEST).exists()]
+    """The data sets that a folder is or holds, those whose manifest is missing included."""
+    below = [path for path in (folder / "train", folder / "val") if has_manifest(path) or shards_in(path)]
+    own = has_manifest(folder) or (not below and shards_in(folder))  # else tars beside data sets: their source
+    return [str(path) for path in ([folder] if own else []) + below]
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a folder holds a data set that is finished."""
+    return (folder / MANIFEST).exists()
 
 
 def plan_of(folder: str, given: argparse.Namespace) -> Plan:
     """How a data set is checked: as its manifest says what it is."""
     remote = "://" in folder
+    if not remote and not has_manifest(Path(folder)):
+        text = "is missing, but there are shards; run the command that made them again, or copy the set anew"
+        return Plan(folder, "samples", 0, [Problem(f"{folder}/{MANIFEST}", "", text)], [])
     if not remote and is_of_tokens(Path(folder) / MANIFEST):
         from moa_lm.check import plan_check as plan_tokens  # imported here: each half has heavy dependencies
 

@@ -1,8 +1,10 @@
 """Malformed token shards, manifests and texts: every reader ends in our error or a result; check_shards tells all."""
 
+import errno
 import hashlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from safetensors.numpy import save
 from moa_lm.data import TokenDataError, TokenShards
 from moa_lm.documents import Corpus
 from moa_lm.token_shards import TokenSettings, make_tokens
+from moa_train.open_files import open_to_read
 
 FUZZ = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
@@ -64,6 +67,7 @@ def test_check_shards(packed, command, capsys):
     third.write_bytes(third.read_bytes()[:-2])
     tokenizer = packed / "tokenizer" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + "\n")
+    (packed / "shard-000009.safetensors").write_bytes(b"")
     assert command([str(packed), "--workers", "1"]) == 1
     told = capsys.readouterr().out
     for line in (
@@ -73,6 +77,7 @@ def test_check_shards(packed, command, capsys):
         "shard-000001.safetensors: No such file",
         "shard-000002.safetensors: has ",
         "tokenizer.json: its SHA-256 is not the manifest's",
+        "shard-000009.safetensors: its manifest does not list it",
     ):
         assert line in told, told
 
@@ -92,6 +97,32 @@ def test_a_shard_that_shrinks_while_it_is_open_is_named(packed):
     (packed / "shard-000000.safetensors").write_bytes(b"")
     with pytest.raises(TokenDataError, match="has become shorter"):
         shards.window(1, 8)
+
+
+def test_a_shard_that_fails_for_once_is_opened_again(packed, monkeypatch):
+    """As on a network file system whose server came back: the descriptor stays stale, a new one is not."""
+    monkeypatch.setattr("moa_train.open_files.RETRY_S", 0.0)
+    shards = TokenShards(packed)
+    first = shards.window(0, 8)
+    stale, preadv = set(range(1000)), os.preadv
+
+    def read(file, *rest):
+        if file in stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return preadv(file, *rest)
+
+    def opened(path):
+        file = open_to_read(path)
+        stale.discard(file)
+        return file
+
+    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr("moa_lm.data.open_to_read", opened)
+    assert np.array_equal(shards.window(0, 8), first)
+    monkeypatch.setattr("moa_lm.data.open_to_read", open_to_read)
+    stale |= set(range(1000))
+    with pytest.raises(TokenDataError, match=r"shard-000000.* Stale file handle; run the"):
+        shards.window(0, 8)
 
 
 VALUES = st.recursive(

@@ -9,7 +9,7 @@ import time
 import pytest
 from filelock import FileLock
 
-from moa_vision.cache import Shard, local_path, open_shard
+from moa_vision.cache import ATTEMPTS, LostShard, Shard, local_path, open_shard
 from moa_vision.index import ShardReader, open_index
 from moa_vision.room import hold, make_room, release
 
@@ -103,6 +103,26 @@ def test_a_shard_that_goes_between_look_up_and_opening_is_fetched_again(shards, 
     assert os.pread(opened.file, 10**7, 0) == (shards / "a.tar").read_bytes()
     opened.close()
     assert server.requests == ["a.tar"] * 2
+
+
+def test_a_shard_that_is_cut_when_it_is_fetched_again_is_not_kept(shards, serve, tmp_path, caplog):
+    """No manifest tells its size: the index does. Nor is one used that was let in cut."""
+    server = serve(shards)
+    index = open_index(f"{server.url}/a.tar", tmp_path / "cache")
+    (kept,) = (tmp_path / "cache" / "shards").glob("*.tar")
+    whole = ShardReader(index).read(8).tobytes()
+    kept.unlink()  # as whoever makes room does
+    server.faults["a.tar"] = ["silent cut"] * 2
+    assert ShardReader(index).read(8).tobytes() == whole and not server.faults["a.tar"]
+    assert "bytes came, and its samples end at " in caplog.text
+    kept.write_bytes(kept.read_bytes()[:-30_000])
+    assert ShardReader(index).read(8).tobytes() == whole
+    assert server.requests == ["a.tar"] * 5
+    kept.unlink()
+    server.faults["a.tar"] = ["silent cut"] * ATTEMPTS
+    with pytest.raises(LostShard, match=r"a\.tar .*it is cut, or has changed"):
+        ShardReader(index).read(0)
+    assert not kept.exists()
 
 
 def hammer(url, cache_dir, limit_gib, expected, seed, reads):

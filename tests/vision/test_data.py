@@ -18,9 +18,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from moa_train.order import StepBatches
 from moa_vision import images
-from moa_vision.cache import DataError
 from moa_vision.data import (
-    BadSampleLimit,
     DataConfig,
     ImageBatch,
     ValSamples,
@@ -439,13 +437,7 @@ def test_bad_samples_are_left_out_of_validation(spoiled):
     assert empty.images.shape == (0, 3, 48, 32) and empty.labels.dtype == torch.int64 and len(empty.bad) == 2
 
 
-def test_too_many_bad_samples_end_the_run(spoiled, tmp_path, write_tar):
-    index, _ = spoiled
-    bad = [sample for batch in validate(index) for sample in batch.bad]
-    limit = BadSampleLimit(2)
-    assert limit.add(bad[:2]) == bad[:2] and limit.add(bad[:2]) == [] and len(limit) == 2
-    with pytest.raises(DataError, match=r"3 bad samples.*max_bad_samples = 2.*k6 in .*spoiled\.tar"):
-        limit.add(bad)
+def test_too_many_bad_samples_in_a_row_end_the_batch(tmp_path, write_tar):
     write_tar(tmp_path / "none.tar", [(f"{i}.jpg", b"nothing") for i in range(4)])
     (batch,) = train(open_index(str(tmp_path / "none.tar")), global_batch=2, micro_batch=2, num_steps=1)
     assert "4 samples in a row are bad, the last " in batch.failure and len(batch.bad) == 4 and not batch.keys

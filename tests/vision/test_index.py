@@ -1,5 +1,6 @@
 """Patterns, indices and the cache: every way to name shards, and every way in which they can be broken."""
 
+import errno
 import gzip
 import hashlib
 import json
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moa_vision import cache
-from moa_vision.cache import DataError, Shard, local_path
+from moa_vision.cache import DataError, LostShard, Shard, local_path
 from moa_vision.data import DataConfig, val_loader
 from moa_vision.index import ShardReader, expand, open_index, parse_manifest
 from moa_vision.shards import ShardSettings, make_shards
@@ -411,6 +412,43 @@ def test_reader_keeps_few_files_open(tmp_path, write_tar, monkeypatch):
         assert reader.read(sample).tobytes() == bytes([sample]) * 9
     assert not before or len(list(Path("/proc/self/fd").iterdir())) <= before + 3
     assert hashlib.sha256((tmp_path / "3.tar").read_bytes()).hexdigest() == cache.file_sha256(tmp_path / "3.tar")
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(name, calls): the next calls of os.NAME fail as a network file system's do; pauses are short."""
+    monkeypatch.setattr("moa_train.open_files.RETRY_S", 0.0)
+    monkeypatch.setattr(cache, "BACKOFF_S", 0.0)
+    faults = {}
+
+    def failing(name, calls):
+        original = getattr(os, name)
+
+        def call(*arguments):
+            if faults[name] > 0:
+                faults[name] -= 1
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return original(*arguments)
+
+        faults[name] = calls
+        monkeypatch.setattr(os, name, call)
+
+    return failing
+
+
+@pytest.mark.parametrize("name", ["preadv", "fstat", "open"])
+def test_a_local_shard_that_fails_for_once_is_opened_again(shards, tmp_path, failing, name):
+    index = open_index(str(shards), tmp_path / "cache")
+    expected = contents(index)
+    reader = ShardReader(index)
+    if name != "open":
+        assert reader.read(0).tobytes() == expected[0]
+    failing(name, 1)
+    for sample in range(9):
+        assert reader.read(sample).tobytes() == expected[sample]
+    failing(name, 2)
+    with pytest.raises((OSError, LostShard), match="Stale file handle"):
+        (reader if name != "open" else ShardReader(index)).read(0)
 
 
 def test_expand_keeps_pipes_as_they_are():
