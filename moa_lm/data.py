@@ -53,8 +53,8 @@ class TokenDataConfig:
         train: Folder of training shards, made by scripts/make_tokens.py.
         val: Folder of held-out shards with the same tokenizer; none: no validation.
         sequence_length: Tokens that the model sees at once; a sample has one more.
-        document_mask: Attention and labels stay within documents. A micro-batch's training loss is the mean over its
-            own labels, of which there are a few less than tokens.
+        document_mask: Attention and labels stay within documents. A step's loss is the mean over the labels of its
+            global batch, of which there are a few less than tokens.
         workers: Processes that read tokens, per device; 0: the training process itself, which is fast enough on a
             local disk.
     """

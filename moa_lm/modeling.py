@@ -1,7 +1,8 @@
 """Llama and LlamaMoE with any FFN of the family, as transformers models.
 
-Attention, norms, rotary positions, cache, generation, checkpointing, loading and saving are transformers' own; only a
-decoder layer's `mlp` is ours. Projections keep Llama's names, so a `swiglu` model and a Llama share a state dict.
+Attention, norms, rotary positions, cache, generation, checkpointing, loading and saving are transformers' own. Ours
+are a decoder layer's `mlp`, the decoder's `forward`, which makes a mask for given positions only, and the training
+loss. Projections keep Llama's names, so a `swiglu` model and a Llama share a state dict.
 """
 
 from dataclasses import dataclass

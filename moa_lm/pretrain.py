@@ -159,6 +159,7 @@ class LMTask:
 
     def __init__(self, config: LMConfig) -> None:
         self.config, self.data = config, config.data
+        self.weighted = config.data.document_mask  # else every token has a label
         length = self.data.sequence_length
         self.train_shards = TokenShards(self.data.train)
         self.val_shards = TokenShards(self.data.val) if self.data.val else None
@@ -242,11 +243,19 @@ class LMTask:
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """Return the mean loss of a micro-batch: the next token's, and with experts the routers' too."""
-        output: MoACausalLMOutput = model(**self._inputs(batch), skip_logits=True)
-        assert output.loss is not None
-        if output.aux_loss is not None:
-            self._observed.append(torch.stack([getattr(output, name).detach() for name in OBSERVED.values()]))
-        return output.loss
+        return self._losses(model, batch)[0]
+
+    def items(self, batch: TokenBatch) -> Tensor:
+        """Return the labels of a micro-batch."""
+        return (self._inputs(batch)["shift_labels"] != IGNORED_LABEL).sum()
+
+    def weighted_loss(self, model: nn.Module, batch: TokenBatch, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `loss` with the next token's part times `weight`, and `loss` itself, without gradient.
+
+        The routers' losses are means over sequences, of which all micro-batches have as many.
+        """
+        loss, lm_loss = self._losses(model, batch, weight)
+        return loss + (weight - 1) * lm_loss, loss.detach()
 
     def sample_names(self, batch: TokenBatch) -> list[str]:
         """Return where in the training stream the batch's windows begin."""
@@ -297,6 +306,15 @@ class LMTask:
         assert isinstance(model, MoALlamaForCausalLM)
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(self.train_shards.tokenizer_folder).save_pretrained(folder)
+
+    def _losses(self, model: nn.Module, batch: TokenBatch, weight: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+        """Return the training loss and the language model's; note the latter, times `weight`, for a row."""
+        output: MoACausalLMOutput = model(**self._inputs(batch), skip_logits=True)
+        assert output.loss is not None and output.lm_loss is not None
+        if output.aux_loss is not None:
+            parts = {name: getattr(output, field).detach() for name, field in OBSERVED.items()}
+            self._observed.append(torch.stack([*(parts | {"loss": parts["loss"] * weight}).values()]))
+        return output.loss, output.lm_loss
 
     def _inputs(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Return the model's arguments: inputs (B, T), labels (B, T) from one token on, positions if needed."""

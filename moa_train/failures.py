@@ -3,8 +3,8 @@
 Process 0 holds a socket to each other process and passes on who failed. A process that dies without a word is known
 by its socket, which the kernel closes at once, however the process ended; a machine that is gone is known by the
 kernel's keep-alive probes. Nothing is polled, and nobody who is only busy (compiling, reading, asleep) is taken for
-dead: a process that hangs is left to the timeout of torch's process group (10 minutes with NCCL, 30 with gloo),
-whose error ends all of them in this way too. Before `Together.watch`, while processes find each other, it is for the
+dead: a process that hangs is left to the timeout of torch's process group (`moa_train.parallel.PATIENCE`), whose
+error ends all of them in this way too. Before `Together.watch`, while processes find each other, it is for the
 launcher to end the others.
 """
 

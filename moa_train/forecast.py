@@ -144,19 +144,31 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device at the end of a forward pass, when most is held; `limit` is what may be planned for."""
+    """Bytes on one device at the end of a forward pass, when most is held in training.
+
+    Attributes:
+        start: What is held before that, when a run measures what a sample costs: the weights, whole whatever is
+            sharded later, and what two samples keep.
+        limit: What may be planned for; None where the device's memory is not known.
+    """
 
     weights: int
     gradients: int
     moments: int
     communication: int
     activations: int
+    start: int
     limit: int | None
 
     @property
-    def total(self) -> int:
-        """All of them."""
+    def training(self) -> int:
+        """What training holds."""
         return self.weights + self.gradients + self.moments + self.communication + self.activations
+
+    @property
+    def total(self) -> int:
+        """The most that is held."""
+        return max(self.training, self.start)
 
     @property
     def fits(self) -> bool:
@@ -283,6 +295,7 @@ def _memory(workload: Workload, cluster: Cluster, devices: int, micro: int, accu
         moments=-(-states.moments // sharded),
         communication=communication,
         activations=workload.saved.fixed + micro * workload.saved.per_sample,
+        start=states.weights + workload.saved.fixed + 2 * workload.saved.per_sample,
         limit=limit,
     )
 
@@ -338,7 +351,9 @@ def _notes(
         notes.append(f"a micro-batch of {fitting} does not fit the memory: --loop.micro_batch_size {micro} {outcome}")
     elif not held.fits:
         notes.append(f"a micro-batch of {micro} does not fit the memory")
-    if not held.fits:
+    if held.limit is not None and held.start > held.limit:
+        notes.append("at the start every device holds all weights and two samples, even with fsdp2: take larger GPUs")
+    elif not held.fits:
         notes.append("what may help: --parallel fsdp2, more or larger GPUs, model.gradient_checkpointing (language)")
     return tuple(notes)
 
@@ -429,8 +444,10 @@ def _gib(size: float) -> str:
 
 
 def _memory_text(memory: Memory, gpu: Gpu) -> str:
-    parts = {name: value for name, value in asdict(memory).items() if name != "limit" and value}
+    parts = {name: value for name, value in asdict(memory).items() if name not in ("start", "limit") and value}
     listed = ", ".join(f"{name} {value / GIB:,.2f}" for name, value in parts.items())
+    if memory.start > memory.training:
+        listed = f"at the start, before anything is sharded; in training {listed}"
     if memory.limit is None:
         return f"about {_gib(memory.total)} a device: {listed}"
     verdict = "fits" if memory.fits else "does NOT fit"

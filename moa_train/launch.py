@@ -2,9 +2,9 @@
 
 `torchrun` and `accelerate launch` end with 1 whatever the run's exit code was, so that a run that was stopped and
 saved looks like one that failed. Asked to stop, they kill the run 30 seconds later, saved or not; SIGUSR1, Slurm's
-warning, kills them and leaves the run behind. Here stop signals are passed on to the run's processes, which save and
-end in their own time, and the exit code is theirs: 0, 1, 2 or 75 (`moa_train.signals.EXIT_STOPPED`), or 128 + the
-signal that killed the first of them.
+warning, kills them, and the run is left to notice that and to stop by itself. Here stop signals are passed on to the
+run's processes, which save and end in their own time, and the exit code is theirs: 0, 1, 2 or 75
+(`moa_train.signals.EXIT_STOPPED`), or 128 + the signal that killed the first of them.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from moa_train.optim import build_optimizer, describe_groups, set_rate
 from moa_train.plan import Costs, make_plan, measure_costs
 from moa_train.records import RunFolder, RunInUse, command_line
 from moa_train.signals import EXIT_STOPPED, StopRequests
-from moa_train.task import WEIGHT, HiddenMatrices, Identified, Named, OwnOptimizer, Share, Task
+from moa_train.task import WEIGHT, HiddenMatrices, Identified, Named, OwnOptimizer, Share, Task, Weighted
 
 
 class NonFiniteError(Exception):
@@ -117,6 +117,7 @@ class Trainer:
         self.config, self.task, self.accelerator, self.stop = config, task, accelerator, stop
         self.harmless = harmless
         self.identity = task.identity() if isinstance(task, Identified) else None
+        self.weighted = task if isinstance(task, Weighted) and task.weighted else None
         self.device = accelerator.device
         self.folder = RunFolder(config.folder)
         changed = self.folder.check(as_tree(config), config.resume, harmless)
@@ -243,16 +244,37 @@ class Trainer:
         """Add up one global batch's gradients; return its mean loss over all processes, and the gradients."""
         total = torch.zeros((), device=self.device)
         self.micro_batches.clear()
-        for left in reversed(range(self.plan.accumulation)):
-            batch = send_to_device(next(batches), self.device, non_blocking=True)
+        countdown = reversed(range(self.plan.accumulation))
+        for left, (batch, weight) in zip(countdown, self._of_a_step(batches), strict=True):
             with self.spread.no_sync() if left else contextlib.nullcontext():
-                loss = self.task.loss(self.model, batch) / self.plan.accumulation
+                loss, own = self._loss(batch, weight)
+                loss = loss / self.plan.accumulation
                 self.accelerator.backward(loss)
             total += loss.detach()
             names = self.task.sample_names(batch) if isinstance(self.task, Named) else []
-            self.micro_batches.append((loss.detach() * self.plan.accumulation, names))
+            self.micro_batches.append((own, names))
         gradients = [parameter.grad for parameter in self.bare.parameters() if parameter.grad is not None]
         return self.accelerator.reduce(total, "mean"), gradients  # pyright: ignore[reportReturnType]
+
+    def _of_a_step(self, batches: Iterator[Any]) -> Iterator[tuple[Any, Tensor | None]]:
+        """Yield the next step's micro-batches, on the device, each with its weight if the task is `Weighted`."""
+        count = self.plan.accumulation
+        step = (send_to_device(next(batches), self.device, non_blocking=True) for _ in range(count))
+        if self.weighted is None:
+            yield from ((batch, None) for batch in step)
+            return
+        taken = list(step)
+        items = torch.stack([self.weighted.items(batch) for batch in taken])
+        everyones = self.accelerator.reduce(items.sum(), "sum")
+        weights = items * (count * self.plan.world_size) / everyones.clamp_min(1)  # pyright: ignore[reportAttributeAccessIssue]
+        yield from zip(taken, weights, strict=True)
+
+    def _loss(self, batch: Any, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the loss of a micro-batch as its step counts it, and without gradient its own mean."""
+        if self.weighted is not None and weight is not None:
+            return self.weighted.weighted_loss(self.model, batch, weight)
+        loss = self.task.loss(self.model, batch)
+        return loss, loss.detach()
 
     def _leave_out(self, loss: float, grad_norm: float, lr: float, generators: Generators) -> None:
         """Pass over a step whose loss or gradient is not finite, nothing updated, and note its samples.

@@ -11,12 +11,13 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import patch_environment
+from accelerate.utils import InitProcessGroupKwargs, patch_environment
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,6 +31,12 @@ WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD
 
 SLURM_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 """Where Slurm leaves the number of tasks of a step and of a job. A task may be a launcher: others come first."""
+
+PATIENCE = timedelta(hours=4)
+"""How long a process waits for the others. torch's 10 minutes with NCCL would end runs in which nothing is wrong: at
+the first start on remote shards without a manifest one process of each machine fetches all of them (140 GB take two
+hours at 20 MB/s), and a large checkpoint may go to a slow disk. Dead processes are noticed without it
+(`moa_train.failures`); only one that hangs, or never came, is waited for so long."""
 
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "use fsdp2.yaml, or gpus_8.yaml",
@@ -63,6 +70,7 @@ def start(config: LoopConfig, trackers: Path) -> Accelerator:
             mixed_precision="bf16" if config.precision == "bf16" else "no",
             log_with=list(config.trackers) or None,
             project_dir=trackers,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     _check_processes(accelerator.num_processes, config.processes)
     return accelerator

@@ -21,6 +21,12 @@ on to all processes; of SIGTERM it kills them, unsaved."""
 IMPATIENCE_S = 3.0
 """A later Ctrl-C interrupts at once; torchrun passes the terminal's first one on a second time, much sooner."""
 
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+"""Variables of which torchrun and accelerate set one in every process that they start."""
+
+LAUNCHER_S = 1.0
+"""Seconds within which it is noticed that the launcher has ended."""
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -28,23 +34,38 @@ class StopRequests:
     """Within the `with` block, catch the stop signals; `received` is the first one's name, or "" while there is none.
 
     Ctrl-C again, some seconds later, interrupts at once, for someone who does not want to wait for the step to end.
+
+    The end of the launcher is a stop request too. SIGUSR1 ends torchrun and `accelerate launch`, and SIGTERM the
+    latter with one process, none of which tell the run: it would go on for days, with nobody to know of it, and keep
+    its folder and the device. Other parents may end as they like: a shell does under nohup.
     """
 
     def __init__(self) -> None:
         self.received = ""
+        self._over = threading.Event()
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
+        if any(name in os.environ for name in LAUNCHED):
+            threading.Thread(target=self._watch_launcher, args=[os.getppid()], daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _watch_launcher(self, launcher: int) -> None:
+        # Not Linux's PR_SET_PDEATHSIG: that is about the thread that started this process, not about its process.
+        while not self._over.wait(LAUNCHER_S):
+            if os.getppid() != launcher:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

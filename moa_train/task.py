@@ -132,6 +132,31 @@ class Observed(Protocol):
 
 
 @runtime_checkable
+class Weighted(Protocol):
+    """A task whose loss is a mean over items, such as labels, of which a micro-batch may have more than another.
+
+    A step's loss is then the mean over all items of the global batch, however that is split into micro-batches.
+
+    Attributes:
+        weighted: Whether they differ; if not, all is as for any other task.
+    """
+
+    weighted: bool
+
+    def items(self, batch: Any) -> Tensor:
+        """Return how many items a micro-batch has, () on its device."""
+        ...
+
+    def weighted_loss(self, model: nn.Module, batch: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss to train on, (), and without gradient `Task.loss`, ().
+
+        They differ in that the mean over items counts `weight` times, () float32: the micro-batch's items by the mean
+        of all micro-batches'. What is no mean over items counts once.
+        """
+        ...
+
+
+@runtime_checkable
 class Named(Protocol):
     """A task that can tell which samples a batch consists of."""
 

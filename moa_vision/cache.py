@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 8
 BACKOFF_S = 1.0  # the first pause between attempts; doubled each time: a server may be away for two minutes
 STALL_S = 60.0  # a transfer that brings nothing for so long is given up and tried again
-SERIES_S = 300.0  # all pauses and stalls of a shard's attempts together, in which others wait and nothing comes
+SERIES_S = 300.0  # all pauses and stalls of a shard's attempts together, in which others, and a Slurm warning, wait
 LOST_S = 600.0  # a shard that could not be had is tried again after so long
 
 _GZIP_MAGIC = b"\x1f\x8b"

@@ -7,6 +7,7 @@ kills them of SIGTERM and ends with the highest exit code, a job that is queued 
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -16,6 +17,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from moa_vision import cache
 
 CLUSTER = Path(__file__).parents[1] / "scripts/cluster"
 TOY = Path(__file__).parent / "train/toy.py"
@@ -159,6 +162,12 @@ def test_slurms_dry_run_prints_the_submission_and_every_process(tmp_path):
         node, local = divmod(rank, 3)
         place = [f"RANK={rank}", f"LOCAL_RANK={local}", "WORLD_SIZE=6", "MASTER_ADDR=node0", "MASTER_PORT=29500"]
         assert shlex.split(line) == ["on", f"node{node}:", *place, sys.executable, *given]
+
+
+def test_slurms_warning_leaves_time_for_the_longest_step():
+    """One that waits for a stalled shard, and the checkpoint after it."""
+    (warned_s,) = re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", (CLUSTER / "slurm.sh").read_text(), re.MULTILINE)
+    assert int(warned_s) >= cache.SERIES_S + 120
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ def run(job):
         parameters = list(trainer.bare.parameters())
         seen = {
             "world_size": dist.get_world_size(),
+            "timeout_s": dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
             "model": type(trainer.model).__name__,
             "parameters": sorted({kind(parameter) for parameter in parameters}),
             "optimizer": sorted({kind(state) for state in states}),

@@ -11,8 +11,9 @@
 # DRY_RUN=1  print the submission, and what each process is on which node with which environment; submit nothing
 # SBATCH_*   sbatch's own: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_QOS ... (man sbatch)
 #
-# 120 s before its time is up Slurm warns the job (SIGUSR1, to this script alone): the run saves and ends with 75, and
-# the job is queued again, and continues. A run that fails (1) or is wrong (2) is not; its code is the job's. To stop a
+# 420 s before its time is up Slurm warns the job (SIGUSR1, to this script alone): the run saves and ends with 75, and
+# the job is queued again, and continues. (The step at hand ends first: one that waits for a shard of a server that
+# stalls can last 300 s, SERIES_S of moa_vision/cache.py; the rest is for the checkpoint.) A run that fails (1) or is wrong (2) is not; its code is the job's. To stop a
 # job for good, saved: scancel --signal=TERM --batch JOB (75). A plain scancel goes to srun as well, which kills the run:
 # the last checkpoint is left. All machines must see the same files.
 #
@@ -20,7 +21,7 @@
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@120
+#SBATCH --signal=B:USR1@420
 set -euo pipefail
 
 if [ $# -eq 0 ]; then

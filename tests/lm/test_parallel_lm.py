@@ -39,6 +39,8 @@ EXPERTS = {
 MODELS = {"dense": (DENSE, 1e-6), "experts": (EXPERTS, 1e-3)}
 COMPILED = {"loop.compile": "true", "loop.precision": "bf16", "schedule.tokens": 4 * 8 * 16, "loop.val_every": 4}
 WAYS = {"ddp": False, "fsdp": True}
+OTHER = {"loop.micro_batch_size": "2"}
+"""What two processes do otherwise: the step's 8 windows are split in another way."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def launch(tokens, out, two_processes, variants):
         return [f"--config={out}/empty.yaml", *(f"--{key}={v}" for key, v in (SMALL | paths | settings).items())]
 
     jobs = [
-        {"main": "moa_lm.pretrain", "arguments": arguments(f"{name}_{way}", settings), "fsdp": fsdp}
+        {"main": "moa_lm.pretrain", "arguments": arguments(f"{name}_{way}", settings | OTHER), "fsdp": fsdp}
         for name, settings in variants.items()
         for way, fsdp in WAYS.items()
     ]

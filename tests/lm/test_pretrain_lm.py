@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from moa_lm.data import TokenShards
@@ -278,6 +279,21 @@ def test_a_row_s_loss_is_that_of_its_step_and_of_the_language_model_alone(train,
         same = each[row["step"] - 1]
         for key in ("loss", "aux_loss", "z_loss"):
             assert row[key] == pytest.approx(same[key], rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {**EXPERTS, "optim.algorithm": "adamw"}], ids=["dense", "experts"])
+def test_every_label_counts_the_same_in_whatever_micro_batch(settings, train, tmp_path):
+    """Windows of a few tokens have more ends of documents than others."""
+    masked = settings | {"data__document_mask": "true", "data__sequence_length": 8, "schedule__tokens": 128}
+    masked |= {"data__val": "null", "optim__lr": 1e-3}
+    assert train("whole", loop__micro_batch_size=8, **masked) == 0
+    assert train("split", loop__micro_batch_size=2, **masked) == 0
+    whole, split = (rows(tmp_path / name, "train") for name in ("whole", "split"))
+    for key in whole[0].keys() & {"loss", "grad_norm", "aux_loss", "z_loss"}:
+        assert [row[key] for row in split] == pytest.approx([row[key] for row in whole], rel=1e-5), key
+    before, after = (load_file(tmp_path / name / "export/model.safetensors") for name in ("whole", "split"))
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-5)
 
 
 def test_held_out_tokens_too_few_for_a_window(arguments, shards, tmp_path):

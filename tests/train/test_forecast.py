@@ -195,6 +195,18 @@ def test_sharding_spares_states_and_moves_more():
     assert alone.memory.communication == alone.communication_s == 0
 
 
+def test_at_the_start_weights_are_whole_even_where_they_will_be_sharded():
+    large = States(weights=2**36, gradients=2**36, moments=2**37, block=2**28, root=2**28)
+    many = workload(states=large, saved=SavedBytes(0, 2**20))
+    found = forecast(config(micro=16), many, cluster(parallel="fsdp2"), 256)
+    assert found.memory.training < 2**32 < found.memory.start == 2**36 + 2**21 == found.memory.total
+    assert found.memory.fits
+    text = describe_forecast(found, many, cluster(parallel="fsdp2"))["memory"]
+    assert text.startswith("about 64.00 GiB a device, fits 90% of 141 GiB: at the start, before anything is sharded;")
+    small = forecast(config(micro=16), many, cluster(find_gpu("a100-40gb"), parallel="fsdp2"), 256)
+    assert not small.memory.fits and "larger GPUs" in small.notes[-1]
+
+
 def test_memory_that_is_too_small_is_told():
     found = forecast(config(), workload(), cluster(find_gpu("l4")), 8)
     assert found.memory.fits and found.plan.micro_batch == 256

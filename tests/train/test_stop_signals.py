@@ -3,15 +3,17 @@
 What a signal in a step or in validation does on one process, for every kind of step, is in test_resume.py.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
-from moa_train.signals import EXIT_STOPPED
+from moa_train.signals import EXIT_STOPPED, LAUNCHED, StopRequests
 
 
 def same(runs, name, other):
@@ -55,23 +57,49 @@ def test_a_signal_to_one_of_two_stops_both(runs, ranks, trouble, on):
     assert runs.json("run", "summary.json")["status"] == "finished"
 
 
+def test_a_run_whose_launcher_is_killed_stops(runs, ranks):
+    """SIGTERM kills accelerate's launcher of one process, which passes nothing on."""
+    assert ranks("launcher killed", count=1, model__step_s=0.2) == [-signal.SIGKILL]
+    run = psutil.Process(int((runs.out / "run.out.pid").read_text()))
+    gone = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        deadline = time.monotonic() + 60
+        while run.status() not in gone:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    summary = runs.json("run", "summary.json")
+    assert summary["status"] == "stopped" and 4 <= summary["steps"] < 15
+    assert (runs.out / "run/checkpoints/LAST").read_text() == f"step_{summary['steps']:08}\n"
+    assert runs("run") == 0, "nobody holds the folder"
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_only_a_launcher_is_watched(launched, monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr("moa_train.signals.LAUNCHER_S", 0.01)
+    parents = iter([1, 1, 2])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents, 2))
+    with StopRequests() as stop:
+        time.sleep(0.3)
+    assert stop.received == ("SIGTERM" if launched else "")
+
+
 LAUNCH = "moa_train.launch --standalone --nproc-per-node=2"
 ACCELERATE = (
     "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --main_process_port=0 "
     "--mixed_precision=no --dynamo_backend=no"
 )
+ALONE = ACCELERATE.replace("--multi_gpu --num_processes=2", "--num_processes=1")
+TORCHRUN = "torch.distributed.run --standalone --nproc-per-node=2"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("module", "number", "code"),
-    [(LAUNCH, signal.SIGTERM, EXIT_STOPPED), (LAUNCH, signal.SIGUSR1, EXIT_STOPPED), (ACCELERATE, signal.SIGTERM, 1)],
-    ids=["launch, SIGTERM", "launch, SIGUSR1", "accelerate launch, SIGTERM"],
-)
-def test_a_signal_to_the_launcher(runs, module, number, code):
-    """All save; accelerate launch tells a stop from a failure by no code of its own."""
+def launch_and_signal(runs, module, number):
+    """Send the launcher a signal after two steps; return it, and what was said until all it started had ended."""
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    arguments = runs.arguments("run", model__step_s=0.3)
+    arguments = runs.arguments("run", schedule__epochs=20, model__step_s=0.3)
     process = subprocess.Popen(
         [sys.executable, "-m", *module.split(), str(runs.script), *arguments],
         env=environment,
@@ -84,7 +112,32 @@ def test_a_signal_to_the_launcher(runs, module, number, code):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
-    said = process.communicate(timeout=240)
+    return process, process.communicate(timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [(ALONE, signal.SIGTERM), (ALONE, signal.SIGUSR1), (TORCHRUN, signal.SIGUSR1), (TORCHRUN, signal.SIGKILL)],
+    ids=["accelerate launch, SIGTERM", "accelerate launch, SIGUSR1", "torchrun, SIGUSR1", "torchrun, SIGKILL"],
+)
+def test_a_signal_that_ends_the_launcher_alone(runs, module, number):
+    """The run saves and ends all the same: nothing is left that could say more."""
+    process, said = launch_and_signal(runs, module, number)
+    assert process.returncode == -number, said
+    assert "The same command continues" in said[0], said
+    assert runs.json("run", "summary.json")["status"] == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "number", "code"),
+    [(LAUNCH, signal.SIGTERM, EXIT_STOPPED), (LAUNCH, signal.SIGUSR1, EXIT_STOPPED), (ACCELERATE, signal.SIGTERM, 1)],
+    ids=["launch, SIGTERM", "launch, SIGUSR1", "accelerate launch, SIGTERM"],
+)
+def test_a_signal_to_the_launcher(runs, module, number, code):
+    """All save; accelerate launch tells a stop from a failure by no code of its own."""
+    process, said = launch_and_signal(runs, module, number)
     assert process.returncode == code, said
     assert "The same command continues" in said[0]
     assert code == 1 or "Traceback" not in said[1]

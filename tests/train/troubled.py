@@ -65,6 +65,8 @@ class Troubled(toy.ToyTask):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.trouble in ("hangs", "hangs for long"):
             time.sleep(1000)
+        if self.trouble == "launcher killed":
+            os.kill(os.getppid(), signal.SIGKILL)
         if self.trouble in ("SIGTERM", "SIGUSR1"):
             os.kill(os.getpid(), getattr(signal, self.trouble))
 
@@ -91,6 +93,11 @@ def main(arguments):
 def forked(environment, arguments, stdout, stderr):
     """Be a process of its own, as a launcher would have started it, in a fork of one that has loaded all of this."""
     os.environ.update(environment)
+    if environment["TROUBLE"] == "launcher killed" and (run := os.fork()):  # the launcher is this process
+        Path(f"{stdout}.pid").write_text(f"{run}")
+        os.waitpid(run, 0)
+    if environment["TROUBLE"] == "launcher killed":
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     for path, number in ((stdout, 1), (stderr, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY), number)
     sys.argv[1:] = arguments
