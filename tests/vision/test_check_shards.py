@@ -183,26 +183,26 @@ def test_train_and_val_below_a_folder_and_remote_sets(shards, tmp_path, lines, s
 def test_shards_that_no_manifest_lists_are_told(packed, tmp_path, lines):
     """A set whose manifest did not come with it, and files that do not belong to their set."""
     names = ("more.tar.gz", "shard-000009.safetensors", "shard-000009.tar")
+    train, val = tmp_path / "set" / "train", tmp_path / "set" / "val"
+    train.mkdir(parents=True)
     for name in names:
-        folder = tmp_path / name / "train"
-        folder.mkdir(parents=True)
-        (folder / name).write_bytes(b"")
-        code, told = lines(folder)
-        assert code == 1 and told[0].startswith(f"{folder}/manifest.json: is missing, but there are shards; run")
-        assert told[1] == f"{folder}: 0 shards, 0 samples, 0.0 MiB: 1 problem"
-    packed.rename(folder.parent / "val")
-    (folder.parent / "source.tar").write_bytes(b"of both")
-    code, told = lines(folder.parent, "--workers", 1)
-    assert code == 1 and [line.split(":")[0] for line in told[:3]] == [
-        f"{folder}/manifest.json", f"{folder}", f"{folder.parent}/val",
-    ]  # fmt: skip
+        (train / name).write_bytes(b"")
+        code, told = lines(train)
+        assert code == 1 and told[0].startswith(f"{train}/manifest.json: is missing, but there are shards; run")
+        assert told[1] == f"{train}: 0 shards, 0 samples, 0.0 MiB: 1 problem"
+        (train / name).rename(tmp_path / name)
+    packed.rename(val)
+    (tmp_path / "set" / "source.tar").write_bytes(b"of both")
+    assert lines(tmp_path / "set", "--workers", 1)[0] == 0, "an empty folder is no data set"
+    (train / "a.tar").write_bytes(b"")
+    code, told = lines(tmp_path / "set", "--workers", 1)
+    assert code == 1 and [line.split(":")[0] for line in told[:3]] == [f"{train}/manifest.json", f"{train}", f"{val}"]
     for name in names:
-        (folder.parent / "val" / name).write_bytes(b"")
-    (folder / name).unlink()  # an empty folder is no data set
-    code, told = lines(folder.parent, "--workers", 1)
+        (tmp_path / name).rename(val / name)
+    code, told = lines(val, "--workers", 1)
     assert code == 1 and len(told) == 5
     for name, line in zip(names, told, strict=False):
-        assert line.startswith(f"{folder.parent}/val/{name}: its manifest does not list it; make or copy")
+        assert line.startswith(f"{val}/{name}: its manifest does not list it; make or copy")
 
 
 def test_help(command, capsys):
