@@ -78,7 +78,11 @@ def resolve_activations(labels: str | Iterable[str], field: str) -> tuple[str, .
     Raises:
         ValueError: a label is unknown, repeated, or there is none. `field` names the setting in the message.
     """
+    if not isinstance(labels, Iterable):  # as a configuration file may have it
+        raise ValueError(f"{field}={labels!r}: must be names of activations")
     given = [label.strip() for label in labels.split(",")] if isinstance(labels, str) else list(labels)
+    if not all(isinstance(label, str) for label in given):
+        raise ValueError(f"{field}={given!r}: must be names of activations")
     names = tuple(_BY_ABBREVIATION.get(label, label) for label in given)
     unknown = [label for label, name in zip(given, names, strict=True) if name not in ACTIVATIONS]
     if unknown:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from moa_ffn import VARIANTS
-from moa_lm.convert import existing_source
+from moa_lm.encode import load_tokenizer
 from moa_lm.modeling import MoALlamaForCausalLM
 from moa_lm.sizes import SIZES, TABLE_VARIANTS, count_parameters, named_config
 from moa_train.durable import new_folder
@@ -160,8 +160,7 @@ def _shown(column: str, value: str | float | None) -> str:
 
 def _create(options: argparse.Namespace) -> None:
     _check_out(options.out)
-    source = existing_source(options.tokenizer, "a tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = load_tokenizer(options.tokenizer)
     if options.vocab_multiple < 1:
         raise UserError(f"--vocab-multiple {options.vocab_multiple}: must be at least 1")
     fields = {
@@ -188,7 +187,7 @@ def _tokenizer_of(checkpoint: str) -> PreTrainedTokenizerBase | None:
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         print(f"{checkpoint} has no tokenizer; add one to the new folder before evaluating", file=sys.stderr)
         return None
-    return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    return load_tokenizer(checkpoint)
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # keeps huggingface_hub's strict dataclasses from type-checking our fields first
 
-import math
+import sys
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -15,10 +15,17 @@ from moa_lm.dispatch import METHODS
 EXPERT_MIXINGS = ("layer", "expert")
 SILU = ("silu", "swish")
 """Names that transformers has for Llama's activation."""
+LARGEST, MOST_LAYERS = 2**20, 2**12
+"""Upper limits of sizes and of layers, far beyond any model. A damaged config.json may ask for more: for tensors
+whose bytes torch cannot count, for a billion layers, which take memory and hours even without their weights."""
+
 _SPEC_FIELDS = ("gate", "gate_activations", "up_activations", "mixed_branch", "mix_bias")
 _LAYER_FIELDS = ("mix_init_std", "coef_init", "backend")
 FFN_FIELDS: tuple[str, ...] = tuple(f"ffn_{name}" for name in ("variant", *_SPEC_FIELDS, *_LAYER_FIELDS))
 """Fields that set the layer; each is `moa_ffn.FFN`'s argument of the same name without `ffn_`."""
+
+
+_EVEN = f"even, from 2 to {LARGEST}: rotary positions turn pairs; left out, it is hidden_size / num_attention_heads"
 
 
 def _require(fine: bool, field: str, value: object, allowed: str) -> None:
@@ -26,12 +33,13 @@ def _require(fine: bool, field: str, value: object, allowed: str) -> None:
         raise ValueError(f"{field}={value!r}: must be {allowed}")
 
 
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_count(value: object, least: int, most: int = LARGEST) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _is_nonnegative(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+def _is_finite(value: object, least: float = -sys.float_info.max) -> bool:
+    """Whether it is a number that a float can hold; JSON's integers have no limit."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= sys.float_info.max
 
 
 @strict
@@ -110,19 +118,37 @@ class MoALlamaConfig(LlamaConfig):
             ValueError: a field has a value that is not allowed.
         """
         self._check_llama()
+        self._check_rope()
         self._check_ffn()
         self._check_experts()
 
     def _check_llama(self) -> None:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            value = getattr(self, field)
-            _require(_is_count(value, 1), field, value, "an integer of at least 1")
+            value, most = getattr(self, field), MOST_LAYERS if field == "num_hidden_layers" else LARGEST
+            _require(_is_count(value, 1, most), field, value, f"an integer from 1 to {most}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         divides = kv_heads is None or (_is_count(kv_heads, 1) and heads % kv_heads == 0)
         _require(divides, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
-        _require(self.hidden_size % heads == 0, "hidden_size", self.hidden_size, f"a multiple of {heads} heads")
+        width = self.hidden_size
+        _require(width % heads == 0, "hidden_size", width, f"a multiple of num_attention_heads={heads}")
+        head_dim = width // heads if self.head_dim is None else self.head_dim
+        _require(_is_count(head_dim, 2) and head_dim % 2 == 0, "head_dim", head_dim, _EVEN)
+        drop, eps = self.attention_dropout, self.rms_norm_eps
+        _require(drop is None or (_is_finite(drop, 0) and drop <= 1), "attention_dropout", drop, "from 0 to 1")
+        _require(_is_finite(eps, 0), "rms_norm_eps", eps, "a finite number, 0 or more")
+        pad = self.pad_token_id
+        within = pad is None or (_is_count(pad, -self.vocab_size) and pad < self.vocab_size)
+        _require(within, "pad_token_id", pad, f"null or below vocab_size={self.vocab_size}")
         silu = self.hidden_act in SILU
         _require(silu, "hidden_act", self.hidden_act, '"silu" or left out: ffn_variant decides the activations')
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters
+        if not isinstance(rope, dict):
+            return  # transformers says what else it is
+        theta, kind = rope.get("rope_theta", 1.0), rope.get("rope_type", "")
+        fine = _is_finite(theta, sys.float_info.min) and isinstance(kind, str)
+        _require(fine, "rope_parameters", rope, "null or with rope_theta, a number above 0, and rope_type, a name")
 
     def _check_ffn(self) -> None:
         for field in ("ffn_gate_activations", "ffn_up_activations"):
@@ -136,18 +162,21 @@ class MoALlamaConfig(LlamaConfig):
         self.ffn_gate_activations = list(spec.gate_activations)
         self.ffn_up_activations = list(spec.up_activations)
         _require(isinstance(self.ffn_mix_bias, bool), "ffn_mix_bias", self.ffn_mix_bias, "true or false")
-        _require(_is_nonnegative(self.ffn_mix_init_std), "ffn_mix_init_std", self.ffn_mix_init_std, "0 or more")
-        finite = isinstance(self.ffn_coef_init, int | float) and math.isfinite(self.ffn_coef_init)
-        _require(finite, "ffn_coef_init", self.ffn_coef_init, "a finite number")
+        _require(_is_finite(self.ffn_mix_init_std, 0), "ffn_mix_init_std", self.ffn_mix_init_std, "0 or more")
+        _require(_is_finite(self.ffn_coef_init), "ffn_coef_init", self.ffn_coef_init, "a finite number")
         _require(self.ffn_backend in BACKENDS, "ffn_backend", self.ffn_backend, f"one of {', '.join(BACKENDS)}")
 
     def _check_experts(self) -> None:
-        _require(_is_count(self.num_experts, 0), "num_experts", self.num_experts, "an integer of at least 0")
-        _require(_is_count(self.num_shared_experts, 0), "num_shared_experts", self.num_shared_experts, "0 or more")
+        for field in ("num_experts", "num_shared_experts"):
+            _require(
+                _is_count(getattr(self, field), 0), field, getattr(self, field), f"an integer from 0 to {LARGEST}"
+            )
         for field, allowed in (("expert_mixing", EXPERT_MIXINGS), ("expert_dispatch", METHODS)):
             _require(getattr(self, field) in allowed, field, getattr(self, field), f"one of {', '.join(allowed)}")
         for field in ("router_aux_loss_coef", "router_z_loss_coef"):
-            _require(_is_nonnegative(getattr(self, field)), field, getattr(self, field), "a finite number, 0 or more")
+            _require(_is_finite(getattr(self, field), 0), field, getattr(self, field), "a finite number, 0 or more")
+        for field in ("norm_topk_prob", "output_router_logits"):
+            _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "true or false")
         if self.num_experts == 0:
             return
         k, width = self.num_experts_per_tok, self.moe_intermediate_size

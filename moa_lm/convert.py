@@ -1,5 +1,7 @@
 """A Llama-family checkpoint taken over: the same weights, any Type-II FFN of the family."""
 
+import copy
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +10,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from safetensors import SafetensorError
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -31,6 +35,12 @@ _SHAPES = (
     *("num_attention_heads", "num_key_value_heads", "attention_bias", "mlp_bias", "tie_word_embeddings"),
     *("num_experts", "num_shared_experts", "moe_intermediate_size"),
 )
+_FAULTS = (
+    *(StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
+    RecursionError,  # of a deeply nested file
+)
+"""What transformers raises for a damaged folder. Its OSErrors are not here: they name the file themselves."""
+
 _NOT_CARRIED = ("transformers_version", "architectures", "dtype")
 _MIXING = re.compile(r"\.mix_(proj|coef)\b|\.mix_proj_bias\b")
 
@@ -51,18 +61,20 @@ def from_llama(
     else:
         source_name = existing_source(source, "a Llama checkpoint")
         remote = {name: loading[name] for name in LOADING[-4:] if name in loading}
-        original = AutoConfig.from_pretrained(source_name, trust_remote_code=False, **remote)
+        with naming(f"{source_name}/config.json"):
+            original = AutoConfig.from_pretrained(source_name, trust_remote_code=False, **remote)
+            _check_source(original)
         config = converted_config(original, variant, **settings)
         loading = {"dtype": "auto", "use_safetensors": True} | loading
         config.dtype = original.dtype
     loading |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_complete` says it in words
-    try:
+    with naming(source_name):
+        if source_name is not None:
+            require_shapes(cls, Path(source_name), config, new=_MIXING)
         with _expected_report():
             loaded = cls.from_pretrained(source_name, config=config, **loading)
-    except SafetensorError as error:
-        raise ValueError(f"{source_name}: the weights are damaged ({error}); copy or download them again") from error
-    model, report = cast("tuple[Model, dict[str, Any]]", loaded)
-    _check_complete(report)
+        model, report = cast("tuple[Model, dict[str, Any]]", loaded)
+        _check_complete(report)
     if isinstance(source, PreTrainedModel) and source.generation_config is not None:
         model.generation_config = type(source.generation_config).from_dict(source.generation_config.to_dict())
     return model
@@ -125,6 +137,79 @@ def existing_source(source: str | PathLike[str], what: str) -> str:
 
 
 @contextmanager
+def naming(where: str | None) -> Iterator[None]:
+    """Turn what reading a checkpoint raises into a ValueError of one line that begins with its name.
+
+    OSError passes as it is. So does everything where there is no name: a model in memory cannot be damaged.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{where}: the weights are damaged ({error}); copy or download them again") from error
+    except _FAULTS as error:
+        if where is None:
+            raise
+        raise ValueError(f"{where}: {' '.join(str(error).split()) or repr(error)}") from error
+
+
+def require_shapes(
+    cls: type[PreTrainedModel], folder: Path, config: PreTrainedConfig, *, new: re.Pattern[str] | None = None
+) -> None:
+    """Compare the weights in a folder with those that its configuration means, before either takes memory.
+
+    transformers makes room for weights that a checkpoint lacks, or has in another shape, before it tells of them: a
+    damaged config.json could take all memory. Nothing is compared where `folder` is none, but the name of a
+    checkpoint on the hub, and where its weights have other names, as those of a model without a head.
+
+    Args:
+        cls: class of the model.
+        folder: with config.json and model.safetensors, or its parts and their index.
+        config: what `folder`'s config.json is read as.
+        new: names of weights that the folder may lack.
+
+    Raises:
+        ValueError: a weight has another shape, or there is none.
+        OSError, SafetensorError: the weights cannot be read.
+    """
+    found = _shapes(folder)
+    with torch.device("meta"):
+        model = cls(copy.deepcopy(config))
+    meant = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    if not found.keys() & meant.keys():
+        return
+    if config.tie_word_embeddings:
+        meant.pop("lm_head.weight", None)
+    for name, shape in meant.items():
+        if name not in found and not (new and new.search(name)):
+            raise ValueError(_lacks(name))
+        if found.get(name, shape) != shape:
+            raise ValueError(_misfit(name, found[name], shape))
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that transformers would read in a folder; no names where it has none."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    paths = [single] if single.exists() else []
+    if not paths and index.exists():
+        paths = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    return shapes
+
+
+def _misfit(name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    shapes = f"{tuple(given)}, config.json means {tuple(expected)}"
+    return f"the checkpoint's {name!r} has the shape {shapes}; weights and config.json do not belong together"
+
+
+def _lacks(name: str) -> str:
+    return f"the checkpoint lacks {name!r}; it must hold a whole causal language model"
+
+
+@contextmanager
 def _expected_report() -> Iterator[None]:
     """Silence transformers' warning about missing weights: `_check_complete` reads the same report and raises."""
     before = logging.get_verbosity()
@@ -140,12 +225,8 @@ def _check_complete(report: dict[str, Any]) -> None:
     lost = sorted(report["unexpected_keys"])
     missing = sorted(name for name in report["missing_keys"] if not _MIXING.search(name))
     if misfits := sorted(report["mismatched_keys"]):
-        name, given, expected = misfits[0]
-        shapes = f"{tuple(given)}, config.json means {tuple(expected)}"
-        raise ValueError(
-            f"the checkpoint's {name!r} has the shape {shapes}; weights and config.json do not belong together"
-        )
+        raise ValueError(_misfit(*misfits[0]))
     if lost:
         raise ValueError(f"the checkpoint has {lost[0]!r}, which a Llama has not; accepted: {ACCEPTED}")
     if missing:
-        raise ValueError(f"the checkpoint lacks {missing[0]!r}; it must hold a whole causal language model")
+        raise ValueError(_lacks(missing[0]))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moa_lm.convert import existing_source
 from moa_lm.data import DTYPES
@@ -48,14 +48,30 @@ class Vocabulary(NamedTuple):
         return "uint16" if self.size <= 2**16 else "uint32"
 
 
+def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or of a name on the hub.
+
+    Raises:
+        ValueError: it is damaged; the message names it.
+        OSError: there is none.
+    """
+    name = existing_source(source, "a tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except OSError:
+        raise
+    except Exception as error:  # the library `tokenizers` raises nothing more special
+        raise ValueError(f"{name}: no tokenizer can be made of it ({error}); copy or download it again") from error
+
+
 def save_tokenizer(name: str, folder: Path) -> str:
     """Saves the tokenizer that AutoTokenizer finds by `name`; returns the SHA-256 of its tokenizer.json.
 
     Raises:
-        ValueError: if it has no tokenizer.json or no end-of-text token.
+        ValueError: if it has no tokenizer.json or no end-of-text token, or is damaged.
         OSError: if there is none.
     """
-    tokenizer = AutoTokenizer.from_pretrained(existing_source(name, "a tokenizer"), trust_remote_code=False)
+    tokenizer = load_tokenizer(name)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} has no end-of-text token (eos_token); name another")
     with new_folder(folder) as temporary:
@@ -67,10 +83,18 @@ def save_tokenizer(name: str, folder: Path) -> str:
 
 
 def open_vocabulary(folder: Path, name: str) -> Vocabulary:
-    """The tokenizer that is saved in a folder, with a tokenizer.json and an end-of-text token."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    """The tokenizer that is saved in a folder, with a tokenizer.json and an end-of-text token.
+
+    Raises:
+        ValueError: if it is damaged.
+        OSError: if it is not there.
+    """
+    tokenizer = load_tokenizer(folder)
+    size, end = max(tokenizer.get_vocab().values(), default=-1) + 1, tokenizer.eos_token_id  # numbers may have gaps
+    if not isinstance(end, int) or end >= size:
+        raise ValueError(f"{folder}: no end-of-text token (eos_token) among the tokens; copy the tokenizer again")
     content = (folder / "tokenizer.json").read_bytes()
-    return Vocabulary(folder, name, hashlib.sha256(content).hexdigest(), len(tokenizer), tokenizer.eos_token_id)
+    return Vocabulary(folder, name, hashlib.sha256(content).hexdigest(), size, end)
 
 
 class Encoder:
@@ -81,6 +105,7 @@ class Encoder:
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
+        self.folder = vocabulary.folder
         self.end_of_text = vocabulary.end_of_text
         self.dtype = DTYPES[vocabulary.dtype]
         self.tokenizer = Tokenizer.from_file(str(vocabulary.folder / "tokenizer.json"))
@@ -89,8 +114,11 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" within a text is text, and ends no document
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """The tokens of each text, and end-of-text."""
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        """The tokens of each text, and end-of-text. Raises ValueError for a tokenizer that has none for a word."""
+        try:
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"{self.folder}: the tokenizer cannot encode a text ({error})") from error
         return [np.array([*encoding.ids, self.end_of_text], self.dtype) for encoding in encodings]
 
 

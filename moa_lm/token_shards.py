@@ -9,7 +9,7 @@ texts, which every shard's record has.
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +20,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from moa_lm.bpe import train_bpe
-from moa_lm.data import FORMAT, MANIFEST, TENSOR, TOKENIZER, read_manifest
+from moa_lm.data import FORMAT, MANIFEST, TENSOR, TOKENIZER, TokenDataError, open_tokens, read_manifest
 from moa_lm.documents import Corpus, Reading, Skipped, Text
 from moa_lm.encode import Vocabulary, open_vocabulary, save_tokenizer, tokenized
 from moa_train.config import differing_keys
 from moa_train.durable import new_folder, write_bytes, write_json
+from moa_train.reading import read_json
 
 _PARTS = ".parts"  # what an unfinished run needs, in the folder that it writes to
 _SETTINGS = "settings.json"
@@ -35,6 +37,7 @@ _GIVEN = "given"  # in _PARTS: the tokenizer that was named
 _TRAINED = "trained"  # in _PARTS: the one that was trained here, and on what
 _ABOUT = "about.json"
 _SUMS = ("documents", "tokens", "text_bytes")  # of a shard's record
+_ANEW = "delete it to begin anew"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +249,7 @@ class SetWriter:
 
     def _write(self) -> None:
         """Writes the current shard, then its record."""
-        name = f"shard-{len(self.records):06d}.safetensors"
+        name = _name(len(self.records))
         content = save({TENSOR: np.concatenate(self._pieces)})
         write_bytes(self.folder / name, content)
         record = {
@@ -269,13 +272,13 @@ class SetWriter:
     def _finished_shards(self) -> list[dict[str, Any]]:
         """The records of the shards, from the first on, that an earlier run finished and that are whole."""
         listed: list[dict[str, Any]]
-        manifest = read_manifest(self.folder) if (self.folder / MANIFEST).exists() else None
+        manifest = _finished(self.folder) if (self.folder / MANIFEST).exists() else None
         if manifest is None:
             paths = sorted(self.parts.glob(f"{self.folder.name}-shard-*.json"))
-            listed = [json.loads(path.read_bytes()) for path in paths]
+            listed = [read_json(path, f"delete it, to make {self.folder} from that shard on anew") for path in paths]
         else:
             listed = manifest["shards"]
-        whole = list(takewhile(self._is_whole, listed))
+        whole = [record for _, record in takewhile(self._is_whole, enumerate(listed))]
         if manifest is not None and len(whole) == len(listed):
             self.finished = manifest
             return whole
@@ -285,12 +288,31 @@ class SetWriter:
         (self.folder / MANIFEST).unlink(missing_ok=True)
         return full
 
-    def _is_whole(self, record: dict[str, Any]) -> bool:
-        try:
-            with (self.folder / record["name"]).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
-        except OSError:
+    def _is_whole(self, numbered: tuple[int, dict[str, Any]]) -> bool:
+        """Whether a record says all that it must, and its shard is there as it says."""
+        number, record = numbered
+        counts = [record.get(key) for key in (*_SUMS, "bytes", "until")]
+        if record.get("name") != _name(number) or not all(type(count) is int and count > 0 for count in counts):
             return False
+        try:
+            os.close(open_tokens(self.folder / _name(number), self.vocabulary.dtype, record["tokens"])[0])
+            with (self.folder / _name(number)).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == record.get("sha256")
+        except (OSError, SafetensorError, TokenDataError):
+            return False
+
+
+def _name(number: int) -> str:
+    return f"shard-{number:06d}.safetensors"
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """The manifest of a set that an earlier run made. Raises ValueError if it cannot be gone on with."""
+    manifest = read_manifest(folder)
+    source = manifest.get("source")
+    if not isinstance(manifest.get("settings"), dict) or not isinstance(source, dict) or "sha256" not in source:
+        raise ValueError(f"{folder / MANIFEST} does not say what {folder} was made from; {_ANEW}")
+    return manifest
 
 
 def _pack(reading: Reading, writers: list[SetWriter], vocabulary: Vocabulary, workers: int) -> None:
@@ -326,7 +348,7 @@ def _train(vocab_size: int, folder: Path, reading: Reading) -> None:
 def _check_trained(parts: Path, reading: Reading) -> None:
     """Raises ValueError if the tokenizer in `parts` was trained on other documents than were packed."""
     about = parts / _TRAINED / _ABOUT
-    if about.exists() and json.loads(about.read_bytes())["sha256"] != reading.sha256:
+    if about.exists() and read_json(about, f"{parts} belongs to it, {_ANEW}").get("sha256") != reading.sha256:
         raise reading.changed(str(parts / _TRAINED))
 
 
@@ -341,11 +363,12 @@ def _identity(settings: TokenSettings, parts: Path, folders: list[Path], *, two_
     identity["tokenizer_sha256"] = None if given is None else save_tokenizer(given, parts / _GIVEN)
     for folder in folders:
         if (folder / MANIFEST).exists():
-            _check_same(folder, read_manifest(folder)["settings"], identity)
+            _check_same(folder, _finished(folder)["settings"], identity)
     path = parts / _SETTINGS
-    if path.exists() and any(parts.glob("*-shard-*.json")):
-        _check_same(parts.parent, json.loads(path.read_bytes()), identity)
-    elif not path.exists() or json.loads(path.read_bytes()) != identity:
+    then = read_json(path, f"{parts} belongs to it, {_ANEW}") if path.exists() else None
+    if then is not None and any(parts.glob("*-shard-*.json")):
+        _check_same(parts.parent, then, identity)
+    elif then != identity:
         shutil.rmtree(parts / _TRAINED, ignore_errors=True)  # of other settings, and all that there is of them
         write_json(path, identity)
     return identity

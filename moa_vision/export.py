@@ -8,11 +8,12 @@ so.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,13 +24,14 @@ _RUN_ONLY = ("drop_rate", "drop_path_rate", "ffn_backend")
 """Endings of encoder arguments that belong to the training run and not to the weights."""
 
 
-_FAULTS = (
+FAULTS = (
     OSError,
     ValueError,
     LookupError,
     TypeError,
     AttributeError,
     ArithmeticError,
+    AssertionError,
     RuntimeError,
     SafetensorError,
 )
@@ -63,12 +65,39 @@ def load_mae(folder: str | Path) -> MAE:
         ValueError: `folder` holds no such export, or a damaged one.
     """
     path = Path(folder) / "mae.json"
+    weights = path.with_name("mae.safetensors")
     try:
-        mae = create_mae(**json.loads(path.read_text())["model"])
-        mae.load_state_dict(load_file(path.with_name("mae.safetensors")))
-    except _FAULTS as error:
+        arguments = json.loads(path.read_text())["model"]
+        depths = (arguments["encoder_args"].get("depth"), arguments.get("decoder_depth"))
+        require_same_shapes(lambda: create_mae(**arguments), depths, weights)
+        mae = create_mae(**arguments)
+        mae.load_state_dict(load_file(weights))
+    except FAULTS as error:
         raise ValueError(f"{path} is not an exported MAE ({error!r}); give a run's export folder") from error
     return mae
+
+
+def require_same_shapes(build: Callable[[], nn.Module], depths: Iterable[int | None], weights: Path) -> None:
+    """Raise ValueError unless a model has the tensors of a file; it is not built in memory.
+
+    Damaged arguments can ask for more memory than there is. On the meta device widths cost nothing, but layers are
+    objects there too; no model has more of them than tensors.
+
+    Args:
+        build: makes the model.
+        depths: numbers of its layers, as far as its arguments say them.
+        weights: a safetensors file.
+    """
+    with safe_open(weights, "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    for depth in depths:
+        if depth is not None and depth > len(found):
+            raise ValueError(f"its depth is {depth}, but {weights.name} holds {len(found)} tensors")
+    with torch.device("meta"):
+        meant = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    if differing := sorted(name for name in found.keys() | meant.keys() if found.get(name) != meant.get(name)):
+        name = differing[0]
+        raise ValueError(f"{name} has shape {meant.get(name)}, but {found.get(name)} in {weights.name}")
 
 
 def _timm_config(mae: MAE, config: dict[str, Any], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:

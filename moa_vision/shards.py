@@ -14,7 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -306,13 +306,40 @@ def _finished_shards(folder: Path, settings: ShardSettings) -> dict[str, dict[st
                 f"{folder} holds a data set made with {manifest.get('settings')}, not {asdict(settings)}; "
                 "choose another folder, or delete it first"
             )
+        every = manifest.get("skipped")
+        if not _is_skipped(every):
+            raise ValueError(f'{folder / MANIFEST} is not one of ours (field "skipped"); choose another folder')
         for record in manifest["shards"]:
-            skipped = [entry for entry in manifest.get("skipped", []) if entry.get("shard") == record["name"]]
+            skipped = [entry for entry in every if entry["shard"] == record["name"]]
             records[record["name"]] = {**record, "skipped": skipped}
     for path in sorted((folder / _PARTS).glob("*.tar.json")):
-        record = json.loads(path.read_bytes())
-        records[record["name"]] = record
+        if record := _part(path):
+            records[record["name"]] = record
     return records
+
+
+def _part(path: Path) -> dict[str, Any] | None:
+    """The record of a shard that a run finished; None for a damaged one, whose shard is then packed again."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    fine = (
+        isinstance(record, dict)
+        and record.get("name") == path.name.removesuffix(".json")  # shards of records are replaced, or deleted
+        and all(type(record.get(key)) is int and record[key] >= 0 for key in ("samples", "size"))
+        and isinstance(record.get("sha256"), str)
+        and _is_skipped(record.get("skipped"))
+    )
+    return record if fine else None
+
+
+def _is_skipped(entries: Any) -> TypeGuard[list[dict[str, str]]]:
+    """Whether it is a list of samples that were left out."""
+    keys = ("shard", "source", "reason")
+    return isinstance(entries, list) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in keys) for entry in entries
+    )
 
 
 def _run(

@@ -7,11 +7,14 @@ import json
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
 ODD = (
     *(None, True, False, 0, 1, -1, 7, 2**31, 2**63, 10**30, 10**400, 0.5, -0.5, 1e-320, 1e308),
@@ -53,6 +56,10 @@ _TEXTS = (
 _BYTES = (b"\xff\xfe", b"\x80", b"\xef\xbb\xbf{}", b"\x89PNG\r\n\x1a\n", bytes(64), b"\xff" * 16)
 ODD_TEXTS = (*(text.encode() for text in _TEXTS), *_BYTES)
 """Whole contents of files."""
+
+
+TYPES = (torch.float64, torch.int64, torch.bfloat16, torch.bool, torch.uint8)
+"""Types of tensors that a reader of float32 ones does not expect."""
 
 
 def paths(tree: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -178,6 +185,73 @@ def lines_file(draw: st.DrawFn, content: bytes) -> bytes:
         else:
             lines[at] = draw(st.sampled_from(ODD_TEXTS))
     return b"\n".join(lines) + b"\n"
+
+
+@st.composite
+def tensors_file(draw: st.DrawFn, content: bytes) -> bytes:
+    """A safetensors file gone wrong: in its header (names, types, shapes, places), in its bytes, or in its values."""
+    how = draw(st.sampled_from(("header", "header", "bytes", "length", "values")))
+    size = int.from_bytes(content[:8], "little")
+    if how == "bytes":
+        return draw(damaged(content))
+    if how == "length":
+        other = draw(st.sampled_from((0, 1, size - 1, size + 1, 100_000_001, 2**31, 2**63, 2**64 - 1)))
+        return other.to_bytes(8, "little") + content[8:]
+    if how == "values":
+        return draw(_other_tensors(content))
+    header = as_json(draw(mutated(json.loads(content[8 : 8 + size]))))
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+
+
+@st.composite
+def _other_tensors(draw: st.DrawFn, content: bytes) -> bytes:
+    """A whole safetensors file with some tensors of other types, shapes, names or values."""
+    tensors = load(content)
+    for _ in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(sorted(tensors)))
+        tensor = tensors.pop(name)
+        changes = {
+            "type": lambda t: t.to(draw(st.sampled_from(TYPES))),
+            "shape": lambda t: t[None],
+            "flat": lambda t: t.flatten(),
+            "empty": lambda t: t.flatten()[:0],
+            "short": lambda t: t.flatten()[:-1],
+            "nan": lambda t: torch.full_like(t.float(), float("nan")),
+            "zero": torch.zeros_like,
+            "scalar": lambda t: torch.tensor(3.0),
+        }
+        how = draw(st.sampled_from((*changes, "name", "take out")))
+        if how != "take out" or not tensors:
+            other = draw(st.sampled_from((*sorted(tensors), "x", "", ".", "0.cpu", "0.weight", "3.bias.step")))
+            tensors[other if how == "name" else name] = changes.get(how, lambda t: t)(tensor).contiguous()
+    return save({name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def file_like(path: Path) -> st.SearchStrategy[bytes]:
+    """The content of a file gone wrong, in the way of its kind, which its name's ending tells."""
+    kinds = {
+        ".yaml": yaml_file,
+        ".jsonl": lines_file,
+        ".json": json_file,
+        ".safetensors": tensors_file,
+    }
+    return kinds.get(path.suffix, damaged)(path.read_bytes())
+
+
+def damage(folder: Path, names: Sequence[str]) -> st.SearchStrategy[tuple[str, bytes]]:
+    """(name, content) of one of a folder's files gone wrong."""
+    return st.sampled_from(names).flatmap(lambda name: st.tuples(st.just(name), file_like(folder / name)))
+
+
+@contextlib.contextmanager
+def replaced(path: Path, content: bytes) -> Iterator[None]:
+    """A file with another content for a while."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
 
 
 def refusal(action: Callable[[], Any], *errors: type[BaseException], seconds: int = 120) -> BaseException | None:

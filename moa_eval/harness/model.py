@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from lm_eval.api.registry import model_registry
 from lm_eval.models import huggingface
 from lm_eval.models.utils import has_bos_prefix
@@ -31,9 +32,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-import moa_lm  # noqa: F401  registers moa_llama with transformers
 from moa_eval.harness.prefix_tree import Request
 from moa_eval.harness.scoring import PrefixTreeScorer
+from moa_lm import MoALlamaConfig, MoALlamaForCausalLM  # registers moa_llama with transformers
+from moa_lm.convert import require_shapes
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -49,11 +51,14 @@ LOADING_ERRORS = (
     OSError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
     AttributeError,
+    ArithmeticError,
+    AssertionError,
     RuntimeError,
     ImportError,
     SafetensorError,
+    StrictDataclassError,
 )
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -73,13 +78,13 @@ class ModelError(ValueError, SystemExit):
 
 
 @contextmanager
-def _one_line(doing: str) -> Iterator[None]:
+def _one_line(doing: str, errors: tuple[type[Exception], ...] = LOADING_ERRORS) -> Iterator[None]:
     """Turn what loading raises into a ModelError of one line."""
     try:
         yield
     except ModelError:
         raise
-    except LOADING_ERRORS as error:
+    except errors as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"cannot {doing}: {lines[0].rstrip(' :')}") from error
 
@@ -153,9 +158,10 @@ class MoALM(HFLM):
         source = tokenizer if isinstance(tokenizer, str) and tokenizer else self._name(pretrained)
         try:
             super()._create_tokenizer(pretrained, tokenizer, **kwargs)
-        except LOADING_ERRORS as error:
+            self.tokenizer("a")  # odd values of tokenizer_config.json are found with the first text only
+        except Exception as error:  # the library `tokenizers` raises nothing more special
             if any(Path(source).glob("tokenizer*")):
-                with _one_line(f"load the tokenizer of {source}"):
+                with _one_line(f"load the tokenizer of {source}", (Exception,)):
                     raise
             raise ModelError(
                 f"no tokenizer could be loaded from {source}: save one there (tokenizer.save_pretrained) or name one "
@@ -165,6 +171,9 @@ class MoALM(HFLM):
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         try:
             with _one_line(f"load the weights of {pretrained}"):
+                if isinstance(self.config, MoALlamaConfig):
+                    folder = Path(pretrained, kwargs.get("subfolder") or "")
+                    require_shapes(MoALlamaForCausalLM, folder, self.config)
                 super()._create_model(pretrained, **kwargs)
         except ModelError as error:
             cause = error.__cause__
@@ -209,6 +218,11 @@ class MoALM(HFLM):
         ids = self._encode_strings(joined, None, bar)
         alone = self._encode_strings([rest for kept, rest in split if kept is None], False, bar)
         bar.close()
+        if alone and self.prefix_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {self._name(self.pretrained)} has neither bos_token nor eos_token to score a text "
+                "without a context behind: name one with custom_prefix_token_id=ID"
+            )
         encoded = []
         for kept, rest in split:
             if kept is not None:
@@ -243,6 +257,7 @@ class MoALM(HFLM):
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Scores of tokenized requests; HFLM's own code where trees are not exact for the model or the length."""
+        self._require_embedded(requests)
         scorer = self._scorer
         scorer.max_length, scorer.batch_size = self.max_length, self.batch_size
         lengths = [len(context) + len(continuation) - 1 for _, context, continuation in requests]
@@ -266,6 +281,17 @@ class MoALM(HFLM):
                     self.cache_hook.add_partial("loglikelihood", strings, answer)
                 bar.update(1)
         return results
+
+    def _require_embedded(self, requests: Sequence[TokenRequest]) -> None:
+        """Refuse tokens that the model has no embeddings of: a tokenizer of another model, or a damaged one."""
+        embeddings = self.model.get_input_embeddings()
+        rows = getattr(embeddings, "num_embeddings", math.inf)
+        largest = max((max(tokens) for _, *parts in requests for tokens in parts if tokens), default=0)
+        if largest >= rows:
+            raise ModelError(
+                f"the tokenizer of {self._name(self.pretrained)} gives token {largest}, but the model has {rows} "
+                "embeddings: they do not belong together, name the right one with tokenizer=NAME_OR_DIR"
+            )
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

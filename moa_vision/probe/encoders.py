@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
-import yaml
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from moa_train.durable import write_json
+from moa_train.reading import read_json, read_yaml
 from moa_vision import vit
 from moa_vision.cache import file_sha256
+from moa_vision.export import FAULTS, require_same_shapes
 
 assert vit.SIZES, "imported so that timm knows our names"
+
+_REMEDY = "give a finished run's folder or an export folder that is whole"
+_DATA = {
+    "train": str,
+    "val": str,
+    "val_crop_pct": (int, float),
+    "workers": int,
+    "cache_dir": str,
+    "max_bad_samples": int,
+}
 
 Pool = Literal["avg", "cls"]
 """What stands for an image: the mean of its patch tokens, or its class token."""
@@ -65,9 +77,22 @@ class TrainedEncoder:
         return {"architecture": self.config["architecture"], "step": self.step, "sha256": sha256}
 
     def load(self, **arguments: Any) -> VisionTransformer:
-        """Return the model with its weights, on the CPU; `arguments` are timm's, e.g. num_classes=10."""
-        model = timm.create_model(f"local-dir:{self.export}", pretrained=True, **arguments)
-        assert isinstance(model, VisionTransformer)
+        """Return the model with its weights, on the CPU; `arguments` are timm's, e.g. num_classes=10.
+
+        Raises:
+            ValueError: config.json and model.safetensors do not make one.
+        """
+        try:
+            own = {"num_classes": self.config.get("num_classes", 0), **self.config["model_args"]}
+            weights = self.export / "model.safetensors"
+            require_same_shapes(
+                lambda: timm.create_model(self.config["architecture"], **own), [own.get("depth")], weights
+            )
+            model = timm.create_model(f"local-dir:{self.export}", pretrained=True, **arguments)
+        except FAULTS as error:
+            raise ValueError(f"{self.export} holds no encoder that can be loaded ({error!r}); {_REMEDY}") from error
+        if not isinstance(model, VisionTransformer):
+            raise ValueError(f"{self.export} holds a {type(model).__name__}, not a vision transformer; {_REMEDY}")
         return model
 
     def features(self, pool: Pool) -> VisionTransformer:
@@ -134,24 +159,44 @@ def find_encoder(path: str | Path) -> TrainedEncoder:
         unfinished = " (the run has not been finished: the command that started it continues it)"
         hint = unfinished if (folder / "config.yaml").exists() else ""
         raise ValueError(f"{path} holds no exported encoder{hint}; give a finished run's folder or an export folder")
-    tree = _read(folder / "config.yaml")
-    return TrainedEncoder(
-        folder=folder,
-        export=export,
-        config=json.loads((export / "config.json").read_text(encoding="utf-8")),
-        data=tree.get("data") or {},
-        step=_read(folder / "summary.json").get("steps"),
-    )
+    run, summary = folder / "config.yaml", folder / "summary.json"
+    data = (read_yaml(run, _REMEDY) if run.exists() else {}).get("data") or {}
+    step = (read_json(summary, _REMEDY) if summary.exists() else {}).get("steps")
+    _require_data(run, data)
+    if step is not None and type(step) is not int:
+        raise ValueError(f"{summary}: steps is {step!r}, not a number of steps; {_REMEDY}")
+    config = read_json(export / "config.json", _REMEDY)
+    _require_config(export / "config.json", config)
+    return TrainedEncoder(folder=folder, export=export, config=config, data=data, step=step)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return a YAML or JSON document, empty where there is none. Raises ValueError naming the file."""
-    if not path.exists():
-        return {}
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} is not a run's: it holds no keys with values")
-    return document
+def _require_data(path: Path, data: Any) -> None:
+    """Raise ValueError naming what of a run's data section cannot be: the keys that a probe takes from it."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: data is {data!r}, not keys with values; {_REMEDY}")
+    for key, kind in _DATA.items():
+        value = data.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{path}: data.{key} is {value!r}; {_REMEDY}")
+
+
+def _require_config(path: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError naming what of an export's config.json cannot be, as far as it is not left to timm."""
+    name, images = config.get("architecture"), config.get("pretrained_cfg")
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ValueError(f"{path}: architecture is {name!r}, not a model that timm knows; {_REMEDY}")
+    for key in ("model_args", "pretrained_cfg"):
+        if not isinstance(config.get(key), dict):
+            raise ValueError(f"{path}: {key} is {config.get(key)!r}, not keys with values; {_REMEDY}")
+    assert isinstance(images, dict)
+    size = images.get("input_size")
+    if not isinstance(size, list) or len(size) != 3 or not all(type(side) is int and side > 0 for side in size):
+        raise ValueError(f"{path}: input_size is {size!r}, not channels, height and width; {_REMEDY}")
+    for key, least in (("mean", -math.inf), ("std", 0)):
+        values = images.get(key)
+        if not isinstance(values, list) or len(values) != 3 or not all(_is_number(v) and v > least for v in values):
+            raise ValueError(f"{path}: {key} is {values!r}, not a number of each of three channels; {_REMEDY}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max

@@ -5,7 +5,6 @@ import io
 import math
 
 import pytest
-from hypothesis import strategies as st
 
 from moa_eval import study
 from moa_eval.page.formatting import show
@@ -14,27 +13,10 @@ from moa_eval.training.reading import RunFolderError
 from moa_eval.zero_shot.output import ResultsError
 
 
-def file_like(fuzzing, path):
-    """A strategy for the file gone wrong, by its ending."""
-    kinds = {".yaml": fuzzing.yaml_file, ".jsonl": fuzzing.lines_file, ".json": fuzzing.json_file}
-    return kinds.get(path.suffix, fuzzing.damaged)(path.read_bytes())
-
-
 def damage(fuzzing, folder, weight=lambda path: 1):
-    """A strategy for (path, content) of any file below a folder."""
+    """A strategy for (name, content) of any file below a folder, a file as likely as its weight."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() for _ in range(weight(path))]
-    return st.sampled_from(files).flatmap(lambda path: st.tuples(st.just(path), file_like(fuzzing, path)))
-
-
-@contextlib.contextmanager
-def replaced(path, content):
-    """A file with another content for a while."""
-    before = path.read_bytes()
-    path.write_bytes(content)
-    try:
-        yield
-    finally:
-        path.write_bytes(before)
+    return fuzzing.damage(folder, [str(path.relative_to(folder)) for path in files])
 
 
 def told(fuzzing, command, arguments, culprit):
@@ -59,8 +41,8 @@ def test_compare_runs(fuzz, fuzzing, make_run, no_figures, tmp_path, kind):
         other = make_run("b", ffn="qdmoa", experts=[[0.25, 0.25, 0.5], [0.05, 0.9, 0.05]], seed=1)
 
     def attempt(example):
-        path, content = example
-        with replaced(path, content):
+        name, content = example
+        with fuzzing.replaced(folder / name, content):
             out = str(tmp_path / "out")
             told(fuzzing, study.compare_runs, [str(folder), str(other), "--out", out], str(folder))
 
@@ -73,8 +55,8 @@ def test_compare_evals(fuzz, fuzzing, write_results, no_figures, tmp_path):
     other = write_results(tmp_path / "b", model="models/other", skill=0.7, items=6)
 
     def attempt(example):
-        path, content = example
-        with replaced(path, content):
+        name, content = example
+        with fuzzing.replaced(tmp_path / "a" / name, content):
             arguments = [str(base), str(other), "--out", str(tmp_path / "out")]
             told(fuzzing, study.compare_evals, arguments, str(tmp_path))
 
@@ -89,7 +71,7 @@ def test_tables(fuzz, fuzzing, make_run, no_figures, tmp_path):
     table = out / "tables/losses.csv"
 
     def attempt(content):
-        with replaced(table, content):
+        with fuzzing.replaced(table, content):
             told(fuzzing, study.compare_runs, ["--table", str(table)], str(table))
 
     fuzz(fuzzing.damaged(table.read_bytes()), attempt, examples=20)

@@ -1,5 +1,6 @@
 """from_llama: weights taken over, functions kept, everything else refused with a reason."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,32 @@ def test_damaged_checkpoints_are_refused(llama, tmp_path):
     config.write_text("{")
     with pytest.raises(OSError, match=r"config\.json.*not a valid JSON"):
         MoALlamaForCausalLM.from_llama(tmp_path)
+    config.write_text('{"a":' * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json: .*recursion"):
+        MoALlamaForCausalLM.from_llama(tmp_path)
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["one file", "parts"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 2**20}, r"has the shape \(.*32.*config\.json means \(.*1048576"),
+        ({"num_hidden_layers": 500, "intermediate_size": 48}, r"lacks 'model\.layers\.2\."),
+        ({"dtype": "floaty"}, r"config\.json: .*floaty"),
+        ({"rope_parameters": {"rope_type": ["linear"]}}, "rope_parameters"),
+    ],
+    ids=["width", "layers", "dtype", "rope"],
+)
+def test_a_config_that_means_another_model(change, message, parts, llama, tmp_path):
+    """Refused before a weight takes memory: a model of that width has terabytes."""
+    llama().save_pretrained(tmp_path, max_shard_size="10KB" if parts else "1GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == parts
+    MoALlamaForCausalLM.from_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as error:
+        MoALlamaForCausalLM.from_llama(tmp_path)
+    assert str(tmp_path) in str(error.value) or "rope_parameters" in change
 
 
 def test_missing_folder_and_pickled_weights(llama, tmp_path):

@@ -192,3 +192,14 @@ def test_a_damaged_export_is_named(exported, tmp_path, name, content):
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=r"mae\.json is not an exported MAE"):
         load_mae(folder)
+
+
+@pytest.mark.parametrize("change", [{"depth": 10**9}, {"embed_dim": 2**20}, {"mlp_ratio": 1e6}])
+def test_an_export_of_another_size_takes_no_memory(exported, change):
+    """A model of these arguments would have terabytes of weights, or a billion layers."""
+    path = exported[1] / "mae.json"
+    document = json.loads(path.read_text())
+    document["model"]["encoder_args"] |= change
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"mae\.json is not an exported MAE .*mae\.safetensors"):
+        load_mae(exported[1])

@@ -1,0 +1,94 @@
+"""Checkpoints that something has damaged, read as `lm_eval --model moa` does: scores, or one line says what is wrong.
+
+What transformers, tokenizers and safetensors raise for a damaged file is of many types; MoALM makes it one.
+"""
+
+import json
+
+import huggingface_hub.constants
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from moa_eval.harness import MoALM, ModelError
+from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
+
+# lm-eval, transformers and tokenizers warn of much that is odd in a file
+pytestmark = pytest.mark.filterwarnings("default")
+
+FILES = ("config.json", "config.json", "model.safetensors", "generation_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+PAIRS = (("a man", " sits"), ("", "on a roof"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small checkpoint with a tokenizer; whoever damages it mends it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=40, special_tokens=["<s>", "</s>"], show_progress=False)
+    bpe.train_from_iterator(["a man sits on a roof"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    MoALlamaForCausalLM(MoALlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Nothing asks a network; transformers is quiet."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    yield
+    logging.set_verbosity(before)
+
+
+def score(folder):
+    requests = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in PAIRS]
+    return MoALM(str(folder), device="cpu").loglikelihood(requests, disable_tqdm=True)
+
+
+@pytest.mark.parametrize(("files", "examples"), [(FILES, 10), (TOKENIZER, 25)], ids=["model", "tokenizer"])
+def test_checkpoints(fuzz, fuzzing, folder, offline, files, examples):
+    def attempt(example):
+        name, content = example
+        with fuzzing.replaced(folder / name, content):
+            error = fuzzing.refusal(lambda: score(folder), ModelError)
+        assert error is None or (str(folder) in str(error) and "\n" not in str(error)), error
+
+    fuzz(fuzzing.damage(folder, files), attempt, examples=examples)
+
+
+FAULTS = {
+    "a field's type": ("config.json", {"mlp_bias": "no"}, "cannot read the config of .*mlp_bias"),
+    "missing layers": ("config.json", {"num_hidden_layers": 2}, r"lacks 'model\.layers\.1"),
+    "no memory for it": (
+        "config.json",
+        {"intermediate_size": 2**20},
+        r"has the shape .*config\.json means \(.*1048576",
+    ),
+    "of no use": ("tokenizer.json", {"post_processor": 7}, "cannot load the tokenizer of"),
+    "no number": ("tokenizer_config.json", {"model_max_length": "x"}, "cannot load the tokenizer of"),
+    "no end": ("tokenizer_config.json", {"bos_token": None, "eos_token": None}, "neither bos_token nor eos_token"),
+    "more tokens": (
+        "tokenizer_config.json",
+        {"bos_token": "<new>"},
+        r"gives token (\d+), but the model has \1 embedd",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named(fault, folder, fuzzing, offline):
+    name, change, message = FAULTS[fault]
+    content = json.dumps(json.loads((folder / name).read_text()) | change).encode()
+    with fuzzing.replaced(folder / name, content), pytest.raises(ModelError, match=message):
+        score(folder)
