@@ -25,7 +25,7 @@ FFN_FIELDS: tuple[str, ...] = tuple(f"ffn_{name}" for name in ("variant", *_SPEC
 """Fields that set the layer; each is `moa_ffn.FFN`'s argument of the same name without `ffn_`."""
 
 
-_EVEN = f"even, from 2 to {LARGEST}: rotary positions turn pairs; left out, it is hidden_size / num_attention_heads"
+_EVEN = f"1 or even, to {LARGEST}: rotary positions turn pairs; left out, it is hidden_size / num_attention_heads"
 
 
 def _require(fine: bool, field: str, value: object, allowed: str) -> None:
@@ -132,7 +132,8 @@ class MoALlamaConfig(LlamaConfig):
         width = self.hidden_size
         _require(width % heads == 0, "hidden_size", width, f"a multiple of num_attention_heads={heads}")
         head_dim = width // heads if self.head_dim is None else self.head_dim
-        _require(_is_count(head_dim, 2) and head_dim % 2 == 0, "head_dim", head_dim, _EVEN)
+        pairs = _is_count(head_dim, 1) and (head_dim == 1 or head_dim % 2 == 0)
+        _require(pairs, "head_dim", head_dim, _EVEN)
         drop, eps = self.attention_dropout, self.rms_norm_eps
         _require(drop is None or (_is_finite(drop, 0) and drop <= 1), "attention_dropout", drop, "from 0 to 1")
         _require(_is_finite(eps, 0), "rms_norm_eps", eps, "a finite number, 0 or more")
