@@ -40,7 +40,7 @@ def test_whole_autoencoders(fuzz, fuzzing, folder):
             error = fuzzing.refusal(lambda: load_mae(folder), ValueError)
         assert error is None or str(folder / "mae.json") in str(error), error
 
-    fuzz(fuzzing.damage(folder, ("mae.json", "mae.json", "mae.safetensors")), attempt, examples=15)
+    fuzz(fuzzing.damage(folder, ("mae.json", "mae.json", "mae.safetensors")), attempt, examples=8)
 
 
 def test_encoders_of_runs(fuzz, fuzzing, folder):
@@ -62,4 +62,4 @@ def test_encoders_of_runs(fuzz, fuzzing, folder):
         assert error is None or str(error).startswith(keys) or str(run) in str(error), error
 
     names = ("export/config.json", "export/config.json", "export/model.safetensors", "config.yaml", "summary.json")
-    fuzz(fuzzing.damage(run, names), attempt, examples=15)
+    fuzz(fuzzing.damage(run, names), attempt, examples=8)
