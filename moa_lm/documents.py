@@ -302,12 +302,20 @@ class ParquetFile:
                     raise ValueError(_no_column(str(self.path), self.field, table.schema_arrow.names))
                 row = 0
                 for batch in table.iter_batches(batch_size=1024, columns=[self.field]):
-                    for value in batch.column(0).to_pylist():
+                    for value in batch.column(0):
                         row += 1
-                        yield _of_value(f"{self.path}:row {row}", self.field, value)
+                        yield self._document(row, value)
                     self.done = (self.size or 0) * row // table.metadata.num_rows
         except (ArrowException, OSError) as error:
             raise ValueError(f"{self.path} cannot be read as Parquet: {error}; fetch it again") from error
+
+    def _document(self, row: int, value: Any) -> Document:
+        """The document of a cell, a pyarrow scalar."""
+        where = f"{self.path}:row {row}"
+        try:
+            return _of_value(where, self.field, value.as_py())
+        except UnicodeDecodeError as error:  # Parquet does not look into texts
+            return Document(where, problem=f"byte {error.object[error.start]:#04x} is not UTF-8")
 
 
 class HubRows:

@@ -52,6 +52,15 @@ def test_documents(fuzz, fuzzing, files):
     fuzz(fuzzing.damage(files, sorted(path.name for path in files.iterdir())), attempt, examples=20)
 
 
+def test_a_parquet_text_that_is_no_text_is_named(files):
+    path = files / "none.parquet"
+    path.write_bytes(path.read_bytes().replace(b"w8 w9", b"w8\xffw9", 1))
+    problems = [document for document in Corpus([str(path)]) if document.problem]
+    assert [(document.where, document.problem) for document in problems] == [
+        (f"{path}:row 1", "byte 0xff is not UTF-8")
+    ]
+
+
 @pytest.mark.parametrize("state", ["finished", "broken off"])
 @pytest.mark.parametrize("way", ["given", "trained"])
 def test_going_on(fuzz, fuzzing, files, tmp_path, tokenizer_folder, monkeypatch, state, way):
