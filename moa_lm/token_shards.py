@@ -292,7 +292,8 @@ class SetWriter:
         """Whether a record says all that it must, and its shard is there as it says."""
         number, record = numbered
         counts = [record.get(key) for key in (*_SUMS, "bytes", "until")]
-        if record.get("name") != _name(number) or not all(type(count) is int and count > 0 for count in counts):
+        texts = record.get("name") == _name(number) and isinstance(record.get("until_sha256"), str)
+        if not texts or not all(type(count) is int and count > 0 for count in counts):
             return False
         try:
             os.close(open_tokens(self.folder / _name(number), self.vocabulary.dtype, record["tokens"])[0])

@@ -56,7 +56,7 @@ def score(folder):
     return MoALM(str(folder), device="cpu").loglikelihood(requests, disable_tqdm=True)
 
 
-@pytest.mark.parametrize(("files", "examples"), [(FILES, 10), (TOKENIZER, 15)], ids=["model", "tokenizer"])
+@pytest.mark.parametrize(("files", "examples"), [(FILES, 10), (TOKENIZER, 10)], ids=["model", "tokenizer"])
 def test_checkpoints(fuzz, fuzzing, folder, offline, files, examples):
     def attempt(example):
         name, content = example

@@ -88,3 +88,15 @@ def test_going_on(fuzz, fuzzing, files, tmp_path, tokenizer_folder, monkeypatch,
         assert error is None or str(again) in str(error), error
 
     fuzz(fuzzing.damage(out, names), attempt, examples=5)
+
+
+@pytest.mark.parametrize("key", ["until_sha256", "until", "text_bytes"])
+def test_a_record_that_lacks_something_is_made_again(files, tmp_path, tokenizer_folder, key):
+    settings, out = TokenSettings(tokenizer=str(tokenizer_folder), shard_tokens=80), tmp_path / "set"
+    make_tokens([str(files / "texts.jsonl")], out, settings)
+    whole = (out / "manifest.json").read_bytes()
+    manifest = json.loads(whole)
+    del manifest["shards"][1][key]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    [report] = make_tokens([str(files / "texts.jsonl")], out, settings)
+    assert report.kept_shards == 1 and json.loads((out / "manifest.json").read_bytes()) == json.loads(whole)
