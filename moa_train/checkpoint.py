@@ -197,8 +197,6 @@ class Saver:
         keep = {"keep": self.keep + passing, "keep_every": self.keep_every}
         try:
             save(self.folder, state, tensors, **keep, beside=self.beside, superseded=self._passing)
-        except NotSaved:
-            raise
         except NotTidied:
             self._note(state["step"], passing)
             raise
