@@ -443,14 +443,15 @@ def test_fine_tuning_broken_off_and_resumed(run_probe, encoder_run, monkeypatch)
 
     def breaking(self, model, batch):
         seen.append(1)
-        if len(seen) == 2 + 2 * 4 + 2:  # two made-up batches, two micro-batches a step, within the fifth step
+        if len(seen) == 2 + 2 * 5 + 2:  # two made-up batches, two micro-batches a step, within the sixth step
             raise Crash
         return loss(self, model, batch)
 
     monkeypatch.setattr(FinetuneTask, "loss", breaking)
     with pytest.raises(Crash):
         run_probe("finetune")
-    assert last_checkpoint(folder).name == "step_00000003" and rows(folder)[-1]["step"] == 4
+    assert rows(folder)[-1]["step"] == 5
+    assert last_checkpoint(folder).name in {"step_00000003", "step_00000004"}, "the later one was being written"
     monkeypatch.setattr(FinetuneTask, "loss", loss)
     assert run_probe("finetune", data__workers=1) == 0
     assert rows(folder) == rows(unbroken)
