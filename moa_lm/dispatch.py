@@ -10,6 +10,7 @@ assignment in the order by expert.
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -180,19 +181,25 @@ def _grouped_obstacle(device: str, index: int | None, dtype: torch.dtype) -> str
 
 @lru_cache
 def _tried(device: str, index: int | None, dtype: torch.dtype) -> str | None:
+    """In a thread of its own: what the caller's has switched on (checkpoints, which count the tensors that are saved
+    for a backward pass, inference mode, autocast) takes no notice of it, and does not change it.
+    """
     place = torch.device(device) if index is None else torch.device(device, index)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            x = torch.ones(3, 16, device=place, dtype=dtype, requires_grad=True)
-            weight = torch.ones(2, 16, 16, device=place, dtype=dtype, requires_grad=True)
-            ends = torch.tensor([1, 3], device=place, dtype=torch.int32)
-            product = _grouped(x, weight, ends)
-            product.backward(torch.ones_like(product))
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the product
-    except (AttributeError, RuntimeError) as error:
-        return str(error).strip().splitlines()[0]
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            thread.submit(_try_grouped, place, dtype).result()
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the product
+        except (AttributeError, RuntimeError) as error:
+            return str(error).strip().splitlines()[0]
     return None
+
+
+def _try_grouped(device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.ones(3, 16, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.ones(2, 16, 16, device=device, dtype=dtype, requires_grad=True)
+    product = _grouped(x, weight, torch.tensor([1, 3], device=device, dtype=torch.int32))
+    product.backward(torch.ones_like(product))
 
 
 @torch.compiler.assume_constant_result
