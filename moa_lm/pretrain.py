@@ -31,7 +31,7 @@ from moa_lm.modeling import (
     document_positions,
     labels_within_documents,
 )
-from moa_lm.sizes import count_parameters, named_config
+from moa_lm.sizes import SIZES, count_parameters, named_config
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_lm.watch import save_experts, save_mixing, watch
 from moa_train.config import HARMLESS, RunConfig, ScheduleConfig, parse_config, require
@@ -166,7 +166,7 @@ class LMTask:
         self.language_model = build_model(config.model, self.train_shards, length)
         self.model: nn.Module = self.language_model
         self.parameters = count_parameters(self.language_model.config)
-        self.budgeted = budgeted(self.language_model.config)
+        self.budgeted = budgeted(self.language_model.config, config.model.size)
         self.units_per_sample = length
         self.samples_per_epoch = self.train_shards.windows(length)
         held_out = self.val_shards.windows(length) if self.val_shards else 0
@@ -337,11 +337,13 @@ class LMTask:
         return iter(loader)
 
 
-def budgeted(config: MoALlamaConfig) -> int:
+def budgeted(config: MoALlamaConfig, size: str = "") -> int:
     """Return the parameters that `schedule.tokens_per_parameter` multiplies: those that a token passes in the same
-    model without a mixture.
+    model without a mixture, and of a named `size` that widens another, in that other's width.
     """
     fixed = copy(config)
+    if size and SIZES[size].widens:
+        fixed.intermediate_size = SIZES[SIZES[size].widens].hidden
     fixed.ffn_variant = "swiglu" if config.ffn_spec().type_two else "relu2"
     return count_parameters(fixed).active
 

@@ -37,6 +37,7 @@ class Size:
         active_experts: routed experts of a token.
         tied: whether input and output embeddings are one matrix.
         variants: the variants it exists for; empty for all.
+        widens: the size that it is but for wider FFNs, if any.
         paper_total, paper_active: the paper's figure in billions, as text, by variant; "" is for all others.
     """
 
@@ -48,6 +49,7 @@ class Size:
     active_experts: int = 4
     tied: bool = False
     variants: tuple[str, ...] = ()
+    widens: str = ""
     paper_total: dict[str, str] = field(default_factory=dict)
     paper_active: dict[str, str] = field(default_factory=dict)
 
@@ -56,7 +58,7 @@ SIZES: dict[str, Size] = {
     "dense-micro": Size(4, 128, 2, 320, tied=True),
     "dense-tiny": Size(4, 256, 4, 640, tied=True),
     "dense-0.12b": Size(6, 768, 12, 2048, paper_total={"swiglu": "0.11974", "bimoa": "0.11980", "": "0.12"}),
-    "llama-large": Size(6, 768, 12, 2048, variants=("swiglu",), paper_total={"": "0.11980"}),
+    "llama-large": Size(6, 768, 12, 2048, variants=("swiglu",), widens="dense-0.12b", paper_total={"": "0.11980"}),
     "dense-0.25b": Size(12, 1024, 16, 2688, paper_total={"": "0.25"}),
     "dense-0.5b": Size(12, 1536, 24, 4096, paper_total={"": "0.5"}),
     "moe-micro": Size(4, 128, 2, 128, experts=8, active_experts=2, tied=True),
@@ -108,7 +110,7 @@ def named_config(size: str, variant: str = "qdmoa", **overrides: Any) -> MoALlam
         }
     end = END_OF_TEXT if "vocab_size" not in overrides else None
     config = MoALlamaConfig(**{**fields, "bos_token_id": end, "eos_token_id": end, **overrides})
-    if size == "llama-large" and "intermediate_size" not in overrides:
+    if shape.widens and "intermediate_size" not in overrides:
         config.intermediate_size += _units_of_bimoa(config)
     return config
 

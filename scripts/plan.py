@@ -230,7 +230,7 @@ def language_workload(config: Any, *, tokens: int | None) -> Workload:
     if tokens is None:
         require("schedule.epochs", config.schedule.epochs, config.schedule.epochs is None, "null, or give --tokens N")
         tokens = int(1 + length * batch)  # one step an epoch: the budget is in tokens, its epochs are not asked for
-    parameters = budgeted(model)
+    parameters = budgeted(model, config.model.size)
     with torch.device("meta"):
         whole = MoALlamaForCausalLM(model)
     by_muon = hidden_matrices(whole) if config.optim.algorithm == "muon" else ()
