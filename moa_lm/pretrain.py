@@ -284,14 +284,17 @@ class LMTask:
         return {"loss": output.sequence_losses, WEIGHT: (inputs["shift_labels"] != IGNORED_LABEL).sum(-1)}
 
     def visualize(self, model: nn.Module, folder: Path, step: int) -> None:
-        """Note how the tokens of a few held-out sequences mix, and which experts they go to."""
-        shown, length = min(self.val_samples, self.config.loop.visualize), self.units_per_sample
-        if not shown:
-            return
-        assert self.val_shards is not None, "without held-out tokens there is no validation"
+        """Note how the tokens of a few held-out sequences mix, and which experts they go to.
+
+        Without held-out tokens they are sequences of the training tokens, the same each time.
+        """
+        shards, count = self.train_shards, self.samples_per_epoch
+        if self.val_shards is not None and self.val_samples:
+            shards, count = self.val_shards, self.val_samples
+        shown, length = min(count, self.config.loop.visualize), self.units_per_sample
         assert isinstance(model, MoALlamaForCausalLM)
-        spread = [number * self.val_samples // shown for number in range(shown)]  # over documents of all kinds
-        windows = [torch.from_numpy(self.val_shards.window(index, length).astype(np.int64)) for index in spread]
+        spread = [number * count // shown for number in range(shown)]  # over documents of all kinds
+        windows = [torch.from_numpy(shards.window(index, length).astype(np.int64)) for index in spread]
         device = next(model.parameters()).device
         inputs = self._inputs(TokenBatch(torch.stack(windows).to(device)))
         half = self.config.loop.precision == "bf16"  # as in training

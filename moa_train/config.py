@@ -123,8 +123,8 @@ class LoopConfig:
         log_every: Steps between training rows in metrics.jsonl.
         val_every: Steps between validations on the held-out samples.
         val_samples: Held-out samples used in each validation; null is all of them.
-        visualize: Held-out samples looked at closely at each validation (reconstructions, mixing, expert load); 0 is
-            none.
+        visualize: Held-out samples (without any, a language model's training sequences) looked at closely every
+            `val_every` steps (reconstructions, mixing, expert load); 0 is none.
         save_every: Steps between checkpoints: the most work that a crash can lose. As they are written while
             training goes on, there is one more half-way to each, which the next one replaces.
         keep: Checkpoints kept, newest first, without the half-way one.

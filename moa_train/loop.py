@@ -327,18 +327,21 @@ class Trainer:
         self.state.step += 1
 
     def _validate_if_due(self) -> bool:
-        """Validate if due and not done yet; return False if a stop request cut it short (resuming then does it)."""
+        """Validate, and look at samples closely, if due and not done yet.
+
+        Without held-out samples only the latter. Return False if a stop request cut it short: resuming then does it.
+        """
         step = self.state.step
-        due = self.task.val_samples and self.plan.due(step, self.config.loop.val_every)
-        if not due or self.state.validated >= step:
+        if not self.plan.due(step, self.config.loop.val_every) or self.state.validated >= step:
             return True
         with self._evaluating():
-            losses = self._validation_losses()
+            losses = self._validation_losses() if self.task.val_samples else {}
             if losses is None:
                 return False
             if self.config.loop.visualize:
                 self._visualize(step)
-        self.journal.val_row(losses)
+        if losses:
+            self.journal.val_row(losses)
         self.state.validated = step
         return True
 

@@ -93,7 +93,7 @@ class Task(Protocol):
         ...
 
     def visualize(self, model: nn.Module, folder: Path, step: int) -> None:
-        """Draw what the model does on held-out samples into the run folder `folder`.
+        """Draw what the model does on held-out samples, or what it has in their place, into the run folder `folder`.
 
         Asked on the main process only, with `model` whole: it need not be the task's own, which may be in shards.
         """

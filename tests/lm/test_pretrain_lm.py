@@ -111,6 +111,16 @@ def test_from_text_to_export(train, tmp_path):
     assert tokenizer.decode(written[0]).startswith("the king")
 
 
+def test_experts_are_watched_without_held_out_tokens(train, tmp_path):
+    assert train(model__ffn="qdmoa", data__val="null", **EXPERTS) == 0
+    folder = tmp_path / "run"
+    assert rows(folder, "val") == [] and json.loads((folder / "summary.json").read_text())["status"] == "finished"
+    for step in (2, 4):
+        for layer in json.loads((folder / f"experts/step_0000000{step}.json").read_text())["layers"]:
+            assert sum(layer["load"]) == pytest.approx(1) and 0 < layer["entropy"] <= layer["max_entropy"]
+        assert (folder / f"mixing/step_0000000{step}.json").exists()
+
+
 def test_the_export_has_the_validation_loss(train, shards, tmp_path):
     assert train(model__ffn="bimoa") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export").eval()
