@@ -151,10 +151,15 @@ class _Hub(_Link):
         _OURS.add(self._server)
         _in_background(self._accept)
 
-    def claim(self, code: int, rank: int = 0) -> Failure:
-        """Settle that `rank` has failed; return who was first."""
+    def claim(self, code: int, rank: int = 0, message: str = "") -> Failure:
+        """Settle that `rank` has failed; return who was first. If it is that one, `message` is told, if there is one.
+
+        Told before anybody hears of it: this process may be gone as soon as its other threads do.
+        """
         with self._lock:
             if self.first is None:
+                if message:
+                    _say(message)
                 self._hear(Failure(rank, code))
                 for other in self._others:
                     _send(other, "failed", rank, code)
@@ -188,8 +193,8 @@ class _Hub(_Link):
                 case _:  # "bye"
                     gone = False
                     break
-        if rank and gone and not self.leaving and self.first is None and self.claim(1, rank).rank == rank:
-            _say(_died(rank, self.world_size, name))
+        if rank and gone and not self.leaving and self.first is None:
+            self.claim(1, rank, _died(rank, self.world_size, name))
         with self._lock:
             _OURS.discard(connection)
             connection.close()
@@ -243,9 +248,9 @@ class _Spoke(_Link):
                 case _:  # "bye": all is done
                     return
         if not self.leaving and self.first is None:
-            self._hear(Failure(0, 1))
-            if self._speaks:
+            if self._speaks:  # before this process's other threads hear of it, and perhaps end it
                 _say(_died(0, self._world_size, f"on {self._host}"))
+            self._hear(Failure(0, 1))
 
 
 _OURS: set[socket.socket] = set()

@@ -120,6 +120,7 @@ def _end(iterator: Any) -> None:
         iterator._shutdown_workers()
         for worker in iterator._workers:
             worker.kill()  # one that waits for a server is not waited for
+            worker.join(5)
 
 
 @atexit.register

@@ -9,10 +9,22 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 
 os.environ.setdefault("MOA_FFN_COMPILE", "0")  # compiling costs seconds a process; tests/ffn/test_compiled.py does it
+
+# The same examples in every run, and no limit of time for one: a busy machine may leave a test alone for seconds.
+settings.register_profile("moa", deadline=None, derandomize=True, database=None)
+settings.load_profile("moa")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers whichever tests ran before in this process; those that need no torch do not load it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +54,7 @@ def two_processes():
         command = [sys.executable, str(ROOT / "tests/two_processes.py"), str(folder / "jobs.json")]
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
         assert result.returncode == 0, result.stdout + result.stderr
         return result
 

@@ -101,7 +101,7 @@ def environment(**more):
 
 def script(name, *given, **env):
     command = ["bash", str(CLUSTER / name), *given]
-    return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=600)
 
 
 def wait_for(condition, *processes):

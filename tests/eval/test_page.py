@@ -64,11 +64,18 @@ class Browser:
             message["sessionId"] = self.session
         self.commands.write(json.dumps(message).encode() + b"\0")
         while True:
-            answer = json.loads(b"".join(iter(lambda: self.answers.read(1), b"\0")))
+            answer = json.loads(self.answer())
             if answer.get("id") == message["id"]:
                 assert "error" not in answer, answer
                 return answer["result"]
             self.events.append(answer)
+
+    def answer(self):
+        found = bytearray()
+        while (byte := self.answers.read(1)) != b"\0":
+            assert byte, "the browser has ended"
+            found += byte
+        return found
 
     def open(self, page, width, scheme="light"):
         self.session, self.events = None, []
@@ -318,7 +325,9 @@ def test_without_scripts_the_figures_are_still_there(browser, page, tmp_path):
     still.write_text(text.replace("<html", '<html data-ready=""'))
     browser.open(still, 820)
     browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    browser.events.clear()
     browser.call("Page.reload")
-    time.sleep(0.2)
+    while not any(event.get("method") == "Page.loadEventFired" for event in browser.events):
+        browser.events.append(json.loads(browser.answer()))
     browser.wait("document.querySelectorAll('noscript svg .mark-line.role-mark path').length === 3")
     assert browser.value("document.querySelector('.switches').getClientRects().length") == 0

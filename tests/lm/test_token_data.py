@@ -13,9 +13,6 @@ from safetensors.numpy import save_file
 
 from moa_lm.data import TokenDataConfig, TokenDataError, TokenShards, train_loader, val_loader
 
-# Python 3.12 and 3.13 warn of every fork of a process with threads, as torch makes them
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-
 
 def write_set(folder, pieces, dtype=np.uint16, **fields):
     """A set whose shards hold these pieces, written without `moa_lm.token_shards`."""

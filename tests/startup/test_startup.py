@@ -115,7 +115,7 @@ def test_it_works_in_every_way_of_importing(python, stand_ins, way):
 def test_two_threads_that_import_timm_and_our_vits_do_not_wait_for_each_other(python, stand_ins):
     """One executes our module, which imports timm; the other executes timm, after which the hook wants our module."""
     (stand_ins / "moa_vision/vit.py").write_text(
-        "import sys; sys.ours.set(); assert sys.theirs.wait(9)\nimport timm\n"
+        "import sys; sys.ours.set(); assert sys.theirs.wait(120)\nimport timm\n"
     )
     (stand_ins / "timm/__init__.py").write_text("import sys, time; sys.theirs.set(); time.sleep(0.3)\n")
     code = """
@@ -123,7 +123,7 @@ import sys, threading
 sys.ours, sys.theirs = threading.Event(), threading.Event()
 thread = threading.Thread(target=__import__, args=("moa_vision.vit",))
 thread.start()
-assert sys.ours.wait(9)
+assert sys.ours.wait(120)
 import timm
 thread.join()
 print("both")

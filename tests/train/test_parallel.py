@@ -204,7 +204,8 @@ def test_without_shards_tensors_stay_what_they_are():
 @given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=5), min_size=1, max_size=5))
 def test_the_norm_is_that_of_all_numbers(values):
     expected = math.sqrt(sum(value * value for row in values for value in row))
-    assert float(total_norm([torch.tensor(row) for row in values])) == pytest.approx(expected, rel=1e-5, abs=1e-30)
+    found = float(total_norm([torch.tensor(row) for row in values]))
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-15)  # far below that, squares are 0 in float32
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (7, 1)], ids=str)

@@ -60,10 +60,10 @@ def test_a_signal_to_one_of_two_stops_both(runs, ranks, trouble, on):
 def test_a_run_whose_launcher_is_killed_stops(runs, ranks):
     """SIGTERM kills accelerate's launcher of one process, which passes nothing on."""
     assert ranks("launcher killed", count=1, model__step_s=0.2) == [-signal.SIGKILL]
-    run = psutil.Process(int((runs.out / "run.out.pid").read_text()))
     gone = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     with contextlib.suppress(psutil.NoSuchProcess):
-        deadline = time.monotonic() + 60
+        run = psutil.Process(int((runs.out / "run.out.pid").read_text()))
+        deadline = time.monotonic() + 600
         while run.status() not in gone:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -83,7 +83,9 @@ def test_only_a_launcher_is_watched(launched, monkeypatch):
     parents = iter([1, 1, 2])
     monkeypatch.setattr(os, "getppid", lambda: next(parents, 2))
     with StopRequests() as stop:
-        time.sleep(0.3)
+        deadline = time.monotonic() + (600 if launched else 0.3)
+        while not stop.received and time.monotonic() < deadline:
+            time.sleep(0.01)
     assert stop.received == ("SIGTERM" if launched else "")
 
 

@@ -13,9 +13,6 @@ from moa_vision.cache import ATTEMPTS, LostShard, Shard, local_path, open_shard
 from moa_vision.index import ShardReader, open_index
 from moa_vision.room import hold, make_room, release
 
-# Python 3.12 and 3.13 warn of every fork of a process with threads, as the server makes them
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-
 FORK = multiprocessing.get_context("fork")
 
 

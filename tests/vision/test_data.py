@@ -31,9 +31,6 @@ from moa_vision.index import open_index
 from moa_vision.order import EpochOrder
 from moa_vision.table import BadSample
 
-# Python 3.12 and 3.13 warn of every fork of a process with threads, as torch makes them
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-
 SIZE = {"image_size": (48, 32), "num_patches": 6}
 
 
