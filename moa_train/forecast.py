@@ -16,6 +16,7 @@ from torch import nn
 
 from moa_train.config import RunConfig, require
 from moa_train.devices import Gpu, SavedBytes, bf16_peak_flops, state_bytes
+from moa_train.muon import orthogonalize_flops
 from moa_train.parallel import blocks
 from moa_train.plan import ASSUMED_UTILIZATION, Plan, make_plan
 from moa_train.progress import count, duration
@@ -98,6 +99,7 @@ class Workload:
         samples_per_epoch: Training samples.
         budget: Turns the steps of an epoch into those of the run.
         flops_per_sample: In training, forward and backward.
+        muon: Shapes of the matrices (A, B) and stacks (E, A, B) that Muon steps; none with AdamW alone.
         assumed: What was taken for granted, a sentence each.
     """
 
@@ -111,6 +113,7 @@ class Workload:
     states: States
     saved: SavedBytes
     reading: Reading
+    muon: tuple[tuple[int, ...], ...] = ()
     assumed: tuple[str, ...] = ()
 
     def as_tree(self) -> dict[str, Any]:
@@ -182,8 +185,9 @@ class Forecast:
 
     Attributes:
         gpus: Devices that were asked for; `plan.world_size` are used.
-        compute_s, communication_s, exposed_s: Of a step: products alone; moving bytes alone; what of the latter
-            cannot hide behind the former at the best. None where the device's rate or links are not known.
+        compute_s, communication_s, exposed_s: Of a step: the model's products alone; moving bytes alone; what of the
+            latter cannot hide behind the former at the best. None where the device's rate or links are not known.
+        muon_s: Of a step, after its backward pass: Muon's products; 0 without Muon.
         checkpoint_bytes, saves, kept: Of one checkpoint; how many are written; how many lie there at the end.
         notes: What the plan changes or cannot do, a sentence each.
     """
@@ -194,6 +198,7 @@ class Forecast:
     compute_s: float | None
     communication_s: float | None
     exposed_s: float | None
+    muon_s: float | None
     reading: Reading
     checkpoint_bytes: int
     saves: int
@@ -204,7 +209,9 @@ class Forecast:
     @property
     def step_s(self) -> float | None:
         """Seconds of a step, communication hidden as far as it can be."""
-        return None if self.compute_s is None else self.compute_s + (self.exposed_s or 0.0)
+        if self.compute_s is None or self.muon_s is None:
+            return None
+        return self.compute_s + (self.exposed_s or 0.0) + self.muon_s
 
     @property
     def hours(self) -> float | None:
@@ -266,6 +273,7 @@ def forecast(config: RunConfig, workload: Workload, cluster: Cluster, gpus: int)
         compute_s=compute,
         communication_s=communication,
         exposed_s=exposed,
+        muon_s=_muon_seconds(workload, cluster, devices),
         reading=workload.reading,
         checkpoint_bytes=checkpoint,
         saves=saves,
@@ -324,6 +332,24 @@ def _seconds(workload: Workload, cluster: Cluster, plan: Plan) -> tuple[float | 
     return compute, communication, max(0.0, communication - beside)
 
 
+def muon_flops(shapes: Sequence[Sequence[int]], devices: int, parallel: str) -> int:
+    """Return the FLOPs of Muon's step on the device that has the most of them.
+
+    DDP: all of them, on every device. FSDP2: a stack (E, A, B) is shared in whole matrices, of which the first device
+    has ceil(E / n), as torch splits it; a matrix (A, B) is gathered, and orthogonalized on every device.
+    """
+    sharded = devices if parallel == "fsdp2" else 1
+    held = [(-(-shape[0] // sharded), *shape[1:]) if len(shape) == 3 else shape for shape in shapes]
+    return sum(map(orthogonalize_flops, held))
+
+
+def _muon_seconds(workload: Workload, cluster: Cluster, devices: int) -> float | None:
+    flops = muon_flops(workload.muon, devices, cluster.parallel)
+    if not flops:
+        return 0.0
+    return None if cluster.flops is None else flops / cluster.flops
+
+
 def _kept(plan: Plan, save_every: int, keep: int, keep_every: int | None) -> tuple[int, int]:
     """Checkpoints that lie there at the end, and how many are written in all; see `moa_train.checkpoint.save`."""
     whole = -(-plan.total_steps // save_every)  # the last step counts as due
@@ -371,10 +397,21 @@ def assumed_rate(gpu: Gpu, utilization: float | None) -> tuple[float | None, str
     return part * gpu.peak_flops, f"{part:.1%} of the bf16 peak, {how}"
 
 
-def measured_rate(run: Path, gpu: Gpu) -> tuple[float, str]:
+def measured_rate(
+    run: Path, gpu: Gpu, muon: Sequence[Sequence[int]] = (), parallel: str = "ddp"
+) -> tuple[float, str]:
     """Return a device's rate in FLOP/s from the median throughput that a run recorded, and in words where it is from.
 
+    That throughput is of whole steps. So the rate counts the products of whole steps, the model's and Muon's: a plan
+    for as many devices comes to the recorded time again, and one for others has Muon's work as it is there. Waiting
+    of the run for links makes the rate lower; a plan that waits too has it twice.
     A run on another device than `gpu` counts by the part of its peak that it came to.
+
+    Args:
+        run: The run's folder.
+        gpu: The device that is planned for.
+        muon: Shapes of what Muon stepped in the run, as `Workload.muon`.
+        parallel: How the run was spread, which its folder does not say; see `Cluster.parallel`.
 
     Raises:
         ValueError: `run` is no run folder with recorded speed, or it ran on another device whose peak is not known.
@@ -383,7 +420,11 @@ def measured_rate(run: Path, gpu: Gpu) -> tuple[float, str]:
         summary = RunFolder(run).summary()
         environment = json.loads((run / "env.json").read_text(encoding="utf-8"))
         flops = next(summary[key] for key in ("flops_per_sample", "flops_per_token") if key in summary)
-        rate = float(summary["throughput"]) * float(flops) / int(environment["world_size"])
+        devices = int(environment["world_size"])
+        rate = float(summary["throughput"]) * float(flops) / devices
+        if muon:
+            model_flops = float(summary["flops_total"]) / int(summary["steps"]) / devices
+            rate *= 1 + muon_flops(muon, devices, parallel) / model_flops
         device = str(environment["device"])
     except (OSError, ValueError, TypeError, KeyError, ArithmeticError, StopIteration) as error:
         raise ValueError(
@@ -391,11 +432,11 @@ def measured_rate(run: Path, gpu: Gpu) -> tuple[float, str]:
             f"row was logged ({error!r})"
         ) from error
     require("measured", str(run), rate > 0, "a run folder with a throughput above 0")
-    peak = bf16_peak_flops(device)
+    peak, with_muon = bf16_peak_flops(device), ", Muon's work counted" if muon else ""
     if peak is not None and gpu.peak_flops is not None:
-        return rate / peak * gpu.peak_flops, f"{rate / peak:.1%} of the bf16 peak, as {run} on {device}"
+        return rate / peak * gpu.peak_flops, f"{rate / peak:.1%} of the bf16 peak{with_muon}, as {run} on {device}"
     if device == gpu.name:
-        return rate, f"{count(rate)}FLOP/s a device, as {run}"
+        return rate, f"{count(rate)}FLOP/s a device{with_muon}, as {run}"
     raise ValueError(
         f"measured is {str(run)!r}, which ran on {device}; the peak of that or of {gpu.name} is not known, so that "
         "the one does not tell of the other"
@@ -409,7 +450,8 @@ def describe_workload(workload: Workload) -> dict[str, str]:
     lines = {
         "model": workload.title,
         "parameters": ", ".join(f"{name} {count(number)}" for name, number in workload.parameters.items()),
-        "work": f"{count(per_unit)}FLOPs a {workload.unit} in training",
+        "work": f"{count(per_unit)}FLOPs a {workload.unit} in training"
+        + (f"; {count(muon_flops(workload.muon, 1, 'ddp'))}FLOPs a step for Muon" if workload.muon else ""),
         "held": (
             f"{_gib(states.weights)} of weights, {_gib(states.gradients)} of gradients, {_gib(states.moments)} of "
             f"moments; kept for backward, eager: {_gib(saved.fixed)} and {saved.per_sample / 2**20:,.1f} MiB a sample"
@@ -457,9 +499,10 @@ def _memory_text(memory: Memory, gpu: Gpu) -> str:
 def _time_text(found: Forecast, cluster: Cluster) -> str:
     if found.hours is None or found.compute_s is None or found.step_s is None:
         return cluster.flops_source
+    muon = f"{1000 * found.muon_s:,.1f} Muon, " if found.muon_s else ""
     return (
         f"{duration(3600 * found.hours)} at {cluster.flops_source}: {1000 * found.step_s:,.1f} ms a step, of which "
-        f"{1000 * found.compute_s:,.1f} compute, {1000 * (found.exposed_s or 0):,.1f} waiting for links"
+        f"{1000 * found.compute_s:,.1f} compute, {muon}{1000 * (found.exposed_s or 0):,.1f} waiting for links"
     )
 
 
@@ -496,6 +539,7 @@ COLUMNS = (
     "step, ms",
     "links, ms",
     "waiting, ms",
+    "Muon, ms",
     "hours",
     "samples/s",
     "shards, MB/s",
@@ -505,8 +549,13 @@ COLUMNS = (
 
 
 def table(forecasts: Sequence[Forecast]) -> list[tuple[str, ...]]:
-    """Return rows of text, the columns' names first, one for each forecast; "–" stands where nothing is known."""
-    return [COLUMNS, *map(_row, forecasts)]
+    """Return rows of text, the columns' names first, one for each forecast; "–" stands where nothing is known.
+
+    Muon has a column where it steps something.
+    """
+    rows, by_muon = [COLUMNS, *map(_row, forecasts)], any(found.muon_s != 0 for found in forecasts)
+    shown = [column for column, name in enumerate(COLUMNS) if by_muon or name != "Muon, ms"]
+    return [tuple(row[column] for column in shown) for row in rows]
 
 
 def _row(found: Forecast) -> tuple[str, ...]:
@@ -521,6 +570,7 @@ def _row(found: Forecast) -> tuple[str, ...]:
         number(found.step_s, 1000),
         number(found.communication_s, 1000),
         number(found.exposed_s, 1000),
+        number(found.muon_s, 1000),
         number(found.hours, digits=2),
         number(found.samples_per_s, digits=0),
         number(found.shard_bytes_per_s, 1e-6),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -131,3 +131,14 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def orthogonalize_flops(shape: Sequence[int]) -> int:
+    """Return the FLOPs of `orthogonalize` for a stack (E, A, B) or a matrix (A, B), a multiply-add being two.
+
+    With sides s <= l an iteration has 2 s^2 l for X X^T, 2 s^3 for its square and 2 s^2 l for the product with X.
+    Matrix products only, which torch.optim.Muon has as many of.
+    """
+    *stack, rows, columns = shape
+    short, long = sorted((rows, columns))
+    return math.prod(stack) * ITERATIONS * 2 * short**2 * (2 * long + short)

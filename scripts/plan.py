@@ -37,6 +37,7 @@ from moa_train.forecast import (
     table,
 )
 from moa_train.plan import ASSUMED_UTILIZATION, TRAINING_FLOPS_PER_FORWARD
+from moa_train.reading import read_yaml
 
 IMAGENET_IMAGES = 1_281_167
 """Training images of ImageNet-1k."""
@@ -213,7 +214,6 @@ def language_workload(config: Any, *, tokens: int | None) -> Workload:
     """
     from moa_lm.data import TokenShards
     from moa_lm.flops import forward_flops
-    from moa_lm.groups import hidden_matrices
     from moa_lm.modeling import MoALlamaForCausalLM
     from moa_lm.pretrain import budgeted, model_config
     from moa_lm.sizes import count_parameters, named_config
@@ -233,7 +233,7 @@ def language_workload(config: Any, *, tokens: int | None) -> Workload:
     parameters = budgeted(model, config.model.size)
     with torch.device("meta"):
         whole = MoALlamaForCausalLM(model)
-    by_muon = hidden_matrices(whole) if config.optim.algorithm == "muon" else ()
+    by_muon = stepped_by_muon(config, whole)
     return Workload(
         title=f"{config.model.size} with {config.model.ffn}; sequences of {length:,} tokens",
         parameters=count_parameters(model)._asdict(),
@@ -255,8 +255,40 @@ def language_workload(config: Any, *, tokens: int | None) -> Workload:
             core_s=0.0,
             workers=config.data.workers,
         ),
+        muon=tuple(by_muon.values()),
         assumed=tuple(assumed),
     )
+
+
+def stepped_by_muon(config: Any, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the parameters of a language model that Muon steps in a run of `config`, name to shape."""
+    from moa_lm.groups import hidden_matrices
+
+    names = hidden_matrices(model) if config.optim.algorithm == "muon" else set()
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in names}
+
+
+def recorded_muon(run: Path) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of what Muon stepped in a recorded run, from its configuration; none without Muon.
+
+    Raises:
+        ValueError: `run` has no configuration that can be read.
+        SystemExit: code 2, after a message, for one with Muon that is none of this version's.
+    """
+    file = run / "config.yaml"
+    try:
+        optim = read_yaml(file, "--measured takes the folder of a run").get("optim")
+    except ValueError as error:
+        raise ValueError(f"measured is {str(run)!r}; it must be a run folder ({error})") from error
+    if not isinstance(optim, dict) or optim.get("algorithm") != "muon":
+        return ()  # whatever trained there
+    from moa_lm.modeling import MoALlamaForCausalLM
+    from moa_lm.sizes import named_config
+
+    config: Any = read_config([file], [f"--config={file}"])[0]
+    with torch.device("meta"):
+        model = MoALlamaForCausalLM(named_config(config.model.size, config.model.ffn, **config.model.args))
+    return tuple(stepped_by_muon(config, model).values())
 
 
 def language_saved_bytes(
@@ -305,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, is_autoencoder = read_config(options.config, words)
         gpu = options.gpu if not isinstance(options.gpu, str) else find_gpu(options.gpu)
         if options.measured:
-            rate, source = measured_rate(options.measured, gpu)
+            rate, source = measured_rate(options.measured, gpu, recorded_muon(options.measured), options.parallel)
         else:
             rate, source = assumed_rate(gpu, options.utilization)
         if is_autoencoder:

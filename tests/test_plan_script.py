@@ -148,6 +148,19 @@ def test_a_language_model_that_really_trains(size, algorithm, fields, tmp_path, 
     )
 
 
+def test_what_muon_stepped_in_a_recorded_run(tmp_path):
+    tree = {"name": "run", "model": {"size": "moe-micro", "ffn": "qdmoa"}, "data": {"train": "gone"}}
+    of_a_layer = 4 + 3 + 3  # attention, shared expert, routed experts
+    for algorithm, found in (("adamw", 0), ("muon", 4 * of_a_layer)):
+        own = {"optim": {"algorithm": algorithm}, "schedule": {"tokens": 8}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**tree, **own}))
+        shapes = plan.recorded_muon(tmp_path)
+        assert len(shapes) == found and set(shapes) <= {(128, 128), (8, 128, 128)}
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"measured is .*it must be a run folder \(.*config.yaml cannot be read"):
+        plan.recorded_muon(tmp_path)
+
+
 def test_a_mask_of_documents_is_saved_where_there_is_one():
     from moa_lm.modeling import MoALlamaForCausalLM
 

@@ -4,11 +4,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from moa_lm.flops import forward_flops
+from moa_lm.groups import hidden_matrices
+from moa_lm.modeling import MoALlamaForCausalLM
 from moa_lm.pretrain import LMConfig, budgeted
 from moa_lm.sizes import count_parameters, named_config
 from moa_train.config import as_tree, flatten, parse_config
+from moa_train.devices import bf16_peak_flops
+from moa_train.muon import orthogonalize_flops
+from moa_train.plan import ASSUMED_UTILIZATION
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs/lm").glob("*.yaml"))
 NAMES = {path.stem for path in CONFIGS}
@@ -91,12 +97,20 @@ def test_the_wider_baseline_sees_as_many_tokens():
     assert resolved("dense_0.12b_ablation").schedule == base.schedule
 
 
+def muon_flops(model):
+    """FLOPs a step on every device under DDP."""
+    with torch.device("meta"):
+        whole = MoALlamaForCausalLM(model)
+    return sum(orthogonalize_flops(whole.get_parameter(name).shape) for name in hidden_matrices(whole))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_header_counts_what_the_run_costs(path):
-    """Steps, FLOPs a token and in all, as the loop would plan them."""
-    stated = re.search(r"([\d,]+) steps x ([\d,]+) tokens x\n# +([\d.]+) GFLOPs = ([\d.e+]+) FLOPs", path.read_text())
+    """Steps, FLOPs a token and in all, as the loop would plan them; hours as plan.py's, where nothing waits."""
+    text = path.read_text()
+    stated = re.search(r"([\d,]+) steps x ([\d,]+) tokens x\n# +([\d.]+) GFLOPs = ([\d.e+]+) FLOPs", text)
     if stated is None:
-        assert "fineweb" not in path.read_text()
+        assert "fineweb" not in text
         return
     config = resolved(path.stem)
     model = named_config(config.model.size, config.model.ffn)
@@ -106,3 +120,9 @@ def test_the_header_counts_what_the_run_costs(path):
     assert int(stated[1].replace(",", "")) == steps and int(stated[2].replace(",", "")) == tokens_per_step
     assert float(stated[3]) == pytest.approx(flops / 1e9, rel=0.006)
     assert float(stated[4]) == pytest.approx(steps * tokens_per_step * flops, rel=0.05)
+    by_muon = re.findall(r", and ([\d.]+) TFLOPs a step for Muon on each:", text)
+    muon = muon_flops(model) if config.optim.algorithm == "muon" else 0
+    assert by_muon == ([f"{muon / 1e12:.3g}"] if muon else [])
+    seconds = steps * (tokens_per_step * flops / 8 + muon) / (ASSUMED_UTILIZATION * bf16_peak_flops("H200"))
+    ((time, unit),) = re.findall(r": ([\d.]+) (minutes|hours) of 8 H200", text)
+    assert time == f"{seconds / {'minutes': 60, 'hours': 3600}[unit]:.{1 if '.' in time else 0}f}"

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from moa_train import checkpoint
 from moa_train.config import EpochSchedule, LoopConfig, OptimConfig, RunConfig
@@ -27,8 +28,10 @@ from moa_train.forecast import (
     forecast,
     markdown,
     measured_rate,
+    muon_flops,
     table,
 )
+from moa_train.muon import StackedMuon, orthogonalize_flops
 from moa_train.optim import build_optimizer
 from moa_train.schedule import Budget
 
@@ -195,6 +198,47 @@ def test_sharding_spares_states_and_moves_more():
     assert alone.memory.communication == alone.communication_s == 0
 
 
+STACK, MATRIX = (32, 512, 1024), (1024, 1024)
+
+
+def test_muon_in_closed_form():
+    """Its work does not shrink with DDP's devices, and no links hide behind it."""
+    of_stack, of_matrix = 32 * 5 * 2 * 512**2 * (2 * 1024 + 512), 5 * 2 * 3 * 1024**3
+    by_muon = workload(muon=(STACK, STACK, MATRIX))
+    for gpus in (1, 8, 64):
+        whole, without = (forecast(config(), asked, cluster(), gpus) for asked in (by_muon, workload()))
+        assert whole.muon_s == pytest.approx((2 * of_stack + of_matrix) / 400e12) and without.muon_s == 0
+        assert whole.step_s == pytest.approx(without.step_s + whole.muon_s)
+        assert whole.hours == pytest.approx(249_600 * whole.step_s / 3600)
+        assert (whole.compute_s, whole.exposed_s) == (without.compute_s, without.exposed_s)
+    for gpus, experts in ((1, 32), (8, 4), (16, 2), (64, 1), (1024, 1)):
+        sharded = forecast(config(), by_muon, cluster(parallel="fsdp2"), gpus)
+        assert sharded.muon_s == pytest.approx((2 * of_stack * experts / 32 + of_matrix) / 400e12)
+
+
+@settings(deadline=None)
+@given(shapes=st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=3), max_size=4), devices=st.integers(1, 50))
+def test_muon_shares_stacks_as_torch_splits_them(shapes, devices):
+    everything = sum(map(orthogonalize_flops, shapes))
+    assert muon_flops(shapes, devices, "ddp") == muon_flops(shapes, 1, "fsdp2") == everything
+    parts = [torch.empty(shape, device="meta").chunk(devices) if len(shape) == 3 else None for shape in shapes]
+    first = sum(
+        orthogonalize_flops(shape if part is None else part[0].shape)
+        for shape, part in zip(shapes, parts, strict=True)
+    )
+    assert muon_flops(shapes, devices, "fsdp2") == first <= everything <= devices * first
+
+
+def test_muons_work_is_that_of_a_real_step():
+    shapes = [(4, 12, 20), (4, 20, 12), (16, 8), (16, 16)]
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with FlopCounterMode(display=False) as counter:
+        StackedMuon(parameters).step()
+    assert muon_flops(shapes, 1, "ddp") == counter.get_total_flops()
+
+
 def test_at_the_start_weights_are_whole_even_where_they_will_be_sharded():
     large = States(weights=2**36, gradients=2**36, moments=2**37, block=2**28, root=2**28)
     many = workload(states=large, saved=SavedBytes(0, 2**20))
@@ -281,6 +325,30 @@ def test_a_measured_part_of_the_peak_holds_for_other_devices(tmp_path):
     assert rate == pytest.approx(989e12 / 2) and why.startswith("50.0% of the bf16 peak, as ")
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_measured_step_holds_muons_work_once(gpus, parallel, tmp_path):
+    """A plan for as many devices comes to the recorded time again, and the rate is the one that holds for others."""
+    asked, where = workload(muon=100 * (STACK, MATRIX)), cluster(parallel=parallel)
+    real = forecast(config(), asked, where, gpus)
+    assert real.exposed_s == 0 and real.muon_s > 0.1 * real.compute_s
+    steps = {"steps": 10, "flops_total": 10 * 4096 * asked.flops_per_sample}
+    speed = {"throughput": real.samples_per_s, "flops_per_token": asked.flops_per_sample}
+    run = recorded(tmp_path / "run", **steps, **speed, world_size=gpus, device="NVIDIA H200")
+    rate, why = measured_rate(run, H200, asked.muon, parallel)
+    assert rate == pytest.approx(where.flops) and why.startswith("40.4% of the bf16 peak, Muon's work counted, as ")
+    again = forecast(config(), asked, replace(where, flops=rate), gpus)
+    assert again.hours == pytest.approx(real.hours) and again.muon_s == pytest.approx(real.muon_s)
+    assert measured_rate(run, H200)[0] == pytest.approx(4096 * asked.flops_per_sample / gpus / real.step_s)
+
+
+@pytest.mark.parametrize("changed", [{"steps": 0}, {"flops_total": 0}, {"flops_total": None}, {}])
+def test_what_tells_no_speed_with_muon(changed, tmp_path):
+    run = recorded(tmp_path / "run", **{"steps": 10, "flops_total": 1e15, **changed} if changed else {})
+    with pytest.raises(ValueError, match=r"measured is .*it must be a run folder"):
+        measured_rate(run, H200, [MATRIX])
+
+
 @pytest.mark.parametrize("changed", [{"throughput": None}, {"world_size": 0}, {"device": 3, "throughput": -1}])
 def test_what_tells_no_speed(changed, tmp_path):
     with pytest.raises(ValueError, match=r"measured is .*it must be a run folder"):
@@ -318,6 +386,13 @@ def test_lines_and_tables():
     assert len({len(line) for line in aligned(rows).splitlines()}) == 1
     lines = markdown(rows).splitlines()
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    by_muon = workload(muon=(STACK,))
+    for where, shown in ((cluster(), "0.5"), (cluster(find_gpu("cpu"), flops=None), "–")):
+        head, row = table([forecast(config(), by_muon, where, 8)])
+        assert dict(zip(head, row, strict=True))["Muon, ms"] == shown and "Muon, ms" not in rows[0]
+    found = forecast(config(), by_muon, cluster(), 8)
+    assert "77.3 ms a step, of which 76.8 compute, 0.5 Muon" in describe_forecast(found, by_muon, cluster())["time"]
+    assert describe_workload(by_muon)["work"] == "60 GFLOPs a img in training; 215 GFLOPs a step for Muon"
     text = describe_workload(workload()) | describe_forecast(plans[1], workload(), cluster())
     assert "data.workers 12 make the run last" in text["loader"] and "5 h" in text["time"]
     assert json.loads(json.dumps(plans[1].as_tree()))["hours"] == plans[1].hours

@@ -3,11 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from moa_train.muon import COEFFICIENTS, EPS, ITERATIONS, UPDATE_SCALES, StackedMuon, orthogonalize
+from moa_train.muon import (
+    COEFFICIENTS,
+    EPS,
+    ITERATIONS,
+    UPDATE_SCALES,
+    StackedMuon,
+    orthogonalize,
+    orthogonalize_flops,
+)
 
 ROUNDING = 1e-2
 """Relative error of an update: bfloat16 keeps 8 bits (0.4 %), and a batched product may sum in another order."""
@@ -59,6 +68,7 @@ def stack_of(singular_values, rows, columns, seed):
     return u, v, u * torch.tensor(singular_values, dtype=torch.float64) @ v.mT
 
 
+@settings(deadline=None)
 @given(
     singular_values=st.lists(st.floats(0.05, 1.0), min_size=1, max_size=8),
     extra=st.tuples(st.integers(0, 9), st.integers(0, 9)),
@@ -82,6 +92,25 @@ def test_the_result_is_orthogonal(shape):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+SHAPES = [(96, 32), (32, 96), (48, 48), (1, 7), (5, 96, 32), (5, 32, 96), (3, 48, 48), (1, 9, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_flops_are_those_that_torch_counts(shape):
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.ones(shape).view(-1, *shape[-2:]))  # a matrix is a stack of one
+    assert counter.get_total_flops() == orthogonalize_flops(shape)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) == 2], ids=str)
+def test_torchs_muon_takes_as_many(shape):
+    matrix = nn.Parameter(torch.ones(shape))
+    matrix.grad = torch.ones(shape)
+    with FlopCounterMode(display=False) as counter:
+        torch.optim.Muon([matrix]).step()
+    assert counter.get_total_flops() == orthogonalize_flops(shape)
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 128), (2, 128, 16), (2, 40, 64)], ids=str)
