@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,10 @@ from typing import Any, NamedTuple, Protocol
 from moa_train.progress import CountBar
 
 _NAMED_EMPTY = 10  # empty documents that are named; all are counted
+
+_LARGE, _TOO_LARGE = 2**26, 2**30  # bytes of a document; a byte took 100 bytes of memory while it was tokenized
+
+_logger = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
@@ -54,8 +59,8 @@ class Corpus:
 
     Args:
         sources: each a text, JSONL or Parquet file (.txt, .jsonl, .parquet; the first two also .gz), a folder of
-            such, a glob, or hf:NAME[:config=NAME][:split=train], a data set that `datasets` finds on the Hub or in a
-            folder; it is streamed.
+            such, a glob, or hf:NAME[:OPTION=VALUE]..., a data set that `datasets` finds on the Hub or in a folder and
+            streams; options are config, split ("train" if not given), revision, data_dir and data_files.
         field: of a record that is its text.
         split_on: regular expression; a line of a text file in which it is found begins a new document. None: a text
             file is one document.
@@ -135,6 +140,11 @@ class Skipped:
                 f"{document.where}: {document.problem}. Mend the source, or allow more: finished shards are kept"
             )
 
+    def keep(self, empty: int, unusable: int) -> None:
+        """Forgets all but so many, the first ones."""
+        self.empty, self.unusable = empty, unusable
+        del self.named[min(empty, _NAMED_EMPTY) + unusable :]
+
 
 class Text(NamedTuple):
     """A usable document.
@@ -145,6 +155,7 @@ class Text(NamedTuple):
         bytes: its length as UTF-8.
         held_out: whether it belongs to the held-out set, where one is split off.
         sha256: of the texts up to and with this one.
+        skipped: numbers of the documents before it that are empty, and that cannot be read.
     """
 
     number: int
@@ -152,6 +163,7 @@ class Text(NamedTuple):
     bytes: int
     held_out: bool
     sha256: str
+    skipped: tuple[int, int] = (0, 0)
 
 
 class Reading:
@@ -192,8 +204,14 @@ class Reading:
                 running.update(own)
                 self.documents, self.sha256 = self.documents + 1, running.hexdigest()
                 held_out = int.from_bytes(own[:8]) < self.val_fraction * 2**64
-                yield Text(self.documents, document.text, len(data), held_out, self.sha256)
+                skipped = self.skipped.empty, self.skipped.unusable
+                yield Text(self.documents, document.text, len(data), held_out, self.sha256, skipped)
                 bar.update(self.corpus.done - bar.n)
+
+    def end_at(self, text: Text) -> None:
+        """Leaves what was read after this text out of account; how far that was depends on the number of workers."""
+        self.documents, self.sha256 = text.number, text.sha256
+        self.skipped.keep(*text.skipped)
 
     def changed(self, then: str) -> ValueError:
         """The error that these are other documents than those that `then` was made from."""
@@ -239,13 +257,26 @@ class TextFile(FileSource):
         self.split_on = split_on
 
     def __iter__(self) -> Iterator[Document]:
-        first, lines = 1, []
+        first, size, lines = 1, 0, []
         for number, line in self.lines():
             if lines and self._begins(line):
                 yield self._document(first, lines)
-                first, lines = number, []
+                first, size, lines = number, 0, []
             lines.append(line)
+            self._check(first, size, size + len(line))
+            size += len(line)
         yield self._document(first, lines)
+
+    def _check(self, first: int, before: int, now: int) -> None:
+        """Warns of a document that grows large, of so many bytes. Raises ValueError of one that is too large."""
+        if now <= _LARGE:
+            return
+        where, remedy = f"{self.path}:{first}", "begin a new one at some lines with --split-on"
+        if now > _TOO_LARGE:
+            raise ValueError(f"{where} begins a document of more than {_TOO_LARGE:,} bytes; {remedy}")
+        if before <= _LARGE:
+            message = "%s begins one document of more than %s bytes, which takes up to 100 times that of memory; %s"
+            _logger.warning(message, where, f"{_LARGE:,}", remedy)
 
     def _begins(self, line: bytes) -> bool:
         return self.split_on is not None and bool(self.split_on.search(line.decode(errors="replace").rstrip("\r\n")))
@@ -318,25 +349,27 @@ class ParquetFile:
             return Document(where, problem=f"byte {error.object[error.start]:#04x} is not UTF-8")
 
 
+_HUB_OPTIONS = {"config": "name", **{name: name for name in ("split", "revision", "data_dir", "data_files")}}
+"""Options of an hf: source, and the arguments of `datasets.load_dataset` that they are."""
+
+
 class HubRows:
-    """A data set that `datasets.load_dataset` streams, from the Hub or from a folder."""
+    """A data set that `datasets.load_dataset` streams, from the Hub or from a folder.
+
+    Every reading begins at its first row: `datasets` could go on where an earlier one ended, but the SHA-256 over the
+    texts, which tells that they are still the same, could not.
+    """
 
     def __init__(self, name: str, field: str) -> None:
         import datasets
 
         self.size: int | None = None
         self.done = 0
-
-        _, path, *arguments = name.split(":")
-        options = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
-        if not path or not options.keys() <= {"config", "split"}:
-            raise ValueError(f"source {name!r}: allowed is hf:NAME[:config=NAME][:split=train]")
+        path, options = _hub_options(name)
         try:
-            data = datasets.load_dataset(
-                path, options.get("config"), split=options.get("split", "train"), streaming=True
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"source {name!r}: {error}") from error
+            data = datasets.load_dataset(path, streaming=True, **options)
+        except Exception as error:  # see _row
+            raise ValueError(f"source {name!r} cannot be opened: {_told(error)}") from error
         if data.features is not None and field not in data.features:
             raise ValueError(_no_column(f"source {name!r}", field, list(data.features)))
         self.name = name
@@ -344,10 +377,41 @@ class HubRows:
         self.rows: Any = data if data.features is None else data.select_columns([field])
 
     def __iter__(self) -> Iterator[Document]:
-        for number, row in enumerate(self.rows, 1):
+        rows, number = iter(self.rows), 0
+        while (row := self._row(rows, number)) is not None:
+            number += 1
             if self.field not in row:
                 raise ValueError(_no_column(f"source {self.name!r}", self.field, list(row)))
             yield _of_value(f"{self.name}:row {number}", self.field, row[self.field])
+
+    def _row(self, rows: Iterator[dict[str, Any]], number: int) -> dict[str, Any] | None:
+        """The next row; None: there is none. Raises ValueError where it cannot be had."""
+        try:
+            return next(rows, None)
+        except Exception as error:  # of `datasets`, of pyarrow, of whatever file system and HTTP client they have
+            raise ValueError(
+                f"source {self.name!r} broke off after row {number}: {_told(error)}. The same command goes on: "
+                "it reads from the first row on, and tokenizes from the end of the last finished shard on"
+            ) from error
+
+
+def _hub_options(name: str) -> tuple[str, dict[str, Any]]:
+    """What an hf: source names, and the arguments for `datasets.load_dataset`. Raises ValueError."""
+    path, *given = re.split(r":(?=\w+=)", name.removeprefix("hf:"))  # a value may hold colons: a URL
+    options = {"split": "train"} | dict(option.split("=", 1) for option in given)
+    if not path or not options.keys() <= _HUB_OPTIONS.keys():
+        allowed = "".join(f"[:{option}=VALUE]" for option in _HUB_OPTIONS)
+        raise ValueError(f"source {name!r}: allowed is hf:NAME{allowed}")
+    if "[" in options["split"]:
+        raise ValueError(
+            f"source {name!r}: a stream has no part of a split; name the whole split, and end it with --max-tokens"
+        )
+    return path, {_HUB_OPTIONS[option]: value for option, value in options.items()}
+
+
+def _told(error: Exception) -> str:
+    """An error in one line; some libraries' have no message of their own."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 _KINDS: dict[str, type[TextFile] | type[JsonLines] | type[ParquetFile]] = {

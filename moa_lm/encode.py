@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moa_lm.convert import existing_source
 from moa_lm.data import DTYPES
 from moa_lm.documents import Text
-from moa_train.durable import new_folder
+from moa_train.durable import new_folder, write_json
+from moa_train.reading import read_json
 from moa_train.signals import end_with_parent, ignore_stop_signals
 
 _CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**20, 1024  # what a worker is given at a time, at most
@@ -64,35 +66,62 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         raise ValueError(f"{name}: no tokenizer can be made of it ({error}); copy or download it again") from error
 
 
-def save_tokenizer(name: str, folder: Path) -> str:
-    """Saves the tokenizer that AutoTokenizer finds by `name`; returns the SHA-256 of its tokenizer.json.
+def save_tokenizer(name: str, folder: Path, end_of_text: str | None = None) -> str:
+    """Saves the tokenizer that AutoTokenizer finds by `name`, to encode texts as training sees them: nothing is added
+    to a text, and what stands before it is end-of-text, also by the name of bos_token.
+
+    Args:
+        name: of the tokenizer.
+        folder: for it.
+        end_of_text: a token of its vocabulary that becomes its eos_token; None: the one that it has.
+
+    Returns:
+        The SHA-256 of its tokenizer.json.
 
     Raises:
-        ValueError: if it has no tokenizer.json or no end-of-text token, or is damaged.
+        ValueError: if it is none of the library `tokenizers`, has no end-of-text token, or is damaged.
         OSError: if there is none.
     """
     tokenizer = load_tokenizer(name)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"tokenizer {name!r} is a {type(tokenizer).__name__} in Python, which has no tokenizer.json; name another"
+        )
+    if end_of_text is not None:
+        if end_of_text not in tokenizer.get_vocab():
+            raise ValueError(f"end_of_text is {end_of_text!r}, which is no token of {name!r}; name one that is")
+        tokenizer.add_special_tokens({"eos_token": end_of_text})
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {name!r} has no end-of-text token (eos_token); name another")
+        raise ValueError(
+            f"tokenizer {name!r} has no end-of-text token (eos_token); name one of its tokens with --end-of-text"
+        )
+    if tokenizer.bos_token_id != tokenizer.eos_token_id:
+        tokenizer.bos_token = tokenizer.eos_token
+    adds = tokenizer.num_special_tokens_to_add() > 0
+    if adds:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     with new_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
-        path = temporary / "tokenizer.json"
-        if not path.exists():
-            raise ValueError(f"tokenizer {name!r} is none of the library `tokenizers` (it has no tokenizer.json)")
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        if adds:  # the classes of some models add tokens whatever tokenizer.json says
+            path = temporary / "tokenizer_config.json"
+            config = read_json(path, "it was written just now")
+            write_json(path, config | {"tokenizer_class": PreTrainedTokenizerFast.__name__})
+        return hashlib.sha256((temporary / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def open_vocabulary(folder: Path, name: str) -> Vocabulary:
     """The tokenizer that is saved in a folder, with a tokenizer.json and an end-of-text token.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: if it is damaged, or adds tokens to a text.
         OSError: if it is not there.
     """
     tokenizer = load_tokenizer(folder)
     size, end = max(tokenizer.get_vocab().values(), default=-1) + 1, tokenizer.eos_token_id  # numbers may have gaps
     if not isinstance(end, int) or end >= size:
         raise ValueError(f"{folder}: no end-of-text token (eos_token) among the tokens; copy the tokenizer again")
+    if tokenizer.num_special_tokens_to_add():
+        raise ValueError(f"{folder}: the tokenizer adds special tokens to every text; name another")
     content = (folder / "tokenizer.json").read_bytes()
     return Vocabulary(folder, name, hashlib.sha256(content).hexdigest(), size, end)
 
@@ -124,7 +153,7 @@ class Encoder:
 
 def tokenized(
     texts: Iterator[Text], vocabulary: Vocabulary, workers: int
-) -> Iterator[tuple[list[Text], list[np.ndarray]]]:
+) -> Generator[tuple[list[Text], list[np.ndarray]]]:
     """Lists of documents, in order, with the tokens of each; a few lists are under way at a time.
 
     Args:

@@ -9,10 +9,11 @@ texts, which every shard's record has.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -38,6 +39,7 @@ _TRAINED = "trained"  # in _PARTS: the one that was trained here, and on what
 _ABOUT = "about.json"
 _SUMS = ("documents", "tokens", "text_bytes")  # of a shard's record
 _ANEW = "delete it to begin anew"
+_LATER = {"max_tokens": None, "end_of_text": None}  # settings that older sets do not name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,27 +49,41 @@ class TokenSettings:
     Args:
         tokenizer: folder or hub name of a tokenizer, for AutoTokenizer. This or `train_bpe` is given.
         train_bpe: size of the vocabulary of a byte-level BPE that is trained on the training documents.
+        end_of_text: token of the tokenizer that ends a document; None: its eos_token.
         field: of a JSONL, Parquet or `datasets` record that is its text.
         split_on: regular expression of the lines of text files that begin a new document; None: a file is one.
         val_fraction: part of the documents, chosen by a hash of their texts, that goes into a set of its own.
         shard_tokens: a shard ends with the document with which it has so many.
+        max_tokens: the training set ends with the document with which it has so many, and nothing after that is held
+            out either; None: it ends with the sources.
     """
 
     tokenizer: str | None = None
     train_bpe: int | None = None
+    end_of_text: str | None = None
     field: str = "text"
     split_on: str | None = None
     val_fraction: float = 0.0
     shard_tokens: int = 2**26
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges; ValueError names the field."""
         if (self.tokenizer is None) == (self.train_bpe is None):
             raise ValueError(f"tokenizer is {self.tokenizer!r} and train_bpe {self.train_bpe!r}; give one of the two")
+        if self.end_of_text is not None and self.train_bpe is not None:
+            raise ValueError(f"end_of_text is {self.end_of_text!r} with train_bpe, which has its own; leave it out")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}; allowed: 0 or more, less than 1")
         if self.shard_tokens < 1:
             raise ValueError(f"shard_tokens is {self.shard_tokens}; allowed: 1 or more")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; allowed: 1 or more")
+        if self.max_tokens is not None and self.train_bpe is not None:
+            raise ValueError(
+                f"max_tokens is {self.max_tokens} with train_bpe, which reads all texts; train the tokenizer on a "
+                "smaller source, then name the folder tokenizer/ of its set as tokenizer"
+            )
 
 
 class Report(NamedTuple):
@@ -130,7 +146,11 @@ def make_tokens(
         identity = _identity(settings, parts, folders, two_sources=bool(val_sources))
         readings = [Reading(corpus, settings.val_fraction, max_bad, f"read {out}") for corpus in corpora]
         vocabulary = _tokenizer(settings, parts, folders[0], readings[0])
-        writers = [SetWriter(folder, parts, identity, vocabulary) for folder in folders]
+        limits = (settings.max_tokens, None)  # of training documents, and of held-out ones
+        writers = [
+            SetWriter(folder, parts, identity, vocabulary, limit)
+            for folder, limit in zip(folders, limits, strict=False)
+        ]
         groups = [[writer] for writer in writers] if val_sources else [writers]
         for reading, group in zip(readings, groups, strict=True):
             _pack(reading, group, vocabulary, workers)
@@ -150,12 +170,16 @@ class SetWriter:
         parts: where the records of finished shards are.
         identity: the settings; see `_identity`.
         vocabulary: of the tokens.
+        max_tokens: that it is to have; None: those of all documents.
 
     Attributes:
         covered: number of the last document that is in a kept shard.
+        end: number of the document with which it has `max_tokens`; None: it has less.
     """
 
-    def __init__(self, folder: Path, parts: Path, identity: dict[str, Any], vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, folder: Path, parts: Path, identity: dict[str, Any], vocabulary: Vocabulary, max_tokens: int | None
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.parts = parts
@@ -165,6 +189,9 @@ class SetWriter:
         self.records = self._finished_shards()
         self.kept = len(self.records)
         self.covered: int = self.records[-1]["until"] if self.records else 0
+        self.end: int | None = None
+        self._left = math.inf if max_tokens is None else max_tokens
+        self._count(sum(record["tokens"] for record in self.records), self.covered)
         self._ends = {record["until"]: record for record in self.records}
         self._pieces: list[np.ndarray] = []
         self._tokens = self._bytes = 0
@@ -175,12 +202,17 @@ class SetWriter:
         end = self._ends.pop(text.number, None)
         if end is not None and end["until_sha256"] != text.sha256:
             raise reading.changed(str(self.folder / end["name"]))
-        if text.number > self.covered and self.finished is not None:
-            raise reading.changed(str(self.folder))
         return text.number <= self.covered
 
-    def add(self, text: Text, tokens: np.ndarray) -> None:
-        """Puts a document and its tokens into the current shard; writes it if it is full."""
+    def add(self, text: Text, tokens: np.ndarray, reading: Reading) -> None:
+        """Puts a document and its tokens into the current shard; writes it if it is full.
+
+        Raises:
+            ValueError: if the set was whole without it, so that the texts are other ones.
+        """
+        if self.finished is not None:
+            raise reading.changed(str(self.folder))
+        self._count(len(tokens), text.number)
         self._pieces.append(tokens)
         self._tokens += len(tokens)
         self._bytes += text.bytes
@@ -246,6 +278,12 @@ class SetWriter:
             )
         first = reading.skipped.named[:1]
         return f"{names} holds no document that can be used{f'; the first: {first[0]}' if first else ''}"
+
+    def _count(self, tokens: int, number: int) -> None:
+        """Takes note of so many more tokens, the last of them of this document."""
+        self._left -= tokens
+        if self._left <= 0:
+            self.end = number
 
     def _write(self) -> None:
         """Writes the current shard, then its record."""
@@ -317,13 +355,27 @@ def _finished(folder: Path) -> dict[str, Any]:
 
 
 def _pack(reading: Reading, writers: list[SetWriter], vocabulary: Vocabulary, workers: int) -> None:
-    """Tokenizes the documents that no kept shard holds, each into its set (train, and val where it is split off)."""
-    texts = (text for text in reading if not writers[text.held_out].has(text, reading))
-    for chunk, tokens in tokenized(texts, vocabulary, workers):
-        for text, piece in zip(chunk, tokens, strict=True):
-            writers[text.held_out].add(text, piece)
+    """Tokenizes the documents that no kept shard holds, each into its set (train, and val where it is split off).
+
+    The first set's end is that of the reading.
+    """
+    with closing(tokenized(_missing(reading, writers), vocabulary, workers)) as chunks:
+        for text, piece in (pair for chunk in chunks for pair in zip(*chunk, strict=True)):
+            writers[text.held_out].add(text, piece, reading)
+            if text.number == writers[0].end:
+                reading.end_at(text)
+                break
     for writer in writers:
         writer.close(reading)
+
+
+def _missing(reading: Reading, writers: list[SetWriter]) -> Iterator[Text]:
+    """The documents that no kept shard holds, to the first set's end where that is in a kept shard."""
+    for text in reading:
+        if not writers[text.held_out].has(text, reading):
+            yield text
+        if text.number == writers[0].end:
+            return
 
 
 def _tokenizer(settings: TokenSettings, parts: Path, first: Path, reading: Reading) -> Vocabulary:
@@ -361,7 +413,9 @@ def _identity(settings: TokenSettings, parts: Path, folders: list[Path], *, two_
     """
     identity = {**asdict(settings), "val_sources": two_sources}
     given = identity.pop("tokenizer")
-    identity["tokenizer_sha256"] = None if given is None else save_tokenizer(given, parts / _GIVEN)
+    if given is not None:
+        given = save_tokenizer(given, parts / _GIVEN, settings.end_of_text)
+    identity["tokenizer_sha256"] = given
     for folder in folders:
         if (folder / MANIFEST).exists():
             _check_same(folder, _finished(folder)["settings"], identity)
@@ -376,7 +430,7 @@ def _identity(settings: TokenSettings, parts: Path, folders: list[Path], *, two_
 
 
 def _check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    if differing := differing_keys(then, now, harmless=frozenset()):
+    if differing := differing_keys(_LATER | then, now, harmless=frozenset()):
         raise ValueError(
             f"{folder} was made with other settings ({', '.join(differing)}); give those again, choose another "
             "folder, or delete that one"

@@ -6,7 +6,8 @@
   python scripts/make_tokens.py --source 'corpus/*.jsonl.gz' --field body --tokenizer DIR --out data/corpus
   python scripts/make_tokens.py --source hf:HuggingFaceFW/fineweb:config=sample-10BT --tokenizer DIR --out data/web
 
-Stopped or failed? Run the same command again: finished shards are verified and kept.
+Stopped or failed? Run the same command again: finished shards are verified and kept. The sources are read again from
+their beginning, to tell that they are the same: a stream is downloaded again up to there, but not tokenized.
 """
 
 import argparse
@@ -34,15 +35,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--source",
         "files (.txt, .jsonl, both also .gz; .parquet), folders of them, globs "
-        "| hf:NAME[:config=NAME][:split=train], streamed",
+        "| hf:NAME[:config=C][:split=S][:revision=R][:data_dir=D][:data_files=F], streamed by datasets",
         required=True,
         nargs="+",
     )
     add("--out", "folder of the data set; of train/ and val/ with held-out documents", required=True)
     tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument("--tokenizer", help="folder or hub name of a transformers tokenizer", metavar="NAME")
+    tokenizer.add_argument(
+        "--tokenizer", help="folder or hub name of a transformers tokenizer that has a tokenizer.json", metavar="NAME"
+    )
     tokenizer.add_argument(
         "--train-bpe", help="train a byte-level BPE of so many tokens here", type=int, metavar="VOCABULARY"
+    )
+    add(
+        "--end-of-text",
+        "token of its vocabulary that ends a document (default: its eos_token); saved with it as that",
+        metavar="TOKEN",
     )
     held_out = parser.add_mutually_exclusive_group()
     held_out.add_argument(
@@ -67,6 +75,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=defaults.shard_tokens,
         metavar="N",
     )
+    add(
+        "--max-tokens",
+        "the training set ends with the document with which it has so many; the rest is not read (default: none)",
+        type=int,
+        metavar="N",
+    )
     add("--workers", "processes (default: %(default)s)", type=int, default=os.cpu_count() or 1, metavar="N")
     add(
         "--max-bad",
@@ -86,10 +100,12 @@ def main(arguments: list[str] | None = None) -> int:
         settings = TokenSettings(
             tokenizer=given.tokenizer,
             train_bpe=given.train_bpe,
+            end_of_text=given.end_of_text,
             field=given.field,
             split_on=given.split_on,
             val_fraction=given.val_fraction,
             shard_tokens=given.shard_tokens,
+            max_tokens=given.max_tokens,
         )
         reports = make_tokens(
             given.source,

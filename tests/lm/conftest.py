@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 from transformers.utils import logging
 
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
@@ -76,3 +77,28 @@ def tokenizer_folder(tmp_path: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", unk_token="w1")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
+
+
+SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+
+@pytest.fixture(params=["template", "llama", "t5"])
+def adding_tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder with a tokenizer that begins a text with <s> (1) or ends it with </s> (2), its end-of-text token."""
+    pieces = {"▁": 3, "a": 4, "b": 5, "▁a": 6, "ab": 7, "▁ab": 8}
+    folder = tmp_path / "adding"
+    if request.param == "template":
+        inner = Tokenizer(WordLevel({**SPECIAL, "a": 3, "b": 4, "ab": 5}, unk_token="<unk>"))
+        inner.pre_tokenizer = Whitespace()
+        inner.post_processor = TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", SPECIAL["<s>"])]
+        )
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
+    elif request.param == "llama":
+        merges = [("▁", "a"), ("a", "b"), ("▁a", "b")]
+        LlamaTokenizer(vocab={**SPECIAL, **pieces}, merges=merges, add_bos_token=True).save_pretrained(folder)
+    else:
+        scores = [(piece, -float(number)) for piece, number in {**SPECIAL, **pieces}.items()]
+        T5Tokenizer(vocab=scores, extra_ids=0, pad_token="<unk>").save_pretrained(folder)
+    return folder

@@ -57,6 +57,30 @@ def test_config_is_a_document(path):
     named_config(config.model.size, config.model.ffn, **config.model.args)
 
 
+def test_streamed_data_are_enough():
+    """Recipes with the same folder name the same command, which makes little more than the longest of them sees."""
+    needed = {}
+    for path in CONFIGS:
+        header = path.read_text().partition("\nname:")[0]
+        found = re.search(
+            r"(make_tokens\.py --source hf:[^(]*?--val-fraction (\S+) --max-tokens (\S+) --out \S+)", header
+        )
+        assert (found is None) == ("hf:" not in header), path
+        if found is None:
+            continue
+        config = resolved(path.stem)
+        length, batch = config.data.sequence_length, config.schedule.batch_size
+        model = named_config(config.model.size, config.model.ffn)
+        steps = config.schedule.budget(1, batch * length, budgeted(model)).total_steps
+        limit = int(found[3])
+        assert (limit - 1) // length // batch >= steps  # one epoch
+        assert limit * float(found[2]) > 1.4 * config.loop.val_samples * length
+        assert f"this one sees {steps * batch * length / 1e9:.2f}e9 tokens)" in header
+        needed.setdefault(config.data.train, {}).setdefault(found[1], []).append(steps * batch * length / limit)
+    assert len(needed) == 2 and all(len(commands) == 1 for commands in needed.values())
+    assert all(max(parts) > 0.98 for commands in needed.values() for parts in commands.values())
+
+
 @pytest.mark.parametrize(("name", "base"), twins())
 def test_twins_differ_in_name_ffn_and_rate_only(name, base):
     ours, theirs = resolved(name), resolved(f"{base}_swiglu")

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from moa_lm import encode, token_shards
+from moa_lm import documents, encode, token_shards
 from moa_lm.bpe import END_OF_TEXT, train_bpe
 from moa_lm.data import TokenDataError, TokenShards
 from moa_lm.documents import Corpus
@@ -117,6 +117,54 @@ def test_the_name_of_a_special_token_is_text(bpe, tmp_path):
     tokens = stream(tmp_path / "out")
     assert (tokens == 0).sum() == 2
     assert AutoTokenizer.from_pretrained(bpe).decode(tokens[: tokens.tolist().index(0)]) == f"one {END_OF_TEXT} text"
+
+
+def test_a_tokenizer_that_adds_tokens_adds_none(adding_tokenizer, tmp_path):
+    """Llama's begins every text with <s>, T5's ends it with </s>; shards have no <s>, so what they train has none."""
+    theirs = AutoTokenizer.from_pretrained(adding_tokenizer)
+    assert theirs("ab a b") != theirs("ab a b", add_special_tokens=False)
+    source = write_jsonl(tmp_path / "in.jsonl", ["ab a b", "a"])
+    make_tokens([str(source)], tmp_path / "out", TokenSettings(tokenizer=str(adding_tokenizer)))
+    expected = [theirs(text, add_special_tokens=False)["input_ids"] for text in ("ab a b", "a")]
+    assert stream(tmp_path / "out").tolist() == [*expected[0], 2, *expected[1], 2]
+    ours = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    assert ours("ab a b")["input_ids"] == expected[0] and ours.decode(expected[0]) == theirs.decode(expected[0])
+    assert ours("ab", "a")["input_ids"] == theirs("ab", "a", add_special_tokens=False)["input_ids"]
+    assert ours.bos_token_id == ours.eos_token_id == 2 and ours.get_vocab() == theirs.get_vocab()
+    make_tokens([str(source)], tmp_path / "again", TokenSettings(tokenizer=str(tmp_path / "out" / "tokenizer")))
+    TokenShards(tmp_path / "again").require_same_tokenizer(TokenShards(tmp_path / "out"))
+
+
+def test_a_tokenizer_that_adds_nothing_is_not_changed(bpe, tmp_path):
+    encode.save_tokenizer(bpe, tmp_path / "saved")
+    AutoTokenizer.from_pretrained(bpe).save_pretrained(tmp_path / "plain")
+    assert digests(tmp_path / "saved") == digests(tmp_path / "plain")
+
+
+def test_end_of_text_of_a_tokenizer_that_has_none(tmp_path):
+    inner = Tokenizer(WordLevel({"a": 0, "b": 1, "<end>": 2}, unk_token="a"))
+    inner.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path / "none")
+    source, settings = write_jsonl(tmp_path / "in.jsonl", ["a b", "b"]), TokenSettings(tokenizer=f"{tmp_path}/none")
+    for token, message in (
+        (None, "name one of its tokens with --end-of-text"),
+        ("<eos>", "'<eos>', which is no token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_tokens([str(source)], tmp_path / "out", dataclasses.replace(settings, end_of_text=token))
+    make_tokens([str(source)], tmp_path / "out", dataclasses.replace(settings, end_of_text="<end>"))
+    assert stream(tmp_path / "out").tolist() == [0, 1, 2, 1, 2]
+    ours = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    assert ours.eos_token == ours.bos_token == "<end>" and len(ours) == 3
+    assert ours.decode(stream(tmp_path / "out"), skip_special_tokens=True) == "a b b"
+    with pytest.raises(ValueError, match="end_of_text: '<end>' -> 'b'"):
+        make_tokens([str(source)], tmp_path / "out", dataclasses.replace(settings, end_of_text="b"))
+
+
+def test_a_tokenizer_in_python_is_refused(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path / "bytes")
+    with pytest.raises(ValueError, match="is a ByT5Tokenizer in Python, which has no"):
+        encode.save_tokenizer(str(tmp_path / "bytes"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)], ids=["two", "four"])
@@ -264,6 +312,86 @@ def test_sources_that_are_none_are_named(tmp_path, bpe, corpus):
         assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_a_large_text_file_wants_to_be_split(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "large.txt.gz"
+    path.write_bytes(gzip.compress(b"# title\n" * 100))
+    monkeypatch.setattr(documents, "_LARGE", 400)
+    assert len(list(Corpus([str(path)]))) == 1
+    assert [record.getMessage().partition(", which")[0] for record in caplog.records] == [
+        f"{path}:1 begins one document of more than 400 bytes"
+    ]
+    assert "--split-on" in caplog.text
+    monkeypatch.setattr(documents, "_TOO_LARGE", 700)
+    with pytest.raises(ValueError, match=r"gz:1 begins a document of more than 700 bytes; .*--split-on"):
+        list(Corpus([str(path)]))
+    caplog.clear()
+    assert len(list(Corpus([str(path)], split_on="^#"))) == 100 and not caplog.records
+
+
+def test_options_of_a_stream(every_kind, tmp_path):
+    folder = f"{tmp_path}/set"
+    (tmp_path / "set" / "part").mkdir()
+    (tmp_path / "set" / "train.parquet").rename(tmp_path / "set" / "part" / "b.parquet")
+    write_jsonl(tmp_path / "set" / "a.jsonl", ["other"])
+    for options, expected in (
+        (":data_dir=part", texts(20)),
+        (":data_files=part/b.parquet:split=train", texts(20)),
+        (f":data_files=file://{folder}/part/*.parquet", texts(20)),
+    ):
+        assert [document.text for document in Corpus([f"hf:{folder}{options}"], field="body")] == expected
+    with pytest.raises(ValueError, match=r"a stream has no part of a split; .* end it with --max-tokens"):
+        Corpus([f"hf:{folder}:split=train[:10%]"])
+    with pytest.raises(ValueError, match=r"allowed is hf:NAME\[:config=VALUE\].*\[:data_files=VALUE\]"):
+        Corpus([f"hf:{folder}:rev=main"])
+
+
+def test_a_revision_is_asked_for(monkeypatch):
+    import datasets
+
+    given = []
+    rows = datasets.Dataset.from_dict({"text": ["one"]}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: given.append((a, k)) or rows)
+    assert [document.text for document in Corpus(["hf:a/b:revision=v1.0:config=c"])] == ["one"]
+    assert given == [(("a/b",), {"streaming": True, "split": "train", "revision": "v1.0", "name": "c"})]
+
+
+def test_a_stream_that_breaks_off_is_named(bpe, tmp_path, monkeypatch):
+    """The errors of HTTP clients are no OSError."""
+    import datasets
+
+    class ReadTimeout(Exception):
+        pass
+
+    broken = [True]
+
+    def rows():
+        for number, text in enumerate(texts(30)):
+            if number == 20 and broken:
+                raise ReadTimeout
+            yield {"text": text}
+
+    stream_of_it = datasets.IterableDataset.from_generator(
+        rows, features=datasets.Features(text=datasets.Value("string"))
+    )
+    monkeypatch.setattr(encode, "_CHUNK_DOCUMENTS", 1)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: stream_of_it)
+    settings = TokenSettings(tokenizer=bpe, shard_tokens=300)
+    with pytest.raises(
+        ValueError, match=r"source 'hf:a/b' broke off after row 20: ReadTimeout.* The same command goes"
+    ):
+        make_tokens(["hf:a/b"], tmp_path / "out", settings)
+    broken.clear()
+    (report,) = make_tokens(["hf:a/b"], tmp_path / "out", settings)
+    assert report.documents == 30 and report.kept_shards > 1
+
+    def refuse(*_, **__):
+        raise ReadTimeout("slow\nserver")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ValueError, match="source 'hf:a/b' cannot be opened: ReadTimeout: slow server"):
+        Corpus(["hf:a/b"])
+
+
 def test_columns_that_are_not_there_are_named(every_kind):
     for name in ("parquet", "hub"):
         with pytest.raises(ValueError, match="no field 'text', only body, id; name one of them with --field"):
@@ -275,7 +403,10 @@ def test_columns_that_are_not_there_are_named(every_kind):
     ({"tokenizer": "x", "train_bpe": 300}, "give one of the two"),
     ({"tokenizer": "x", "val_fraction": 1.0}, r"val_fraction is 1\.0; allowed: 0 or more"),
     ({"tokenizer": "x", "shard_tokens": 0}, "shard_tokens is 0"),
-], ids=["neither", "both", "fraction", "shard"])  # fmt: skip
+    ({"tokenizer": "x", "max_tokens": 0}, "max_tokens is 0; allowed: 1 or more"),
+    ({"train_bpe": 300, "end_of_text": "x"}, "end_of_text is 'x' with train_bpe"),
+    ({"train_bpe": 300, "max_tokens": 9}, "max_tokens is 9 with train_bpe, which reads all texts"),
+], ids=["neither", "both", "fraction", "shard", "tokens", "end", "trained"])  # fmt: skip
 def test_settings_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         TokenSettings(**options)
@@ -291,6 +422,68 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus, bpe, tmp_path, monk
         make_tokens([corpus], tmp_path / str(workers), settings, workers=workers)
     assert digests(tmp_path / "1") == digests(tmp_path / "3")
     assert len(digests(tmp_path / "1")) > 8 and not list(tmp_path.glob("1/.*"))
+
+
+@pytest.mark.parametrize("held_out", ["none", "split off", "named"])
+def test_max_tokens(corpus, bpe, tmp_path, monkeypatch, held_out):
+    """The beginning of the whole sets, whole documents; the same by any number of workers, and gone on with."""
+    monkeypatch.setattr(encode, "_CHUNK_DOCUMENTS", 7)
+    values = [value for text in texts(300) for value in (text, "")]  # empty ones are counted up to the end only
+    source = str(write_jsonl(tmp_path / "in.jsonl", values))
+    given = {"val_sources": [corpus]} if held_out == "named" else {}
+    fraction = 0.1 if held_out == "split off" else 0.0
+    settings = TokenSettings(tokenizer=bpe, val_fraction=fraction, shard_tokens=1500)
+    limited = dataclasses.replace(settings, max_tokens=4000)
+    whole = make_tokens([source], tmp_path / "whole", settings, **given)
+    out = tmp_path / "limited"
+    reports = make_tokens([source], out, limited, **given)
+    for all_of_it, report in zip(whole, reports, strict=True):
+        tokens = stream(report.folder).tolist()
+        assert tokens == stream(all_of_it.folder)[: len(tokens)].tolist() and tokens[-1] == 0
+    train, *others = reports
+    last = np.flatnonzero(stream(train.folder)[:-1] == 0)[-1] + 1  # tokens of all documents but the last
+    assert last < 4000 <= train.tokens < whole[0].tokens
+    assert [report.tokens == full.tokens for report, full in zip(others, whole[1:], strict=True)] == (
+        {"none": [], "split off": [False], "named": [True]}[held_out]
+    )
+    facts = json.loads((train.folder / "manifest.json").read_text())["source"]
+    assert facts["documents"] == sum(report.documents for report in (reports if fraction else [train]))
+    assert facts["empty"] == facts["documents"] - 1
+    make_tokens([source], tmp_path / "workers", limited, workers=3, **given)
+    assert digests(tmp_path / "workers") == digests(out)
+    for damaged in (train.folder, *(report.folder for report in others)):
+        path = sorted(damaged.glob("*.safetensors"))[-1]
+        path.write_bytes(b"")
+        again = make_tokens([source], out, limited, workers=2, **given)
+        assert digests(out) == digests(tmp_path / "workers")
+        assert sum(report.kept_shards for report in again) == sum(report.shards for report in again) - 1
+    assert all(report.kept_shards == report.shards for report in make_tokens([source], out, limited, **given))
+    with pytest.raises(ValueError, match="max_tokens: 4000 -> 5000"):
+        make_tokens([source], out, dataclasses.replace(limited, max_tokens=5000), **given)
+    with pytest.raises(ValueError, match="max_tokens: 4000 -> None"):
+        make_tokens([source], out, settings, **given)
+
+
+def test_no_more_is_read_than_max_tokens_need(corpus, bpe, tmp_path):
+    """A stream may have no end."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(Path(corpus).read_bytes() + b"no JSON\n" * 1000)  # more than --max-bad allows
+    settings = TokenSettings(tokenizer=bpe, shard_tokens=1500, max_tokens=3000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_CHUNK_DOCUMENTS", 7)
+        (report,) = make_tokens([str(source)], tmp_path / "out", settings)
+        (again,) = make_tokens([str(source)], tmp_path / "out", settings, workers=2)
+    assert report.tokens == again.tokens and again.kept_shards == report.shards
+
+
+def test_a_set_of_a_version_without_a_setting_is_gone_on_with(corpus, bpe, tmp_path):
+    (report,) = make_tokens([corpus], tmp_path / "out", TokenSettings(tokenizer=bpe))
+    path = report.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert [manifest["settings"].pop(name) for name in ("max_tokens", "end_of_text")] == [None, None]
+    path.write_text(json.dumps(manifest))
+    (again,) = make_tokens([corpus], tmp_path / "out", TokenSettings(tokenizer=bpe))
+    assert again.kept_shards == report.shards
 
 
 def test_killed_run_goes_on_where_it_was(corpus, tmp_path, monkeypatch):
@@ -410,6 +603,9 @@ def test_command(command, corpus, tmp_path, capsys):
     assert f"{out}/val: 1 documents" in text and "val.jsonl:2: empty" in text and "vocabulary of 300 tokens" in text
     assert f"python scripts/pretrain_lm.py --data.train {out}/train --data.val {out}/val --name NAME" in text
     TokenShards(out / "train").require_same_tokenizer(TokenShards(out / "val"))
+    end = ["--tokenizer", str(out / "train/tokenizer"), "--max-tokens", "1_000", "--end-of-text", END_OF_TEXT]
+    assert command(["--source", corpus, "--out", str(tmp_path / "short"), *end]) == 0
+    assert 1000 <= len(stream(tmp_path / "short")) < 1400
     assert command(["--source", corpus, "--out", str(out), "--train-bpe", "100"]) == 1
     assert "make_tokens: " in capsys.readouterr().err
     with pytest.raises(SystemExit):

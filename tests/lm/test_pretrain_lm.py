@@ -121,6 +121,17 @@ def test_experts_are_watched_without_held_out_tokens(train, tmp_path):
         assert (folder / f"mixing/step_0000000{step}.json").exists()
 
 
+def test_the_export_begins_a_text_as_training_did(train, adding_tokenizer, tmp_path):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "ab a b " * 200}) + "\n")
+    make_tokens([str(tmp_path / "text.jsonl")], tmp_path / "set", TokenSettings(tokenizer=str(adding_tokenizer)))
+    assert train(data__train=tmp_path / "set", data__val="null", schedule__tokens=128) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/export")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export").config
+    end = TokenShards(tmp_path / "set").end_of_text
+    assert tokenizer("ab a b") == tokenizer("ab a b", add_special_tokens=False)
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == config.bos_token_id == config.eos_token_id == end
+
+
 def test_the_export_has_the_validation_loss(train, shards, tmp_path):
     assert train(model__ffn="bimoa") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export").eval()
