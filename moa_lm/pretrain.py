@@ -70,7 +70,8 @@ class ModelConfig:
         size: A named size, see `python -m moa_lm sizes`.
         ffn: Variant of the FFN.
         args: Any other field of MoALlamaConfig, e.g. {ffn_gate: tanh, num_hidden_layers: 6, expert_mixing: expert}.
-        gradient_checkpointing: Keep each layer's input only and compute the rest again in the backward pass.
+        gradient_checkpointing: Keep each layer's input only and compute the rest again in the backward pass. With
+            experts, `loop.compile` then cuts its graph at each layer.
     """
 
     size: str = "dense-tiny"
