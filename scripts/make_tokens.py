@@ -122,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("make_tokens: stopped; the same command goes on with what is finished", file=sys.stderr)
         return 130
     tell(reports, time.monotonic() - begin)
+    if given.max_tokens and reports[0].tokens < given.max_tokens:
+        print(f"warning: the sources end before {given.max_tokens:,} tokens (--max-tokens)")
     return 0
 
 

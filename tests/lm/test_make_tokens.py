@@ -606,6 +606,10 @@ def test_command(command, corpus, tmp_path, capsys):
     end = ["--tokenizer", str(out / "train/tokenizer"), "--max-tokens", "1_000", "--end-of-text", END_OF_TEXT]
     assert command(["--source", corpus, "--out", str(tmp_path / "short"), *end]) == 0
     assert 1000 <= len(stream(tmp_path / "short")) < 1400
+    assert "warning" not in capsys.readouterr().out
+    end[3] = "1_000_000"
+    assert command(["--source", corpus, "--out", str(tmp_path / "all"), *end]) == 0
+    assert "warning: the sources end before 1,000,000 tokens" in capsys.readouterr().out
     assert command(["--source", corpus, "--out", str(out), "--train-bpe", "100"]) == 1
     assert "make_tokens: " in capsys.readouterr().err
     with pytest.raises(SystemExit):
