@@ -3,11 +3,17 @@
 import json
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch import distributed
+from torch._dynamo.backends.distributed import DDPOptimizer
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
+from moa_lm.modeling import MoALlamaForCausalLM
 from moa_lm.pretrain import main
+from moa_lm.sizes import named_config
 from moa_lm.token_shards import TokenSettings, make_tokens
 
 SMALL = {
@@ -126,3 +132,37 @@ def test_compiled_in_bf16_too(tokens, tmp_path, two_processes):
         for way in WAYS:
             after = [row["loss"] for row in rows(out / f"{name}_{way}", "train") + rows(out / f"{name}_{way}", "val")]
             assert after == pytest.approx(before, rel=5e-3), (name, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["dense-micro", "moe-micro"])
+def test_a_compiled_model_of_several_buckets(size, monkeypatch):
+    """What one GPU of many does: the graph is cut where DDP's buckets end, through our autograd functions too.
+
+    The models above are smaller than a bucket. By "aot_eager": what is cut is the graph, whatever compiles the parts.
+    """
+    cuts, compile_fn = [], DDPOptimizer.compile_fn
+
+    def counted(optimizer, *args):
+        done = compile_fn(optimizer, *args)
+        cuts.append(len(optimizer.buckets))
+        return done
+
+    monkeypatch.setattr(DDPOptimizer, "compile_fn", counted)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = MoALlamaForCausalLM(named_config(size, "qdmoa", vocab_size=512)).train()
+        input_ids = torch.randint(512, (2, 64))
+        gradients = []
+        for _ in range(2):
+            model.zero_grad()
+            whole = DistributedDataParallel(model, bucket_cap_mb=1)
+            whole(input_ids=input_ids, labels=input_ids, skip_logits=True).loss.backward()
+            gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+            model.compile(backend="aot_eager")
+    finally:
+        distributed.destroy_process_group()
+        torch._dynamo.reset()
+    assert max(cuts) > 2
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).norm() < 1e-5 * gradient.norm(), name
