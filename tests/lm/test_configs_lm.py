@@ -71,7 +71,7 @@ def test_streamed_data_are_enough():
         config = resolved(path.stem)
         length, batch = config.data.sequence_length, config.schedule.batch_size
         model = named_config(config.model.size, config.model.ffn)
-        steps = config.schedule.budget(1, batch * length, budgeted(model)).total_steps
+        steps = config.schedule.budget(1, batch * length, budgeted(model, config.model.size)).total_steps
         limit = int(found[3])
         assert (limit - 1) // length // batch >= steps  # one epoch
         assert limit * float(found[2]) > 1.4 * config.loop.val_samples * length
