@@ -284,7 +284,7 @@ def parse_config(
     first = [] if given or default is None else [f"--config={default}"]
     try:
         _check_shapes([*first, *arguments])
-        namespace = parser.parse_args([*first, *arguments])
+        namespace = _parsed(parser, [*first, *arguments])
         del namespace["config"]
         for group in {str(action.dest).partition(".")[0] for action in parser._actions if "." in str(action.dest)}:
             mapping = isinstance(namespace[group], Namespace)
@@ -302,6 +302,16 @@ def parse_config(
         print(yaml.safe_dump(as_tree(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
+
+
+def _parsed(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
+    """Return what jsonargparse makes of them. Raises ArgumentError, or ValueError where it has no word."""
+    try:
+        return parser.parse_args(words)
+    except OverflowError as error:
+        raise ValueError(f"a number is too large ({error})") from error
+    except AttributeError as error:  # it keeps the files' names under that key
+        raise ValueError(f"a file has the key 'config', which is none of a configuration ({error})") from error
 
 
 def _check_shapes(words: Sequence[str]) -> None:

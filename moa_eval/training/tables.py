@@ -302,7 +302,8 @@ def environment_rows(comparison: Comparison, *, packages: bool) -> list[Row]:
 
     "runs" is "all" where every run has the value.
     """
-    shown = [run.environment.get("packages", {}) if packages else run.environment for run in comparison.runs]
+    shown = [run.environment.get("packages") if packages else run.environment for run in comparison.runs]
+    shown = [own if isinstance(own, dict) else {} for own in shown]
     rows = []
     for key in dict.fromkeys(key for values in shown for key in values if key not in ("packages", "command")):
         texts = [show(values.get(key)) for values in shown]

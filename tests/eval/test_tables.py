@@ -198,6 +198,14 @@ def test_the_configuration_is_shown_by_contender(make_run):
     assert (rows[0]["SwiGLU"], rows[0]["qd-MoA"]) == ("3e-4", "3e-4, 1.2e-3")
 
 
+@pytest.mark.parametrize("packages", [None, ["torch"]])
+def test_packages_that_are_no_mapping_are_left_out(make_run, packages):
+    folder = make_run("a")
+    environment = json.loads((folder / "env.json").read_text())
+    (folder / "env.json").write_text(json.dumps(environment | {"packages": packages}))
+    assert tabulate([folder])["packages"] == []
+
+
 def test_the_environment_is_merged_where_it_is_the_same(make_run):
     folders = [make_run("a"), make_run("b", encoder=MOA), make_run("c", encoder="vit_tiny_patch4_moa")]
     path = folders[1] / "env.json"

@@ -88,6 +88,7 @@ def test_the_resolved_tree_reads_back_equal(parse, write):
     ("text", "named"),
     [
         ("optim: {lrr: 1}", "'lrr'; did you mean optim.lr?"),
+        ("config: {lr: 1}", "the key 'config'"),
         ("optimm: {lr: 1}", "'optimm.lr' is not accepted; did you mean optim.lr?"),
         ("optim: {lr: fast}", '"optim.lr"'),
         ("optim: {lr: .nan}", "optim.lr is nan"),
@@ -120,6 +121,7 @@ def test_a_wrong_file_is_refused(parse, write, text, named, capsys):
     ("argument", "named"),
     [
         ("--optim.lrr=3", "--optim.lrr=3; did you mean optim.lr?"),
+        ("--optim.lr=1" + 400 * "0", "a number is too large"),
         ("--lr=3", "--lr=3; did you mean optim.lr?"),
         ("--optim.lr=x", '"optim.lr"'),
         ("--model.width=2.5", '"model.width"'),
