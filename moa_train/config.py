@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_type_hin
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
-from moa_train.reading import check_shape
+from moa_train.reading import check_shape, read_yaml
 from moa_train.schedule import Budget, DecayShape
 
 Config = TypeVar("Config")
@@ -283,7 +283,7 @@ def parse_config(
     given = any(argument.split("=")[0] == "--config" for argument in arguments)
     first = [] if given or default is None else [f"--config={default}"]
     try:
-        _check_shapes([*first, *arguments])
+        _check_texts([*first, *arguments])
         namespace = _parsed(parser, [*first, *arguments])
         del namespace["config"]
         for group in {str(action.dest).partition(".")[0] for action in parser._actions if "." in str(action.dest)}:
@@ -310,23 +310,28 @@ def _parsed(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
         return parser.parse_args(words)
     except OverflowError as error:
         raise ValueError(f"a number is too large ({error})") from error
-    except AttributeError as error:  # it keeps the files' names under that key
-        raise ValueError(f"a file has the key 'config', which is none of a configuration ({error})") from error
 
 
-def _check_shapes(words: Sequence[str]) -> None:
-    """Raise ValueError for a configuration file or value that is too deep or too large; see `check_shape`."""
+def _check_texts(words: Sequence[str]) -> None:
+    """Raise ValueError for a value that is too deep or too large, or a file that is no mapping of a configuration."""
     for before, word in zip(["", *words], words, strict=False):
         option, equals, value = word.partition("=")
         text = value if equals else word
         try:
             check_shape(text)
-            if "--config" in (option, before) and Path(text).is_file():
-                check_shape(Path(text).read_text(encoding="utf-8"))
-        except OSError:
-            continue  # the parser will say so
         except ValueError as error:
             raise ValueError(f"{text if len(text) < 99 else option}: {error}") from error
+        if "--config" in (option, before) and _is_file(text):
+            content = read_yaml(Path(text), "--config takes YAML files of keys with values", empty=True)
+            if "config" in content:  # jsonargparse keeps the files' names under this key
+                raise ValueError(f"{text} has the key 'config', which is none of a configuration")
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # no name of a file; the parser will say so
+        return False
 
 
 def _check_given(kind: type, namespace: Namespace, prefix: str = "") -> None:

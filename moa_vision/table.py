@@ -98,7 +98,7 @@ class SampleTable:
             rows = json.loads(arrays["problems"].tobytes())
             problems = [BadSample(*map(str, row)) for row in rows]
             table = cls(*(arrays[name].astype(dtype, casting="no") for name, dtype in _COLUMNS.items()))
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"no sample table: {error}") from error
         if any(getattr(table, name).ndim != 1 for name in _COLUMNS):
             raise ValueError("no sample table: a column is no list of numbers")

@@ -58,8 +58,11 @@ ODD_TEXTS = (*(text.encode() for text in _TEXTS), *_BYTES)
 """Whole contents of files."""
 
 
-TYPES = (torch.float64, torch.int64, torch.bfloat16, torch.bool, torch.uint8)
-"""Types of tensors that a reader of float32 ones does not expect."""
+TYPES = (
+    *(torch.float64, torch.int64, torch.bfloat16, torch.bool, torch.uint8),
+    *(torch.float8_e4m3fn, torch.complex64),
+)
+"""Types of tensors that a reader of float32 ones does not expect; NumPy lacks some."""
 
 
 def paths(tree: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -247,6 +247,8 @@ def _read_maps(
         raise broken(path, "missing, but index.json describes it", _REMEDY) from None
     except (OSError, SafetensorError) as error:
         raise broken(path, f"not a safetensors file ({error})", _REMEDY) from None
+    except (AttributeError, TypeError) as error:  # a type that NumPy has not
+        raise broken(path, f"not a file of float16 ({error})", _REMEDY) from None
     maps = {}
     for part, (layers, terms) in parts.items():
         shares = tensors.get(f"{part}.shares")
@@ -255,6 +257,8 @@ def _read_maps(
             found = "nothing" if shares is None else shares.shape
             wanted = (images, len(layers), patches, len(terms))
             raise broken(path, f"{part}.shares should have the shape {wanted} (found {found})", _REMEDY)
+        if not np.issubdtype(shares.dtype, np.floating):
+            raise broken(path, f"{part}.shares should be float16 (found {shares.dtype})", _REMEDY)
         maps[part] = Maps(tuple(layers), tuple(terms), shares.astype(np.float64))
     return maps
 

@@ -66,6 +66,14 @@ def test_coefficients_that_all_vary_and_learned_constants_are_told_apart(make_ru
     assert "the coefficients are learned constants, the same for all tokens." in sentence
 
 
+def retype(path, other):
+    """Give the float16 tensors of a safetensors file another type of the same size."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end].replace(b"F16", other)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+
+
 FAULTS = {
     "step without layers": (lambda f: edit(f, "step_00000040.json", lambda c: c.pop("layers")), "step_00000040.json"),
     "too few values": (
@@ -79,6 +87,8 @@ FAULTS = {
         lambda f: save_file({"encoder.shares": np.zeros((1, 2), np.float16)}, f / "mixing/maps.safetensors"),
         "maps.safetensors",
     ),
+    "a type that NumPy has not": (lambda f: retype(f / "mixing/maps.safetensors", b"BF16"), "maps.safetensors"),
+    "integers": (lambda f: retype(f / "mixing/maps.safetensors", b"I16"), "maps.safetensors"),
     "other part": (
         lambda f: edit(f, "index.json", lambda c: c["parts"].update(decoder=c["parts"]["encoder"])),
         "maps.safetensors",

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -397,6 +399,14 @@ def test_table_keeps_its_rows(groups):
 @given(st.binary(max_size=300))
 @settings(max_examples=100, deadline=None)
 def test_any_bytes_are_a_table_or_a_clear_error(data):
+    with pytest.raises(ValueError, match="no sample table"):
+        SampleTable.from_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "complex64", "float64"])
+def test_a_table_of_other_types_is_a_clear_error(name):
+    tensors = safetensors.torch.load(SampleTable.from_rows([("a", 0, 1, 2)]).to_bytes())
+    data = safetensors.torch.save(tensors | {"offsets": torch.zeros(1, dtype=getattr(torch, name))})
     with pytest.raises(ValueError, match="no sample table"):
         SampleTable.from_bytes(data)
 
