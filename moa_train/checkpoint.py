@@ -61,7 +61,8 @@ class Unreadable(Exception):
 
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
-"""Errors in reading that speak of the file. Others (a stale handle, no permission, too many files) may pass."""
+"""Errors in reading that speak of the file. Others (a stale handle, no permission, too many files) may pass; EIO,
+which a network may cause too, is believed once it stays."""
 
 _PAUSES_S = (1, 4)
 """Before a checkpoint that could not be read is tried again."""
@@ -184,6 +185,10 @@ class Saver:
         assert self._pending is None
         self._pending = self._thread.submit(self._save, state, tensors, passing)
 
+    def close(self) -> None:
+        """Wait until nothing is being written."""
+        self._thread.shutdown()
+
     def outcome(self, *, wait: bool) -> NotSaved | NotTidied | None:
         """Return what went wrong with the last save, once; None if nothing did or, without `wait`, has yet."""
         if self._pending is None or not (wait or self._pending.done()):
@@ -227,7 +232,9 @@ def _verify_patiently(path: Path) -> None:
     for pause in _PAUSES_S:
         try:
             verify(path)
-        except Unreadable:
+        except (Unreadable, DamagedCheckpoint) as error:
+            if isinstance(error, DamagedCheckpoint) and getattr(error.__cause__, "errno", None) != errno.EIO:
+                raise
             time.sleep(pause)
         else:
             return
@@ -272,7 +279,8 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 _STATE: dict[str, tuple[type, ...]] = {
-    **{"step": (int,), "validated": (int,), "skipped": (int,), "spikes": (int,), "world_size": (int,)},
+    **{"step": (int,), "validated": (int,), "skipped": (int,), "spikes": (int,)},
+    **{"world_size": (int,), "global_batch": (int,)},
     **{"wall_s": (int, float), "peak_memory_mib": (int, float)},
     **{"recent_loss": (dict,), "config": (dict,), "identity": (dict, type(None))},
 }

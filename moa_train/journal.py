@@ -241,7 +241,7 @@ class Journal:
 
     def finished(self) -> bool:
         """Tell whether the run was finished by this or an earlier session."""
-        return self.folder.status() == "finished" and self.state.step == self.plan.total_steps
+        return self.folder.finished_steps() == self.plan.total_steps
 
     def say_finished(self) -> None:
         """Say what the finished run came to."""
@@ -249,8 +249,9 @@ class Journal:
             summary = self.folder.summary()
             losses = (summary.get("final") or {}).items()
             final = ", ".join(f"{name} {'nan' if value is None else f'{value:.4f}'}" for name, value in losses)
+            took = f"{summary.get('steps')} steps, {duration(summary.get('wall_s') or 0)} of training"
             self.say(
-                f"finished    {self.state.step} steps, {duration(self.state.wall_s)} of training: {final}\n"
+                f"finished    {took}: {final}\n"
                 f"            {self.folder.path} (delete it, or choose another name, to run again)"
             )
 

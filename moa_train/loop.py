@@ -77,9 +77,11 @@ def run(
         try:
             with contextlib.closing(trainer.journal.progress):
                 return trainer.run()
-        except (NonFiniteError, NotSaved, *expected) as error:
+        except Exception as error:
             with contextlib.suppress(OSError, NotSaved):  # what could not be written before may not be now
                 trainer.journal.close("failed")
+            if not isinstance(error, (NonFiniteError, NotSaved, *expected)):
+                raise
             return together.fail(error, 1)
 
 
@@ -120,7 +122,7 @@ class Trainer:
         self.weighted = task if isinstance(task, Weighted) and task.weighted else None
         self.device = accelerator.device
         self.folder = RunFolder(config.folder)
-        changed = self.folder.check(as_tree(config), config.resume, harmless)
+        self.changed = self._check_folder()
         self.plan = make_plan(config, task.samples_per_epoch, task.budget, accelerator.num_processes)
         self.share = Share(accelerator.process_index, accelerator.num_processes, config.loop.micro_batch_size)
 
@@ -136,10 +138,9 @@ class Trainer:
         self.saver = Saver(self.folder.checkpoints, **kept, beside=beside)
         self.micro_batches: list[tuple[Tensor, list[str]]] = []  # of the step at hand: losses, names of the samples
         self._take_folder(held)
-        damaged = self._resume()
+        self.warnings = self._resume()
         self.begun_at = self.state.step
-        self.warnings = [f"passed over a damaged checkpoint: {message}" for message in damaged]
-        self.warnings += [f"continuing with another value of {message}" for message in changed]
+        self.warnings += [f"continuing with another value of {message}" for message in self.changed]
         self.journal = Journal(config, task, self.plan, self.costs, accelerator, self.state)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
@@ -178,6 +179,9 @@ class Trainer:
         self.journal.say_finished()
         return 0
 
+    def _check_folder(self) -> list[str]:
+        return self.folder.check(as_tree(self.config), self.config.resume, self.harmless)
+
     def _take_folder(self, held: contextlib.ExitStack) -> None:
         """Keep other processes from running this run, before its checkpoints are looked at, until `held` ends."""
         if self.accelerator.is_main_process:
@@ -185,6 +189,8 @@ class Trainer:
                 self.folder.path.mkdir(parents=True, exist_ok=True)
                 held.enter_context(self.folder.held())
                 checkpoint.remove_leftovers(self.folder.checkpoints)
+            held.callback(self.saver.close)  # nobody else may have the folder before
+            self.changed = self._check_folder()  # again: whoever held it may have begun another run in it
 
     @contextlib.contextmanager
     def _writing_to_folder(self) -> Iterator[None]:
@@ -218,7 +224,7 @@ class Trainer:
             last = not going or self.state.step == self.plan.total_steps
             if last or self._saving_is_due():
                 saved = self._save(get_generators(self.device), wait=last)
-                if going and last and not saved:
+                if last and not saved:
                     raise NotSaved("the last checkpoint could not be written; make room, the same command continues")
             self._tell_of_saving(wait=False)
         return going
@@ -281,6 +287,7 @@ class Trainer:
 
         Raises NonFiniteError, the state before the step saved, if that was one more than `loop.skip_nonfinite`.
         """
+        self._require_finite_weights()
         step, skipped = self.state.step + 1, self.state.skipped
         skips = skipped < self.config.loop.skip_nonfinite
         values = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
@@ -296,6 +303,21 @@ class Trainer:
         allowed = self.config.loop.skip_nonfinite
         self.journal.say(f"warning: {what}; left out, {skipped + 1} of {allowed} (loop.skip_nonfinite)")
 
+    def _require_finite_weights(self) -> None:
+        """Raise NonFiniteError if the weights themselves are not finite: no step mends that, and none is saved."""
+        norm = float(parallel.total_norm(parameter.detach() for parameter in self.bare.parameters()))
+        if math.isfinite(norm):
+            return
+        step = self.state.step
+        self.journal.event("nonfinite_weights", step)
+        what = f"the weights are not finite after step {step} (their norm is {norm})"
+        if step == self.begun_at:
+            raise NonFiniteError(f"{what}, as the run found them; begin with another checkpoint, this one moved away")
+        raise NonFiniteError(
+            f"{what}. They are not saved: what is in {self.folder.checkpoints} is from before. Continue from there "
+            f"with a lower rate, or with clipped gradients:{self._gentler_commands()}"
+        )
+
     def _everyones_micro_batches(self) -> list[dict[str, Any]]:
         """Return rank, loss and names of the samples of every micro-batch of the step; to be called by all processes.
 
@@ -309,14 +331,16 @@ class Trainer:
         return gather_object(own)
 
     def _how_to_continue(self, what: str, saved: bool) -> str:
-        beside = f"--loop.skip_nonfinite {self.state.skipped + 1}"
-        options = [beside, *(f"--resume force {option}" for option in self.config.gentler())]
+        beside = f"\n  {command_line()} --loop.skip_nonfinite {self.state.skipped + 1}"
         state = f"{'is' if saved else 'could NOT be'} saved in {self.folder.checkpoints}"
         return (
             f"{what}. Nothing was updated; the state before this step {state}, and {self.folder.events} lists its "
             "samples. Continue without this step, with a lower rate, or with clipped gradients:"
-            + "".join(f"\n  {command_line()} {option}" for option in options)
+            f"{beside}{self._gentler_commands()}"
         )
+
+    def _gentler_commands(self) -> str:
+        return "".join(f"\n  {command_line()} --resume force {option}" for option in self.config.gentler())
 
     def _update(self, lr: float, grad_norm: Tensor) -> None:
         if self.config.optim.clip_grad is not None:
@@ -342,6 +366,8 @@ class Trainer:
                 self._visualize(step)
         if losses:
             self.journal.val_row(losses)
+        elif self.task.val_samples:
+            self.journal.say("warning: no held-out sample could be used; there is no validation loss of this step")
         self.state.validated = step
         return True
 
@@ -352,7 +378,10 @@ class Trainer:
                     self.task.visualize(model, self.folder.path, step)
 
     def _validation_losses(self) -> dict[str, float] | None:
-        """Return the held-out losses, averaged over samples, all processes together; None if a stop request came."""
+        """Return the held-out losses, averaged over samples, all processes together; none if no sample could be used.
+
+        None if a stop request came.
+        """
         batches = iter(self.task.val_batches(self.share))
         seen = self.task.example_batch(1)
         sums = torch.zeros(1 + len(self.task.val_names), dtype=torch.float64)  # weights, then each loss
@@ -373,6 +402,8 @@ class Trainer:
                 weights = losses[WEIGHT].cpu().double() if WEIGHT in losses else torch.ones(values.shape[1]).double()
                 sums += torch.cat([weights.sum()[None], values @ weights])
         whole, *totals = self._sum_over_processes(*sums.tolist())
+        if not whole:
+            return {}
         return {name: total / whole for name, total in zip(self.task.val_names, totals, strict=True)}
 
     @contextlib.contextmanager
@@ -412,6 +443,7 @@ class Trainer:
 
     def _begin_saving(self, generators: Generators, *, passing: bool = False) -> None:
         self._tell_of_saving(wait=True)  # one at a time
+        self._require_finite_weights()
         self.begun_saving = self.state.step
         self.journal.note_memory()
         everyones = of_all_processes(generators, self.accelerator)
@@ -430,6 +462,7 @@ class Trainer:
         return {
             **asdict(self.state),
             "world_size": self.plan.world_size,
+            "global_batch": self.plan.global_batch,
             "stable": self.plan.is_stable(self.state.step),
             "identity": self.identity,
             "config": as_tree(self.config),
@@ -446,20 +479,27 @@ class Trainer:
             )
 
     def _resume(self) -> list[str]:
-        """Take the newest valid checkpoint, if there is one; return a message for each damaged one passed over."""
+        """Take the newest valid checkpoint, if there is one; return what should be known of that."""
         newest, source, damaged = origin.choose(self.config, self.plan, self.accelerator, self.harmless)
+        warnings = [f"passed over a damaged checkpoint: {message}" for message in damaged]
         if source is not None:
             origin.check_fit(source, self.config, self.identity)
             saved, generators = checkpoint.load(source, self.bare, self.optimizer)
             self.state = State.of(saved)
             self.generators = of_process(generators, self.accelerator.process_index)
+            warnings += self._other_batch(saved)
         if newest is not None:
             self.begun_saving = self.saver.saved_step = self.state.step
         if self.state.step > self.plan.total_steps:
             raise ValueError(f"{source} is past the end of this configuration, step {self.plan.total_steps}")
         # Every process has its own random numbers; one without a saved state (it was not there before) keeps these.
         set_seed(self.config.seed + self.state.step, device_specific=True)
-        return damaged
+        return warnings
+
+    def _other_batch(self, saved: dict[str, Any]) -> list[str]:
+        then, now = saved.get("global_batch", self.plan.global_batch), self.plan.global_batch
+        told = f"its steps took {then} samples each, these take {now}: some samples are read again, or left out"
+        return [told] if then != now else []
 
     def _export(self) -> None:
         with self.spread.whole() as model:

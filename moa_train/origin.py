@@ -35,17 +35,35 @@ def choose(config: RunConfig, plan: Plan, accelerator: Accelerator, harmless: fr
     The main process looks, and all take what it found: a file system may not show them the same.
 
     Raises:
-        ValueError: `start_from` names a checkpoint that is damaged or does not fit (`harmless` keys may differ), or
-            this process does not see what the main one found.
+        ValueError: the run is without a checkpoint that it must have had, `start_from` names one that is damaged or
+            does not fit (`harmless` keys may differ), or this process does not see what the main one found.
     """
     found: list[Any] = [None]
     if accelerator.is_main_process:
         newest, damaged = checkpoint.newest_valid(RunFolder(config.folder).checkpoints)
+        if newest is None and config.resume != "force":
+            _check_nothing_lost(RunFolder(config.folder), damaged, plan.total_steps, config.loop.save_every)
         found = [(newest, newest or _start(config, plan, harmless), damaged)]
     origin = Origin(*broadcast_object_list(found)[0])
     if origin.source is not None and not origin.source.exists():
         raise ValueError(f"{origin.source} is there for the main process, but not here: all must see the same folder")
     return origin
+
+
+def _check_nothing_lost(folder: RunFolder, damaged: list[str], total_steps: int, save_every: int) -> None:
+    """Raise ValueError if an unfinished run without a usable checkpoint got further than a crash can undo.
+
+    To begin it again at step 0 would drop its rows, and the damaged checkpoints that somebody may want to mend.
+    """
+    reached = max((row["step"] for row in folder.rows()), default=0)
+    if folder.finished_steps() == total_steps or (not damaged and reached <= save_every):
+        return
+    listed = "".join(f"\n  {message}" for message in damaged)
+    raise ValueError(
+        f"{folder.path} holds {reached:,} steps of a run, but no checkpoint that can be used.{listed}\n"
+        f"Bring one back into {folder.checkpoints}, choose another name, or begin again at step 0, all that is there "
+        "dropped, with --resume force."
+    )
 
 
 def check_fit(path: Path, config: RunConfig, identity: Mapping[str, Any] | None) -> None:

@@ -71,7 +71,12 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} already holds a run and resume is 'never'; choose another name or delete the folder"
             )
-        old = read_yaml(self.path / "config.yaml", "delete the folder to start afresh")
+        try:
+            old = read_yaml(self.path / "config.yaml", "bring it back, or continue all the same with --resume force")
+        except ValueError:
+            if resume != "force":
+                raise
+            return ["all keys: config.yaml cannot be read"]
         different = differing_keys(old, tree, harmless=harmless)
         if different and resume != "force":
             listed = "\n  ".join(different)
@@ -171,6 +176,10 @@ class RunFolder:
         if not (isinstance(summary.get("status"), str) and known):
             raise ValueError(f"{self._summary} has no usable status, steps, wall_s or final; {remedy}")
         return summary
+
+    def finished_steps(self) -> int | None:
+        """Return how many steps the run came to, if it has been finished."""
+        return self.summary().get("steps") if self.status() == "finished" else None
 
     def status(self) -> str:
         """Return the summary's status, "unfinished" while there is no summary that can be read."""

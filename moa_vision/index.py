@@ -66,6 +66,17 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.table)
 
+    def identity(self) -> dict[str, str]:
+        """Checksums that tell these samples, in this order, from others, wherever they lie.
+
+        Of their keys and sizes, by shard, and of the shards' bytes where manifests say what those are.
+        """
+        columns = (self.table.key_bytes, self.table.key_ends, self.table.sizes, self.starts)
+        found = {"samples": hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()}
+        sums = [shard.sha256 for shard in self.shards if shard.sha256]
+        whole = len(sums) == len(self.shards)
+        return found | ({"shards": hashlib.sha256("".join(sums).encode()).hexdigest()} if whole else {})
+
     def shard_of(self, sample: int) -> int:
         """The number of the shard that holds a sample."""
         return int(np.searchsorted(self.starts, sample, side="right")) - 1

@@ -185,6 +185,12 @@ class MAETask:
         """Return the keys of the batch's images."""
         return list(batch.keys)
 
+    def identity(self) -> dict[str, Any]:
+        """Return checksums of the samples."""
+        indices = {"train": self.train_index, "val": self.val_index}
+        own = {part: index.identity() for part, index in indices.items() if index is not None}
+        return {f"{part} {of}": checksum for part, sums in own.items() for of, checksum in sums.items()}
+
     def val_losses(self, model: nn.Module, batch: Images) -> dict[str, Tensor]:
         """Return each image's loss (the trained one), loss_norm and loss_pixel."""
         images = self._normalized(batch.images)

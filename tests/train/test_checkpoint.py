@@ -202,6 +202,22 @@ def test_one_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, error, m
         checkpoint.newest_valid(tmp_path)
 
 
+def test_an_error_of_the_disk_is_damage_once_it_stays(tmp_path, monkeypatch):
+    save(tmp_path, 5), save(tmp_path, 10)
+    failing, read = iter([True, True, False, True, True, True]), checkpoint._checksum
+
+    def checksum(path):
+        if path.parent.name == "step_00000010" and path.name == "model.safetensors" and next(failing):
+            raise OSError(errno.EIO, "for once, or for good")
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "_checksum", checksum)
+    monkeypatch.setattr(checkpoint, "_PAUSES_S", (0, 0))
+    assert checkpoint.newest_valid(tmp_path) == (tmp_path / "step_00000010", []), "the third time"
+    newest, (damaged,) = checkpoint.newest_valid(tmp_path)
+    assert newest == tmp_path / "step_00000005" and "step_00000010/model.safetensors cannot be read" in damaged
+
+
 def test_it_is_on_the_disk_before_it_can_be_seen(tmp_path, monkeypatch):
     """Rows, then the files, then the folder that lists them; then the name; then the folder that has the name."""
     rows, calls = tmp_path / "metrics.jsonl", []

@@ -42,6 +42,12 @@ def test_checkpoints_that_do_not_fit(runs, ranks, limited):
     runs.assert_same("run", "unbroken")
 
 
+def test_a_stop_that_could_not_be_saved_is_no_stop_to_go_on_from(limited, ranks):
+    """Not exit code 75, with which a cluster would queue it again and again."""
+    code, _ = limited(8_000, model__width=400, loop__val_every=50, model__stop_at=9)
+    assert code == 1 and "the last checkpoint could not be written" in ranks.said
+
+
 def test_rows_and_trackers_that_do_not_fit(runs, limited):
     """metrics.jsonl and TensorBoard's file are full after some steps: the run goes on, and no row is cut in two."""
     code, out = limited(4_000, schedule__epochs=8, loop__save_every=100, loop__trackers='["tensorboard"]')

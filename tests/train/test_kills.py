@@ -19,6 +19,7 @@ SAVE_EVERY = 5
 MOMENTS = {
     "in a step": ("toy:ToyTask.loss", 17),
     "in validation": ("toy:ToyTask.val_losses", 9),
+    "writing the first checkpoint": ("checkpoint:save_file", 1),
     "writing weights": ("checkpoint:save_file", 4),
     "writing moments": ("checkpoint:save_file", 5),
     "writing the state": ("checkpoint:write_json", 2),

@@ -5,10 +5,12 @@ import math
 import statistics
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moa_train import checkpoint
+from moa_train.loop import Trainer
 from moa_train.signals import EXIT_STOPPED
 from moa_train.spikes import DEVIATIONS, MEMORY, RecentLoss
 
@@ -28,6 +30,41 @@ def test_the_samples_of_a_step_that_is_not_finite_are_noted(runs, capsys):
     parts = [(part["rank"], part["loss"], part["samples"]) for part in row["micro_batches"]]
     # step 8 is the third of epoch 1: rows 16 to 23, two micro-batches of four
     assert parts == [(0, None, [f"1/{p}" for p in range(16, 20)]), (0, None, [f"1/{p}" for p in range(20, 24)])]
+
+
+def grows_beyond_numbers(runs, monkeypatch, step):
+    """Have a weight become infinite in the update of a step, though its loss and gradient are finite."""
+    update = Trainer._update
+
+    def overflowing(trainer, *args):
+        update(trainer, *args)
+        if trainer.state.step == step:
+            with torch.no_grad():
+                trainer.bare[0].weight[0, 0] = math.inf
+
+    monkeypatch.setattr(Trainer, "_update", overflowing)
+
+
+@pytest.mark.parametrize(("step", "newest"), [(8, "step_00000007"), (10, "step_00000007"), (2, None)])
+def test_weights_that_are_not_finite_are_never_saved(runs, monkeypatch, capsys, step, newest):
+    """Neither with a checkpoint that is due nor with a step that is left out: those before would be dropped."""
+    grows_beyond_numbers(runs, monkeypatch, step)
+    assert runs("run", loop__skip_nonfinite=9) == 1
+    error = capsys.readouterr().err
+    assert f"the weights are not finite after step {step}" in error and "--resume force --optim.lr 0.005" in error
+    saved = sorted(path.name for path in (runs.out / "run" / "checkpoints").glob("step_*"))
+    assert (saved[-1] if saved else None) == newest
+    assert [row["kind"] for row in events(runs, "run")][-2:] == ["nonfinite_weights", "failed"]
+    monkeypatch.undo()
+    assert runs("run") == 0 and runs("unbroken") == 0
+    assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
+
+
+def test_without_a_usable_held_out_sample_the_run_goes_on(runs, monkeypatch, capsys):
+    monkeypatch.setattr(runs.toy.ToyTask, "val_batches", lambda task, share: [])
+    assert runs("run") == 0
+    assert "no held-out sample could be used" in capsys.readouterr().out
+    assert runs.rows("run", "val") == [] and runs.json("run", "summary.json")["final"] is None
 
 
 def test_skipping_leaves_the_step_out_and_nothing_else(runs, capsys):

@@ -1,9 +1,14 @@
 """k steps + stop + resume + the rest == one unbroken run, bit for bit, whatever the stop."""
 
+import contextlib
+import shutil
+import threading
 import time
 
 import pytest
 
+from moa_train import checkpoint
+from moa_train.records import RunFolder
 from moa_train.signals import EXIT_STOPPED
 
 
@@ -81,6 +86,103 @@ def test_finished_run_says_so(runs, unbroken, capsys):
     assert runs(unbroken) == 0
     assert "finished" in capsys.readouterr().out
     assert before == (runs.final(unbroken), (runs.out / unbroken / "metrics.jsonl").read_text())
+
+
+def test_finished_run_says_so_without_its_checkpoints(runs, unbroken, capsys):
+    before = (runs.out / unbroken / "metrics.jsonl").read_text()
+    shutil.rmtree(runs.out / unbroken / "checkpoints")
+    capsys.readouterr()
+    assert runs(unbroken) == 0
+    assert "finished    15 steps" in capsys.readouterr().out
+    assert before == (runs.out / unbroken / "metrics.jsonl").read_text()
+    assert runs(unbroken, schedule__epochs=4, resume="force") == 0, "begun again, as was asked for"
+    assert runs.json(unbroken, "summary.json")["steps"] == 20
+
+
+def lose(folder):
+    shutil.rmtree(folder)
+
+
+def damage(folder):
+    for path in folder.glob("step_*/generators.safetensors"):
+        path.write_bytes(path.read_bytes() + b"x")
+
+
+@pytest.mark.parametrize(("fault", "told"), [(lose, "holds 7 steps"), (damage, "generators.safetensors is damaged")])
+def test_a_run_that_has_lost_its_checkpoints_is_not_begun_again(runs, unbroken, fault, told, capsys):
+    assert runs("run", model__stop_at=6) == EXIT_STOPPED
+    folder = runs.out / "run"
+    fault(folder / "checkpoints")
+    there = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"}
+    assert runs("run") == 2
+    error = capsys.readouterr().err
+    assert told in error and "no checkpoint that can be used" in error and "--resume force" in error
+    assert all(path.read_bytes() == content for path, content in there.items())
+    assert runs("run", resume="force") == 0
+    runs.assert_same("run", unbroken)
+
+
+def test_a_lost_configuration_is_forced_past(runs, unbroken, capsys):
+    assert runs("run", model__stop_at=6) == EXIT_STOPPED
+    (runs.out / "run" / "config.yaml").unlink()
+    assert runs("run") == 2
+    assert "config.yaml cannot be read" in capsys.readouterr().err
+    assert runs("run", resume="force") == 0
+    assert "config.yaml cannot be read" in capsys.readouterr().out
+    assert runs.final("run") == runs.final(unbroken)
+
+
+def test_another_batch_size_is_told_of(runs, capsys):
+    assert runs("run", model__stop_at=6) == EXIT_STOPPED
+    assert runs("run", schedule__batch_size=4, resume="force") == 0
+    assert "its steps took 8 samples each, these take 4" in capsys.readouterr().out
+
+
+def test_the_folder_is_looked_at_again_once_it_is_held(runs, monkeypatch, capsys):
+    """Whoever held it until then may have begun another run in it."""
+    assert runs("other", model__stop_at=6) == EXIT_STOPPED
+    held = RunFolder.held
+
+    def begun_meanwhile(folder):
+        (runs.out / "other").rename(runs.out / "run.begun")
+        shutil.copytree(runs.out / "run.begun", folder.path, dirs_exist_ok=True)
+        return held(folder)
+
+    monkeypatch.setattr(RunFolder, "held", begun_meanwhile)
+    assert runs("run", optim__lr=0.5) == 2
+    assert "optim.lr: 0.01 -> 0.5" in capsys.readouterr().err
+
+
+def test_nobody_has_the_folder_while_a_checkpoint_is_being_written(runs, monkeypatch):
+    """A step fails while the checkpoint of the one before is written; the lock goes once that is there."""
+    save, loss, held = checkpoint.save, runs.toy.ToyTask.loss, RunFolder.held
+    failed, freed = threading.Event(), []
+
+    def late(*args, **kwargs):
+        failed.wait(60)
+        return save(*args, **kwargs)
+
+    def failing(task, model, batch):
+        if batch[0] == 5:
+            threading.Timer(0.2, failed.set).start()
+            raise ZeroDivisionError("a bug")
+        return loss(task, model, batch)
+
+    @contextlib.contextmanager
+    def watched(folder):
+        with held(folder):
+            try:
+                yield
+            finally:
+                freed.extend(path.name for path in folder.checkpoints.glob("step_*"))
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    monkeypatch.setattr(runs.toy.ToyTask, "loss", failing)
+    monkeypatch.setattr(RunFolder, "held", watched)
+    with pytest.raises(ZeroDivisionError):
+        runs("run", loop__save_every=10)
+    assert freed == ["step_00000005"]
+    assert runs.json("run", "summary.json")["status"] == "failed"
 
 
 def test_another_configuration_is_refused(runs, capsys):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -185,6 +186,22 @@ def test_workers_and_micro_batches_do_not_change_the_data(train):
         loop__micro_batch_size=8,
     )
     assert [row["loss"] for row in rows(other)] == pytest.approx([row["loss"] for row in rows(one)], rel=1e-4)
+
+
+def test_a_run_does_not_go_on_with_other_images(train, shards, write_tar, photos, encode, tmp_path, capsys):
+    code, folder = train()
+    assert code == 0
+    (folder / "summary.json").unlink()
+    shutil.copytree(shards, tmp_path / "elsewhere")
+    shutil.rmtree(shards)
+    (tmp_path / "elsewhere").rename(shards)  # the same, written anew
+    assert train()[0] == 0
+    (folder / "summary.json").unlink()
+    write_tar(shards / "d.tar", [("another.jpg", encode(photos[0]))])
+    capsys.readouterr()
+    assert train()[0] == 2
+    assert "was trained on other data: train samples changed since" in capsys.readouterr().err
+    assert train(resume="force")[0] == 0
 
 
 def test_bad_samples_are_named_counted_and_limited(train, shards, write_tar, photos, encode, capsys):
