@@ -1,6 +1,7 @@
 """The samples of a tar as rows (offset, size, label, key) of a few arrays, read from its headers."""
 
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -128,7 +129,8 @@ def scan_tar(path: Path, shard: str | None = None) -> tuple[dict[str, dict[str, 
     """Lists the members of a plain tar by sample: {key: {extension: (offset, size)}}, in the order of the tar.
 
     Only headers are read. Members of a key need not be neighbours; of two with the same key and extension the
-    first counts, and the other is reported.
+    first counts, and the other is reported. So is a tar without the zeros that end one, under the key "(end)": it may
+    be cut between two members, or be by a writer that leaves them out.
 
     Raises:
         DataError: if the file is no tar, is truncated or has a damaged header.
@@ -149,6 +151,8 @@ def scan_tar(path: Path, shard: str | None = None) -> tuple[dict[str, dict[str, 
                 problems.append(BadSample(shard, key, f"{name} occurs twice; the first is used"))
             else:
                 found[extension.lower()] = (member.offset_data, member.size)
+        if samples and _lacks_end(path):
+            problems.append(BadSample(shard, "(end)", "the tar does not end as tars do: samples may have been cut off"))
     except DataError:
         raise
     except Exception as error:  # besides its own errors tarfile has OverflowError, MemoryError, RecursionError, ...
@@ -173,6 +177,12 @@ def _members(path: Path, shard: str) -> Iterator[tarfile.TarInfo]:
         file.seek(stopped)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise DataError(f"shard {shard} is damaged at byte {stopped}: fetch or make it again")
+
+
+def _lacks_end(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
+        return bool(file.read().strip(b"\0"))
 
 
 def index_tar(path: Path, shard: str | None = None) -> tuple[SampleTable, list[BadSample]]:

@@ -326,6 +326,17 @@ def test_damaged_shards_are_named(shards, tmp_path, damage, text):
     assert "b.tar" in str(error.value)
 
 
+def test_a_shard_cut_between_members_is_told(shards, tmp_path):
+    """Its headers look whole; what is missing are the zeros at the end."""
+    path = shards / "b.tar"
+    with tarfile.open(path) as tar:
+        path.write_bytes(path.read_bytes()[: tar.getmembers()[4].offset])
+    index = open_index(str(shards), tmp_path / "cache")
+    (problem,) = index.without_image()
+    assert (problem.shard, problem.key) == (str(path), "(end)") and "may have been cut off" in problem.reason
+    assert len(index) == 32 - 2
+
+
 def _damage_header(data):
     """Spoils the header of the third member."""
     with tarfile.open(fileobj=__import__("io").BytesIO(data)) as tar:
