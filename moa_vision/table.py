@@ -152,7 +152,7 @@ def scan_tar(path: Path, shard: str | None = None) -> tuple[dict[str, dict[str, 
             else:
                 found[extension.lower()] = (member.offset_data, member.size)
         if samples and _lacks_end(path):
-            problems.append(BadSample(shard, "(end)", "the tar does not end as tars do: samples may have been cut off"))
+            problems.append(BadSample(shard, "(end)", "it does not end as tars do: samples may have been cut off"))
     except DataError:
         raise
     except Exception as error:  # besides its own errors tarfile has OverflowError, MemoryError, RecursionError, ...
