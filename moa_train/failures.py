@@ -19,11 +19,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
 from torch import distributed
+
+from moa_train.records import again
+from moa_train.signals import EXIT_STOPPED
 
 GRACE_S = 5.0
 """Seconds that a process has to end by itself once another has failed, or it has failed itself; then it is ended."""
@@ -31,11 +34,11 @@ GRACE_S = 5.0
 MACHINE_S = 25
 """Seconds after which a machine that no longer answers is given up."""
 
-ENDED_WITHIN_S = MACHINE_S + GRACE_S
-"""Seconds within which the failure of one process has ended all; `GRACE_S` unless a whole machine is gone."""
-
 WORD_S = 3.0
-"""Seconds that an error which may be the consequence of another's waits for word of it."""
+"""Seconds that an error which may be the consequence of another's waits for word of it, before it is anybody's."""
+
+ENDED_WITHIN_S = MACHINE_S + GRACE_S
+"""Seconds within which the failure of one process has ended all; `WORD_S + GRACE_S` unless its machine is gone."""
 
 CONNECT_S = 60.0
 
@@ -83,8 +86,26 @@ class Together:
 
         Before `watch`, a ValueError is about what all processes were given: one of each machine tells it.
         """
-        tells = self._watched or not isinstance(error, ValueError) or os.environ.get("LOCAL_RANK", "0") == "0"
+        tells = self._tells() or not isinstance(error, ValueError)
         return self._settle(code, lambda: _say(f"error: {_message(error)}") if tells else None)
+
+    def stop(self, signal: str) -> NoReturn:
+        """End this process at once, and the others with it: `signal` came while there was nothing to save.
+
+        Files are whole or absent however a process ends, so nothing is cleaned up. To be called in any thread.
+        """
+        _end_soon(EXIT_STOPPED)  # should even telling be impossible
+        text = (
+            f"stopped     {signal}: training had not begun, and nothing is lost. The same command continues{again()}"
+        )
+        code = self._settle(EXIT_STOPPED, lambda: print(text, flush=True) if self._tells() else None)
+        if isinstance(self._link, _Hub):
+            self._link.everyone.wait(GRACE_S)  # to those that have yet to be let in it would look like a death
+        os._exit(code)
+
+    def _tells(self) -> bool:
+        """Whether what may be true of all processes is this one's to tell."""
+        return self._watched or os.environ.get("LOCAL_RANK", "0") == "0"
 
     def _settle(self, code: int, tell: Callable[[], object]) -> int:
         """Let the others know; `tell` if this is the first failure. Return the exit code of the first."""
@@ -147,6 +168,7 @@ class _Hub(_Link):
         self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=world_size)
         self.port: int = self._server.getsockname()[1]
         self._others: list[socket.socket] = []
+        self.everyone = threading.Event()  # is among them
         self._lock = threading.Lock()
         _OURS.add(self._server)
         _in_background(self._accept)
@@ -204,6 +226,8 @@ class _Hub(_Link):
             self._others.append(connection)
             if self.first is not None:
                 _send(connection, "failed", *self.first)
+            if len(self._others) == self.world_size - 1:
+                self.everyone.set()
 
 
 class _Spoke(_Link):

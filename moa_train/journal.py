@@ -19,7 +19,7 @@ from moa_train.checkpoint import NotSaved
 from moa_train.config import RunConfig, as_tree, flatten
 from moa_train.plan import Costs, Plan, describe
 from moa_train.progress import Progress, duration
-from moa_train.records import RunFolder, command_line, describe_environment
+from moa_train.records import RunFolder, again, describe_environment
 from moa_train.spikes import RecentLoss
 from moa_train.task import Observed, Task
 
@@ -261,7 +261,7 @@ class Journal:
         saved = "saved" if saved_step == self.state.step else newest
         self.say(
             f"stopped     {signal or 'another process was asked to stop'}: {saved} after step {self.state.step} of "
-            f"{self.plan.total_steps}. The same command continues:\n  {command_line()}"
+            f"{self.plan.total_steps}. The same command continues{again()}"
         )
 
 

@@ -50,6 +50,12 @@ def main(arguments: Sequence[str]) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     options = run.parse_args(list(arguments))
     options.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are ours
+    try:
+        run.determine_local_world_size(options.nproc_per_node)
+    except ValueError as error:
+        asked = f"--nproc-per-node is {options.nproc_per_node}: {error}"
+        print(f"error: {asked} Give it a number; with scripts/cluster/torchrun.sh: GPUS=N", file=sys.stderr)
+        return 2
     stop = Stop()
     for number in SIGNALS:
         signal.signal(number, stop)

@@ -32,7 +32,7 @@ from moa_train.failures import Together
 from moa_train.journal import Journal, State, check_trackers, end_trackers
 from moa_train.optim import build_optimizer, describe_groups, set_rate
 from moa_train.plan import Costs, make_plan, measure_costs
-from moa_train.records import RunFolder, RunInUse, command_line
+from moa_train.records import RunFolder, RunInUse, again
 from moa_train.signals import EXIT_STOPPED, StopRequests
 from moa_train.task import WEIGHT, HiddenMatrices, Identified, Named, OwnOptimizer, Share, Task, Weighted
 
@@ -52,7 +52,7 @@ def run(
 
     0: finished. 1: a loss or gradient was not finite, the data failed, or the disk is full. 2: configuration, data or
     run folder do not fit. `EXIT_STOPPED` (75): asked to stop, saved; the same command continues. Failures are told in
-    one message.
+    one message. A process that is asked to stop before training ends within this call, at once, with 75.
 
     Args:
         config: The configuration.
@@ -62,14 +62,15 @@ def run(
     """
     with StopRequests() as stop, contextlib.ExitStack() as cleanup, Together() as together:
         try:
-            check_trackers(config.loop.trackers)
-            accelerator = parallel.start(config.loop, config.folder / "trackers")
-            cleanup.callback(end_trackers, accelerator)
-            together.watch(accelerator)
-            set_seed(config.seed)
-            with accelerator.local_main_process_first():
-                task = build_task()
-            trainer = Trainer(config, task, accelerator, stop, cleanup, harmless)
+            with stop.at_once(together.stop):
+                check_trackers(config.loop.trackers)
+                accelerator = parallel.start(config.loop, config.folder / "trackers")
+                cleanup.callback(end_trackers, accelerator)
+                together.watch(accelerator)
+                set_seed(config.seed)
+                with accelerator.local_main_process_first():
+                    task = build_task()
+                trainer = Trainer(config, task, accelerator, stop, cleanup, harmless)
         except (ValueError, OSError, RunInUse, *expected) as error:
             return together.fail(error, 2)
         except (NotSaved, Unreadable) as error:
@@ -315,7 +316,7 @@ class Trainer:
             raise NonFiniteError(f"{what}, as the run found them; begin with another checkpoint, this one moved away")
         raise NonFiniteError(
             f"{what}. They are not saved: what is in {self.folder.checkpoints} is from before. Continue from there "
-            f"with a lower rate, or with clipped gradients:{self._gentler_commands()}"
+            "with a lower rate, or with clipped gradients" + again(*self._gentler_options())
         )
 
     def _everyones_micro_batches(self) -> list[dict[str, Any]]:
@@ -331,16 +332,16 @@ class Trainer:
         return gather_object(own)
 
     def _how_to_continue(self, what: str, saved: bool) -> str:
-        beside = f"\n  {command_line()} --loop.skip_nonfinite {self.state.skipped + 1}"
+        beside = f"--loop.skip_nonfinite {self.state.skipped + 1}"
         state = f"{'is' if saved else 'could NOT be'} saved in {self.folder.checkpoints}"
         return (
             f"{what}. Nothing was updated; the state before this step {state}, and {self.folder.events} lists its "
-            "samples. Continue without this step, with a lower rate, or with clipped gradients:"
-            f"{beside}{self._gentler_commands()}"
+            "samples. Continue without this step, with a lower rate, or with clipped gradients"
+            + again(beside, *self._gentler_options())
         )
 
-    def _gentler_commands(self) -> str:
-        return "".join(f"\n  {command_line()} --resume force {option}" for option in self.config.gentler())
+    def _gentler_options(self) -> list[str]:
+        return [f"--resume force {option}" for option in self.config.gentler()]
 
     def _update(self, lr: float, grad_norm: Tensor) -> None:
         if self.config.optim.clip_grad is not None:

@@ -47,6 +47,15 @@ UNSUPPORTED = {
 }
 """What accelerate's configuration can ask for and no run does, by the variable that its launcher sets: the remedy."""
 
+OURS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "1",
+        "set schedule.batch_size and loop.micro_batch_size instead, and the run accumulates what they leave",
+    ),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "use --loop.compile true instead"),
+}
+"""What accelerate would do beside what the run's configuration says, by variable: the value without; the remedy."""
+
 
 def start(config: LoopConfig, trackers: Path) -> Accelerator:
     """Return the Accelerator of this process, which knows its device and the other processes.
@@ -56,11 +65,15 @@ def start(config: LoopConfig, trackers: Path) -> Accelerator:
 
     Raises:
         ValueError: there are other processes than were asked for, by the launcher or by `loop.processes`, or the
-            launcher's configuration asks for something that no run does.
+            launcher's configuration asks for something that no run does, or that is the run's to say.
     """
     for variable, remedy in UNSUPPORTED.items():
         if _flag(variable):
             raise ValueError(f"accelerate's configuration sets {variable}; there is no such run: {remedy}")
+    for variable, (without, remedy) in OURS.items():
+        value = os.environ.get(variable, without)
+        if value.lower() != without:
+            raise ValueError(f"{variable} is {value}; it must be {without} or unset: {remedy}")
     shards_wanted()
     # accelerate would go on as unrelated single processes.
     on_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
@@ -98,6 +111,7 @@ def _check_processes(found: int, processes: int | None) -> None:
                 "launch it with accelerate and a file of configs/accelerate, or with torchrun (on CPUs that have "
                 "accelerators beside them: with ACCELERATE_USE_CPU=true)"
                 + (", or change loop.processes" if source == "loop.processes" else "")
+                + (f", or say --loop.processes {found} if that is what you want" if source in SLURM_TASKS else "")
             )
     # A launcher that starts several processes by MPI only (accelerate's MULTI_CPU) sets the address, and starts one.
     launched = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ

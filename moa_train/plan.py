@@ -78,17 +78,20 @@ def make_plan(config: RunConfig, samples_per_epoch: int, budget: Callable[[int],
 
     Raises:
         ValueError: the training set is smaller than a batch, or the global batch is no multiple of
-            world_size * loop.micro_batch_size; the message gives the nearest that works.
+            world_size * loop.micro_batch_size; the message gives the nearest of each that work.
     """
     batch, micro = config.schedule.batch_size, config.loop.micro_batch_size
     at_once = world_size * micro
     if batch % at_once:
         below, above = batch // at_once * at_once, (batch // at_once + 1) * at_once
         fitting = max((m for m in range(1, micro) if batch % (world_size * m) == 0), default=None)
+        shared = [n for n in range(1, batch // micro + 1) if batch % (n * micro) == 0]  # numbers of processes
+        nearest = [*[n for n in shared if n < world_size][-1:], *[n for n in shared if n > world_size][:1]]
         raise ValueError(
             f"schedule.batch_size is {batch}; it must be a multiple of {at_once} ({world_size} processes x "
             f"loop.micro_batch_size {micro}): the nearest are {f'{below} and ' if below else ''}{above}"
             + (f", or keep it with loop.micro_batch_size {fitting}" if fitting else "")
+            + (f", or with {' or '.join(map(str, nearest))} processes" if nearest else "")
         )
     steps_per_epoch = samples_per_epoch // batch
     if not steps_per_epoch:

@@ -23,6 +23,7 @@ import yaml
 from moa_train.config import HARMLESS, differing_keys, require
 from moa_train.durable import LineFile, write_json, write_text
 from moa_train.reading import read_json, read_yaml
+from moa_train.signals import LAUNCHED
 
 if TYPE_CHECKING:
     import torch  # imported where a device is described: who only reads run folders need not wait for it
@@ -125,7 +126,12 @@ class RunFolder:
                     print(f"waiting for {holder}, which holds {file.name}, up to {LEASE_S} s", file=sys.stderr)
                 told = True
                 time.sleep(1)
-            except OSError:  # a file system without locks
+            except OSError as error:  # a file system without locks
+                print(
+                    f"warning: {file.name} cannot be locked ({error}): a second process that runs this run would not "
+                    "be refused, and both would write to its folder",
+                    file=sys.stderr,
+                )
                 return
             else:
                 return
@@ -257,9 +263,18 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, Any
 
 
 def command_line() -> str:
-    """Return the command that started this run, as a shell takes it (options of a launcher aside)."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # `accelerate launch` sets it
-    return shlex.join([*(["accelerate", "launch"] if launched else [Path(sys.executable).name]), *sys.argv])
+    """Return the command that started this run, as a shell takes it; of a launched one what the launcher started."""
+    return shlex.join(sys.argv if _launched() else [Path(sys.executable).name, *sys.argv])
+
+
+def again(*options: str) -> str:
+    """Return the end of a sentence about running the command again: the command, once with each of the options."""
+    aside = " (by the same launcher, whose own options are not shown)" if _launched() else ""
+    return f"{aside}:" + "".join(f"\n  {command_line()} {option}".rstrip() for option in options or [""])
+
+
+def _launched() -> bool:
+    return any(name in os.environ for name in (*LAUNCHED, "WORLD_SIZE"))
 
 
 def _processor() -> str:

@@ -6,7 +6,10 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import connection, parent_process
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -21,11 +24,13 @@ on to all processes; of SIGTERM it kills them, unsaved."""
 IMPATIENCE_S = 3.0
 """A later Ctrl-C interrupts at once; torchrun passes the terminal's first one on a second time, much sooner."""
 
-LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
-"""Variables of which torchrun and accelerate set one in every process that they start."""
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")
+"""Variables of which torchrun and accelerate set one in every process that they start, and hardly anybody by hand."""
 
 LAUNCHER_S = 1.0
 """Seconds within which it is noticed that the launcher has ended."""
+
+PROC = Path("/proc")
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
@@ -53,6 +58,37 @@ class StopRequests:
             threading.Thread(target=self._watch_launcher, args=[os.getppid()], daemon=True).start()
         return self
 
+    @contextmanager
+    def at_once(self, end: Callable[[str], object]) -> Iterator[None]:
+        """Within the block, while there is nothing to save yet, a stop request calls `end(name)`, to end the process.
+
+        It does in another thread: the main one may be in C for hours, as until all processes have come, and Python
+        calls no handler meanwhile.
+        """
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+
+        def watch() -> None:
+            for byte in iter(lambda: os.read(reading, 1), b"\0"):
+                if byte[0] in SIGNALS:
+                    end(signal.Signals(byte[0]).name)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        _WAKING.add(writing)
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        try:
+            if self.received:  # it came before this block
+                os.write(writing, bytes([signal.Signals[self.received]]))
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            _WAKING.discard(writing)
+            os.write(writing, b"\0")  # not closed: a forked worker may hold that end too
+            watcher.join()
+            os.close(reading)
+            os.close(writing)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -62,10 +98,12 @@ class StopRequests:
 
     def _watch_launcher(self, launcher: int) -> None:
         # Not Linux's PR_SET_PDEATHSIG: that is about the thread that started this process, not about its process.
-        while not self._over.wait(LAUNCHER_S):
-            if os.getppid() != launcher:
-                os.kill(os.getpid(), signal.SIGTERM)
+        gone = _takes_in_orphans(launcher)  # it ended while this process was importing
+        while not gone:
+            if self._over.wait(LAUNCHER_S):
                 return
+            gone = os.getppid() != launcher
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -73,6 +111,30 @@ class StopRequests:
             self.received, self._received_at = signal.Signals(number).name, now
         elif number == signal.SIGINT and now - self._received_at > IMPATIENCE_S:
             raise KeyboardInterrupt
+
+
+_WAKING: set[int] = set()
+"""Descriptors that tell this process of signals. One to a worker that is forked from it is no news of this one's."""
+
+
+def _fall_asleep() -> None:
+    if _WAKING:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_fall_asleep)
+
+
+def _takes_in_orphans(process: int) -> bool:
+    """Whether a parent is no launcher but what processes get whose own has ended; False where that is uncertain.
+
+    That is process 1, unless it is in Python, as launchers are: one may be a container's first. Or a user's systemd.
+    """
+    try:
+        program = (PROC / f"{process}/cmdline").read_bytes().partition(b"\0")[0].rpartition(b"/")[2]
+    except OSError:
+        program = b""
+    return program == b"systemd" or (process == 1 and not program.startswith(b"python"))
 
 
 def ignore_stop_signals(worker: int = 0) -> None:

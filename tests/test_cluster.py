@@ -149,6 +149,20 @@ def test_several_machines_need_a_place_to_meet():
     assert done.returncode == 2 and "NODES is 2, so MASTER must be HOST:PORT" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["slurm.sh", "torchrun.sh"])
+@pytest.mark.parametrize(("variable", "value"), [("NODES", "0"), ("NODES", "two"), ("GPUS", "two"), ("GPUS", "0")])
+def test_a_number_that_is_none_is_named(name, variable, value):
+    done = script(name, "a.py", DRY_RUN="1", **{variable: value})
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == f"error: {variable} is {value}; it must be a whole number, 1 or above\n"
+
+
+def test_without_gpus_their_number_is_asked_for():
+    done = script("torchrun.sh", "a.py", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "GPUS=N" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_slurms_dry_run_prints_the_submission_and_every_process(tmp_path):
     """And starts nothing: sbatch is not even there."""
     given = ("scripts/pretrain_mae.py", "--name", "two words")

@@ -30,6 +30,12 @@ if [ $# -eq 0 ]; then
 fi
 nodes=${SLURM_NNODES:-${NODES:-1}}
 gpus=${SLURM_NTASKS_PER_NODE:-${GPUS:-8}}
+cpus=${CPUS:-8}
+for setting in "NODES $nodes" "GPUS $gpus" "CPUS $cpus"; do
+    [[ $setting =~ ^[A-Z]+\ [1-9][0-9]*$ ]] && continue
+    echo "error: ${setting/ / is }; it must be a whole number, 1 or above" >&2
+    exit 2
+done
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
 # What srun starts: a process of the run, which learns its place from Slurm's words for it.
@@ -41,7 +47,7 @@ task=(srun --kill-on-bad-exit=0 --wait=120 bash -c "$place" run "$python" "$@")
 
 submit() {
     local job=(sbatch --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus"
-        --cpus-per-task="${CPUS:-8}" "$0" "$@")
+        --cpus-per-task="$cpus" "$0" "$@")
     [ -n "${DRY_RUN:-}" ] || exec "${job[@]}"
     printf '%q ' "${job[@]}"
     echo

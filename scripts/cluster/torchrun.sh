@@ -23,6 +23,11 @@ fi
 nodes=${NODES:-1}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 gpus=${GPUS:-gpu}
+for setting in "NODES $nodes" "GPUS ${GPUS:-1}"; do
+    [[ $setting =~ ^[A-Z]+\ [1-9][0-9]*$ ]] && continue
+    echo "error: ${setting/ / is }; it must be a whole number, 1 or above" >&2
+    exit 2
+done
 
 if [ "$nodes" -eq 1 ]; then
     meeting=(--standalone)

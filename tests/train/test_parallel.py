@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moa_train.muon import StackedMuon
-from moa_train.parallel import blocks, full, local, place_like, total_norm
+from moa_train.parallel import OURS, blocks, full, local, place_like, total_norm
 from moa_train.signals import EXIT_STOPPED
 
 CONFIGS = Path(__file__).parents[2] / "configs/accelerate"
@@ -111,7 +111,7 @@ def test_an_impossible_split_is_refused_with_the_nearest_that_work(launched):
 
 
 NOBODY = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-NOBODY += ("SLURM_NTASKS", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION")
+NOBODY += ("SLURM_NTASKS", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION", *OURS)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ NOBODY += ("SLURM_NTASKS", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION")
         ({"WORLD_SIZE": "2"}, None, "WORLD_SIZE asks for 2 processes, but there is 1"),
         ({"WORLD_SIZE": "2"}, 1, "WORLD_SIZE asks for 2"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, None, "OMPI_COMM_WORLD_SIZE asks for 4"),
-        ({"SLURM_NTASKS": "8"}, None, "SLURM_NTASKS asks for 8"),
+        ({"SLURM_NTASKS": "8"}, None, "or say --loop.processes 1"),
         (
             {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"},
             None,
@@ -130,9 +130,24 @@ NOBODY += ("SLURM_NTASKS", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION")
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, None, "fsdp_version is 1"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, None, "ACCELERATE_USE_DEEPSPEED"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, None, "FSDP_OFFLOAD_PARAMS"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, None, "it must be 1 or unset: set schedule.batch_size"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, None, "it must be no or unset: use --loop.compile true"),
         ({}, 0, "loop.processes is 0; it must be 1 or above, or null"),
     ],
-    ids=["key", "torchrun", "both", "mpi", "slurm", "multi-cpu", "fsdp1", "deepspeed", "offload", "zero"],
+    ids=[
+        "key",
+        "torchrun",
+        "both",
+        "mpi",
+        "slurm",
+        "multi-cpu",
+        "fsdp1",
+        "deepspeed",
+        "offload",
+        "steps",
+        "dynamo",
+        "zero",
+    ],
 )
 def test_other_processes_than_asked_for_are_refused_before_anything_is_built(
     runs, environment, processes, told, monkeypatch, capsys
@@ -148,6 +163,13 @@ def test_other_processes_than_asked_for_are_refused_before_anything_is_built(
     except SystemExit as exit:
         code = exit.code
     assert code == 2 and told in capsys.readouterr().err and not (runs.out / "run").exists()
+
+
+def test_what_accelerates_launcher_always_sets_is_taken(runs, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    for value in ("NO", "no"):
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", value)
+        assert runs(value) == 0
 
 
 def test_what_slurm_says_of_the_job_gives_way(runs, monkeypatch):

@@ -33,16 +33,23 @@ def test_full_recipe(world_size):
     assert plan.due(249_600, 1000)
 
 
-@pytest.mark.parametrize(("batch", "micro", "world_size"), [(4096, 64, 3), (100, 7, 2), (8, 64, 1), (12, 5, 1)])
+@pytest.mark.parametrize(
+    ("batch", "micro", "world_size"), [(4096, 64, 3), (100, 7, 2), (8, 64, 1), (12, 5, 1), (96, 4, 100)]
+)
 def test_an_impossible_split_names_what_works(batch, micro, world_size):
     with pytest.raises(ValueError, match=rf"schedule.batch_size is {batch}; it must be a multiple") as error:
         plan_of(config(batch, micro), 10_000, world_size)
-    nearest, _, keeping = str(error.value).partition(", or keep it with loop.micro_batch_size ")
+    told, _, processes = str(error.value).removesuffix(" processes").partition(", or with ")
+    nearest, _, keeping = told.partition(", or keep it with loop.micro_batch_size ")
     offered = [int(number) for number in re.findall(r"\d+", nearest.partition("nearest are ")[2])]
     works = [b for b in range(1, 2 * batch + 2 * micro * world_size) if b % (micro * world_size) == 0]
     assert offered == [*[b for b in works if b < batch][-1:], next(b for b in works if b > batch)]
     fitting = [m for m in range(1, micro) if batch % (m * world_size) == 0]
     assert keeping == (str(max(fitting)) if fitting else "")
+    shared = [n for n in range(1, batch + 1) if batch % (n * micro) == 0]
+    around = [max((n for n in shared if n < world_size), default=None)]
+    around += [min((n for n in shared if n > world_size), default=None)]
+    assert processes == " or ".join(str(n) for n in around if n is not None)
 
 
 def test_a_batch_larger_than_the_data():

@@ -1,10 +1,14 @@
 """Run folders that something has happened to."""
 
+import errno
+import fcntl
 import json
+import sys
 
 import pytest
 
-from moa_train.records import RunFolder, summarize_rows
+from moa_train.records import RunFolder, again, summarize_rows
+from moa_train.signals import LAUNCHED
 
 TREE = {"name": "run", "out": "runs", "optim": {"lr": 0.1}}
 
@@ -69,3 +73,29 @@ def test_a_broken_config_is_named(folder, text):
     (folder.path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"run/config.yaml cannot be read"):
         folder.check(TREE, "auto")
+
+
+def test_a_file_system_without_locks_is_told_of(folder, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with folder.held():
+        (warning,) = capsys.readouterr().err.splitlines()
+    assert "run.lock cannot be locked ([Errno " in warning and "would not be refused" in warning
+
+
+@pytest.mark.parametrize("launcher", ["", *LAUNCHED, "WORLD_SIZE"])
+def test_the_command_to_run_again_is_the_one_that_was_run(launcher, monkeypatch):
+    """As far as it is known: a launcher's own options are not."""
+    for name in (*LAUNCHED, "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if launcher:
+        monkeypatch.setenv(launcher, "1")
+    monkeypatch.setattr(sys, "argv", ["a b.py", "--x", "1"])
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    if launcher:
+        aside = " (by the same launcher, whose own options are not shown):"
+        assert again("--y 2", "--z 3") == f"{aside}\n  'a b.py' --x 1 --y 2\n  'a b.py' --x 1 --z 3"
+    else:
+        assert again() == ":\n  python3 'a b.py' --x 1"

@@ -4,11 +4,13 @@ What a signal in a step or in validation does on one process, for every kind of 
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from queue import Queue
 
 import psutil
 import pytest
@@ -73,20 +75,101 @@ def test_a_run_whose_launcher_is_killed_stops(runs, ranks):
     assert runs("run") == 0, "nobody holds the folder"
 
 
+def stop_while_parents_are(parents, expected, monkeypatch):
+    """What is received by a process whose parents these are, one after the other."""
+    monkeypatch.setattr("moa_train.signals.LAUNCHER_S", 0.01)
+    parents = iter(parents)
+    last = None
+
+    def parent():
+        nonlocal last
+        last = next(parents, last)
+        return last
+
+    monkeypatch.setattr(os, "getppid", parent)
+    with StopRequests() as stop:
+        deadline = time.monotonic() + (600 if expected else 0.3)
+        while not stop.received and time.monotonic() < deadline:
+            time.sleep(0.01)
+    return stop.received
+
+
 @pytest.mark.parametrize("launched", [True, False])
 def test_only_a_launcher_is_watched(launched, monkeypatch):
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     if launched:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setattr("moa_train.signals.LAUNCHER_S", 0.01)
-    parents = iter([1, 1, 2])
-    monkeypatch.setattr(os, "getppid", lambda: next(parents, 2))
+    expected = "SIGTERM" if launched else ""
+    assert stop_while_parents_are([7, 7, 8], expected, monkeypatch) == expected
+
+
+@pytest.mark.parametrize(
+    ("parent", "program", "gone"),
+    [
+        (1, "/sbin/init\0splash", True),
+        (1, "bash", True),
+        (1, None, True),
+        (1, "/opt/venv/bin/python3.12\0/opt/venv/bin/torchrun", False),
+        (7, "/usr/lib/systemd/systemd\0--user", True),
+        (7, "slurmstepd: [41.0]", False),
+        (7, "my_launcher", False),
+        (7, None, False),
+    ],
+)
+def test_a_launcher_that_ended_during_the_imports_is_missed(parent, program, gone, monkeypatch, tmp_path):
+    """Unless the parent may be a launcher: a container's first process, Slurm's, somebody's own."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr("moa_train.signals.PROC", tmp_path)
+    if program is not None:
+        (tmp_path / f"{parent}").mkdir()
+        (tmp_path / f"{parent}/cmdline").write_text(program + "\0")
+    expected = "SIGTERM" if gone else ""
+    assert stop_while_parents_are([parent], expected, monkeypatch) == expected
+
+
+@pytest.mark.parametrize(("count", "on"), [(1, 0), (2, 0), (2, 1)], ids=["alone", "0 of 2", "1 of 2"])
+def test_before_training_there_is_nothing_to_wait_for(runs, ranks, count, on):
+    """One that was about to look for its data for hours, and another that waits for it."""
+    assert ranks("SIGUSR1 in build", on, count) == [EXIT_STOPPED] * count
+    said = (runs.out / "run.out").read_text()
+    assert said.count("SIGUSR1: training had not begun") == said.count("The same command continues") == 1
+    assert ranks.said == ""
+    assert ranks(count=count) == [0] * count
+
+
+def test_one_that_waits_for_others_can_be_stopped(runs, ranks):
+    """In C: Python calls no handler there."""
+    processes = ranks.start("SIGTERM before the other comes")
+    processes[0].join(600)
+    processes[1].kill()
+    assert ranks.end(processes) == [EXIT_STOPPED, -signal.SIGKILL]
+    assert "SIGTERM: training had not begun" in (runs.out / "run.out").read_text()
+    assert ranks.said == ""
+
+
+def wait_for_signal(worker):
+    signal.signal(signal.SIGTERM, lambda number, frame: worker.set())
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_signals_of_the_block_and_before_it_and_no_others_end_at_once():
+    """Nor does a signal to a worker that was forked there: only this process's own are meant."""
+    ended = Queue()
     with StopRequests() as stop:
-        deadline = time.monotonic() + (600 if launched else 0.3)
-        while not stop.received and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert stop.received == ("SIGTERM" if launched else "")
+        context = multiprocessing.get_context("fork")
+        with stop.at_once(ended.put):
+            handled = context.Event()
+            worker = context.Process(target=wait_for_signal, args=[handled])
+            worker.start()
+            worker.join()
+            assert handled.is_set() and ended.empty()
+            signal.raise_signal(signal.SIGUSR1)
+            assert ended.get(timeout=600) == "SIGUSR1"
+        signal.raise_signal(signal.SIGTERM)
+        assert ended.empty()
+        with stop.at_once(ended.put):
+            assert ended.get(timeout=600) == stop.received == "SIGUSR1"
 
 
 LAUNCH = "moa_train.launch --standalone --nproc-per-node=2"

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parent))
 import toy
 
-from moa_train import durable
+from moa_train import durable, failures
 from moa_train.loop import NonFiniteError, run
 from moa_train.signals import ignore_stop_signals
 
@@ -35,6 +36,9 @@ class Troubled(toy.ToyTask):
             raise DataError("the data of this process are not there")
         if self.mine and self.trouble == "bug in build":
             raise KeyError("a bug")
+        if self.mine and self.trouble == "SIGUSR1 in build":
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(1000)  # for a server that is away
 
     def train_batches(self, share, plan, start_step):
         loader = super().train_batches(share, plan, start_step)
@@ -46,6 +50,8 @@ class Troubled(toy.ToyTask):
     def loss(self, model, batch):
         if batch[0] == AT and (self.mine or self.trouble == "everywhere"):
             self.get_into_trouble()
+        if batch[0] == AT and self.trouble == "bug beside one that hangs":
+            time.sleep(1000)
         return super().loss(model, batch)
 
     def val_batches(self, share):
@@ -55,7 +61,7 @@ class Troubled(toy.ToyTask):
             yield batch
 
     def get_into_trouble(self):
-        if self.trouble in ("bug", "everywhere"):
+        if self.trouble in ("bug", "everywhere", "bug beside one that hangs"):
             raise RuntimeError("a bug in the loss")
         if self.trouble == "data":
             raise DataError("sample 17 cannot be read")
@@ -76,6 +82,15 @@ def prepare_trouble(trouble):
     if trouble == "hangs":
         begin = distributed.init_process_group
         distributed.init_process_group = lambda **given: begin(**given | {"timeout": timedelta(seconds=20)})
+    if trouble == "SIGTERM before the other comes":
+        if os.environ["RANK"] != os.environ["ON"]:
+            time.sleep(1000)
+        begin = distributed.init_process_group
+        later = threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM])
+        distributed.init_process_group = lambda **given: (later.start(), begin(**given))
+    if trouble == "SIGUSR1 in build":  # on a machine so busy that process 0 has not let the other in yet
+        admit = failures._Hub._admit
+        failures._Hub._admit = lambda hub, connection: (time.sleep(1), admit(hub, connection))
     if trouble == "SIGUSR1 in compile":
         on_compile_start(lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     if trouble == "SIGUSR1 in a checkpoint":
@@ -97,7 +112,7 @@ def forked(environment, arguments, stdout, stderr):
         Path(f"{stdout}.pid").write_text(f"{run}")
         os.waitpid(run, 0)
     if environment["TROUBLE"] == "launcher killed":
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+        os.environ["ACCELERATE_DYNAMO_MODE"] = "default"
     for path, number in ((stdout, 1), (stderr, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY), number)
     sys.argv[1:] = arguments
