@@ -27,13 +27,24 @@ def seeded():
         sys.modules["torch"].manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def fuzzing():
-    """The module fuzzing.py: strategies for malformed files."""
-    spec = importlib.util.spec_from_file_location("fuzzing", Path(__file__).with_name("fuzzing.py"))
+def load(name):
+    """Return a module of this folder."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def fuzzing():
+    """The module fuzzing.py: strategies for malformed files."""
+    return load("fuzzing")
+
+
+@pytest.fixture(scope="session")
+def stopping():
+    """stopping(last) is a context in which a run of this process is asked to stop in the step `last`."""
+    return load("two_processes").stopping
 
 
 @pytest.fixture(params=["short", pytest.param("long", marks=pytest.mark.slow)])
@@ -46,7 +57,8 @@ def fuzz(request, fuzzing):
 def two_processes():
     """two_processes(jobs, folder) runs jobs one after the other in two gloo processes, and returns what it printed.
 
-    A job is {"main": module or script, "arguments": [...]}, with "fsdp": True to be in shards; see two_processes.py.
+    A job is {"main": module or script, "arguments": [...]}, with "fsdp": True to be in shards; two_processes.py tells
+    of the rest.
     """
 
     def launch(jobs, folder):

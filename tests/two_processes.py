@@ -1,14 +1,18 @@
 """Runs several trainings one after the other in two processes, forks of one that has loaded what they need.
 
 Its argument is a JSON file with a list of jobs: "main", a module or a script with a function `main(arguments)`;
-"arguments"; "fsdp", whether the model is to be in shards; "code", the exit code that is expected, 0 unless given.
-Beside each run's files it leaves RUN/spread.json: what the parameters and the optimizer's state were, seen on rank 1.
+"arguments"; "fsdp", whether the model is to be in shards; "last", the step in which the processes are asked to stop;
+"code", the exit code that is expected, 0 unless given. Beside each run's files it leaves RUN/spread.json: what the
+parameters and the optimizer's state were, seen on rank 1, and of each rank its steps and a checksum of its weights.
 """
 
+import contextlib
+import hashlib
 import importlib
 import json
 import os
 import pickle
+import signal
 import socket
 import sys
 import traceback
@@ -20,6 +24,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from moa_train.loop import Trainer
+from moa_train.parallel import full
 
 WORLD_SIZE = 2
 
@@ -32,12 +37,36 @@ def constructed(trainer, *arguments, **named):
     trainers.append(trainer)
 
 
+@contextlib.contextmanager
+def stopping(last):
+    """Within it, a run of this process is asked to stop in the step `last` (from 1), which it ends; None: in none."""
+    accumulate = Trainer._accumulate
+
+    def asked(trainer, batches):
+        if trainer.state.step + 1 == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return accumulate(trainer, batches)
+
+    Trainer._accumulate = asked
+    try:
+        yield
+    finally:
+        Trainer._accumulate = accumulate
+
+
 def refuse(*arguments, **named):
     raise AssertionError("something was unpickled")
 
 
 def kind(tensor):
     return "shard" if isinstance(tensor, DTensor) else "whole"
+
+
+def progress(trainer):
+    """Return what has to be the same on every rank, of which each has its own."""
+    weights = [full(parameter.detach()).numpy().tobytes() for parameter in trainer.bare.parameters()]
+    sha256 = hashlib.sha256(b"".join(weights)).hexdigest()
+    return {"steps": trainer.state.step, "skipped": trainer.state.skipped, "weights": sha256}
 
 
 def load(main):
@@ -51,8 +80,11 @@ def run(job):
     os.environ |= {"ACCELERATE_USE_FSDP": str(job.get("fsdp", False)).lower(), "FSDP_VERSION": "2"}
     AcceleratorState._reset_state(reset_partial_state=True)
     trainers.clear()
-    code = load(job["main"])(job["arguments"])
+    with stopping(job.get("last")):
+        code = load(job["main"])(job["arguments"])
     assert code == job.get("code", 0), (code, job)
+    everyones = [None] * WORLD_SIZE
+    dist.all_gather_object(everyones, [progress(trainer) for trainer in trainers])
     if dist.get_rank() == 1 and trainers:
         (trainer,) = trainers
         states = [s for slots in trainer.optimizer.state.values() for key, s in slots.items() if key != "step"]
@@ -65,6 +97,7 @@ def run(job):
             "optimizer": sorted({kind(state) for state in states}),
             "held": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters),
             "all": sum(p.numel() for p in parameters),
+            "ranks": [own for (own,) in everyones],
         }
         (trainer.folder.path / "spread.json").write_text(json.dumps(seen))
     dist.barrier()

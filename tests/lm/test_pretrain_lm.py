@@ -205,6 +205,28 @@ def test_a_stopped_run_goes_on_bit_for_bit(settings, train, tmp_path, monkeypatc
     assert weights[0] == weights[1]
 
 
+def test_a_resumed_run_reads_what_is_left_and_nothing_before(train, stopping, monkeypatch):
+    read, windows = TokenShards.window, {"train": [], "val": []}
+
+    def noted(shards, index, length):
+        windows[shards.folder.name].append(index)
+        return read(shards, index, length)
+
+    def session(name):
+        for part in windows.values():
+            part.clear()
+        return train(name), list(windows["train"]), list(windows["val"])
+
+    monkeypatch.setattr(TokenShards, "window", noted)
+    code, train_reads, val_reads = session("whole")
+    assert code == 0 and len(set(train_reads)) == len(train_reads) == 4 * 8, "of one epoch"
+    validation = [*range(6), 0, 3]  # and the two that are watched
+    assert val_reads == 2 * validation
+    with stopping(3):
+        assert session("cut") == (75, train_reads[: 3 * 8], validation)
+    assert session("cut") == (0, train_reads[3 * 8 :], validation)
+
+
 def test_documents_do_not_see_each_other(arguments):
     task = build_task(parsed(arguments(data__document_mask="true", model__ffn="qdmoa")))
     end = task.train_shards.end_of_text

@@ -67,6 +67,48 @@ def test_without_a_usable_held_out_sample_the_run_goes_on(runs, monkeypatch, cap
     assert runs.rows("run", "val") == [] and runs.json("run", "summary.json")["final"] is None
 
 
+GRADIENTS = pytest.mark.parametrize("nan_in", ["gradient", "infinite gradient"])
+
+
+def assert_only_the_gradient_was_not(runs, name, skipped):
+    (row,) = events(runs, name, "nonfinite")
+    assert (row["step"], row["grad_norm"], row["skipped"]) == (8, None, skipped)
+    losses = [part["loss"] for part in row["micro_batches"]]
+    assert len(losses) == 2 and row["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6), "finite"
+
+
+@GRADIENTS
+def test_a_gradient_that_is_not_finite_stops_a_run_whose_loss_is(runs, nan_in, capsys):
+    assert runs("run", model__nan_at=7, model__nan_in=nan_in) == 1
+    told = "nan" if nan_in == "gradient" else "inf"
+    assert f" and the gradient norm {told}, at lr" in capsys.readouterr().err
+    assert_only_the_gradient_was_not(runs, "run", skipped=False)
+    row = runs.rows("run", "train")[-1]
+    assert (
+        row["step"] == 8 and row["grad_norm"] is None and row["loss"] == events(runs, "run", "nonfinite")[0]["loss"]
+    )
+    assert (runs.out / "run/checkpoints/LAST").read_text() == "step_00000007\n"
+    assert runs("run") == runs("unbroken") == 0, "the cause has gone"
+    assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
+
+
+@GRADIENTS
+def test_a_step_is_left_out_for_its_gradient_as_for_its_loss(runs, nan_in, capsys):
+    assert runs("gradient", model__nan_at=7, model__nan_in=nan_in, loop__skip_nonfinite=1) == 0
+    assert "left out, 1 of 1" in capsys.readouterr().out
+    assert_only_the_gradient_was_not(runs, "gradient", skipped=True)
+    assert runs("loss", model__nan_at=7, loop__skip_nonfinite=1) == 0
+    runs.assert_same("gradient", "loss")
+
+
+def test_a_step_is_left_out_for_its_loss_alone(runs):
+    assert runs("alone", model__nan_at=7, model__nan_in="loss alone", loop__skip_nonfinite=1) == 0
+    (row,) = events(runs, "alone", "nonfinite")
+    assert row["loss"] is None and 0 < row["grad_norm"] < math.inf
+    assert runs("both", model__nan_at=7, loop__skip_nonfinite=1) == 0
+    runs.assert_same("alone", "both")
+
+
 def test_skipping_leaves_the_step_out_and_nothing_else(runs, capsys):
     """A step whose loss is NaN, left out, equals a step that never updates: rate, order and generators go on."""
     assert runs("run", model__nan_at=7, loop__skip_nonfinite=1) == 0

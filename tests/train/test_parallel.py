@@ -1,7 +1,11 @@
 """Two processes, the model whole or in shards, take the steps of one; a run has as many as were asked for."""
 
 import itertools
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,8 @@ CONFIGS = Path(__file__).parents[2] / "configs/accelerate"
 PLAIN = {"model__dropout": 0.0, "schedule__epochs": 4, "loop__micro_batch_size": 4}
 CLIPPED = {**PLAIN, "loop__micro_batch_size": 1, "optim__clip_grad": 0.3}
 WAYS = {"ddp": False, "fsdp": True}
+FAULTS = {"loss": {}, "gradient": {"model__nan_in": "gradient"}}
+FAULTY = {**PLAIN, "model__nan_at": 7, "model__nan_on": 1}  # the shard with that bias is another rank's
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,16 @@ def launched(tmp_path_factory, two_processes, make_runs):
             *(job(f"{way}_clipped", fsdp, **CLIPPED) for way, fsdp in WAYS.items()),
             job("moved", False, EXIT_STOPPED, **moves, model__stop_at=9),
             job("moved", True, EXIT_STOPPED, **moves, model__stop_at=14),
+            *(
+                job(f"{way}_{fault}_skipped", fsdp, **FAULTY, **where, loop__skip_nonfinite=1)
+                for way, fsdp in WAYS.items()
+                for fault, where in FAULTS.items()
+            ),
+            *(
+                job(f"{way}_{fault}", fsdp, 1, **FAULTY, **where)
+                for way, fsdp in WAYS.items()
+                for fault, where in FAULTS.items()
+            ),
             job("refused", True, 2, **{**PLAIN, "loop__micro_batch_size": 3}),
         ],
         runs.out,
@@ -50,6 +66,7 @@ def launched(tmp_path_factory, two_processes, make_runs):
     assert runs("moved", **moves) == 0
     assert runs("one", **PLAIN) == 0
     assert runs("one_clipped", **CLIPPED) == 0
+    assert runs("one_skipped", **PLAIN, model__nan_at=7, loop__skip_nonfinite=1) == 0
     return runs, result
 
 
@@ -82,6 +99,37 @@ def test_a_checkpoint_moves_from_one_process_to_ddp_to_shards_and_back(launched)
     one, moved = runs.final("one"), runs.final("moved")
     names = {key for key in one if key[0] != "generators.safetensors"}
     assert names == {key for key in moved if key[0] != "generators.safetensors"}
+
+
+def assert_together(runs, name, fault, **expected):
+    """Both ranks have the same steps behind them and the same weights; rank 1 alone had one that was not finite."""
+    one, other = runs.json(name, "spread.json")["ranks"]
+    assert one == other and {key: one[key] for key in expected} == expected
+    lines = map(json.loads, (runs.out / name / "events.jsonl").read_text().splitlines())
+    (event,) = [line for line in lines if line["kind"] == "nonfinite"]
+    finite = [(part["rank"], part["loss"] is not None) for part in event["micro_batches"]]
+    assert event["step"] == 8 and event["grad_norm"] is None
+    assert finite == [(0, True), (1, fault != "loss")] and (event["loss"] is not None) is (fault != "loss")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_both(launched, way, fault):
+    runs, _ = launched
+    assert_together(runs, f"{way}_{fault}_skipped", fault, steps=20, skipped=1)
+    assert len(runs.rows("one_skipped", "train")) == 19
+    assert_same_rows(runs, "one_skipped", f"{way}_{fault}_skipped")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_that_is_not_finite_on_one_rank_stops_both_before_it(launched, way, fault):
+    runs, _ = launched
+    name = f"{way}_{fault}"
+    assert_together(runs, name, fault, steps=7, skipped=0)
+    assert (runs.out / name / "checkpoints/LAST").read_text() == "step_00000007\n"
+    assert runs(name, **PLAIN) == 0, "the cause has gone"
+    assert_same_rows(runs, "one", name)
 
 
 def test_the_files_are_those_of_one_process_and_none_is_a_pickle(launched):
@@ -202,6 +250,23 @@ def test_accelerate_reads_each_file(path):
 
 def test_there_is_a_file_for_each_kind_of_machine():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(EXPECTED)
+
+
+@pytest.mark.slow
+def test_the_file_for_shards_on_a_machine_without_gpus(runs):
+    """As its header says; accelerate itself would start two processes that know nothing of each other."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    launch = f"accelerate.commands.launch --config_file {CONFIGS}/fsdp2.yaml --num_processes 2"
+    command = [sys.executable, "-m", *launch.split(), str(runs.script), *runs.arguments("two", **PLAIN)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert runs.json("two", "env.json")["world_size"] == 2 and runs.json("two", "env.json")["device"] == "cpu"
+    assert runs.json("two", "summary.json")["held_as"] == ["DTensor"]
+    assert done.stdout.count("finished    20 steps") == 1, done.stdout
+    assert runs("one", **PLAIN) == 0
+    assert runs.json("one", "summary.json")["held_as"] == ["Parameter"]
+    assert_same_rows(runs, "one", "two")
 
 
 class Nested(nn.Module):

@@ -27,8 +27,11 @@ class ToyModel:
     Args:
         width: Hidden width.
         dropout: Dropout rate.
-        nan_at: The step (from 0) whose loss is NaN; -1 is none.
+        nan_at: The step (from 0) that is not finite; -1 is none.
         nan_for: How many steps from there on.
+        nan_in: What of it: the "loss" and so the gradient, the "loss alone", or of one bias the "gradient", or
+            "infinite gradient", alone.
+        nan_on: The rank whose part of the step it is; -1: all.
         high_at: The step whose loss is a hundredfold; -1 is none.
         stop_at: The step in which SIGTERM comes; -1 is none.
         stop_in_val: The first validation at or after this step gets SIGTERM; -1 is none.
@@ -42,6 +45,8 @@ class ToyModel:
     dropout: float = 0.2
     nan_at: int = -1
     nan_for: int = 1
+    nan_in: str = "loss"
+    nan_on: int = -1
     high_at: int = -1
     stop_at: int = -1
     stop_in_val: int = -1
@@ -56,6 +61,8 @@ TROUBLE = {
     for key in (
         "nan_at",
         "nan_for",
+        "nan_in",
+        "nan_on",
         "high_at",
         "stop_at",
         "stop_in_val",
@@ -64,6 +71,14 @@ TROUBLE = {
         "kill_in",
         "kill_call",
     )
+}
+
+
+NOT_FINITE = {
+    "loss": lambda loss, bias: loss * math.nan,
+    "loss alone": lambda loss, bias: loss + math.nan,
+    "gradient": lambda loss, bias: loss + (0 * bias).abs().sum().sqrt(),
+    "infinite gradient": lambda loss, bias: loss + (bias - bias.detach()).sum().sqrt(),
 }
 
 
@@ -130,7 +145,9 @@ class ToyTask:
         return {"model": "toy"}
 
     def facts(self):
-        return {"parameters": {"total": sum(p.numel() for p in self.model.parameters())}}
+        parameters = list(self.model.parameters())
+        held_as = sorted({type(parameter).__name__ for parameter in parameters})
+        return {"parameters": {"total": sum(p.numel() for p in parameters)}, "held_as": held_as}
 
     def no_weight_decay(self):
         return {"3.weight"}
@@ -160,8 +177,9 @@ class ToyTask:
             os.kill(os.getpid(), signal.SIGTERM)
         loss = (model(x) - y).square().mean()
         trouble = self.config.model
-        if trouble.nan_at >= 0 and trouble.nan_at <= step < trouble.nan_at + trouble.nan_for:
-            return loss * math.nan
+        mine = trouble.nan_on in (-1, int(os.environ.get("RANK", "0")))
+        if mine and trouble.nan_at >= 0 and trouble.nan_at <= step < trouble.nan_at + trouble.nan_for:
+            return NOT_FINITE[trouble.nan_in](loss, self.model[3].bias)
         return loss * 100 if step == trouble.high_at >= 0 else loss
 
     def val_losses(self, model, batch):

@@ -6,6 +6,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from moa_train.signals import EXIT_STOPPED
 from moa_vision.export import load_mae
 from moa_vision.pretrain import main
 
@@ -14,8 +15,11 @@ COMPILED = {"loop.compile": "true", "loop.precision": "bf16", "schedule.epochs":
 
 
 @pytest.fixture
-def launch(tmp_path, shards, write_tar, photos, encode, two_processes):
-    """launch(**changed) runs 20 steps on one process ("one") and on two ("ddp", "fsdp")."""
+def launch(tmp_path, shards, write_tar, photos, encode, two_processes, stopping):
+    """launch(**changed) runs 20 steps on one process ("one") and on two ("ddp", "fsdp").
+
+    With `moved`, "moved" is on one to step 5, on two whole to step 10, in shards to step 15, and on one to the end.
+    """
     write_tar(tmp_path / "held-out.tar", [(f"{i}.jpg", encode(photo)) for i, photo in enumerate(photos[:3])])
     encoder = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
     values = {
@@ -41,15 +45,24 @@ def launch(tmp_path, shards, write_tar, photos, encode, two_processes):
     }
     (tmp_path / "empty.yaml").write_text("seed: 0")
 
-    def launch(**changed):
+    def alone(arguments, last=None):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with stopping(last):
+            return main(arguments)
+
+    def launch(moved=False, **changed):
         def arguments(name):
             given = values | {"name": name} | {key.replace("__", "."): value for key, value in changed.items()}
             return [f"--config={tmp_path}/empty.yaml", *(f"--{key}={value}" for key, value in given.items())]
 
         jobs = [{"main": "moa_vision.pretrain", "arguments": arguments(way), "fsdp": WAYS[way]} for way in WAYS]
+        if moved:
+            assert alone(arguments("moved"), last=5) == EXIT_STOPPED
+            stopped = {"arguments": arguments("moved"), "code": EXIT_STOPPED}
+            jobs = [job | stopped | {"last": last} for job, last in zip(jobs, (10, 15), strict=True)]
         two_processes(jobs, tmp_path)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        assert main(arguments("one")) == 0
+        assert alone(arguments("one")) == 0
+        assert not moved or alone(arguments("moved")) == 0
         return tmp_path
 
     return launch
@@ -76,6 +89,21 @@ def test_two_processes_have_the_losses_of_one(launch):
         assert all((exported[name] == tensor).all() for name, tensor in saved.items())
         files = [{p.name for p in (out / name).rglob("*") if p.name != "spread.json"} for name in ("one", way)]
         assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_from_one_process_to_ddp_to_shards_and_back(launch):
+    out = launch(moved=True)
+    assert len(rows(out / "moved", "train")) == 20
+    for kind in ("train", "val"):
+        one, moved = rows(out / "one", kind), rows(out / "moved", kind)
+        assert [(row["step"], row["samples"]) for row in moved] == [(row["step"], row["samples"]) for row in one]
+        for key in one[0].keys() & {"loss", "loss_norm", "loss_pixel"}:
+            assert [row[key] for row in moved] == pytest.approx([row[key] for row in one], rel=1e-6), key
+    begun = [json.loads(line) for line in (out / "moved/events.jsonl").read_text().splitlines()]
+    sessions = [(event["step"], event["processes"]) for event in begun if event["kind"] == "begun"]
+    assert sessions == [(0, 1), (5, 2), (10, 2), (15, 1)]
+    assert json.loads((out / "moved/spread.json").read_text())["parameters"] == ["shard"], "the last of two"
 
 
 @pytest.mark.slow

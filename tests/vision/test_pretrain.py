@@ -23,6 +23,7 @@ from moa_train.signals import EXIT_STOPPED
 from moa_vision import pretrain
 from moa_vision.data import normalize
 from moa_vision.export import load_mae
+from moa_vision.index import ShardReader
 from moa_vision.mae import parameter_counts
 from moa_vision.pretrain import MAEConfig, MAETask, build_mae, main
 from moa_vision.shards import make_shards
@@ -148,6 +149,30 @@ def test_exact_resume(train, stops, monkeypatch):
     assert train("run")[0] == 0
     assert rows(folder) == rows(unbroken)
     assert weights(folder) == weights(unbroken)
+
+
+def test_a_resumed_run_reads_what_is_left_and_nothing_before(train, stopping, monkeypatch):
+    read, samples = ShardReader.read, {"shards": [], "held-out.tar": []}
+
+    def noted(reader, sample):
+        path = Path(reader.index.shards[0].url)
+        samples[path.name if path.name in samples else path.parent.name].append(sample)
+        return read(reader, sample)
+
+    def session(name):
+        for part in samples.values():
+            part.clear()
+        code, _ = train(name)
+        return code, list(samples["shards"]), list(samples["held-out.tar"])
+
+    monkeypatch.setattr(ShardReader, "read", noted)
+    code, train_reads, val_reads = session("unbroken")
+    assert code == 0 and len(train_reads) == 12 * 8 and len(set(train_reads[:32])) == 32, "an epoch is all of them"
+    shown, held_out = val_reads[4:7], val_reads[:4]  # the first validation, then three of its images, once a session
+    assert val_reads == held_out + shown + 2 * held_out
+    with stopping(6):
+        assert session("run") == (EXIT_STOPPED, train_reads[: 6 * 8], held_out + shown)
+    assert session("run") == (0, train_reads[6 * 8 :], held_out + shown + held_out)
 
 
 @pytest.mark.slow
