@@ -29,7 +29,7 @@ def plan_check(folder: Path) -> Plan:
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     problems = [Problem(str(folder / MANIFEST), name, "is listed twice") for name in twice]
     problems += unlisted(folder, names)
-    problems += _tokenizer_problems(folder / TOKENIZER, manifest)
+    problems += tokenizer_problems(folder / TOKENIZER, manifest)
     checks = [partial(check_shard, folder, shard, manifest) for shard in shards]
     return Plan(str(folder), "tokens", sum(shard["bytes"] for shard in shards), problems, checks)
 
@@ -93,7 +93,8 @@ def _blocks(path: Path, dtype: str, count: int) -> Iterator[tuple[int, np.ndarra
             yield first, tokens
 
 
-def _tokenizer_problems(folder: Path, manifest: dict[str, Any]) -> list[Problem]:
+def tokenizer_problems(folder: Path, manifest: dict[str, Any]) -> list[Problem]:
+    """What is wrong with the tokenizer in a folder, against the manifest of the tokens that were made with it."""
     path = folder / "tokenizer.json"
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -17,11 +17,13 @@ import torch
 from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from moa_lm.check import tokenizer_problems
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.data import TokenBatch, TokenDataConfig, TokenDataError, TokenShards, train_loader, val_loader
+from moa_lm.encode import load_tokenizer
 from moa_lm.flops import forward_flops
 from moa_lm.groups import hidden_matrices, no_weight_decay
 from moa_lm.loss import IGNORED_LABEL
@@ -164,6 +166,7 @@ class LMTask:
         length = self.data.sequence_length
         self.train_shards = TokenShards(self.data.train)
         self.val_shards = TokenShards(self.data.val) if self.data.val else None
+        self.tokenizer = open_tokenizer(self.train_shards)  # for the export: not found to be missing after days
         self.language_model = build_model(config.model, self.train_shards, length)
         self.model: nn.Module = self.language_model
         self.parameters = count_parameters(self.language_model.config)
@@ -309,7 +312,7 @@ class LMTask:
         logging.disable_progress_bar()
         assert isinstance(model, MoALlamaForCausalLM)
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(self.train_shards.tokenizer_folder).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def _losses(self, model: nn.Module, batch: TokenBatch, weight: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """Return the training loss and the language model's; note the latter, times `weight`, for a row."""
@@ -376,6 +379,13 @@ def _configured(config: ModelConfig, given: dict[str, Any]) -> MoALlamaConfig:
 
 def _meant(close: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def open_tokenizer(shards: TokenShards) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that a set of tokens was made with. Raises TokenDataError if it is not that one."""
+    for problem in tokenizer_problems(shards.tokenizer_folder, shards.manifest):
+        raise TokenDataError(f"{problem.file}: {problem.text}; copy the tokenizer, or make the tokens, again")
+    return load_tokenizer(shards.tokenizer_folder)
 
 
 def build_model(config: ModelConfig, shards: TokenShards, sequence_length: int) -> MoALlamaForCausalLM:

@@ -347,6 +347,36 @@ def test_held_out_tokens_too_few_for_a_window(arguments, shards, tmp_path):
         build_task(parsed(arguments(data__val=tmp_path / "short")))
 
 
+def mark_remote(folder):
+    """Have the tokenizer ask for code that lies beside it."""
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (lambda folder: (folder / "tokenizer.json").write_text('{"a":'), "its SHA-256 is not the manifest's"),
+        (shutil.rmtree, "no tokenizer can be made of it"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "no tokenizer can be made of it"),
+        (mark_remote, ""),
+    ],
+    ids=["damaged", "missing", "without its settings", "with code"],
+)
+def test_the_tokenizer_is_looked_at_before_training(train, shards, tmp_path, capsys, fault, told):
+    """It is exported beside the model: days later, were nobody to look."""
+    shutil.copytree(shards, tmp_path / "set")
+    folder = tmp_path / "set/train/tokenizer"
+    fault(folder)
+    code = train(data__train=tmp_path / "set/train", data__val=tmp_path / "set/val")
+    assert code == 2 if told else code in (0, 2)
+    error = capsys.readouterr().err
+    assert told in error and "Traceback" not in error and not (folder / "ran").exists()
+    assert not told or str(folder) in error
+
+
 def test_a_run_does_not_go_on_with_other_tokens(train, shards, tmp_path, capsys):
     data = {"data__train": tmp_path / "set/train", "data__val": tmp_path / "set/val"}
     shutil.copytree(shards, tmp_path / "set")
