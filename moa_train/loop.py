@@ -31,6 +31,7 @@ from moa_train.durable import new_folder
 from moa_train.failures import Together
 from moa_train.journal import Journal, State, check_trackers, end_trackers
 from moa_train.optim import build_optimizer, describe_groups, set_rate
+from moa_train.order import worker_died
 from moa_train.plan import Costs, make_plan, measure_costs
 from moa_train.records import RunFolder, RunInUse, again
 from moa_train.signals import EXIT_STOPPED, StopRequests
@@ -81,6 +82,8 @@ def run(
         except Exception as error:
             with contextlib.suppress(OSError, NotSaved):  # what could not be written before may not be now
                 trainer.journal.close("failed")
+            if (died := worker_died(error)) is not None:
+                return together.fail(died, 1)
             if not isinstance(error, (NonFiniteError, NotSaved, *expected)):
                 raise
             return together.fail(error, 1)

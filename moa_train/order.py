@@ -123,6 +123,17 @@ def _end(iterator: Any) -> None:
             worker.join(5)
 
 
+def worker_died(error: Exception) -> Exception | None:
+    """Return what to tell instead of an error of torch's about a loader's worker that something has killed."""
+    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in str(error):
+        return None
+    reason = str(error).partition("\n")[0]
+    return RuntimeError(
+        f"a process that reads the data has ended ({reason}), mostly for want of memory, its own or /dev/shm's: use "
+        "fewer data.workers, or give them more. The same command continues"
+    )
+
+
 @atexit.register
 def _end_all() -> None:
     for iterator in list(_ITERATORS):

@@ -1,7 +1,11 @@
 """Workers of loaders end with the program, whatever has become of the loader."""
 
+import os
+import signal
 import subprocess
 import sys
+
+from torch.utils.data import DataLoader
 
 SCRIPT = """
 import numpy as np
@@ -30,3 +34,28 @@ leave_a_loader_in_a_cycle()
 def test_a_program_ends_though_its_loader_was_not_read_to_the_end():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[0]\n", "")
+
+
+def test_a_worker_that_is_killed_is_told_in_one_message(runs, monkeypatch, capsys):
+    batches = runs.toy.ToyTask.train_batches
+
+    class Killed(runs.toy.Batches):
+        def __iter__(self):
+            for batch in super().__iter__():
+                if batch[0] == 6:
+                    os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
+                yield batch
+
+    def with_a_worker(task, share, plan, start_step):
+        batches = Killed(task.config, share, plan, start_step)
+        return DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=2)
+
+    monkeypatch.setattr(runs.toy.ToyTask, "train_batches", with_a_worker)
+    assert runs("run") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: a process that reads the data has ended (DataLoader worker")
+    assert "fewer data.workers" in error and "Traceback" not in error
+    assert runs.json("run", "summary.json")["status"] == "failed"
+    monkeypatch.setattr(runs.toy.ToyTask, "train_batches", batches)
+    assert runs("run") == 0
+    assert [row["step"] for row in runs.rows("run", "train")] == list(range(1, 16))
