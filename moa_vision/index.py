@@ -71,8 +71,10 @@ class ShardIndex:
 
         Of their keys and sizes, by shard, and of the shards' bytes where manifests say what those are.
         """
-        columns = (self.table.key_bytes, self.table.key_ends, self.table.sizes, self.starts)
-        found = {"samples": hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()}
+        digest = hashlib.sha256()
+        for column in (self.table.key_bytes, self.table.key_ends, self.table.sizes, self.starts):
+            digest.update(np.ascontiguousarray(column).data)
+        found = {"samples": digest.hexdigest()}
         sums = [shard.sha256 for shard in self.shards if shard.sha256]
         whole = len(sums) == len(self.shards)
         return found | ({"shards": hashlib.sha256("".join(sums).encode()).hexdigest()} if whole else {})
