@@ -59,7 +59,12 @@ def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | Non
         Problem(manifest_url, name, "is listed twice") for name in dict.fromkeys(names) if names.count(name) > 1
     ]
     problems += [] if remote else unlisted(Path(base), names)
-    samples = sum(entry["samples"] for entry in entries)
+    samples, size = (sum(entry[key] for entry in entries) for key in ("samples", "size"))
+    problems += [
+        Problem(manifest_url, "", f'"{key}" is {manifest.get(key)!r}, its shards come to {total}')
+        for key, total in (("samples", samples), ("bytes", size))
+        if manifest.get(key) != total
+    ]
     if table is not None and len(table) != samples:
         problems.append(Problem(url, "", f"has {len(table)} samples, the manifest {samples}"))
         table = None
@@ -70,7 +75,7 @@ def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | Non
         rows = None if table is None else _rows(table, range(first, first + entry["samples"]))
         first += entry["samples"]
         checks.append(partial(check_shard, f"{base}/{entry['name']}", entry, rows, labels, decode, folder))
-    return Plan(base, "images", sum(entry["size"] for entry in entries), problems, checks)
+    return Plan(base, "images", size, problems, checks)
 
 
 def check_shard(

@@ -8,7 +8,7 @@ Read are all bytes: sizes, SHA-256, the members of each tar against the index, t
 tokenizer; with --decode the images too. Every problem is told in a line of its own: shards that no manifest lists are
 problems too.
 
-Exit codes: 0 all is well, 1 there are problems, 2 wrong usage.
+Exit codes: 0 all is well, 1 there are problems, 2 wrong usage, 141 whoever reads the lines has stopped reading.
 """
 
 import argparse
@@ -116,4 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as "| head" does; what is still to be flushed at exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141  # as of a process that SIGPIPE ended
+    sys.exit(code)

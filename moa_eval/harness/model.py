@@ -11,10 +11,12 @@ Every process scores its share of the items, on CPUs too; the first one gathers 
 
 import difflib
 import inspect
+import json
 import logging
 import math
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -59,6 +61,7 @@ LOADING_ERRORS = (
     ImportError,
     SafetensorError,
     StrictDataclassError,
+    pickle.UnpicklingError,
 )
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -174,6 +177,8 @@ class MoALM(HFLM):
                 if isinstance(self.config, MoALlamaConfig):
                     folder = Path(pretrained, kwargs.get("subfolder") or "")
                     require_shapes(MoALlamaForCausalLM, folder, self.config)
+                if not (kwargs.get("autogptq") or kwargs.get("gptqmodel")):  # they are told by HFLM, or know no other
+                    kwargs.setdefault("use_safetensors", True)
                 super()._create_model(pretrained, **kwargs)
         except ModelError as error:
             cause = error.__cause__
@@ -314,6 +319,24 @@ def _check_folder(pretrained: str, arguments: dict[str, Any]) -> None:
             else "name a transformers checkpoint"
         )
         raise ModelError(f"{pretrained} holds no config.json: {hint}")
+    if arguments.get("use_safetensors", True):
+        _require_safetensors(path / (arguments.get("subfolder") or ""), "model")
+        _require_safetensors(Path(arguments.get("peft") or path).expanduser(), "adapter_model")
+
+
+def _require_safetensors(folder: Path, name: str) -> None:
+    """Refuse weights that would be unpickled; an index may name such files too."""
+    pickled: list[str] = []
+    if not any(folder.glob(f"{name}*.safetensors")):
+        pickled += sorted(path.name for path in folder.glob(f"*{name}*.bin"))
+    with suppress(OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):  # transformers tells
+        files = json.loads((folder / f"{name}.safetensors.index.json").read_bytes())["weight_map"].values()
+        pickled += [str(file) for file in files if not str(file).endswith(".safetensors")]
+    if pickled:
+        raise ModelError(
+            f"{folder} has its weights in {pickled[0]}, and pickles are not read: convert it to safetensors "
+            "(save_pretrained writes them)"
+        )
 
 
 def _unknown_argument(name: str) -> str:

@@ -209,7 +209,7 @@ def _listed(out: Path) -> dict[str, str]:
     """The files of the page that was written to a folder before; none if there is no list that can be read."""
     try:
         listed = json.loads((out / _LIST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {str(name): str(digest) for name, digest in listed.items()} if isinstance(listed, dict) else {}
 
@@ -218,7 +218,10 @@ def _remove(out: Path, files: Mapping[str, str]) -> None:
     """Remove files of a folder whose content is still that of their digests, and folders that this leaves empty."""
     for name, digest in files.items():
         path = out / name
-        if not path.resolve().is_relative_to(out.resolve()) or path.is_symlink() or not path.is_file():
+        try:
+            if not path.resolve().is_relative_to(out.resolve()) or path.is_symlink() or not path.is_file():
+                continue
+        except (OSError, ValueError):  # no name that a file can have: not of our list
             continue
         if _digest(path.read_bytes()) == digest:
             path.unlink()

@@ -14,7 +14,7 @@ from moa_eval.training.runs import AUTOENCODER, FINITE, LANGUAGE_MODEL, Columns,
 _OPTIONAL = {"train": ("epoch", "lr", "throughput", "mfu"), "val": ("epoch",)}  # columns that a row may lack
 _CONFIG_KEYS = {"name": str, "seed": int, "optim.lr": int | float}  # what a page cannot do without
 _TILES = ("original", "masked", "reconstruction")
-_YAML_FAULTS = (ValueError, RecursionError, AttributeError, LookupError, TypeError)  # of tags that do not fit
+_YAML_FAULTS = (ValueError, RecursionError, AttributeError, LookupError, TypeError, OverflowError)  # of misfits
 _REMEDY = "restore the file or leave this run out"
 
 
@@ -227,6 +227,6 @@ def _tile(index: Path, name: str, remedy: str) -> Path:
             image.verify()
     except FileNotFoundError:
         raise broken(path, "missing, but index.json lists it", remedy) from None
-    except (OSError, SyntaxError):  # what Pillow raises for a broken PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for a broken PNG
         raise broken(path, "not a readable PNG", remedy) from None
     return path

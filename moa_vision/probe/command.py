@@ -20,10 +20,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from webdataset.shardlists import expand_urls
 
 from moa_train.config import HARMLESS, EpochSchedule, LoopConfig, OptimConfig, parse_config, require
 from moa_train.durable import write_json
 from moa_train.loop import run
+from moa_train.reading import read_json
 from moa_train.records import RunFolder
 from moa_train.task import Share
 from moa_vision.cache import DataError
@@ -45,12 +47,14 @@ class ProbeData:
         val_crop_pct: Side of the central crop of held-out images, as a fraction of the image's.
         workers: Processes that decode images, per device.
         cache_dir: For indices and for remote or compressed shards; default ~/.cache/moa_vision.
+        cache_gib: Limit of the remote or compressed shards kept there, in GiB.
         max_bad_samples: Different unusable samples after which a method stops.
     """
 
     val_crop_pct: float | None = None
     workers: int | None = None
     cache_dir: str | None = None
+    cache_gib: float | None = None
     max_bad_samples: int | None = None
 
 
@@ -117,13 +121,19 @@ def data_config(config: ProbeConfig, encoder: TrainedEncoder) -> DataConfig:
     """Return the data: what the command line says, else what the run was trained with, normalized as it was.
 
     Raises:
-        ValueError: neither says where labelled shards are.
+        ValueError: neither says where labelled shards are, or the run's folder names a command.
     """
     chosen = {"train": config.train, "val": config.val, **asdict(config.data)}
     values: dict[str, Any] = {key: encoder.data.get(key) if v is None else v for key, v in chosen.items()}
     for key in ("train", "val"):
         missing = "shards with labels, e.g. --train data/mine/train --val data/mine/val"
         require(key, values[key], bool(values[key]), missing)
+        # A run folder may be somebody else's. "::" between braces would make fsspec chain file systems.
+        if chosen[key] is None and any(re.search("pipe:|::", part) for part in expand_urls(values[key])):
+            raise ValueError(
+                f"data.{key} is {values[key]!r} in {encoder.folder}, which runs a command; if it shall, give it with "
+                "--train and --val"
+            )
     given = {key: value for key, value in values.items() if value is not None}
     return DataConfig(**given, mean=encoder.mean, std=encoder.std)
 
@@ -158,6 +168,7 @@ def probe_knn(config: ProbeConfig, encoder: TrainedEncoder, images: LabelledData
         batches = images.read(images.centred(index, Share(0, 1, loop.micro_batch_size), limit))
         total = len(index) if limit is None else min(limit, len(index))
         try:
+            images.note_without_image()
             features.append(extract(model, batches, images.config, total=total, bf16=loop.precision == "bf16"))
         except DataError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -183,13 +194,17 @@ def probe_knn(config: ProbeConfig, encoder: TrainedEncoder, images: LabelledData
 def known_result(config: ProbeConfig, encoder: TrainedEncoder) -> dict[str, Any]:
     """Return the result of nearest neighbours that is there for this encoder, these data and settings; else {}."""
     try:
-        found = json.loads(result_path(config, encoder, "knn").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(result_path(config, encoder, "knn"), "it is found anew")
+    except ValueError:
         return {}
     data = data_config(config, encoder)
     wanted = {"encoder": encoder.identity(), "train": data.train, "val": data.val, "reading": reading(config, data)}
     wanted = json.loads(json.dumps(wanted | {"settings": asdict(config.knn)}))
-    return found if wanted == {key: found.get(key) for key in wanted} else {}
+    top5 = found.get("top5", "")
+    numbers = (found.get("accuracy"), found.get("val_samples"), 0 if top5 is None else top5)
+    whole = isinstance(found.get("name"), str)
+    whole = whole and all(isinstance(number, int | float) and abs(number) < 2**63 for number in numbers)
+    return found if whole and wanted == {key: found.get(key) for key in wanted} else {}
 
 
 def reading(config: ProbeConfig, data: DataConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from dataclasses import dataclass
@@ -19,8 +20,6 @@ from moa_vision import vit
 from moa_vision.cache import file_sha256
 from moa_vision.export import FAULTS, require_same_shapes
 
-assert vit.SIZES, "imported so that timm knows our names"
-
 _REMEDY = "give a finished run's folder or an export folder that is whole"
 _DATA = {
     "train": str,
@@ -28,8 +27,10 @@ _DATA = {
     "val_crop_pct": (int, float),
     "workers": int,
     "cache_dir": str,
+    "cache_gib": (int, float),
     "max_bad_samples": int,
 }
+_MODEL_ARGS = {*inspect.signature(VisionTransformer).parameters, *vit.FFN_ARGUMENTS}
 
 Pool = Literal["avg", "cls"]
 """What stands for an image: the mean of its patch tokens, or its class token."""
@@ -176,7 +177,8 @@ def _require_data(path: Path, data: Any) -> None:
         raise ValueError(f"{path}: data is {data!r}, not keys with values; {_REMEDY}")
     for key, kind in _DATA.items():
         value = data.get(key)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        fits = isinstance(value, kind) and (isinstance(value, str) or abs(value) < 2**63)
+        if value is not None and (not fits or isinstance(value, bool)):
             raise ValueError(f"{path}: data.{key} is {value!r}; {_REMEDY}")
 
 
@@ -188,6 +190,9 @@ def _require_config(path: Path, config: dict[str, Any]) -> None:
     for key in ("model_args", "pretrained_cfg"):
         if not isinstance(config.get(key), dict):
             raise ValueError(f"{path}: {key} is {config.get(key)!r}, not keys with values; {_REMEDY}")
+    # timm would take others too: checkpoint_path and pretrained_cfg name files, which it unpickles.
+    if unknown := set(config["model_args"]) - _MODEL_ARGS:
+        raise ValueError(f"{path}: model_args has {min(unknown)!r}, no argument of a vision transformer; {_REMEDY}")
     assert isinstance(images, dict)
     size = images.get("input_size")
     if not isinstance(size, list) or len(size) != 3 or not all(type(side) is int and side > 0 for side in size):

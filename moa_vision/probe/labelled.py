@@ -13,7 +13,7 @@ from moa_train.plan import Plan
 from moa_train.signals import ignore_stop_signals
 from moa_train.task import Share
 from moa_vision.bad_samples import BadSamples
-from moa_vision.data import DataConfig, ImageBatch, train_loader, val_loader
+from moa_vision.data import DataConfig, ImageBatch, require_cache_room, train_loader, val_loader
 from moa_vision.index import ShardIndex, open_index
 from moa_vision.probe.augment import SEED_NUMBERS, seed_of
 
@@ -45,15 +45,17 @@ class LabelledData:
         bad_samples: File that names the samples that could not be used.
 
     Raises:
-        ValueError: a sample has no label, or held-out labels are not those of training; the message names them.
+        ValueError: a sample has no label, or held-out labels are not those of training; the message names them. Or
+            `config.cache_gib` is less than what is read at the same time.
         DataError: a shard is missing or damaged.
     """
 
     def __init__(self, config: DataConfig, image_size: tuple[int, int], bad_samples: Path) -> None:
         assert config.val is not None
         self.config, self.image_size = config, image_size
-        self.train = open_labelled(config.train, config.cache_dir)
-        self.val = open_labelled(config.val, config.cache_dir)
+        kept = config.cache_dir, config.cache_gib
+        self.train, self.val = open_labelled(config.train, *kept), open_labelled(config.val, *kept)
+        require_cache_room(config, self.train, self.val)
         self.num_classes = max(len(self.train.label_names), int(self.train.table.labels.max()) + 1)
         self.bad_samples = BadSamples(bad_samples, config.max_bad_samples)
         self._check_classes()
@@ -73,6 +75,10 @@ class LabelledData:
                 f"{sample.key} in {sample.shard} has {sample.reason}, but the labels of {config.train} end at "
                 f"{self.num_classes - 1}; give held-out shards of the same classes"
             )
+
+    def note_without_image(self) -> None:
+        """Note the samples that have no image, which no batch tells of. Raises DataError for too many bad samples."""
+        self.bad_samples.note([*self.train.without_image(), *self.val.without_image()])
 
     def centred(self, index: ShardIndex, share: Share, limit: int | None = None) -> Iterable[ImageBatch]:
         """Return a process's share of an index (`train` or `val`) as central crops, each sample once, for `read`.
@@ -127,18 +133,20 @@ class LabelledData:
         loader.worker_init_fn = ignore_stop_signals
         if augment is not None:
             loader.collate_fn = augment  # pyright: ignore[reportAttributeAccessIssue]  (torch infers its default's type)
+        if share.rank == 0:
+            self.note_without_image()
         for batch in self.bad_samples.good(loader):
             yield LabelledImages(batch.images, batch.labels, seed_of(batch.noise.flatten()))
 
 
-def open_labelled(pattern: str, cache_dir: str | None) -> ShardIndex:
-    """Return the index of shards in which every sample has a label.
+def open_labelled(pattern: str, cache_dir: str | None, cache_gib: float | None) -> ShardIndex:
+    """Return the index of shards in which every sample has a label; arguments as in `open_index`.
 
     Raises:
         ValueError: one has none; the message names its shard and key.
         DataError: a shard is missing or damaged.
     """
-    index = open_index(pattern, cache_dir)
+    index = open_index(pattern, cache_dir, cache_gib)
     unlabelled = np.flatnonzero(index.table.labels < 0)
     if len(unlabelled):
         sample = index.bad(int(unlabelled[0]), "no label")

@@ -77,6 +77,20 @@ def test_tables(fuzz, fuzzing, make_run, no_figures, tmp_path):
     fuzz(fuzzing.damaged(table.read_bytes()), attempt, examples=20)
 
 
+def test_lists_of_an_earlier_page(fuzz, fuzzing, make_run, no_figures, tmp_path):
+    out = tmp_path / "out"
+    arguments = [str(make_run("a")), "--out", str(out)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert study.compare_runs(arguments) == 0
+
+    def attempt(example):
+        with fuzzing.replaced(out / example[0], example[1]), contextlib.redirect_stdout(io.StringIO()):
+            assert study.compare_runs(arguments) == 0
+            assert (out / "index.html").is_file()
+
+    fuzz(fuzzing.damage(out, ["files.json"]), attempt, examples=4)
+
+
 def test_errors_are_those_that_commands_say():
     assert set(study.READABLE) == {RunFolderError, ResultsError, NotComparableError, OSError}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -304,6 +305,50 @@ def test_faults_are_one_line(kind, checkpoints, tmp_path, monkeypatch):
     assert isinstance(caught.value, SystemExit)  # what keeps a traceback away from lm-eval's command line
     assert caught.value.code == f"moa: {caught.value}"
     assert "\n" not in str(caught.value)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+@pytest.mark.parametrize("place", ["pytorch_model.bin", "index", "adapter_model.bin", "subfolder"])
+@pytest.mark.parametrize("name", ["moa", "llama"])
+def test_nothing_is_unpickled(name, place, checkpoints, tmp_path, monkeypatch):
+    """Whatever folder is given; where a pickle is asked for, one that torch refuses is told in one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    base, folder, arguments = checkpoints / name, tmp_path / "checkpoint", {}
+    shutil.copytree(base, folder)
+    pickled = folder / ("adapter_model.bin" if place == "adapter_model.bin" else "pytorch_model.bin")
+    torch.save({"weight": Trap()}, pickled)
+    if place == "adapter_model.bin":
+        (folder / "config.json").rename(folder / "adapter_config.json")
+        arguments = {"peft": str(folder)}
+    else:
+        (folder / "model.safetensors").unlink()
+        base = folder
+    if place == "index":
+        index = {"metadata": {}, "weight_map": {"model.norm.weight": pickled.name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if place == "subfolder":
+        base, arguments = tmp_path, {"subfolder": folder.name, "tokenizer": str(checkpoints / name)}
+    loaded = []
+    with monkeypatch.context() as patched:
+        for module, reader in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+            patched.setattr(module, reader, lambda *_, **__: loaded.append(1))
+        with pytest.raises(
+            ModelError, match=f"{folder} has its weights in {pickled.name}.*convert it to safetensors"
+        ):
+            MoALM(str(base), device="cpu", **arguments)
+        assert not loaded
+    if place == "pytorch_model.bin":
+        with pytest.raises(ModelError, match=f"cannot load the weights of {folder}"):
+            MoALM(str(folder), device="cpu", use_safetensors=False)
+        (folder / "model.extra.safetensors").write_bytes(b"")  # then transformers itself must not fall back
+        with pytest.raises(ModelError, match=f"cannot load the weights of {folder}.*no file named model.safetensors"):
+            MoALM(str(folder), device="cpu")
+    assert not (tmp_path / "unpickled").exists()
 
 
 def test_no_checkpoint_and_nan_scores(both, monkeypatch):

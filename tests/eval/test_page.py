@@ -226,6 +226,16 @@ def test_what_an_earlier_page_left_is_removed_and_nothing_else(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "text", ['{"a\\u0000b": ""}', '{"\\ud800": ""}', '{"%s": ""}' % ("x" * 300), "[" * 100_000, "[1]", "1" * 5000],
+    ids=["zero", "half a pair", "long", "deep", "list", "digits"],
+)  # fmt: skip
+def test_a_list_that_is_not_of_ours_removes_nothing(tmp_path, text):
+    (tmp_path / "files.json").write_text(text)
+    write_page([replace(small_section(), charts={})], tmp_path, title="x", command="y")
+    assert "index.html" in json.loads((tmp_path / "files.json").read_text())
+
+
 def test_sections_need_slugs_of_their_own(tmp_path):
     for sections in ([], [small_section(), small_section()]):
         with pytest.raises(ValueError, match="sections"):

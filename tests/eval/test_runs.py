@@ -1,6 +1,8 @@
 import json
 import math
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -127,12 +129,19 @@ def replace(name, old, new):
     return change
 
 
+def png_header(side):
+    """The beginning of a PNG of side x side pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
 FAULTS = {  # what is done to the folder -> the file and the words that the message must have
     "no folder": (shutil.rmtree, "", "no such folder"),
     "no config": (lambda folder: (folder / "config.yaml").unlink(), "config.yaml", "missing"),
     "no metrics": (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl", "missing"),
     "no environment": (lambda folder: (folder / "env.json").unlink(), "env.json", "missing"),
     "bad yaml": (replace("config.yaml", "name: baseline", "name: [baseline"), "config.yaml", "not valid YAML"),
+    "number": (replace("config.yaml", "seed: 0", f"seed: 0\nx: 1{':9' * 4000}.0"), "config.yaml", "not valid YAML"),
     "no seed": (replace("config.yaml", "seed: 0", "sead: 0"), "config.yaml", "no usable seed"),
     "no rate": (replace("config.yaml", "lr: 0.0003", "lr: fast"), "config.yaml", "no usable optim.lr"),
     "no model": (replace("config.yaml", "encoder:", "encodr:"), "config.yaml", "no usable model.encoder"),
@@ -152,6 +161,11 @@ FAULTS = {  # what is done to the folder -> the file and the words that the mess
     ),
     "no png": (
         lambda folder: (folder / "reconstructions/00_original.png").write_bytes(b"GIF89a"),
+        "reconstructions/00_original.png",
+        "not a readable PNG",
+    ),
+    "huge png": (
+        lambda folder: (folder / "reconstructions/00_original.png").write_bytes(png_header(60_000)),
         "reconstructions/00_original.png",
         "not a readable PNG",
     ),

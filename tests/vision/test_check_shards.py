@@ -3,6 +3,9 @@
 import hashlib
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -12,10 +15,12 @@ from moa_train.checks import Plan, run_checks
 from moa_vision.shards import ShardSettings, make_shards
 from moa_vision.table import SampleTable
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def command():
-    path = Path(__file__).parents[2] / "scripts" / "check_shards.py"
+    path = ROOT / "scripts" / "check_shards.py"
     spec = importlib.util.spec_from_file_location("check_shards_script", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -160,6 +165,29 @@ def test_manifest_that_is_none(packed, lines, tmp_path, capsys, command):
     assert "usage: " in told and "--workers is -3; allowed: 1 or more" in told
     with pytest.raises(ValueError, match="workers is 0; allowed: 1 or more"):
         list(run_checks(Plan("a", "images", 0, [], []), 0))
+
+
+def test_totals_are_those_of_the_shards(packed, lines):
+    manifest = json.loads((packed / "manifest.json").read_text())
+    size = sum(path.stat().st_size for path in packed.glob("*.tar"))
+    (packed / "manifest.json").write_text(json.dumps(manifest | {"samples": 999, "bytes": -1}))
+    code, told = lines(packed, "--workers", 1)
+    assert code == 1 and told[:2] == [
+        f'{packed}/manifest.json: "samples" is 999, its shards come to 32',
+        f'{packed}/manifest.json: "bytes" is -1, its shards come to {size}',
+    ]
+    assert len(told) == 4
+
+
+def test_who_stops_reading_is_no_failure_of_ours(packed):
+    """`check_shards.py ... | head -1`: no traceback, neither of a line nor of what is flushed at the end."""
+    (packed / "manifest.json").unlink()
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "scripts/check_shards.py", str(packed), "--workers", "1"]
+    with os.fdopen(writer, "wb") as closed:
+        found = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (found.returncode, found.stderr) == (141, "")
 
 
 def test_train_and_val_below_a_folder_and_remote_sets(shards, tmp_path, lines, serve):

@@ -1,6 +1,8 @@
 """Probes against timm, scikit-learn and the formulas of MAE's code; whole tiny ones, killed and resumed."""
 
+import gzip
 import json
+import math
 import os
 import random
 import runpy
@@ -29,6 +31,7 @@ from moa_vision.data import ImageBatch, normalize
 from moa_vision.export import export_encoder
 from moa_vision.mae import create_mae
 from moa_vision.probe import command as probe
+from moa_vision.probe import labelled as labelled_sets
 from moa_vision.probe.augment import Mixing, RandAugmented, drawing_from, seed_of
 from moa_vision.probe.classify import FinetuneTask, LinearProbe, LinearTask, layer_groups
 from moa_vision.probe.encoders import find_encoder
@@ -234,6 +237,18 @@ def test_nearest_neighbours_are_not_looked_for_twice(run_probe, encoder_run, mon
     weights = encoder_run / "export" / "model.safetensors"
     save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, weights)
     assert run_probe("knn", knn__k="[5, 3]") == 0 and len(calls) == 2 * (len(changes) + 2), "another encoder"
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "null", "[" * 100_000, "{", None], ids=["list", "null", "deep", "cut", "key"]
+)
+def test_a_broken_result_is_found_anew(run_probe, encoder_run, text, capsys):
+    assert run_probe("knn", knn__k="[5]") == 0
+    expected = result(encoder_run, "knn")
+    path = encoder_run / "probe" / "knn.json"
+    path.write_text(json.dumps(expected | {"accuracy": "high"}) if text is None else text)
+    assert run_probe("knn", knn__k="[5]") == 0 and "found before" not in capsys.readouterr().out
+    assert result(encoder_run, "knn")["accuracy"] == expected["accuracy"]
 
 
 def test_check_finds_what_is_wrong_and_does_nothing(arguments, encoder_run, capsys):
@@ -513,6 +528,63 @@ def test_what_cannot_work_is_told_in_one_message(run_probe, methods, changed, to
     assert run_probe(*methods, **changed) == 2
     error = capsys.readouterr().err
     assert told.format_map(paths) in error and "Traceback" not in error and error.count("error:") == 1
+
+
+@pytest.mark.parametrize("pattern", ["{command}", "{tar}::{command}", "{{{tar},{command}}}", "p{{ipe,}}:{touch}"])
+def test_commands_of_a_run_folder_are_not_run(run_probe, encoder_run, pattern, tmp_path, capsys):
+    """A run folder may come from anybody; the command line is the user's own."""
+    data = yaml.safe_load((encoder_run / "config.yaml").read_text())["data"]
+    touch = f"touch {tmp_path}/ran; cat {data['train']}"
+    pattern = pattern.format(tar=data["train"], touch=touch, command=f"pipe:{touch}")
+    for key in ("train", "val"):
+        (encoder_run / "config.yaml").write_text(yaml.safe_dump({"name": "run", "data": data | {key: pattern}}))
+        for method in ("knn", "linear"):
+            assert run_probe(method, knn__k="[5]") == 2
+        assert f"data.{key} is " in (told := capsys.readouterr().err) and "give it with --train and --val" in told
+    assert not (tmp_path / "ran").exists()
+    command = f"pipe:{touch}"
+    assert run_probe("knn", knn__k="[5]", train=command, val=command, data__cache_dir=tmp_path / "cache") == 0
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("method", ["knn", "linear"])
+def test_samples_without_an_image_count(run_probe, encoder_run, method, write_tar, encode, tmp_path, capsys):
+    """No batch tells of them: they are not in the index."""
+    image = encode(picture(np.random.default_rng(0), 0), "PNG")
+    named = {}
+    for split in ("train", "val"):
+        members = [
+            (f"{split}{i:02}.{kind}", data) for i in range(16) for kind, data in (("png", image), ("cls", b"0"))
+        ]
+        named[split] = write_tar(tmp_path / f"odd_{split}.tar", [*members, (f"{split}-none.cls", b"0")])
+    changed = named | {"knn__k": "[5]", "data__cache_dir": tmp_path / "cache"}
+    assert run_probe(method, **changed, data__max_bad_samples=1) == 1
+    assert "2 bad samples, more than data.max_bad_samples = 1 allows" in capsys.readouterr().err
+    assert run_probe(method, **changed, data__max_bad_samples=2) == 0
+    (file,) = (encoder_run / "probe").rglob("*bad_samples.jsonl")
+    assert [json.loads(line)["key"] for line in file.read_text().splitlines()] == ["train-none", "val-none"]
+
+
+def test_the_limit_of_the_cache_is_the_runs_or_that_of_the_command(
+    run_probe, encoder_run, tmp_path, capsys, monkeypatch
+):
+    """Compressed shards are unpacked in the cache; a limit that two of them exceed is refused."""
+    content = yaml.safe_load((encoder_run / "config.yaml").read_text())
+    for split in ("train", "val"):
+        packed = Path(f"{content['data'][split]}.gz")
+        packed.write_bytes(gzip.compress(Path(content["data"][split]).read_bytes()))
+        content["data"][split] = str(packed)
+    content["data"] |= {"cache_dir": str(tmp_path / "cache"), "cache_gib": 1e-6}
+    (encoder_run / "config.yaml").write_text(yaml.safe_dump(content))
+    assert run_probe("knn", knn__k="[5]") == 2
+    assert "data.cache_gib is 1e-06; allowed: " in capsys.readouterr().err
+    opened, limits = labelled_sets.open_index, []
+    monkeypatch.setattr(labelled_sets, "open_index", lambda *given: limits.append(given[2]) or opened(*given))
+    assert run_probe("knn", knn__k="[5]", data__cache_gib=1) == 0
+    assert set(limits) == {1}
+    content["data"]["cache_gib"] = math.inf
+    (encoder_run / "config.yaml").write_text(yaml.safe_dump(content))
+    assert run_probe("knn", knn__k="[5]") == 2 and "data.cache_gib is inf; give a" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
