@@ -3,32 +3,41 @@
 import errno
 import gzip
 import hashlib
+import io
 import json
 import logging
 import math
 import os
 import re
+import select
 import shutil
+import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 from filelock import FileLock
-from webdataset.gopen import gopen
+from fsspec.callbacks import Callback
 
 from moa_train.durable import sync_file, write_json
 from moa_vision.room import hold, make_room, release
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 ATTEMPTS = 8
 BACKOFF_S = 1.0  # the first pause between attempts; doubled each time: a server may be away for two minutes
 STALL_S = 60.0  # a transfer that brings nothing for so long is given up and tried again
 SERIES_S = 300.0  # all pauses and stalls of a shard's attempts together, in which others, and a Slurm warning, wait
+PARSE_ATTEMPTS = 4  # for a manifest that comes, but not as one
+MAX_READ = 2**30  # bytes of a manifest
 LOST_S = 600.0  # a shard that could not be had is tried again after so long
 
+_SIGPIPE = 128 + signal.SIGPIPE  # a shell's status where a command had more to say than the next one read
 _GZIP_MAGIC = b"\x1f\x8b"
 _SHARDS = "shards"  # folder in the cache folder
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -61,6 +70,10 @@ def is_remote(url: str) -> bool:
     return url.startswith("pipe:") or bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url))
 
 
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
 def short_hash(*parts: object) -> str:
     """24 hexadecimal digits that name `parts`."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
@@ -77,7 +90,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
     options = {}
-    if url.startswith(("http://", "https://")):
+    if _is_http(url):
         import aiohttp
 
         # aiohttp ends every transfer after 5 minutes in all; a large shard may take longer, a stalled one must not
@@ -266,10 +279,11 @@ def _fetch_with_patience(shard: Shard, target: Path, check: Callable[[Path], obj
             waited_s += pause_s
             late = waited_s + STALL_S > SERIES_S  # the next attempt may stall
             if attempt + 1 == ATTEMPTS or late or not is_remote(shard.url) or _is_hopeless(error):
+                reason = f"{type(error).__name__}: {_told(error)}"
                 raise LostShard(
-                    f"cannot fetch {shard.url} (attempt {attempt + 1} of {ATTEMPTS}): {type(error).__name__}: {error}"
+                    f"cannot fetch {shard.url} (attempt {attempt + 1} of {ATTEMPTS}): {reason}"
                 ) from error
-            log.warning("fetching %s failed (%s); trying again in %.0f s", shard.url, error, pause_s)
+            log.warning("fetching %s failed (%s); trying again in %.0f s", shard.url, _told(error), pause_s)
             time.sleep(pause_s)
 
 
@@ -298,27 +312,51 @@ def _no_room(shard: Shard, target: Path, error: OSError) -> DataError:
     )
 
 
-def read_remote(url: str) -> bytes:
-    """The bytes of a small remote file, with the retries of `fetch`, not cached (it may change)."""
+def read_remote(url: str, parse: Callable[[bytes], T]) -> T:
+    """What `parse` makes of a small remote file, with the retries of `fetch`, not cached (it may change).
+
+    Raises:
+        ValueError: of `parse`, if that is so `PARSE_ATTEMPTS` times: the file may have been cut on its way.
+        DataError: if it cannot be had, or has more than `MAX_READ` bytes.
+    """
     for attempt in range(ATTEMPTS):
         try:
-            fs, path = filesystem(url)
-            return fs.cat_file(path)
+            data = _read(url)
         except Exception as error:
             if attempt + 1 == ATTEMPTS or _is_hopeless(error):
-                raise DataError(f"cannot read {url}: {type(error).__name__}: {error}") from error
-            time.sleep(BACKOFF_S * 2**attempt)
+                raise DataError(f"cannot read {url}: {type(error).__name__}: {_told(error)}") from error
+        else:
+            try:
+                return parse(data)
+            except ValueError:
+                if attempt + 1 >= PARSE_ATTEMPTS:
+                    raise
+        time.sleep(BACKOFF_S * 2**attempt)
     raise AssertionError("unreachable")
+
+
+def _read(url: str) -> bytes:
+    fs, path = filesystem(url)
+    if not _is_http(url):
+        return fs.cat_file(path)
+    data = io.BytesIO()
+    try:
+        fs.get_file(path, data, callback=_Bound(MAX_READ))
+    except _TooMuch as error:
+        raise DataError(f"{error}: it is no manifest") from error
+    return data.getvalue()
 
 
 def _transfer(shard: Shard, path: Path) -> None:
     """One attempt: bytes to `path`, size and checksum compared, then unpacked if they are gzip."""
+    bound = _Bound(shard.size)
     if shard.url.startswith("pipe:"):
-        with gopen(shard.url) as source, path.open("wb") as file:  # raises if the command fails
-            shutil.copyfileobj(source, file, 1 << 20)
+        with path.open("wb") as file:
+            _run_pipe(shard.url.removeprefix("pipe:"), file, bound)
     elif is_remote(shard.url):
         fs, remote = filesystem(shard.url)
-        fs.get_file(remote, str(path))
+        # other drivers ask for a file's size first, and take no more
+        fs.get_file(remote, str(path), **({"callback": bound} if _is_http(shard.url) else {}))
     else:
         shutil.copyfile(shard.url, path)
     size = path.stat().st_size
@@ -336,12 +374,69 @@ def _transfer(shard: Shard, path: Path) -> None:
             unpacked.unlink(missing_ok=True)
 
 
+class _TooMuch(OSError):
+    """More bytes came than are allowed."""
+
+
+class _Bound(Callback):
+    """Ends a transfer that has brought more than `limit` bytes: a server may send without end. None: no limit."""
+
+    def __init__(self, limit: int | None) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def relative_update(self, inc: int = 1) -> None:
+        """So many bytes more have come. Raises _TooMuch if there were enough before."""
+        super().relative_update(inc)
+        if self.limit is not None and self.value > self.limit:
+            raise _TooMuch(f"more than the {self.limit} bytes came that it may have")
+
+
+def _run_pipe(command: str, file: IO[bytes], bound: _Bound) -> None:
+    """Writes what a shell's command prints to `file`. Raises OSError if it fails, or prints nothing for `STALL_S`."""
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    try:
+        poll = select.poll()
+        poll.register(process.stdout)
+        while poll.poll(1000 * STALL_S):
+            data = os.read(process.stdout.fileno(), 1 << 20)
+            if not data:
+                break
+            file.write(data)
+            bound.relative_update(len(data))
+        else:
+            raise TimeoutError
+        status = process.wait(STALL_S)
+    except (TimeoutError, subprocess.TimeoutExpired):
+        raise TimeoutError(f"nothing came for {STALL_S:g} s") from None
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            process.wait()
+        process.stdout.close()
+    if status not in (0, _SIGPIPE):
+        raise OSError(f"{command!r}: exit {status}")
+
+
+def _told(error: Exception) -> str:
+    """An error's message; fsspec gives a stall none."""
+    if not isinstance(error, TimeoutError) or str(error):
+        return str(error)
+    cause = str(error.__cause__ or "")
+    return cause if cause.startswith("Connection") else f"nothing came for {STALL_S:g} s"
+
+
 def _is_hopeless(error: Exception) -> bool:
     """Whether another attempt cannot help: not there, not allowed, no space."""
     if isinstance(error, FileNotFoundError | PermissionError | DataError):
         return True
     if isinstance(error, OSError) and error.errno in _HOPELESS:
         return True
+    if type(error.__cause__).__module__.startswith(
+        "aiohttp."
+    ):  # what came was no HTTP; aiohttp calls that status 400
+        return False
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     return isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
 

@@ -39,8 +39,8 @@ def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | Non
     base = manifest_url.rpartition("/")[0] or "."
     remote = cache.is_remote(manifest_url)
     try:
-        data = cache.read_remote(manifest_url) if remote else Path(manifest_url).read_bytes()
-        manifest = parse_manifest(data)
+        path = Path(manifest_url)
+        manifest = cache.read_remote(manifest_url, parse_manifest) if remote else parse_manifest(path.read_bytes())
     except (OSError, ValueError, DataError) as error:
         return Plan(base, "images", 0, [Problem(manifest_url, "", str(error))], [])
     index, entries = manifest["index"], manifest["shards"]

@@ -16,6 +16,9 @@ Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 MAX_PIXELS = 178_956_970
 """Of an image that is decoded; one that claims more, for which PIL would not stop either, is taken for an attack."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+"""Of `moa_vision.table.IMAGE_EXTENSIONS`, in PIL's names; others' readers may start programs, as that of EPS does."""
+
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _CROP_ATTEMPTS = 10  # of torchvision's RandomResizedCrop.get_params
 CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2  # uniform numbers that one random_box takes
@@ -93,9 +96,9 @@ def open_header(data: bytes) -> Image.Image:
         ImageError: if PIL cannot read it, or it claims more than `MAX_PIXELS`.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise ImageError("no image of a format that PIL reads") from error
+        raise ImageError(f"no image of a format that is read ({', '.join(FORMATS)})") from error
     except Exception as error:
         raise ImageError(f"{error}" or type(error).__name__) from error
     if image.width * image.height > MAX_PIXELS:
@@ -104,7 +107,7 @@ def open_header(data: bytes) -> Image.Image:
 
 
 def decode_rgb(data: np.ndarray) -> Tensor:
-    """Decodes an image of any format that torchcodec (JPEG) or PIL reads.
+    """Decodes an image of one of `FORMATS`, by torchcodec (JPEG) or PIL.
 
     Args:
         data: (n,) uint8, the encoded file.

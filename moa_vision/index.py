@@ -93,7 +93,7 @@ class ShardIndex:
         return int((self.table.offsets[span] + self.table.sizes[span]).max(initial=0))
 
     def without_image(self) -> list[BadSample]:
-        """The samples of the shards that are not in the table."""
+        """The samples and images of the shards that are not in the table."""
         keys = {(self.bad(i, "").shard, self.table.key(i)) for i in range(len(self))} if self.problems else set()
         return [problem for problem in self.problems if (problem.shard, problem.key) not in keys]
 
@@ -263,10 +263,12 @@ class Listed(NamedTuple):
     label_names: tuple[str, ...]
 
 
-def read_manifest(url: str, cache_dir: Path) -> Listed:
+def read_manifest(url: str, cache_dir: Path, whole: bool = False) -> Listed:
     """Reads a manifest of `scripts/make_shards.py`, local or remote, and the index that lies beside it.
 
-    The names in it are plain file names beside the manifest: it can name no command, folder or other host.
+    The names in it are plain file names beside the manifest: it can name no command, folder or other host. Local
+    shards that are absent or cut are left to `ShardReader`, as when that befalls them later: a run can be started
+    again that has put up with it. Unless they all are, or `whole` is asked for.
 
     Raises:
         DataError: if it is not such a manifest, or what lies beside it does not fit.
@@ -274,7 +276,7 @@ def read_manifest(url: str, cache_dir: Path) -> Listed:
     remote = cache.is_remote(url)
     base = url.rsplit("/", 1)[0] if remote else str(Path(url).parent)
     try:
-        manifest = parse_manifest(cache.read_remote(url) if remote else Path(url).read_bytes())
+        manifest = cache.read_remote(url, parse_manifest) if remote else parse_manifest(Path(url).read_bytes())
         shards = tuple(Shard(f"{base}/{s['name']}", s["size"], s["sha256"]) for s in manifest["shards"])
         index = manifest["index"]
         path = Path(base) / index["name"]
@@ -291,12 +293,27 @@ def read_manifest(url: str, cache_dir: Path) -> Listed:
         space = np.repeat([s["size"] for s in manifest["shards"]], counts)
         if (table.offsets < 0).any() or (table.offsets > space - table.sizes).any():
             raise ValueError("its index places samples outside their shards")
-        for shard in () if remote else shards:
-            if Path(shard.url).stat().st_size != shard.size:
-                raise ValueError(f"{shard.url} has not the {shard.size} bytes it should have")
+        sizes = {} if remote else {shard: _size(Path(shard.url)) for shard in shards}
+        short = [shard for shard, size in sizes.items() if size < (shard.size or 0)]
+        wrong = [shard for shard, size in sizes.items() if size != shard.size and (whole or shard not in short)]
+        wrong = wrong or (short if len(short) == len(shards) else [])
+        if wrong:
+            raise ValueError(f"{wrong[0].url} has not the {wrong[0].size} bytes it should have")
     except (OSError, ValueError) as error:
         raise DataError(f"manifest {url}: {error}; make or fetch the data set again") from error
+    if short:
+        log.warning(
+            "%d of the %d shards of %s are absent or cut, the first: %s", len(short), len(shards), url, short[0].url
+        )
     return Listed(shards, counts, table, tuple(manifest["label_names"]))
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 if there is no such file."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def parse_manifest(text: bytes) -> dict[str, Any]:

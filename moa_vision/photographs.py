@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moa_vision.images import to_rgb
+from moa_vision.images import FORMATS, to_rgb
 from moa_vision.shards import Report, ShardSettings, make_shards
 
 TRAIN = (
@@ -45,7 +45,7 @@ def crops(path: Path, count: int) -> list[Image.Image]:
 
     Side lengths are log-uniform between 48 pixels and the short side; the choice is a function of the file's name.
     """
-    photograph = to_rgb(Image.open(path))
+    photograph = to_rgb(Image.open(path, formats=FORMATS))
     generator = np.random.default_rng(list(path.name.encode()))
     sides = np.exp(generator.uniform(np.log(SMALLEST_SIDE), np.log(min(photograph.size)), count)).astype(int)
     result = []

@@ -168,7 +168,8 @@ class MAETask:
         )
         loader.worker_init_fn = ignore_stop_signals
         if share.rank == 0:
-            self.bad_samples.note(self.train_index.without_image())
+            for index in filter(None, (self.train_index, self.val_index)):
+                self.bad_samples.note(index.without_image())
         return self._good(loader)
 
     def val_batches(self, share: Share) -> Iterable[Images]:

@@ -120,7 +120,7 @@ def encode_jpeg(image: bytes | Image.Image, short_side: int | None, quality: int
     """Turns an image into what a shard holds: an upright RGB (or grey) JPEG, no larger than asked for.
 
     Args:
-        image: encoded in any format that PIL reads, or decoded.
+        image: encoded in one of `moa_vision.images.FORMATS`, or decoded.
         short_side: in pixels; larger images are resized by antialiased bicubic interpolation; None: kept.
         quality: of the JPEG encoder, if the image is encoded anew.
 

@@ -6,6 +6,7 @@ A source lists its images as `items`, cheap to send to another process, and read
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -75,12 +76,13 @@ def open_source(text: str, cache_dir: str | Path | None = None) -> Source:
 
 
 class FolderSource:
-    """Image files below a folder, links followed; the first folder on the way to a file is its class."""
+    """Image files below a folder, links followed (not in circles); the first folder on the way is the class."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        files = (Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)
-        found = sorted(f.relative_to(folder) for f in files if f.suffix.lower()[1:] in IMAGE_EXTENSIONS)
+        found = sorted(
+            f.relative_to(folder) for f in _files_below(folder) if f.suffix.lower()[1:] in IMAGE_EXTENSIONS
+        )
         classes = [file.parts[0] if len(file.parts) > 1 else None for file in found]
         self.label_names = tuple(sorted({name for name in classes if name is not None}))
         labels = {name: number for number, name in enumerate(self.label_names)}
@@ -108,7 +110,7 @@ class TarSource:
         self.label_names: tuple[str, ...] = ()
         for name in expand(pattern):
             if name.endswith(MANIFEST):
-                listed = read_manifest(name, cache_dir)
+                listed = read_manifest(name, cache_dir, whole=True)
                 shards += listed.shards
                 self.label_names = self.label_names or listed.label_names
             else:
@@ -158,6 +160,8 @@ class TorchvisionSource:
             arguments["train"] = split == "train"
         try:
             self.data: Any = kind(**arguments)
+        except ImportError as error:
+            raise ValueError(f"source {text!r}: {error}; install it, as by pip install {error.name}") from error
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"source {text!r}: {error}") from error
         self.label_names = tuple(map(str, getattr(self.data, "classes", ())))
@@ -214,7 +218,26 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     _, name, *rest = text.split(":")
     if not name or not all("=" in argument for argument in rest):
         raise ValueError(f"source {text!r}: allowed is KIND:NAME[:ARGUMENT=VALUE...]")
-    return name, {k: yaml.safe_load(v) for k, v in (argument.split("=", 1) for argument in rest)}
+    arguments = {}
+    for key, value in (argument.split("=", 1) for argument in rest):
+        try:
+            arguments[key] = yaml.safe_load(value)
+        except Exception as error:  # besides its own errors yaml's tags raise AttributeError, ValueError, ...
+            raise ValueError(f"source {text!r}: {key} is {value!r}, which is no YAML; put it in quotes") from error
+    return name, arguments
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files below `folder`, links followed, except into a folder that is on the way already."""
+    on_way: dict[str, frozenset[tuple[int, int]]] = {}
+    for at, folders, names in os.walk(folder, followlinks=True):
+        stat = Path(at).stat()
+        here, above = (stat.st_dev, stat.st_ino), on_way.get(str(Path(at).parent), frozenset())
+        if here in above:
+            folders.clear()
+            continue
+        on_way[str(Path(at))] = above | {here}
+        yield from (Path(at) / name for name in names)
 
 
 def _keys(names: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +130,9 @@ def scan_tar(path: Path, shard: str | None = None) -> tuple[dict[str, dict[str, 
     """Lists the members of a plain tar by sample: {key: {extension: (offset, size)}}, in the order of the tar.
 
     Only headers are read. Members of a key need not be neighbours; of two with the same key and extension the
-    first counts, and the other is reported. So is a tar without the zeros that end one, under the key "(end)": it may
-    be cut between two members, or be by a writer that leaves them out.
+    first counts, and the other is reported: an image under its member's name and number, "a.jpg (2)", which is no
+    key, as those have no dot there. So is a tar without the zeros that end one, under the key "(end)": it may be cut
+    between two members, or be by a writer that leaves them out.
 
     Raises:
         DataError: if the file is no tar, is truncated or has a damaged header.
@@ -138,19 +140,23 @@ def scan_tar(path: Path, shard: str | None = None) -> tuple[dict[str, dict[str, 
     shard = shard or str(path)
     samples: dict[str, dict[str, Member]] = {}
     problems = []
+    again: Counter[tuple[str, str]] = Counter()
     try:
         for member in _members(path, shard):
             name = member.name.encode(errors="replace").decode()  # names of tars need not be UTF-8
             key, extension = base_plus_ext(name)
             if member.isdir() or key is None or extension is None or re.match(r"__[^/]*__($|/)", name):
                 continue
+            extension = extension.lower()
             found = samples.setdefault(key, {})
             if not member.isreg() or member.issparse():
                 problems.append(BadSample(shard, key, f"{name} is no plain file; it is left out"))
-            elif extension.lower() in found:
-                problems.append(BadSample(shard, key, f"{name} occurs twice; the first is used"))
+            elif extension in found:
+                again[key, extension] += 1
+                lost = f"{name} ({again[key, extension] + 1})" if extension in IMAGE_EXTENSIONS else key
+                problems.append(BadSample(shard, lost, f"{name} occurs twice; the first is used"))
             else:
-                found[extension.lower()] = (member.offset_data, member.size)
+                found[extension] = (member.offset_data, member.size)
         if samples and _lacks_end(path):
             problems.append(BadSample(shard, "(end)", "it does not end as tars do: samples may have been cut off"))
     except DataError:

@@ -5,6 +5,7 @@ import io
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -78,12 +79,14 @@ def shards(tmp_path: Path, photos, encode, write_tar) -> Path:
 class Server(http.server.ThreadingHTTPServer):
     """Serves a folder; `faults` maps a file's name to what goes wrong at its next requests.
 
-    A fault is a status, "cut" (half of the file comes), "silent cut" (so that only its content tells) or "stall".
+    A fault is a status, "cut" (half of the file comes), "silent cut" (so that only its content tells), "stall",
+    "endless" (zeros follow for as long as they are taken) or "garbled" (it does not begin as HTTP does).
     """
 
     def __init__(self, folder: Path, mixin: type | None = None) -> None:
         self.faults: dict[str, list[int | str]] = {}
         self.requests: list[str] = []
+        self.sent = 0  # bytes of what is endless
         self.stalled = threading.Event()  # set: whoever stalls ends
         handler = type("Handler", (mixin, Handler) if mixin else (Handler,), {})
         super().__init__(("127.0.0.1", 0), partial(handler, directory=str(folder)))
@@ -107,14 +110,21 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if isinstance(kind, int):
             return self.send_error(kind)
         data = (Path(self.directory) / name).read_bytes()
+        if kind == "garbled":
+            self.wfile.write(b"HTTP/x.y zzz\r\n\r\n")
+            self.close_connection = True
+            return None
         self.send_response(200)
-        if kind != "silent cut":
+        if kind not in ("silent cut", "endless"):
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[: len(data) // 2])
         self.wfile.flush()
         if kind == "stall":
             self.server.stalled.wait(120)
+        with suppress(ConnectionError):  # the other side has had enough
+            while kind == "endless" and self.server.sent < 2**28:
+                self.server.sent += self.wfile.write(bytes(2**16))
         self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:

@@ -142,7 +142,7 @@ def test_odd_members_and_counts_are_told(packed, lines, write_tar):
     code, told = lines(packed)
     text = "\n".join(told)
     assert code == 1
-    for reason in ("a: a.jpg occurs twice", "b: no image among its members", "has 2 samples, the manifest 8"):
+    for reason in ("a.jpg (2): a.jpg occurs twice", "b: no image among its members", "has 2 samples, the manifest 8"):
         assert f"shard-000002.tar: {reason}" in text, text
     assert text.count("the index lists it, the tar lacks it") == 8
     assert text.count("the index does not list it") == 2

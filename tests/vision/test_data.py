@@ -29,7 +29,7 @@ from moa_vision.data import (
 from moa_vision.images import CROP_DRAWS, ImageError, central_box, crop_into, decode_rgb, random_box
 from moa_vision.index import open_index
 from moa_vision.order import EpochOrder
-from moa_vision.table import BadSample
+from moa_vision.table import IMAGE_EXTENSIONS, BadSample
 
 SIZE = {"image_size": (48, 32), "num_patches": 6}
 
@@ -307,6 +307,23 @@ def test_images_are_decoded_as_pil_does(photos, encode):
     exif[0x0112] = 6
     turned = decode_rgb(np.frombuffer(encode(photos[1], exif=exif), np.uint8).copy())
     assert turned.shape == (photos[1].width, photos[1].height, 3) and turned.is_contiguous()
+
+
+def test_only_formats_of_images_are_opened(photos, encode, monkeypatch):
+    """PIL would hand an EPS to Ghostscript, which runs the program that it is, for as long as that likes."""
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **options: started.append(args))
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **options: started.append(args))
+    for name in ("EPS", "JPEG2000", "ICO", "PCX"):
+        with pytest.raises(ImageError, match="no image of a format that is read"):
+            decode_rgb(np.frombuffer(bytearray(encode(photos[0], name)), np.uint8))
+    assert not started
+    for name in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "MPO"):  # MPO: a .jpg of several images
+        options = {"save_all": True, "append_images": [photos[0]]} if name == "MPO" else {}
+        data = np.frombuffer(bytearray(encode(photos[0], name, **options)), np.uint8)
+        shape = photos[0].height, photos[0].width, 3
+        assert decode_rgb(data).shape == shape and images.open_image(data.tobytes()).format == name
+    assert {Image.registered_extensions()[f".{extension}"] for extension in IMAGE_EXTENSIONS} == set(images.FORMATS)
 
 
 def test_fallback_decoder_gives_the_same_bits_and_no_warning(photos, encode, monkeypatch):

@@ -93,6 +93,25 @@ def test_a_small_lost_shard_is_skipped_and_listed(train, server, tmp_path):
     assert json.loads((folder / "summary.json").read_text())["bad_samples"] == 4
 
 
+def test_a_run_whose_local_shard_vanishes_can_be_started_again(train, server, tmp_path, monkeypatch, capsys):
+    shard = tmp_path / "packed" / "shard-000003.tar"
+
+    def vanish(*arguments, **options):
+        shard.unlink()
+        return train_loader(*arguments, **options)
+
+    local = {"data__train": tmp_path / "packed", "data__workers": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr("moa_vision.pretrain.train_loader", vanish)
+        assert train("run", data__max_bad_samples=3, **local)[0] == 1
+    assert "shard-000003.tar with its 4 samples is lost" in capsys.readouterr().err
+    assert train("run", data__max_bad_samples=3, **local)[0] == 1
+    code, folder = train("run", data__max_bad_samples=4, **local)
+    assert code == 0 and len(losses(folder)) == 8
+    bad = bad_samples(folder)
+    assert len(bad) == 4 and {sample["shard"] for sample in bad} == {str(shard)}
+
+
 @pytest.mark.parametrize("fault", [404, pytest.param(500, marks=pytest.mark.slow)], ids=["gone", "ill for good"])
 def test_a_lost_shard_with_more_samples_than_the_limit_ends_the_run(train, server, capsys, fault):
     server.faults["shard-000003.tar"] = [fault] * 99
@@ -117,16 +136,19 @@ def test_wrong_bytes_are_named(train, server, capsys, tmp_path):
     assert code == 1 and "shard-000002.tar" in error and "its SHA-256 is not the manifest's" in error
 
 
-def test_samples_without_an_image_are_listed_too(train, shards, write_tar, tmp_path, capsys):
-    write_tar(shards / "f.tar", [("f0.cls", b"1"), ("f1.json", b"{}")])
+def test_samples_without_an_image_are_listed_too(train, shards, write_tar, photos, encode, tmp_path, capsys):
+    image = encode(photos[0])
+    write_tar(shards / "f.tar", [("f0.cls", b"1"), ("f1.json", b"{}"), ("f2.jpg", image), ("f2.jpg", image)])
+    write_tar(tmp_path / "val.tar", [("v0.jpg", image), ("v1.cls", b"1")])
     for session in ("first", "queued again"):
         code, _ = train("run", data__train=shards, data__max_bad_samples=1)
         assert code == 1 and "f1 in " in capsys.readouterr().err, session
-    code, folder = train("run", data__train=shards, data__max_bad_samples=2)
+    code, folder = train("run", data__train=shards, data__val=tmp_path / "val.tar", data__max_bad_samples=4)
     assert code == 0, "a run goes on with a higher limit"
-    assert [(sample["key"], sample["reason"][:8]) for sample in bad_samples(folder)] == [
-        ("f0", "no image"), ("f1", "no image"),
+    assert [(sample["key"], sample["reason"][:13]) for sample in bad_samples(folder)] == [
+        ("f2.jpg (2)", "f2.jpg occurs"), ("f0", "no image amon"), ("f1", "no image amon"), ("v1", "no image amon"),
     ]  # fmt: skip
+    assert json.loads((folder / "summary.json").read_text())["bad_samples"] == 4
 
 
 def test_a_full_disk_is_told(server, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from moa_vision import cache
 from moa_vision.cache import DataError, LostShard, Shard, local_path
 from moa_vision.data import DataConfig, val_loader
+from moa_vision.images import ImageError
 from moa_vision.index import ShardReader, expand, open_index, parse_manifest
 from moa_vision.shards import ShardSettings, make_shards
 from moa_vision.table import SampleTable, index_tar
@@ -185,7 +187,7 @@ def test_remote_shards_are_fetched_once_by_any_number_of_processes(server, shard
     assert server.requests == ["e.tar"]
 
 
-@pytest.mark.parametrize("faults", [[503], ["cut", 500, "cut"], [429, 408]])
+@pytest.mark.parametrize("faults", [[503], ["cut", 500, "cut"], [429, 408], ["garbled"]])
 def test_transfers_are_tried_again(server, shards, tmp_path, faults):
     server.faults["a.tar"] = list(faults)
     path = local_path(Shard(f"{server.url}/a.tar"), tmp_path / "cache")
@@ -196,7 +198,13 @@ def test_transfers_are_tried_again(server, shards, tmp_path, faults):
 
 @pytest.mark.parametrize(
     ("faults", "tries", "text"),
-    [([404] * 9, 1, "FileNotFound"), ([403] * 9, 1, "403"), ([500] * 9, 8, "500"), (["cut"] * 9, 8, "attempt 8")],
+    [
+        ([404] * 9, 1, "FileNotFound"),
+        ([403] * 9, 1, "403"),
+        ([500] * 9, 8, "500"),
+        (["cut"] * 9, 8, "attempt 8"),
+        (["garbled"] * 9, 8, "attempt 8"),
+    ],
 )
 def test_transfers_that_cannot_succeed_end(server, tmp_path, faults, tries, text):
     server.faults["a.tar"] = list(faults)
@@ -208,18 +216,43 @@ def test_transfers_that_cannot_succeed_end(server, tmp_path, faults, tries, text
     ]
 
 
-def test_stalled_transfer_is_given_up(server, tmp_path, monkeypatch):
+def test_stalled_transfer_is_given_up(server, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cache, "STALL_S", 0.2)
     monkeypatch.setattr(cache, "ATTEMPTS", 2)
     server.faults["a.tar"] = ["stall"] * 2
-    with pytest.raises(DataError, match="attempt 2 of 2"):
+    with pytest.raises(DataError, match=r"attempt 2 of 2.*nothing came for 0\.2 s"):
         local_path(Shard(f"{server.url}/a.tar"), tmp_path)
+    assert "a.tar failed (nothing came for 0.2 s)" in caplog.text
 
 
 def test_failing_pipe_is_named(tmp_path, shards, monkeypatch):
     monkeypatch.setattr(cache, "BACKOFF_S", 0.0)
     with pytest.raises(DataError, match="exit 3"):
         open_index(f"pipe:head -c 5000 {shards}/a.tar; exit 3", tmp_path)
+
+
+def test_a_pipe_that_stalls_is_ended_with_all_that_it_started(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(cache, "STALL_S", 0.3)
+    monkeypatch.setattr(cache, "ATTEMPTS", 2)
+    monkeypatch.setattr(cache, "BACKOFF_S", 0.0)
+    mark = str(1000 + os.getpid() / 2**22)
+    for command in (f"head -c 5000 {shards}/a.tar; sleep {mark}; true", f"exec >&-; sleep {mark}"):
+        with pytest.raises(DataError, match=r"attempt 2 of 2.*nothing came for 0\.3 s"):
+            open_index(f"pipe:{command}", tmp_path)
+    assert not [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or ())]
+
+
+@pytest.mark.parametrize("source", ["server", "pipe"])
+def test_no_more_is_written_than_a_shard_has(server, shards, tmp_path, monkeypatch, source):
+    monkeypatch.setattr(cache, "ATTEMPTS", 2)
+    server.faults["a.tar"] = ["endless"] * 2
+    url = f"{server.url}/a.tar" if source == "server" else f"pipe:head -c {2**28} /dev/zero"
+    written = []
+    monkeypatch.setattr(cache, "_idle_s", lambda path, lasted_s: written.append(path.stat().st_size) or 0.0)
+    with pytest.raises(LostShard, match=r"attempt 2 of 2.*more than the 30720 bytes came"):
+        local_path(Shard(url, 30_720), tmp_path)
+    assert len(written) == 2 and max(written) <= 2**23, "a few of the transfer's pieces"
+    assert server.sent < 2**27
 
 
 # --- manifests ----------------------------------------------------------------------------------------------------
@@ -243,6 +276,27 @@ def test_manifest_is_read_locally_and_remotely(packed, tmp_path, serve):
         assert keys_of(remote) == keys_of(local)
     assert set(server.requests) == {"manifest.json", "index.safetensors"}  # no shard before it is needed
     assert contents(remote) == contents(local)
+
+
+@pytest.mark.parametrize("faults", [["silent cut", "garbled", "silent cut"], ["cut", 500]])
+def test_a_manifest_that_comes_cut_is_read_again(packed, tmp_path, serve, faults):
+    server = serve(packed)
+    server.faults["manifest.json"] = list(faults)
+    assert keys_of(open_index(server.url, tmp_path / "cache")) == keys_of(open_index(str(packed)))
+    assert server.requests.count("manifest.json") == len(faults) + 1
+
+
+def test_a_manifest_that_cannot_be_one_ends(packed, tmp_path, serve, monkeypatch):
+    server = serve(packed)
+    server.faults["manifest.json"] = ["silent cut"] * cache.PARSE_ATTEMPTS
+    with pytest.raises(DataError, match=r"manifest http.*: Unterminated string|Expecting"):
+        open_index(server.url, tmp_path / "cache")
+    assert not server.faults["manifest.json"]
+    monkeypatch.setattr(cache, "MAX_READ", 2**20)
+    server.faults["manifest.json"] = ["endless"] * 2
+    with pytest.raises(DataError, match=r"manifest\.json: .*more than the 1048576 bytes came .*it is no manifest"):
+        open_index(server.url, tmp_path / "cache")
+    assert server.sent < 2**27 and len(server.faults["manifest.json"]) == 1
 
 
 def test_workers_fetch_the_shards_that_they_need(packed, tmp_path, serve):
@@ -276,7 +330,11 @@ def test_remote_shard_must_match_its_manifest(packed, tmp_path, serve):
         (lambda m: m["shards"][0].update(name="../shard-000000.tar"), "not a plain file name"),
         (lambda m: m["index"].update(name="http://host/index"), "not a plain file name"),
         (lambda m: m["shards"][2].update(size=5), "outside their shards"),
-        (lambda m: m["shards"][2].update(size=10**9), "has not the 1000000000 bytes"),
+        (
+            lambda m: m["shards"][2].update(size=m["shards"][2]["size"] - 512),
+            r"shard-000002\.tar has not the \d+ bytes",
+        ),
+        (lambda m: [s.update(size=10**9) for s in m["shards"]], "has not the 1000000000 bytes"),
         (lambda m: m["shards"][2].update(samples=7), "counts 31 samples, its index 32"),
         (lambda m: m["shards"][2].update(samples="8"), '"samples" of shard-000002.tar'),
         (lambda m: m["shards"].append({"name": "x.tar"}), '"sha256" of x.tar'),
@@ -294,6 +352,26 @@ def test_manifest_that_does_not_fit_is_refused(packed, change, text):
     with pytest.raises(DataError, match=text):
         open_index(str(packed))
     assert not Path("hacked").exists()
+
+
+def test_a_local_set_is_read_as_far_as_it_is_there(packed, tmp_path, caplog):
+    """By training; what is packed from it would lack those samples for good."""
+    expected = contents(open_index(str(packed)))
+    (packed / "shard-000001.tar").unlink()
+    last = packed / "shard-000003.tar"
+    index = open_index(str(packed))
+    last.write_bytes(last.read_bytes()[: int(index.table.offsets[31])])
+    assert "1 of the 4 shards" in caplog.text and "shard-000001.tar" in caplog.text
+    reader = ShardReader(open_index(str(packed)))
+    assert "2 of the 4 shards" in caplog.text
+    for sample, data in enumerate(expected):
+        if sample in (*range(8, 16), 31):
+            with pytest.raises((LostShard, ImageError), match="cannot read shard" if sample < 31 else "shard ends"):
+                reader.read(sample)
+        else:
+            assert reader.read(sample).tobytes() == data
+    with pytest.raises(DataError, match=r"shard-000001\.tar has not"):
+        make_shards(str(packed), tmp_path / "again")
 
 
 @given(st.binary(max_size=200) | st.from_regex(rb'\{"format": "moa-vision-shards".*\}', fullmatch=True))
@@ -337,6 +415,15 @@ def test_a_shard_cut_between_members_is_told(shards, tmp_path):
     assert len(index) == 32 - 2
 
 
+def test_images_of_one_name_are_counted_each(tmp_path, write_tar):
+    members = ("a.jpg", "a.cls", "a.jpg", "a.JPG", "a.cls", "a (2).jpg", "b/a.json", "a.jpg")
+    write_tar(tmp_path / "a.tar", [(name, b"1") for name in members])
+    for _ in ("scanned", "kept"):
+        index = open_index(str(tmp_path / "a.tar"), tmp_path / "cache")
+        assert keys_of(index) == ["a", "a (2)"]
+        assert [bad.key for bad in index.without_image()] == ["a.jpg (2)", "a.JPG (3)", "a.jpg (4)", "b/a"]
+
+
 def _damage_header(data):
     """Spoils the header of the third member."""
     with tarfile.open(fileobj=__import__("io").BytesIO(data)) as tar:
@@ -375,7 +462,7 @@ def test_odd_members(tmp_path, write_tar):
     assert contents(index) == [b"A", b"B", b"", b"E", b"F"]
     assert index.table.labels.tolist() == [7, -1, -1, 12, -1]
     assert [(bad.key, bad.reason.split(" ")[0]) for bad in index.problems] == [
-        ("b", "b.jpg"), ("b", "no"), ("c", "no"), ("d", "no"),
+        ("b.jpg (2)", "b.jpg"), ("b", "no"), ("c", "no"), ("d", "no"),
     ]  # fmt: skip
     assert all(bad.shard.endswith("odd.tar") for bad in index.problems)
     assert not (tmp_path / "exploded").exists()

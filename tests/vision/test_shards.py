@@ -404,7 +404,12 @@ def test_torchvision_data_sets(tmp_path, monkeypatch, encode):
         def __getitem__(self, i):
             return self.images[i], i % 2
 
+    class Missing(torchvision_datasets.VisionDataset):
+        def __init__(self, root):
+            raise ModuleNotFoundError("No module named 'lmdb'", name="lmdb")  # as LSUN does
+
     monkeypatch.setattr(torchvision_datasets, "Numbers", Numbers, raising=False)
+    monkeypatch.setattr(torchvision_datasets, "Missing", Missing, raising=False)
     assert len(open_source("torchvision:Numbers:root=x:split=train").items) == 6
     source = open_source("torchvision:Numbers:root=x:split=test")
     assert len(source.items) == 2 and source.label_names == ("zero", "one")
@@ -413,6 +418,10 @@ def test_torchvision_data_sets(tmp_path, monkeypatch, encode):
         ("torchvision:Numbers:root=x:split=other", "split is 'other'"),
         ("torchvision:Numbers:size=3", "size"),
         ("torchvision:Numbers:root", "allowed is KIND:NAME"),
+        ("torchvision:Numbers:root=[", r"root is '\[', which is no YAML; put it in quotes"),
+        ("torchvision:Numbers:root=!!timestamp x", "root is '!!timestamp x', which is no YAML"),
+        ("torchvision:Numbers:root=!!int x", "root is '!!int x', which is no YAML"),
+        ("torchvision:Missing:root=x", "No module named 'lmdb'; install it, as by pip install lmdb"),
     ):
         with pytest.raises(ValueError, match=message):
             open_source(text)
@@ -456,6 +465,28 @@ def test_hugging_face_data_sets(tmp_path, monkeypatch, encode, photos):
     ):
         with pytest.raises(ValueError, match=message):
             open_source(text)
+
+
+def test_links_that_go_round_are_followed_once(tmp_path, monkeypatch):
+    for name in ("cats/a.jpg", "cats/deep/b.jpg", "dogs/c.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"")
+    links = {"self": ".", "again": ".", "cats/deep/up": "../..", "dogs/cats": "../cats", "cats/dogs": "../dogs"}
+    for name, target in links.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path / "in")
+    expected = [
+        "cats/a.jpg",
+        "cats/deep/b.jpg",
+        "cats/dogs/c.jpg",
+        "dogs/c.jpg",
+        "dogs/cats/a.jpg",
+        "dogs/cats/deep/b.jpg",
+    ]
+    for folder in (".", f"{tmp_path}/in", f"{tmp_path}/in/", f"{tmp_path}/in/self"):
+        source = open_source(folder)
+        assert [item.name for item in source.items] == expected
+        assert source.label_names == ("cats", "dogs")
 
 
 def test_sources_without_images_are_named(tmp_path):
