@@ -14,7 +14,6 @@ import inspect
 import json
 import logging
 import math
-import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,7 +60,6 @@ LOADING_ERRORS = (
     ImportError,
     SafetensorError,
     StrictDataclassError,
-    pickle.UnpicklingError,
 )
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -178,7 +176,7 @@ class MoALM(HFLM):
                     folder = Path(pretrained, kwargs.get("subfolder") or "")
                     require_shapes(MoALlamaForCausalLM, folder, self.config)
                 if not (kwargs.get("autogptq") or kwargs.get("gptqmodel")):  # they are told by HFLM, or know no other
-                    kwargs.setdefault("use_safetensors", True)
+                    kwargs["use_safetensors"] = True
                 super()._create_model(pretrained, **kwargs)
         except ModelError as error:
             cause = error.__cause__
@@ -319,9 +317,8 @@ def _check_folder(pretrained: str, arguments: dict[str, Any]) -> None:
             else "name a transformers checkpoint"
         )
         raise ModelError(f"{pretrained} holds no config.json: {hint}")
-    if arguments.get("use_safetensors", True):
-        _require_safetensors(path / (arguments.get("subfolder") or ""), "model")
-        _require_safetensors(Path(arguments.get("peft") or path).expanduser(), "adapter_model")
+    _require_safetensors(path / (arguments.get("subfolder") or ""), "model")
+    _require_safetensors(Path(arguments.get("peft") or path).expanduser(), "adapter_model")
 
 
 def _require_safetensors(folder: Path, name: str) -> None:
