@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -164,8 +165,8 @@ class LMTask:
         self.config, self.data = config, config.data
         self.weighted = config.data.document_mask  # else every token has a label
         length = self.data.sequence_length
-        self.train_shards = TokenShards(self.data.train)
-        self.val_shards = TokenShards(self.data.val) if self.data.val else None
+        self.train_shards = _opened("train", self.data.train)
+        self.val_shards = _opened("val", self.data.val) if self.data.val else None
         self.tokenizer = open_tokenizer(self.train_shards)  # for the export: not found to be missing after days
         self.language_model = build_model(config.model, self.train_shards, length)
         self.model: nn.Module = self.language_model
@@ -363,18 +364,34 @@ def model_config(config: ModelConfig, shards: TokenShards, sequence_length: int)
         "eos_token_id": shards.end_of_text,
         "max_position_embeddings": max(2048, sequence_length),
     }
-    return _configured(config, given)
+    return checked_config(config, given)
 
 
-def _configured(config: ModelConfig, given: dict[str, Any]) -> MoALlamaConfig:
+def checked_config(config: ModelConfig, given: dict[str, Any]) -> MoALlamaConfig:
+    """Return the transformers configuration with the fields `given`, over which model.args win. Raises ValueError."""
     known = {field.name for field in fields(MoALlamaConfig)}
     for name in config.args:
         close = get_close_matches(name, known, 1)
         require(f"model.args.{name}", config.args[name], name in known, f"a field of MoALlamaConfig{_meant(close)}")
-    try:
+    with _possible(config):
         return named_config(config.size, config.ffn, **given, **config.args)
-    except (TypeError, StrictDataclassError) as error:
-        raise ValueError(f"model.args: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def _possible(config: ModelConfig) -> Iterator[None]:
+    """Say that model.args cannot be, whatever transformers' and torch's constructors raise for them."""
+    try:
+        yield
+    except (StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"model.args {config.args}: {reason}") from error
+
+
+def _opened(key: str, folder: str) -> TokenShards:
+    try:
+        return TokenShards(folder)
+    except RuntimeError as error:  # the home of nobody
+        raise ValueError(f"data.{key} is {folder!r}, which cannot be read ({error})") from error
 
 
 def _meant(close: list[str]) -> str:
@@ -390,7 +407,8 @@ def open_tokenizer(shards: TokenShards) -> PreTrainedTokenizerBase:
 
 def build_model(config: ModelConfig, shards: TokenShards, sequence_length: int) -> MoALlamaForCausalLM:
     """Return the model of a configuration, initialized from torch's generator. Raises ValueError."""
-    model = MoALlamaForCausalLM(model_config(config, shards, sequence_length))
+    with _possible(config):
+        model = MoALlamaForCausalLM(model_config(config, shards, sequence_length))
     if config.gradient_checkpointing:
         # transformers 5.23 renamed it; the old name warns there.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -420,7 +438,7 @@ def check_config(config: LMConfig) -> None:
     be.
     """
     if tales_are_missing(config.data):
-        _configured(config.model, {})
+        checked_config(config.model, {})
         return
     check(config, partial(LMTask, config))
 

@@ -6,7 +6,7 @@ formulas with their sources, and what they leave out.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,8 +18,9 @@ from moa_train.config import RunConfig, require
 from moa_train.devices import Gpu, SavedBytes, bf16_peak_flops, state_bytes
 from moa_train.muon import orthogonalize_flops
 from moa_train.parallel import blocks
-from moa_train.plan import ASSUMED_UTILIZATION, Plan, make_plan
+from moa_train.plan import ASSUMED_UTILIZATION, LARGEST_BATCH, Plan, divisors, make_plan
 from moa_train.progress import count, duration
+from moa_train.reading import read_json
 from moa_train.records import RunFolder
 from moa_train.schedule import Budget
 
@@ -29,6 +30,9 @@ USABLE_MEMORY = 0.9
 """Part of a device's memory that may be planned for: the rest is the driver's, the allocator's, and of kernels that
 work on something for a moment.
 """
+
+LARGEST_RATE = 1e20
+"""FLOP/s that no device comes to; a damaged summary.json may say more than can be reckoned with."""
 
 BACKWARD_PART = 2 / 3
 """Of a step's compute, during which gradients can be reduced (see `moa_train.plan.TRAINING_FLOPS_PER_FORWARD`)."""
@@ -81,11 +85,25 @@ class Reading:
         stored_bytes: Read from the shards.
         core_s: Seconds of one core to make it a part of a batch; 0 where that is nothing beside the step.
         workers: Processes of the loader a device, as configured.
+        decode_s: Seconds besides, which `repeats` samples share, as they do stored_bytes, if they are in one
+            micro-batch.
+        repeats: Samples in a row that are made of the same stored bytes.
     """
 
     stored_bytes: float
     core_s: float
     workers: int
+    decode_s: float = 0.0
+    repeats: int = 1
+
+    def in_batches(self, size: int) -> Reading:
+        """Return the same with what is shared counted as a sample's part of it, in micro-batches of `size`.
+
+        Each micro-batch begins at a multiple of `size`, and reads what it needs itself.
+        """
+        part = (size + self.repeats - math.gcd(size, self.repeats)) / (self.repeats * size)
+        core_s = self.core_s + part * self.decode_s
+        return replace(self, stored_bytes=part * self.stored_bytes, core_s=core_s, decode_s=0.0, repeats=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,13 +270,14 @@ def forecast(config: RunConfig, workload: Workload, cluster: Cluster, gpus: int)
     Where so many devices cannot share the global batch, the most that can are planned for.
 
     Raises:
-        ValueError: `gpus` is below 1, or the training set is smaller than a batch.
+        ValueError: `gpus` is below 1, or the training set is smaller than a batch, or that above `LARGEST_BATCH`.
     """
     require("gpus", gpus, gpus >= 1, "1 or above")
     batch, wanted = config.schedule.batch_size, config.loop.micro_batch_size
-    devices = max(n for n in range(1, min(gpus, batch) + 1) if batch % n == 0)
+    require("schedule.batch_size", batch, batch <= LARGEST_BATCH, f"at most {LARGEST_BATCH:,}")
+    devices = max(n for n in divisors(batch) if n <= gpus)
     share = batch // devices
-    sizes = [size for size in range(min(wanted, share), 0, -1) if share % size == 0]
+    sizes = [size for size in reversed(divisors(share)) if size <= wanted]
     held = {size: _memory(workload, cluster, devices, size, share // size) for size in sizes}
     micro = next((size for size in sizes if held[size].fits), 1)
     loop = replace(config.loop, micro_batch_size=micro)
@@ -274,7 +293,7 @@ def forecast(config: RunConfig, workload: Workload, cluster: Cluster, gpus: int)
         communication_s=communication,
         exposed_s=exposed,
         muon_s=_muon_seconds(workload, cluster, devices),
-        reading=workload.reading,
+        reading=workload.reading.in_batches(micro),
         checkpoint_bytes=checkpoint,
         saves=saves,
         kept=kept,
@@ -418,7 +437,7 @@ def measured_rate(
     """
     try:
         summary = RunFolder(run).summary()
-        environment = json.loads((run / "env.json").read_text(encoding="utf-8"))
+        environment = read_json(run / "env.json", "the run's command writes it")
         flops = next(summary[key] for key in ("flops_per_sample", "flops_per_token") if key in summary)
         devices = int(environment["world_size"])
         rate = float(summary["throughput"]) * float(flops) / devices
@@ -431,7 +450,8 @@ def measured_rate(
             f"measured is {str(run)!r}; it must be a run folder with summary.json and env.json in which a training "
             f"row was logged ({error!r})"
         ) from error
-    require("measured", str(run), rate > 0, "a run folder with a throughput above 0")
+    told = f"a run folder whose summary.json has a throughput above 0, at most {LARGEST_RATE:.0e} FLOP/s a device"
+    require("measured", str(run), 0 < rate <= LARGEST_RATE, told)
     peak, with_muon = bf16_peak_flops(device), ", Muon's work counted" if muon else ""
     if peak is not None and gpu.peak_flops is not None:
         return rate / peak * gpu.peak_flops, f"{rate / peak:.1%} of the bf16 peak{with_muon}, as {run} on {device}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moa_train.config import RunConfig
+from moa_train.config import RunConfig, require
 from moa_train.devices import bf16_peak_flops, device_name, saved_bytes_per_sample, state_bytes
 from moa_train.progress import count, duration
 from moa_train.schedule import Budget, DecayShape, lr_at
@@ -19,6 +20,9 @@ TRAINING_FLOPS_PER_FORWARD = 3
 
 ASSUMED_UTILIZATION = 0.4
 """Part of the peak assumed for the time estimate before anything is measured."""
+
+LARGEST_BATCH = 10**9
+"""Samples of a global batch, far beyond any; what shares it is found in moments."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +77,27 @@ class Plan:
         return step > 0 and (step % every == 0 or step == self.total_steps)
 
 
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number, ascending; found up to its root, so that no batch takes long."""
+    below = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*below, *(number // n for n in below)})
+
+
 def make_plan(config: RunConfig, samples_per_epoch: int, budget: Callable[[int], Budget], world_size: int) -> Plan:
     """Count a run in steps and split the global batch; `budget` turns the steps of an epoch into those of the run.
 
     Raises:
-        ValueError: the training set is smaller than a batch, or the global batch is no multiple of
+        ValueError: the training set is smaller than a batch, that above `LARGEST_BATCH`, or no multiple of
             world_size * loop.micro_batch_size; the message gives the nearest of each that work.
     """
     batch, micro = config.schedule.batch_size, config.loop.micro_batch_size
+    require("schedule.batch_size", batch, batch <= LARGEST_BATCH, f"at most {LARGEST_BATCH:,}")
     at_once = world_size * micro
     if batch % at_once:
         below, above = batch // at_once * at_once, (batch // at_once + 1) * at_once
-        fitting = max((m for m in range(1, micro) if batch % (world_size * m) == 0), default=None)
-        shared = [n for n in range(1, batch // micro + 1) if batch % (n * micro) == 0]  # numbers of processes
+        shares = divisors(batch // world_size) if batch >= world_size and batch % world_size == 0 else []
+        fitting = max((m for m in shares if m < micro), default=None)
+        shared = divisors(batch // micro) if batch >= micro and batch % micro == 0 else []  # numbers of processes
         nearest = [*[n for n in shared if n < world_size][-1:], *[n for n in shared if n > world_size][:1]]
         raise ValueError(
             f"schedule.batch_size is {batch}; it must be a multiple of {at_once} ({world_size} processes x "

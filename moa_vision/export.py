@@ -18,23 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moa_train.durable import new_folder
-from moa_vision.mae import MAE, create_mae
+from moa_vision.mae import BUILD_FAULTS, MAE, create_mae
 
 _RUN_ONLY = ("drop_rate", "drop_path_rate", "ffn_backend")
 """Endings of encoder arguments that belong to the training run and not to the weights."""
 
-
-FAULTS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    SafetensorError,
-)
+FAULTS = (*BUILD_FAULTS, SafetensorError)
 """What reading a damaged export raises, RecursionError among it: in JSON, in a constructor, in its weights."""
 
 

@@ -222,7 +222,8 @@ def expand(pattern: str) -> list[str]:
         if part.startswith("pipe:"):
             names.append(part)
         elif part.startswith("file:") or not cache.is_remote(part):
-            names += _expand_local(re.sub(r"^file:(//)?", "", part))
+            local = _expand_local(re.sub(r"^file:(//)?", "", part))
+            names += [f"./{name}" if cache.is_remote(name) else name for name in local]  # of a file named "pipe:..."
         elif "*" in part and not part.startswith(("http://", "https://")):
             fs, path = cache.filesystem(part)
             scheme = part.split("://")[0]

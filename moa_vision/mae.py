@@ -30,6 +30,23 @@ from moa_vision.vit import FFN_ARGUMENTS, ffn_layer, ffn_settings
 TARGET_EPS = 1e-6
 """Added to a patch's variance before the square root, as in facebookresearch/mae."""
 
+BUILD_FAULTS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
+"""What timm's and torch's constructors raise for values that cannot be."""
+
+MOST_BLOCKS, LARGEST_SIDE = 2**10, 2**14
+"""Upper limits of a depth and of an image's side in pixels, far beyond any model: a billion blocks take memory and
+hours even without their weights.
+"""
+
 _SET_BY_MAE = ("img_size", "num_classes", "global_pool", "fc_norm", "mlp_layer", "device", "dtype")
 
 
@@ -320,7 +337,7 @@ def _encoder_problem(encoder: object) -> str | None:
     embed = encoder.patch_embed
     if not isinstance(embed, PatchEmbed) or not isinstance(embed.proj, nn.Conv2d) or embed.grid_size is None:
         return "patch_embed must be timm's PatchEmbed with one convolution and a fixed image size"
-    if embed.patch_size[0] != embed.patch_size[1]:
+    if len({*embed.patch_size}) != 1 or len(embed.patch_size) != 2:
         return f"patch_size={embed.patch_size} must be square"
     if embed.img_size != tuple(length * embed.patch_size[0] for length in embed.grid_size):
         return f"img_size={embed.img_size} must be a multiple of patch_size={embed.patch_size[0]}"
@@ -372,6 +389,12 @@ def create_mae(
         raise ValueError(f"encoder {encoder_name!r} is not a timm model; did you mean {', '.join(close)}?")
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     args = dict(encoder_args or {})
+    if not 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE:
+        raise ValueError(f"img_size={img_size}: a side must be from 1 to {LARGEST_SIDE} pixels")
+    for name, given in (("encoder_args.depth", args), ("decoder_depth", mae_args)):
+        depth = given.get(name.rpartition(".")[2], 1)
+        if not isinstance(depth, int) or not 1 <= depth <= MOST_BLOCKS:
+            raise ValueError(f"{name}={depth!r}: must be an integer from 1 to {MOST_BLOCKS}")
     allowed = set(inspect.signature(VisionTransformer).parameters) - set(_SET_BY_MAE)
     if encoder_name in vit.default_cfgs:
         allowed |= set(FFN_ARGUMENTS)
@@ -379,9 +402,14 @@ def create_mae(
         raise ValueError(f"encoder_args: unknown {min(unknown)!r} for {encoder_name}; allowed: {sorted(allowed)}")
     try:
         encoder = timm.create_model(encoder_name, img_size=(height, width), num_classes=0, **args)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"encoder {encoder_name!r} cannot be built with encoder_args={args}: {error}") from error
-    mae = MAE(encoder, **mae_args)  # pyright: ignore[reportArgumentType]  # MAE checks the class
+        mae = MAE(encoder, **mae_args)  # pyright: ignore[reportArgumentType]  # MAE checks the class
+    except ValueError:
+        raise
+    except BUILD_FAULTS as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"encoder {encoder_name!r} and its decoder cannot be built with encoder_args={args}, {mae_args}: {reason}"
+        ) from error
     mae.config = {"encoder_name": encoder_name, "img_size": [height, width], "encoder_args": args, **mae_args}
     return mae
 
@@ -409,7 +437,8 @@ def forward_flops(mae: MAE) -> int:
 
     What is computed, not what the plain formulation would take. Left out is the part that a batch of any size needs
     once, the first decoder block's 6 L E^2 for the mask token. Counted by `torch.utils.flop_counter` on the meta
-    device: nothing is computed, and no weight is copied.
+    device: nothing is computed, and no weight is copied. Raises ValueError where the encoder's arguments do not go
+    together, as a pass shows.
     """
     weights = {name: tensor.to("meta") for name, tensor in (*mae.named_parameters(), *mae.named_buffers())}
     (rows, columns), p = mae.grid_size, mae.patch_size
@@ -420,4 +449,8 @@ def forward_flops(mae: MAE) -> int:
             torch.func.functional_call(mae, weights, (batch,))
         return counter.get_total_flops()
 
-    return flops(2) - flops(1)
+    try:
+        return flops(2) - flops(1)
+    except BUILD_FAULTS as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"the model {mae.config or ''} cannot compute: {reason}") from error

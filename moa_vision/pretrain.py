@@ -24,7 +24,7 @@ from moa_vision.bad_samples import BadSamples
 from moa_vision.cache import DataError
 from moa_vision.data import DataConfig, ImageBatch, normalize, require_cache_room, train_loader, val_loader
 from moa_vision.export import export_encoder
-from moa_vision.index import open_index
+from moa_vision.index import ShardIndex, open_index
 from moa_vision.mae import MAE, create_mae, forward_flops, parameter_counts
 from moa_vision.mixing import mixing_maps, save_mixing
 from moa_vision.photographs import make_photograph_shards
@@ -112,9 +112,8 @@ class MAETask:
         self.mae = build_mae(config.model)
         self.model: nn.Module = self.mae
         self.image_size = (self.mae.grid_size[0] * self.mae.patch_size, self.mae.grid_size[1] * self.mae.patch_size)
-        kept = self.data.cache_dir, self.data.cache_gib
-        self.train_index = open_index(self.data.train, *kept)
-        self.val_index = open_index(self.data.val, *kept) if self.data.val else None
+        self.train_index = self._opened("train", self.data.train)
+        self.val_index = self._opened("val", self.data.val) if self.data.val else None
         require_cache_room(self.data, self.train_index, self.val_index)
         self.samples_per_epoch = len(self.train_index) // self.data.repeats * self.data.repeats
         held_out = len(self.val_index) if self.val_index else 0
@@ -231,6 +230,16 @@ class MAETask:
         for batch in self._held_out(replace(self.data, workers=0), Share(0, 1, shown), shown) if shown else ():
             return batch.images, batch.noise, batch.keys
         return None
+
+    def _opened(self, key: str, pattern: str) -> ShardIndex:
+        try:
+            return open_index(pattern, self.data.cache_dir, self.data.cache_gib)
+        except DataError:
+            raise
+        except (OSError, RuntimeError) as error:  # a path that cannot be: too long, or in the home of nobody
+            raise ValueError(
+                f"data.{key} is {pattern!r}, data.cache_dir {self.data.cache_dir!r}: they cannot be read ({error})"
+            ) from error
 
     def _held_out(self, data: DataConfig, share: Share, limit: int) -> Iterable[ImageBatch]:
         assert self.val_index is not None, "asked for only where val_samples is above 0"

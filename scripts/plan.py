@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -161,17 +162,18 @@ def vision_workload(
     Raises ValueError for a model that cannot be.
     """
     from moa_ffn import FFN
-    from moa_vision.cache import DataError
     from moa_vision.index import open_index
     from moa_vision.mae import forward_flops, parameter_counts
     from moa_vision.pretrain import build_mae
 
     assumed = []
-    if (images is None or image_bytes is None) and Path(config.data.train).exists():
-        try:
+    index = None
+    try:
+        if (images is None or image_bytes is None) and images_are_here(config.data.train):
             index = open_index(config.data.train, config.data.cache_dir)
-        except DataError as error:
-            raise ValueError(str(error)) from error
+    except (OSError, RuntimeError) as error:  # DataError among them
+        raise ValueError(f"data.train is {config.data.train!r}, which cannot be read: {error}") from error
+    if index is not None:
         images, image_bytes = images or len(index), image_bytes or float(index.table.sizes.mean())
     if images is None or image_bytes is None:
         images, image_bytes = images or IMAGENET_IMAGES, image_bytes or IMAGENET_IMAGE_BYTES
@@ -199,12 +201,30 @@ def vision_workload(
         states=count_states(mae),
         saved=trace_saved_bytes(mae, loss, bf16=config.loop.precision == "bf16"),
         reading=Reading(
-            stored_bytes=image_bytes / repeats,
-            core_s=(DECODING_PART / repeats + 1 - DECODING_PART) / decode_rate,
+            stored_bytes=image_bytes,
+            core_s=(1 - DECODING_PART) / decode_rate,
             workers=config.data.workers,
+            decode_s=DECODING_PART / decode_rate,
+            repeats=repeats,
         ),
         assumed=tuple(assumed),
     )
+
+
+def images_are_here(pattern: str) -> bool:
+    """Whether `pattern` names local shards, as data.train does; nothing is fetched or run to find out.
+
+    Raises OSError or RuntimeError for a path that cannot be looked at.
+    """
+    from moa_vision.cache import is_remote
+    from moa_vision.index import expand
+
+    if any(is_remote(part) and not part.startswith("file:") for part in pattern.split("::")):
+        return False
+    try:
+        return bool(expand(pattern))
+    except ValueError:
+        return Path(pattern).expanduser().exists()  # without shards: open_index says so
 
 
 def language_workload(config: Any, *, tokens: int | None) -> Workload:
@@ -216,17 +236,20 @@ def language_workload(config: Any, *, tokens: int | None) -> Workload:
     from moa_lm.flops import forward_flops
     from moa_lm.modeling import MoALlamaForCausalLM
     from moa_lm.pretrain import budgeted, model_config
-    from moa_lm.sizes import count_parameters, named_config
+    from moa_lm.sizes import VOCAB_SIZE, count_parameters
 
     length, batch, assumed = config.data.sequence_length, config.schedule.batch_size, []
-    if (Path(config.data.train) / "manifest.json").exists():
-        shards = TokenShards(config.data.train)
+    try:
+        manifest = Path(config.data.train).expanduser() / "manifest.json"
+        shards = TokenShards(config.data.train) if manifest.exists() else None
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"data.train is {config.data.train!r}, which cannot be read: {error}") from error
+    if shards is not None:
         model = model_config(config.model, shards, length)
         tokens = tokens or shards.tokens
     else:
-        given = {"max_position_embeddings": max(2048, length)}
-        model = named_config(config.model.size, config.model.ffn, **{**given, **config.model.args})
-        assumed.append(f"a vocabulary of {model.vocab_size:,} (model.args.vocab_size), tokens enough")
+        model = unread_config(config.model, length)
+        assumed.append(f"a vocabulary of {VOCAB_SIZE:,} as GPT-2's (once data.train is here, its own), tokens enough")
     if tokens is None:
         require("schedule.epochs", config.schedule.epochs, config.schedule.epochs is None, "null, or give --tokens N")
         tokens = int(1 + length * batch)  # one step an epoch: the budget is in tokens, its epochs are not asked for
@@ -260,6 +283,17 @@ def language_workload(config: Any, *, tokens: int | None) -> Workload:
     )
 
 
+def unread_config(model: Any, length: int) -> Any:
+    """Return the MoALlamaConfig of a `moa_lm.pretrain.ModelConfig` on tokens that are not here, checked as training
+    does; their vocabulary is taken to be GPT-2's. Raises ValueError.
+    """
+    from moa_lm.pretrain import checked_config
+    from moa_lm.sizes import END_OF_TEXT, VOCAB_SIZE
+
+    given = {"vocab_size": VOCAB_SIZE, "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
+    return checked_config(model, given | {"max_position_embeddings": max(2048, length)})
+
+
 def stepped_by_muon(config: Any, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the parameters of a language model that Muon steps in a run of `config`, name to shape."""
     from moa_lm.groups import hidden_matrices
@@ -283,11 +317,10 @@ def recorded_muon(run: Path) -> tuple[tuple[int, ...], ...]:
     if not isinstance(optim, dict) or optim.get("algorithm") != "muon":
         return ()  # whatever trained there
     from moa_lm.modeling import MoALlamaForCausalLM
-    from moa_lm.sizes import named_config
 
     config: Any = read_config([file], [f"--config={file}"])[0]
     with torch.device("meta"):
-        model = MoALlamaForCausalLM(named_config(config.model.size, config.model.ffn, **config.model.args))
+        model = MoALlamaForCausalLM(unread_config(config.model, config.data.sequence_length))
     return tuple(stepped_by_muon(config, model).values())
 
 
@@ -346,6 +379,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         else:
             workload = language_workload(config, tokens=options.tokens)
+        if config.start_from:
+            begun = f"from step 0, whatever start_from {config.start_from} has behind it"
+            workload = replace(workload, assumed=(*workload.assumed, begun))
         cluster = Cluster(
             gpu=gpu,
             flops=rate,

@@ -290,6 +290,116 @@ def test_what_cannot_be_planned(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def refused(capsys, file, *options):
+    """The one message with which nothing is planned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        plan.main(["--config", str(file), *options])
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in told
+    return told
+
+
+@pytest.mark.parametrize("measured", [False, True], ids=["planned", "measured"])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"num_hidden_layer": 12}, "did you mean num_hidden_layers?"),
+        ({"rms_norm_eps": "x"}, "model.args {'rms_norm_eps': 'x'}: StrictDataclass"),
+        ({"vocab_size": 320}, "vocab_size"),
+        ({"id2label": 3}, "model.args {'id2label': 3}: AttributeError"),
+    ],
+    ids=str,
+)
+def test_what_training_refuses_is_not_planned(args, message, measured, tmp_path, capsys):
+    tree = {"data": {"train": "absent"}, "schedule": {"tokens": 512}, "optim": {"algorithm": "muon"}}
+    good = write_config(tmp_path, {"model": {"size": "dense-micro"}, **tree})
+    (tmp_path / "other").mkdir()
+    bad = write_config(tmp_path / "other", {"model": {"size": "dense-micro", "args": args}, **tree})
+    words = [good, "--measured", str(bad.parent)] if measured else [bad]
+    told = refused(capsys, *words)
+    assert message in told and told.count("\n") == 1
+
+
+def test_what_is_assumed_is_said(tmp_path, planned):
+    tree = {"model": {"size": "dense-micro"}, "data": {"train": "absent"}, "schedule": {"tokens": 512}}
+    workload, _ = planned(write_config(tmp_path, tree), "--start_from", "other/checkpoints/step_1")
+    vocabulary, begun = workload["assumed"]
+    assert vocabulary.startswith("a vocabulary of 50,304 as GPT-2's") and "model.args" not in vocabulary
+    assert begun == "from step 0, whatever start_from other/checkpoints/step_1 has behind it"
+
+
+@pytest.fixture
+def few_images(tmp_path):
+    """A configuration of a small model, and a folder with two shards of three images."""
+    image = BytesIO()
+    Image.new("RGB", (24, 24)).save(image, "JPEG")
+    for shard in "ab":
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for number in range(3):
+                info = tarfile.TarInfo(f"{shard}{number}.jpg")
+                info.size = len(image.getvalue())
+                tar.addfile(info, BytesIO(image.getvalue()))
+    model = {"encoder": "vit_tiny_patch16_qdmoa", "img_size": 16, "encoder_args": SMALL_ENCODER}
+    model |= {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2}
+    data = {"train": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    schedule = {"batch_size": 2}
+    return write_config(
+        tmp_path, {"model": model, "data": data, "schedule": schedule, "loop": {"micro_batch_size": 2}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [
+        ("{}", 6),
+        ("{}/*.tar", 6),
+        ("{}/{{a,b}}.tar", 6),
+        ("file:{}/a.tar", 3),
+        ("{0}/a.tar::{0}/b.tar", 6),
+        ("{}/absent-*.tar", 1_281_167),
+        ("pipe:cat {}/a.tar", 1_281_167),
+        ("{}/a.tar::pipe:touch {}/ran", 1_281_167),
+        ("http://localhost:9/a.tar", 1_281_167),
+        ("pipe:" + "x" * 300, 1_281_167),
+    ],
+)
+def test_images_that_are_here_are_counted(name, images, few_images, tmp_path, planned):
+    pattern = name.format(tmp_path, tmp_path)
+    assert planned(few_images, "--data.train", pattern)[0]["samples_per_epoch"] == images
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody here/x", "{}/empty", "{}/broken.tar"])
+def test_images_that_cannot_be_read(name, few_images, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.tar").write_bytes(b"no tar" * 300)
+    told = refused(capsys, few_images, "--data.train", name.format(tmp_path))
+    assert told.startswith("plan.py: error: ") and told.count("\n") == 1
+
+
+def test_a_folder_that_may_not_be_read(few_images, tmp_path, capsys, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied", "set")
+
+    monkeypatch.setattr("moa_vision.index.expand", denied)  # root may read everything
+    assert "which cannot be read: [Errno 13] Permission denied" in refused(capsys, few_images)
+
+
+def test_tokens_in_the_home_of_nobody(tmp_path, capsys):
+    tree = {"model": {"size": "dense-micro"}, "data": {"train": "~nobody here/x"}, "schedule": {"tokens": 512}}
+    assert "data.train is '~nobody here/x', which cannot be read" in refused(capsys, write_config(tmp_path, tree))
+
+
+def test_repeats_beyond_the_micro_batch(few_images, planned):
+    """A micro-batch of two reads its image itself, whatever the next one needs."""
+    _, once = planned(few_images)
+    for repeats in ("2", "6"):
+        found = planned(few_images, "--data.repeats", repeats)[1]["reading"]
+        assert found["stored_bytes"] == pytest.approx(once["reading"]["stored_bytes"] / 2)
+        assert found["core_s"] == pytest.approx((318 / 414 / 2 + 1 - 318 / 414) / 318)
+
+
 def test_epochs_of_unknown_tokens(tmp_path, capsys):
     tree = {"model": {"size": "dense-micro"}, "data": {"train": "absent"}, "schedule": {"epochs": 2}}
     file = write_config(tmp_path, tree)

@@ -33,6 +33,8 @@ from moa_train.forecast import (
 )
 from moa_train.muon import StackedMuon, orthogonalize_flops
 from moa_train.optim import build_optimizer
+from moa_train.order import StepBatches
+from moa_train.plan import make_plan
 from moa_train.schedule import Budget
 
 H200 = find_gpu("h200")
@@ -349,12 +351,66 @@ def test_what_tells_no_speed_with_muon(changed, tmp_path):
         measured_rate(run, H200, [MATRIX])
 
 
-@pytest.mark.parametrize("changed", [{"throughput": None}, {"world_size": 0}, {"device": 3, "throughput": -1}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"throughput": None},
+        {"world_size": 0},
+        {"device": 3, "throughput": -1},
+        {"throughput": 1e308},
+        {"throughput": 10**400},
+        {"throughput": 1e-320, "flops_per_token": 1e-320},
+    ],
+    ids=str,
+)
 def test_what_tells_no_speed(changed, tmp_path):
-    with pytest.raises(ValueError, match=r"measured is .*it must be a run folder"):
+    with pytest.raises(ValueError, match=r"measured is .*it must be a run folder.* summary.json"):
         measured_rate(recorded(tmp_path / "run", **changed), H200)
     with pytest.raises(ValueError, match=r"measured is .*it must be a run folder"):
         measured_rate(tmp_path / "absent", H200)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{"], ids=["deep", "list", "broken"])
+def test_a_damaged_environment_is_named(text, tmp_path):
+    run = recorded(tmp_path / "run")
+    (run / "env.json").write_text(text)
+    with pytest.raises(ValueError, match=r"measured is .*env\.json cannot be read"):
+        measured_rate(run, H200)
+
+
+@pytest.mark.parametrize(("repeats", "size"), [(1, 5), (2, 8), (4, 6), (6, 4), (8, 2), (5, 1), (3, 7)])
+def test_what_repeats_share_within_a_micro_batch(repeats, size):
+    """Against the micro-batches that training reads, over an epoch."""
+    batches = [*StepBatches(6720, 6720, size, 0, 1, range(1))]
+    read = sum(len({position // repeats for _, position in batch}) for batch in batches) / 6720
+    given = Reading(stored_bytes=100.0, core_s=1.0, workers=2, decode_s=10.0, repeats=repeats)
+    found = given.in_batches(size)
+    assert (found.stored_bytes, found.core_s) == pytest.approx((100 * read, 1 + 10 * read))
+    assert found.in_batches(size) == found
+    asked = workload(reading=given, samples_per_epoch=6720, budget=lambda steps: Budget(1, 0))
+    assert forecast(config(6720, size), asked, cluster(), 1).reading == found
+
+
+def test_no_number_of_devices_takes_long(fuzzing):
+    huge = 10**11
+
+    def act():
+        assert forecast(config(4096), workload(), cluster(), huge).plan.world_size == 4096
+        asked = workload(samples_per_epoch=10**9, budget=lambda steps: Budget(1, 0))
+        found = forecast(config(10**9, huge), asked, cluster(), huge)
+        assert (found.plan.world_size, found.plan.micro_batch) == (10**9, 1)
+        with pytest.raises(ValueError, match=r"schedule.batch_size is 999999937; .*nearest"):
+            make_plan(config(999_999_937, 2), 10**9, asked.budget, 7)
+
+    assert fuzzing.refusal(act, seconds=10) is None
+    for plan in (
+        lambda: forecast(config(huge), workload(), cluster(), 1),
+        lambda: make_plan(config(huge), 1, max, 1),
+    ):
+        with pytest.raises(
+            ValueError, match=r"schedule.batch_size is 100000000000; it must be at most 1,000,000,000"
+        ):
+            plan()
 
 
 @settings(deadline=None)

@@ -2,15 +2,21 @@
 
 import contextlib
 import io
+import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import strategies as st
+from PIL import Image
 
+import moa_lm.pretrain
+import moa_vision.pretrain
 from moa_lm.pretrain import LMConfig
+from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.config import RunConfig, as_tree, parse_config
 from moa_vision.pretrain import MAEConfig
 
@@ -44,6 +50,18 @@ VALUES = (
     "\ud800",
     "[" * 5000,
 )
+
+
+ENCODER = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2.0, "norm_layer": None}
+ENCODER |= {"class_token": True, "reg_tokens": 1, "qkv_bias": True, "drop_path_rate": 0.1, "ffn_gate": "sigmoid"}
+MODELS = {
+    "mae": {"encoder": "vit_tiny_patch16_qdmoa", "img_size": [16, 24], "encoder_args": ENCODER}
+    | {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "decoder_ffn": None, "mask_ratio": 0.75},
+    "lm": {"size": "moe-micro", "ffn": "qdmoa", "gradient_checkpointing": True}
+    | {"args": {"num_hidden_layers": 1, "rms_norm_eps": 1e-5, "id2label": None, "dtype": "float32"}},
+}
+MAINS = {"mae": moa_vision.pretrain.main, "lm": moa_lm.pretrain.main}
+HUGE = (10**5, 10**6, 10**9, 2**31)
 
 
 def bomb(levels):
@@ -99,6 +117,87 @@ def test_command_lines(fuzz, fuzzing, half, tmp_path):
 
     lists = st.lists(words, min_size=1, max_size=3)
     fuzz(lists.filter(lambda given: not any(word.startswith(unfair) for word in given)), attempt, examples=12)
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory, fuzzing):
+    """checked(half, tree) is what `main(... --check)` of a configuration with data that are there says on stderr."""
+    folder = tmp_path_factory.mktemp("data")
+    image, text = io.BytesIO(), folder / "text.jsonl"
+    Image.new("RGB", (24, 24)).save(image, "JPEG")
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        for number in range(8):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.size = len(image.getvalue())
+            tar.addfile(info, io.BytesIO(image.getvalue()))
+    text.write_text("".join(json.dumps({"text": f"the {n} kings had {n} daughters"}) + "\n" for n in range(99)))
+    make_tokens([str(text)], folder / "tokens", TokenSettings(train_bpe=300))
+    data = {
+        "mae": {"train": str(folder / "images.tar"), "cache_dir": str(folder / "cache"), "workers": 0},
+        "lm": {"train": str(folder / "tokens"), "sequence_length": 16},
+    }
+    budget = {"mae": {"epochs": 1, "warmup_epochs": 0}, "lm": {"epochs": 1}}
+
+    def checked(half, tree):
+        whole = {"name": "run", "schedule": {**budget[half], "batch_size": 8}, "loop": {"micro_batch_size": 8}}
+        whole |= {**tree, "data": {**data[half], **tree.get("data", {})}}
+        file, out, err = folder / "config.yaml", io.StringIO(), io.StringIO()
+        file.write_text(yaml.safe_dump(whole))
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
+            stopped = fuzzing.refusal(lambda: MAINS[half]([f"--config={file}", "--check"]), SystemExit, seconds=30)
+        assert stopped.code in (0, 2) and "Traceback" not in err.getvalue()
+        assert stopped.code == 2 or yaml.safe_load(out.getvalue())["name"] == "run"
+        return err.getvalue()
+
+    return checked
+
+
+EMPTY = "ignore:Initializing zero-element tensors"
+
+
+@pytest.mark.filterwarnings(EMPTY)
+@pytest.mark.parametrize("half", MODELS)
+def test_what_parses_is_also_built(fuzz, fuzzing, checked, half):
+    assert not checked(half, {"model": MODELS[half]})
+    models = fuzzing.mutated(MODELS[half], odd=(*fuzzing.ODD, *HUGE), most=2)
+    fuzz(models, lambda model: checked(half, {"model": model}), examples=16)
+
+
+@pytest.mark.filterwarnings(EMPTY)
+@pytest.mark.parametrize(
+    ("half", "key", "value", "named"),
+    [
+        *(
+            ("mae", f"model.encoder_args.{key}", 0, "encoder_args")
+            for key in ("embed_dim", "num_heads", "patch_size")
+        ),
+        ("mae", "model.encoder_args.patch_size", [8, 8, 8], "patch_size=(8, 8, 8) must be square"),
+        ("mae", "model.encoder_args.norm_layer", "x", "encoder_args"),
+        ("mae", "model.encoder_args.class_token", "x", "encoder_args"),
+        ("mae", "model.encoder_args.mlp_ratio", 1e308, "encoder_args"),
+        ("mae", "model.encoder_args.reg_tokens", -1, "encoder_args"),
+        ("mae", "model.encoder_args.depth", -1, "encoder_args.depth=-1: must be an integer from 1 to"),
+        ("mae", "model.encoder_args.depth", 2**31, "encoder_args.depth=2147483648: must be an integer from 1 to"),
+        ("mae", "model.decoder_depth", 10**9, "decoder_depth=1000000000: must be an integer from 1 to"),
+        ("mae", "model.img_size", 10**6, "img_size=1000000: a side must be from 1 to"),
+        ("lm", "model.args.id2label", 3, "model.args {'id2label': 3}: AttributeError"),
+        ("lm", "model.args.dtype", "x", "model.args {'dtype': 'x'}"),
+        ("lm", "model.args.rms_norm_eps", "x", "rms_norm_eps"),
+        ("lm", "data.sequence_length", 10**9, "at most the training set's 0 samples"),
+        *((half, "data.train", "~nobody here/x", "data.train is '~nobody here/x'") for half in MODELS),
+        ("mae", "data.train", "x" * 5000, "data.train is 'xxx"),
+        ("mae", "data.cache_dir", "~nobody here/x", "data.cache_dir '~nobody here/x'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_built(checked, half, key, value, named):
+    tree = {"model": {name: of for name, of in MODELS[half].items() if name != "args"}}
+    *groups, last = key.split(".")
+    place = tree = json.loads(json.dumps(tree))
+    for group in groups:
+        place = place.setdefault(group, {})
+    place[last] = value
+    assert named in checked(half, tree)
 
 
 @pytest.mark.parametrize("text", ["optim: {lr: null}", "name: null", "loop: {log_every: null}", "optim: null"])

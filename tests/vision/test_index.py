@@ -559,6 +559,12 @@ def test_a_local_shard_that_fails_for_once_is_opened_again(shards, tmp_path, fai
         (reader if name != "open" else ShardReader(index)).read(0)
 
 
+def test_a_files_name_is_no_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pipe:touch made.tar").write_bytes(b"")
+    assert expand("*.tar") == expand("file:pipe:touch made.tar") == ["./pipe:touch made.tar"]
+
+
 def test_expand_keeps_pipes_as_they_are():
     assert expand("pipe:aws s3 cp s3://b/{0..1}.tar -") == [
         "pipe:aws s3 cp s3://b/0.tar -",
