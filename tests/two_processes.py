@@ -97,7 +97,7 @@ def run(job):
             "optimizer": sorted({kind(state) for state in states}),
             "held": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters),
             "all": sum(p.numel() for p in parameters),
-            "ranks": [own for (own,) in everyones],
+            "ranks": [own[0] for own in everyones if own],
         }
         (trainer.folder.path / "spread.json").write_text(json.dumps(seen))
     dist.barrier()

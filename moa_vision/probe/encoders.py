@@ -177,8 +177,10 @@ def _require_data(path: Path, data: Any) -> None:
         raise ValueError(f"{path}: data is {data!r}, not keys with values; {_REMEDY}")
     for key, kind in _DATA.items():
         value = data.get(key)
+        if value is None:
+            continue
         fits = isinstance(value, kind) and (isinstance(value, str) or abs(value) < 2**63)
-        if value is not None and (not fits or isinstance(value, bool)):
+        if not fits or isinstance(value, bool):
             raise ValueError(f"{path}: data.{key} is {value!r}; {_REMEDY}")
 
 
