@@ -1,30 +1,55 @@
-# demo | demo-lm | test | check | bench. Each sets up .venv by itself; the second time that takes no time.
+# Each target sets up .venv first; the second time that takes no time.
 PYTHON ?= python3
+TORCH ?=
 BIN := .venv/bin
-READY := .venv/.ready
+LOCK := requirements.lock
+READY := .venv/.ready$(addprefix -,$(TORCH))
+UV = $$(command -v uv || echo $(BIN)/uv)
+
 RUNS := runs/laptop_swiglu runs/laptop_qdmoa
 LM_RUNS := runs/tales_swiglu runs/tales_qdmoa
 TASKS := arc_challenge,hellaswag,openbookqa,winogrande
 
-.PHONY: help demo demo-lm test check bench clean
-help:
-	@echo "make demo    train SwiGLU and qd-MoA masked autoencoders on photographs, compare them on one page (minutes, CPU)"
-	@echo "make demo-lm train a SwiGLU and a qd-MoA language model on tales, evaluate both by lm_eval, one page (minutes, CPU)"
-	@echo "make test    all tests that need no GPU"
-	@echo "make check   ruff and pyright"
-	@echo "make bench   the benchmarks of scripts/benchmark.py on this machine"
+# One thread a worker: the tests are many and small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# Beside the locked versions a library's own deprecation is reported, not a failure.
+TOLERANT := -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
 
-$(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 ...")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "could not make .venv; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
+.PHONY: help demo demo-lm test test-slow test-lowest test-latest check bench lock clean
+help:
+	@echo "make demo        pre-train SwiGLU and qd-MoA masked autoencoders on photographs and compare them (minutes, CPU)"
+	@echo "make demo-lm     pre-train SwiGLU and qd-MoA language models, evaluate both with lm_eval, compare them (minutes, CPU)"
+	@echo "make test        fast tests (minutes, CPU)"
+	@echo "make test-slow   slow tests: kills, two processes, compilation, fuzzing, installation (less than an hour, CPU)"
+	@echo "make test-lowest fast tests with the lowest versions of pyproject.toml, in .venv-lowest"
+	@echo "make test-latest fast tests with the newest versions, in .venv-latest"
+	@echo "make check       ruff and pyright"
+	@echo "make bench       benchmarks of this machine"
+	@echo "make lock        renew requirements.lock"
+	@echo "Options: PYTHON=python3.12 chooses the interpreter, TORCH=cpu (or cu128, ...; needs uv) a build of torch."
+
+# $(call venv,DIR): create a virtual environment with uv in it, unless uv is on the PATH.
+define venv
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12 ...")'
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || { echo "could not create $(1); on Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	@command -v uv >/dev/null || test -x $(1)/bin/uv || $(1)/bin/python -m pip install --quiet --disable-pip-version-check uv || true
+endef
+
+$(READY): $(LOCK) pyproject.toml
+	$(call venv,.venv)
 	@echo "installing into .venv (once; torch is large)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || true
-	@if $(BIN)/uv --version >/dev/null 2>&1; then \
-		$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'; \
+ifneq ($(TORCH),)
+	@$(UV) pip install --quiet --python $(BIN)/python --torch-backend $(TORCH) --no-verify-hashes --constraint $(LOCK) -e '.[dev]'
+else
+	@if $(UV) --version >/dev/null 2>&1; then \
+		$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r $(LOCK) && \
+		$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .; \
 	else \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(LOCK) && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	fi
-	@touch $@
+endif
+	@rm -f .venv/.ready* && touch $@
 
 demo: $(READY)
 	$(BIN)/python scripts/pretrain_mae.py --config configs/mae/laptop_swiglu.yaml
@@ -43,9 +68,18 @@ demo-lm: $(READY)
 	$(BIN)/python scripts/compare_runs.py $(LM_RUNS) --evals "Zero-shot, 8 items a task" $(LM_RUNS:=/zero_shot) \
 		--out reports/demo_lm --title "Demo: SwiGLU against qd-MoA in a language model"
 
-# One thread a worker: the tests are many and small.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not slow"
+	$(PYTEST) -m "not gpu and not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m "slow and not gpu"
+
+test-lowest: RESOLUTION := lowest-direct
+test-latest: RESOLUTION := highest
+test-lowest test-latest: test-%:
+	$(call venv,.venv-$*)
+	$$(command -v uv || echo .venv-$*/bin/uv) pip install --quiet --upgrade --resolution $(RESOLUTION) --python .venv-$*/bin/python -e '.[dev]'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto --dist loadfile -m "not gpu and not slow" $(TOLERANT)
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -55,5 +89,9 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python scripts/benchmark.py all
 
+lock: $(READY)
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --generate-hashes --no-annotate \
+		--no-emit-index-url --custom-compile-command "make lock" --output-file $(LOCK) pyproject.toml
+
 clean:
-	rm -rf .venv runs reports data/photographs data/tales .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-latest runs reports data/photographs data/tales .pytest_cache .ruff_cache .hypothesis

@@ -79,7 +79,7 @@ class MoALlamaConfig(LlamaConfig):
     model_type = "moa_llama"
     # What transformers' Trainer leaves out of the predictions that it collects; logits alone remain.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        *("past_key_values", "router_logits", "lm_loss", "aux_loss", "z_loss", "sequence_losses"),
+        *("cache", "past_key_values", "router_logits", "lm_loss", "aux_loss", "z_loss", "sequence_losses"),
     ]
 
     ffn_variant: str = "qdmoa"

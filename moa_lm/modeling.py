@@ -22,14 +22,20 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from moa_ffn import FFN
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.convert import from_llama
 from moa_lm.loss import IGNORED_LABEL, linear_cross_entropy
 from moa_lm.moe import Experts, MoE, TopKRouter, load_balancing_loss, router_z_loss
+from moa_lm.transformers_internals import (
+    CACHE,
+    OutputRecorder,
+    can_return_tuple,
+    capture_outputs,
+    merge_with_config_defaults,
+    takes_cache,
+)
 
 
 @dataclass
@@ -124,6 +130,7 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -131,7 +138,7 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -152,18 +159,18 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         positions: Tensor | None = position_ids
         if positions is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0) + past
         rotations = self.rotary_emb(hidden, position_ids=positions)
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -172,11 +179,11 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
                 attention_mask=mask,
                 position_embeddings=rotations,
                 position_ids=positions,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return MoAModelOutput(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        return MoAModelOutput(last_hidden_state=self.norm(hidden), **{CACHE: cache})
 
 
 class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -223,13 +230,14 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
         """
         return from_llama(cls, source, variant, **settings)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -272,7 +280,7 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=routed,
@@ -300,7 +308,7 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
         return MoACausalLMOutput(
             loss=self._training_loss(lm_loss, aux_loss, z_loss, shift_labels, items),
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,

@@ -18,16 +18,13 @@ from moa_train import devices
 from moa_train.checkpoint import NotSaved
 from moa_train.config import RunConfig, as_tree, flatten
 from moa_train.plan import Costs, Plan, describe
-from moa_train.progress import Progress, duration
+from moa_train.progress import Progress, StepTimer, duration
 from moa_train.records import RunFolder, again, describe_environment
 from moa_train.spikes import RecentLoss
 from moa_train.task import Observed, Task
 
 PROJECT = "mixture-of-activations"
 """Name of the project in trackers."""
-
-MEASURED_AFTER = 5
-"""Steps of a session, its first (which compiles and warms up) aside, after which the measured speed is announced."""
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Error numbers with which a write fails for want of space."""
@@ -72,10 +69,10 @@ class Journal:
         self.accelerator, self.state = accelerator, state
         self.folder = RunFolder(config.folder)
         self.main = accelerator.is_main_process
-        self.progress = Progress(visible=self.main, unit=task.unit, step=state.step, total_steps=plan.total_steps)
+        self.progress = Progress(visible=self.main, step=state.step, total_steps=plan.total_steps)
         self.tracking = True
         self.unwritten: set[str] = set()  # for want of space, as was said
-        self.session_steps, self.step_s = 0, 0.0  # the latter smoothed
+        self.timer, self.rate_reported = StepTimer(), False
         self.window_steps, self.window_s = 0, 0.0  # since the last row
 
     def open(self, optimizer: str, warnings: list[str]) -> None:
@@ -119,15 +116,8 @@ class Journal:
         batch = plan.global_batch * self.task.units_per_sample
         self.window_s += seconds
         self.window_steps += 1
-        self.session_steps += 1
-        self.step_s = seconds if self.session_steps <= 2 else 0.9 * self.step_s + 0.1 * seconds
-        left = duration((plan.total_steps - step) * self.step_s)
-        if self.session_steps == MEASURED_AFTER + 1:
-            memory = devices.peak_memory_mib(self.accelerator.device)
-            speed = f"{batch / self.step_s:.4g} {self.task.unit}/s"
-            self.say(f"measured    {speed}, {memory:,.0f} MiB at most; {left} of training left")
-        use = self.costs.utilization(plan.global_batch / self.step_s, plan.world_size)
-        self.progress.update(step, plan.epoch(step), loss, lr, batch / self.step_s, use, left)
+        self.timer.add(seconds)
+        self.progress.update(step, plan.epoch(step), loss, lr, self._rate(batch))
         if plan.due(step, self.config.loop.log_every):
             steps_per_s = self.window_steps / self.window_s
             mfu = self.costs.utilization(steps_per_s * plan.global_batch, plan.world_size)
@@ -135,6 +125,21 @@ class Journal:
             row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "throughput": steps_per_s * batch, "mfu": mfu}
             self.write("train", step, **{**row, **more})
             self.window_steps, self.window_s = 0, 0.0
+
+    def _rate(self, batch: int) -> str:
+        """Return throughput and time left as text, and report them with the peak memory the first time."""
+        step_s = self.timer.step_s()
+        if step_s is None:
+            return "measuring"
+        utilization = self.costs.utilization(self.plan.global_batch / step_s, self.plan.world_size)
+        speed = f"{batch / step_s:.4g} {self.task.unit}/s"
+        speed += "" if utilization is None else f", {utilization:.1%} of peak"
+        left = duration((self.plan.total_steps - self.state.step) * step_s)
+        if not self.rate_reported:
+            self.rate_reported = True
+            memory = devices.peak_memory_mib(self.accelerator.device)
+            self.say(f"measured    {speed}, {memory:,.0f} MiB at most; {left} of training left")
+        return f"{speed}, {left} left"
 
     def _note_spike(self, loss: float) -> None:
         usual = self.state.recent_loss.mean

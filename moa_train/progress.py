@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from typing import Any
 
 from tqdm import tqdm
@@ -14,25 +15,53 @@ LINE_EVERY_S = 30.0
 """Without a terminal: at most one progress line in this many seconds."""
 
 
+WARMUP_STEPS = 5
+"""Steps of a session that are never timed: they compile, fill caches and start the loader's workers."""
+
+MIN_STEPS, MIN_SECONDS = 5, 2.0
+"""Timed steps, and their total duration, before a rate and a time left are reported."""
+
+WINDOW_STEPS = 50
+"""Most recent steps whose mean duration gives the rate."""
+
+
+class StepTimer:
+    """Mean duration of recent steps."""
+
+    def __init__(self) -> None:
+        self._warmup_left = WARMUP_STEPS
+        self._recent_s: deque[float] = deque(maxlen=WINDOW_STEPS)
+
+    def add(self, seconds: float) -> None:
+        """Record the duration of the step that just finished."""
+        if self._warmup_left:
+            self._warmup_left -= 1
+        else:
+            self._recent_s.append(seconds)
+
+    def step_s(self) -> float | None:
+        """Return the seconds that a step takes, None until enough steps were timed."""
+        total = sum(self._recent_s)
+        if len(self._recent_s) < MIN_STEPS or (total < MIN_SECONDS and len(self._recent_s) < WINDOW_STEPS):
+            return None
+        return total / len(self._recent_s)
+
+
 class Progress:
     """A live line on a terminal; elsewhere (a log file) a line now and then. Silent unless `visible`."""
 
-    def __init__(self, *, visible: bool, unit: str, step: int, total_steps: int) -> None:
+    def __init__(self, *, visible: bool, step: int, total_steps: int) -> None:
         self.visible = visible
-        self.unit = unit
         self.total_steps = total_steps
         self._begin = step
         self._next_line_s = 0.0
         self._bar: tqdm[Any] | None = None
 
-    def update(
-        self, step: int, epoch: float, loss: float, lr: float, throughput: float, mfu: float | None, left: str
-    ) -> None:
-        """Show where the run is; `throughput` in samples/s, `mfu` as a part of the peak, `left` as text."""
+    def update(self, step: int, epoch: float, loss: float, lr: float, rate: str) -> None:
+        """Show where the run is; `rate` is the throughput and the time left, as text."""
         if not self.visible:
             return
-        use = "" if mfu is None else f", {mfu:.1%} of peak"
-        text = f"loss {loss:.4f}, lr {lr:.2e}, {throughput:.4g} {self.unit}/s{use}, {left} left"
+        text = f"loss {loss:.4f}, lr {lr:.2e}, {rate}"
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = tqdm(total=self.total_steps, initial=self._begin, dynamic_ncols=True, bar_format=LAYOUT)

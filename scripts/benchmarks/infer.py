@@ -163,8 +163,11 @@ class Decoding:
     def __init__(self, model: Any, call: Call, prompt: Tensor, steps: int) -> None:
         from transformers import StaticCache
 
+        from moa_lm.transformers_internals import CACHE
+
         self.model, self.call, self.prompt, self.steps = model, call, prompt, steps
         self.cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + steps)
+        self.arguments: dict[str, Any] = {CACHE: self.cache, "use_cache": True, "logits_to_keep": 1}
 
     def prepare(self) -> Tensor:
         """The cache filled with the prompt; its continuation's first token (B, 1)."""
@@ -185,5 +188,5 @@ class Decoding:
         return held_bytes(self.model) + sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
 
     def _next(self, call: Call, tokens: Tensor) -> Tensor:
-        output = call(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = call(input_ids=tokens, **self.arguments)
         return output.logits[:, -1:].argmax(-1)

@@ -123,11 +123,12 @@ def test_generation_with_cache_is_generation_without(name, tiny, tokens):
     assert torch.equal(greedy, sequence[0, 5:])
 
 
-def test_cache_continues_a_sequence(tiny, tokens):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_cache_continues_a_sequence_by_either_name(name, tiny, tokens):
     model, input_ids = tiny(), tokens(1, 9)
     cache = DynamicCache(config=model.config)
     parts = [
-        model(piece, past_key_values=cache, use_cache=True).logits for piece in input_ids.split([4, 1, 4], dim=1)
+        model(piece, use_cache=True, **{name: cache}).logits for piece in input_ids.split([4, 1, 4], dim=1)
     ]
     assert error(torch.cat(parts, dim=1), model(input_ids).logits) < 1e-5
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from moa_train import progress
-from moa_train.progress import LINE_EVERY_S, CountBar, Progress, count, duration
+from moa_train.progress import LINE_EVERY_S, WARMUP_STEPS, CountBar, Progress, StepTimer, count, duration
 
 
 class Terminal(io.StringIO):
@@ -16,14 +16,14 @@ class Terminal(io.StringIO):
 
 def run(shown, steps=20):
     for step in range(1, steps + 1):
-        shown.update(step, step / 10, 0.5, 1e-3, 1234.5, 0.41, "9 s")
+        shown.update(step, step / 10, 0.5, 1e-3, "1234 img/s, 41.0% of peak, 9 s left")
     shown.say("a message")
     shown.close()
 
 
 def test_a_terminal_has_one_live_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    run(Progress(visible=True, unit="img", step=0, total_steps=20))
+    run(Progress(visible=True, step=0, total_steps=20))
     written = sys.stderr.getvalue()
     assert "20/20, loss 0.5000, lr 1.00e-03, 1234 img/s, 41.0% of peak, 9 s left" in written.rstrip().split("\r")[-1]
     assert written.rstrip().count("\n") == 0
@@ -31,19 +31,32 @@ def test_a_terminal_has_one_live_line(monkeypatch, capsys):
 
 
 def test_a_log_has_few_lines(monkeypatch, capsys):
-    run(Progress(visible=True, unit="img", step=0, total_steps=20))
+    run(Progress(visible=True, step=0, total_steps=20))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines] == ["step 1/20", "step 20/20", "a message"]
     assert lines[0] == "step 1/20, epoch 0.10: loss 0.5000, lr 1.00e-03, 1234 img/s, 41.0% of peak, 9 s left"
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-    run(Progress(visible=True, unit="img", step=0, total_steps=20))
+    run(Progress(visible=True, step=0, total_steps=20))
     assert len(capsys.readouterr().out.splitlines()) == 21
 
 
 def test_other_processes_are_silent(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    run(Progress(visible=False, unit="img", step=0, total_steps=20))
+    run(Progress(visible=False, step=0, total_steps=20))
     assert capsys.readouterr().out == "" and sys.stderr.getvalue() == ""
+
+
+def test_first_steps_do_not_enter_the_rate():
+    timer = StepTimer()
+    for _ in range(WARMUP_STEPS):
+        timer.add(100.0)
+    for number in range(1, 9):
+        assert timer.step_s() is None, f"after {number - 1} timed steps of 0.25 s"
+        timer.add(0.25)
+    assert timer.step_s() == 0.25
+    for _ in range(1000):
+        timer.add(0.5)
+    assert timer.step_s() == 0.5, "an old rate is forgotten"
 
 
 @pytest.mark.parametrize(
