@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moa_ffn import compiled, eager
 from moa_ffn.eager import Names
+from moa_ffn.torch_internals import has_hooks
 
 HIDDEN_ELEMENTS = 2**22
 """Elements of a or b in one block: 16 MiB in float32. Large enough for matrix products at full rate, small enough for
@@ -60,10 +61,9 @@ def obstacle(x: Tensor, linears: tuple[nn.Module | None, ...]) -> str | None:
 
 def is_plain(linear: nn.Module, dtype: torch.dtype) -> bool:
     """Whether `linear` is nothing but its weight of `dtype` and its bias, so that others may compute with these."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     return (
         type(linear) is nn.Linear
-        and not any(hooks)
+        and not has_hooks(linear)
         and type(linear.weight) in (Tensor, nn.Parameter)
         and linear.weight.dtype == dtype
     )

@@ -4,6 +4,10 @@ Importing this package registers model_type `moa_llama` with transformers' AutoC
 AutoModelForCausalLM.
 """
 
+from moa_startup.extras import require
+
+require("moa_lm", "lm", "transformers")
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from moa_lm.configuration import MoALlamaConfig

@@ -31,6 +31,7 @@ from moa_lm.moe import Experts, MoE, TopKRouter, load_balancing_loss, router_z_l
 from moa_lm.transformers_internals import (
     CACHE,
     OutputRecorder,
+    ParentsInitializeChildren,
     can_return_tuple,
     capture_outputs,
     merge_with_config_defaults,
@@ -88,7 +89,7 @@ def _feedforward(config: MoALlamaConfig) -> nn.Module:
     return FFN(config.hidden_size, config.intermediate_size, **config.ffn_arguments())
 
 
-class MoALlamaPreTrainedModel(LlamaPreTrainedModel):
+class MoALlamaPreTrainedModel(ParentsInitializeChildren, LlamaPreTrainedModel):
     """Initialization, loading and the recording of intermediate outputs for every model here."""
 
     config: MoALlamaConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -99,11 +100,6 @@ class MoALlamaPreTrainedModel(LlamaPreTrainedModel):
         "router_logits": OutputRecorder(TopKRouter, index=0),
     }
     model_tags = ["moa", "mixture-of-activations"]  # noqa: RUF012
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # In custom code, modules that hold no parameters themselves, such as FFN, are skipped, and the rule for
-        # linear layers has the last word on their mixing. Loaded parameters stay guarded one by one without it.
-        super()._initialize_weights(module)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,13 +1,17 @@
-"""The parts of transformers that `moa_lm` uses beyond its documented interface, each with its reason.
+"""Undocumented parts of transformers that this project depends on, each with its reason.
 
-Supported: transformers 5.17 to 5.24. `make test-latest` reports what a newer release breaks.
+Tested with transformers 5.17 and 5.24; `make test-latest` reports what a newer release breaks. One more is in
+`moa_startup.registration`, which runs while transformers is being imported.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 # Decorators of every decoder's forward in transformers itself (seen in 5.17 and 5.24). The first fills `use_cache`
@@ -19,16 +23,17 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 __all__ = [
     "CACHE",
     "OutputRecorder",
+    "ParentsInitializeChildren",
+    "attention_implementation",
     "can_return_tuple",
     "capture_outputs",
     "merge_with_config_defaults",
     "takes_cache",
+    "uses_attention_interface",
 ]
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """Name of the key-value cache in arguments and outputs: `cache` since transformers 5.24, `past_key_values` before."""
-
-_OTHER_NAME = {"cache": "past_key_values", "past_key_values": "cache"}[CACHE]
 
 
 def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,3 +50,53 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     return wrapper
+
+
+class ParentsInitializeChildren:
+    """Mixin of a `PreTrainedModel`: `_init_weights` is called for every module, also for one without own parameters.
+
+    transformers (seen in 5.17 and 5.24) skips those in models that are not its own, so the rule for `nn.Linear` would
+    have the last word on the mixing projection inside an `FFN`. Parameters that were loaded stay as they are.
+    """
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        super()._initialize_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def uses_attention_interface(model: PreTrainedModel) -> bool:
+    """Whether the attention of every model in `model` is looked up in `ALL_ATTENTION_FUNCTIONS`.
+
+    `set_attn_implementation`, the documented way, asks the same (5.17, 5.24) but only warns where the answer is no.
+    """
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return all(module._can_set_attn_implementation() for module in models)
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Use the registered attention function `name` inside the context.
+
+    The field of the configs is what `set_attn_implementation` sets (5.17, 5.24); that one also loads kernels and
+    checks all models again, too slow for a context around every batch.
+    """
+    configs = _configs(model)
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Return every config below a model, parents first."""
+    found: list[Any] = []
+    todo: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while todo:
+        config = todo.pop(0)
+        if all(config is not other for other in found):
+            found.append(config)
+            todo += [sub for name in config.sub_configs if (sub := getattr(config, name, None)) is not None]
+    return found

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # the import that torch's documentation gives
+from torch.multiprocessing.reductions import StorageWeakRef
 
 BF16_PEAK_FLOPS = {
     "B200": 2250e12,
@@ -183,12 +184,12 @@ def trace_saved_bytes(model: nn.Module, loss: Callable[[int], Tensor], *, bf16: 
 
 def _saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages that autograd saves in `loss()`, but for those of the parameters."""
-    own = {parameter.untyped_storage()._cdata for parameter in parameters}  # an identity that fake ones have too
-    storages: dict[int, torch.UntypedStorage] = {}
+    own = {StorageWeakRef(parameter.untyped_storage()) for parameter in parameters}  # an identity, of fake ones too
+    storages: dict[StorageWeakRef, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
+        storages[StorageWeakRef(storage)] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

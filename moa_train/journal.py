@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
 from moa_train import devices
 from moa_train.checkpoint import NotSaved
@@ -273,10 +274,10 @@ class Journal:
 def check_trackers(names: Sequence[str]) -> None:
     """Raise ValueError for a name that accelerate does not know or whose package is not installed."""
     available = [str(name) for name in get_available_trackers()]
+    known = sorted(tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL)
     for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-            raise ValueError(f"loop.trackers names {name!r}; it must be among {known}, or [] for none")
+        if name not in known:
+            raise ValueError(f"loop.trackers names {name!r}; it must be among {', '.join(known)}, or [] for none")
         if name not in available:
             raise ValueError(
                 f"loop.trackers names {name!r}, whose package is not installed: pip install {name}, "

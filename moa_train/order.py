@@ -4,14 +4,14 @@ Numbers come from counter-based Philox generators, whose key is the seed and who
 position has a stream of its own, and none is replayed to reach another. No worker, rank or device has a say.
 """
 
-import atexit
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from moa_train.torch_internals import WorkerLoader
 
 Batch = TypeVar("Batch")
 
@@ -81,7 +81,7 @@ def batch_loader(dataset: Dataset[Batch], batches: Iterable[Any], workers: int) 
         batches: a sampler or a list, iterated anew for each epoch of the loader.
         workers: processes beside this one; 0: none.
     """
-    return _Loader(
+    return WorkerLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
@@ -92,35 +92,10 @@ def batch_loader(dataset: Dataset[Batch], batches: Iterable[Any], workers: int) 
     )
 
 
-class _Loader(DataLoader[Batch]):
-    """A loader whose workers can be ended, also once it is gone itself."""
-
-    def _get_iterator(self) -> Any:  # torch has no public name for any of this
-        iterator = super()._get_iterator()
-        _ITERATORS.add(iterator)
-        return iterator
-
-
-_ITERATORS: WeakSet[Any] = WeakSet()
-
-
 def end_workers(batches: Iterable[Any]) -> None:
-    """End the workers of a loader of `batch_loader`, if it is one; its next iteration starts new ones.
-
-    Left to the garbage collector, the loader of a failed run loses its queues before it can tell its workers to end:
-    torch then waits 10 seconds for each, and those that ignore SIGTERM keep the program from ending at all.
-    """
-    if isinstance(batches, _Loader) and batches._iterator is not None:
-        _end(batches._iterator)
-        batches._iterator = None
-
-
-def _end(iterator: Any) -> None:
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-        for worker in iterator._workers:
-            worker.kill()  # one that waits for a server is not waited for
-            worker.join(5)
+    """End the worker processes of a loader of `batch_loader`, if it is one; its next iteration starts new ones."""
+    if isinstance(batches, WorkerLoader):
+        batches.end_workers()
 
 
 def worker_died(error: Exception) -> Exception | None:
@@ -132,12 +107,6 @@ def worker_died(error: Exception) -> Exception | None:
         f"a process that reads the data has ended ({reason}), mostly for want of memory, its own or /dev/shm's: use "
         "fewer data.workers, or give them more. The same command continues"
     )
-
-
-@atexit.register
-def _end_all() -> None:
-    for iterator in list(_ITERATORS):
-        _end(iterator)
 
 
 def _as_it_is(batch: Any) -> Any:

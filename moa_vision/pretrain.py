@@ -34,7 +34,7 @@ DATA_HARMLESS = {"data.workers", "data.cache_dir", "data.cache_gib", "data.max_b
 """Keys of the data that may change when a run is resumed."""
 
 PHOTOGRAPHS = Path("data/photographs")
-"""Shards of the laptop configs; made from scikit-image's photographs when they are missing."""
+"""Shards of the laptop configs; packed from scikit-image's and scikit-learn's photographs when they are missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +293,7 @@ def make_photographs(data: DataConfig) -> None:
     with FileLock(f"{PHOTOGRAPHS}.lock"):
         if not photographs_are_missing(data):
             return
-        print(f"making shards of the photographs that come with scikit-image in {PHOTOGRAPHS}")
+        print(f"packing the photographs of scikit-image and scikit-learn into {PHOTOGRAPHS}")
         make_photograph_shards(PHOTOGRAPHS)
 
 

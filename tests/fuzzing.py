@@ -5,6 +5,7 @@ import copy
 import datetime
 import json
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -281,13 +282,16 @@ def refusal(action: Callable[[], Any], *errors: type[BaseException], seconds: in
 
 
 def run(strategy: st.SearchStrategy[Any], act: Callable[[Any], None], *, examples: int, thorough: bool) -> None:
-    """Call `act` with examples, always the same ones; `thorough`: 200 times as many, new ones."""
+    """Call `act` with examples, the same ones in every run; `thorough`: 20 times as many.
+
+    MOA_FUZZ_FACTOR=200 in the environment sets that number, with new examples in every run.
+    """
     every = tuple(HealthCheck)
     phases = (Phase.generate, Phase.shrink) if thorough else (Phase.generate,)
-    count = 200 * examples if thorough else examples
+    factor = int(os.environ.get("MOA_FUZZ_FACTOR", "20")) if thorough else 1
     chosen = settings(
-        max_examples=count,
-        derandomize=not thorough,
+        max_examples=factor * examples,
+        derandomize="MOA_FUZZ_FACTOR" not in os.environ,
         deadline=None,
         database=None,
         suppress_health_check=every,

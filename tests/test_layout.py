@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "moa_ffn": set(),
-    "moa_train": set(),
-    "moa_vision": {"moa_ffn", "moa_train"},
-    "moa_lm": {"moa_ffn", "moa_train"},
-    "moa_eval": {"moa_lm"},
+    "moa_train": {"moa_startup"},
+    "moa_vision": {"moa_ffn", "moa_train", "moa_startup"},
+    "moa_lm": {"moa_ffn", "moa_train", "moa_startup"},
+    "moa_eval": {"moa_lm", "moa_startup"},
     "moa_startup": set(),
 }
 HOMES = {

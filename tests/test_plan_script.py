@@ -70,6 +70,7 @@ def check_against_run(folder, workload, found, samples):
     assert found["hours"] * 3600 == pytest.approx(summary["steps"] * samples / summary["throughput"])
 
 
+@pytest.mark.slow
 def test_a_masked_autoencoder_that_really_trains(tmp_path, planned):
     pixels = np.random.default_rng(0).integers(0, 255, (20, 24, 24, 3), dtype=np.uint8)
     sizes = []
@@ -108,6 +109,7 @@ def test_a_masked_autoencoder_that_really_trains(tmp_path, planned):
     assert 3 * counter.get_total_flops() / 64 == pytest.approx(workload["flops_per_sample"], rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "algorithm", "fields"),
     [("dense-micro", "adamw", {}), ("moe-micro", "muon", {"moe_intermediate_size": 48})],
@@ -257,6 +259,7 @@ def text():
     return (ROOT / "docs/scaling.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 )

@@ -27,7 +27,7 @@ from lm_eval.models.utils import has_bos_prefix
 from lm_eval.models.utils_hf import get_dtype
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -104,6 +104,10 @@ class MoALM(HFLM):
     Raises ModelError for a checkpoint or an argument that cannot be used.
     """
 
+    # lm-eval has no documented hooks between HFLM's constructor and its requests. Its methods overridden here
+    # (`_get_config`, `_get_backend`, `_create_tokenizer`, `_create_model`, `_loglikelihood_tokens`, and the fields
+    # `_rank`, `_world_size`) are where errors become one line and where scoring differs; seen in lm-eval 0.4.13.
+
     def __init__(self, pretrained: Any = None, *args: Any, **kwargs: Any) -> None:
         if pretrained is None:
             raise ModelError("no checkpoint given: pass --model_args pretrained=DIR")
@@ -143,7 +147,7 @@ class MoALM(HFLM):
     def _get_backend(self, config: Any, backend: Any = "default", trust_remote_code: bool | None = False) -> None:
         kind = getattr(config, "model_type", type(config).__name__)
         remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-        known = type(config) in AutoModelForCausalLM._model_mapping
+        known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         if backend == "default" and known and kind not in BUILT_IN_TYPES:
             backend = "causal"  # registered from outside, as moa_llama is: HFLM would warn and guess
         super()._get_backend(config, backend=backend, trust_remote_code=trust_remote_code)

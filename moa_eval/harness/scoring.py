@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from moa_eval.harness.prefix_tree import Batch, Request, Segment, batches, pack, plan, truncated
 from moa_eval.harness.tree_attention import NotPackableError, Packing, packed
+from moa_lm.transformers_internals import uses_attention_interface
 
 # What one batch may hold if the batch size is left to us. Enough positions to fill the processor; logits of this many
 # bytes are what HFLM holds for one or two sequences on a CPU, and for a fraction of its batch on a GPU.
@@ -126,8 +127,7 @@ class PrefixTreeScorer:
         missing = [name for name in ("position_ids", "logits_to_keep") if name not in parameters]
         if missing:
             return f"its forward pass takes no {' and no '.join(missing)}"
-        models = [module for module in self.base.modules() if isinstance(module, PreTrainedModel)]
-        if not all(module._can_set_attn_implementation() for module in models):
+        if not uses_attention_interface(self.base):
             return "its attention does not go through transformers' attention interface"
         return None
 

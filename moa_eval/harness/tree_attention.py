@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moa_eval.harness.prefix_tree import Batch
+from moa_lm.transformers_internals import attention_implementation
 
 IMPLEMENTATION = "moa_prefix_tree"  # no mask function is registered under this name: transformers then builds no mask
 # Arguments of attention that change its formula in ways not reproduced here.
@@ -120,29 +121,12 @@ def tree_attention(
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, tree_attention)
 
 
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """Every config below a model, parents first."""
-    found: list[Any] = []
-    todo: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    while todo:
-        config = todo.pop(0)
-        if all(config is not other for other in found):
-            found.append(config)
-            todo += [sub for name in config.sub_configs if (sub := getattr(config, name, None)) is not None]
-    return found
-
-
 @contextmanager
 def packed(model: PreTrainedModel, packing: Packing) -> Iterator[None]:
     """Let a model's attention be ours for one forward pass; generation keeps its own."""
-    configs = _configs(model)
-    before = [config._attn_implementation for config in configs]
     token = _PACKING.set(packing)
     try:
-        for config in configs:
-            config._attn_implementation = IMPLEMENTATION
-        yield
+        with attention_implementation(model, IMPLEMENTATION):
+            yield
     finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
         _PACKING.reset(token)

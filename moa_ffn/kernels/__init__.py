@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moa_ffn.kernels import build, operators, source
 from moa_ffn.spec import FFNSpec
+from moa_ffn.torch_internals import constant_in_graphs
 
 __all__ = [
     "DTYPES",
@@ -63,6 +64,7 @@ def obstacle(a: Tensor, spec: FFNSpec) -> str | None:
     return _obstacle(a.device.type, a.device.index, a.dtype, ",".join(names))
 
 
+@constant_in_graphs  # looking for modules and devices cannot be traced
 def _obstacle(device: str, index: int | None, dtype: torch.dtype, names: str) -> str | None:
     if dtype not in DTYPES:
         return f"kernels compute {', '.join(str(t).removeprefix('torch.') for t in DTYPES)}, not {dtype}"
@@ -80,11 +82,6 @@ def _obstacle(device: str, index: int | None, dtype: torch.dtype, names: str) ->
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < MIN_CAPABILITY:
         return "kernels need a GPU of compute capability {}.{} or newer".format(*MIN_CAPABILITY)
     return None
-
-
-# torch.compile takes the result as a constant, since asking for modules and devices cannot be traced. This is all
-# that the decorator torch.compiler.assume_constant_result does, but that would import the compiler with us.
-_obstacle._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def mixture(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec) -> Tensor:

@@ -1,6 +1,6 @@
 """Images/s of one core from shards to batches, against the official recipe (PIL, ToTensor, Normalize).
 
-One process with one thread; ours also with four crops an image. Without --shards it takes scikit-image's photographs.
+One process with one thread; ours also with four crops an image. Without --shards it takes the demo's photographs.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from moa_vision.data import DataConfig, train_loader
 from moa_vision.index import ShardIndex, ShardReader, open_index
-from moa_vision.photographs import TRAIN, VAL, photograph_folder
+from moa_vision.photographs import TRAIN, VAL, photograph_file
 from moa_vision.shards import ShardSettings, make_shards
 
 from .measure import Case, measure
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Options of what is loaded, for all benchmarks that load."""
-    parser.add_argument("--shards", help="shards (default: scikit-image's photographs, short side 256)")
+    parser.add_argument("--shards", help="shards (default: the demo's photographs, short side 256)")
     parser.add_argument(
         "--batches", type=positive, default=8, help="batches of 64 images a round (default: %(default)s)"
     )
@@ -75,10 +75,10 @@ class OfficialRecipe(Dataset[Tensor]):
 
 
 def photographs_of_short_side_256(folder: Path) -> str:
-    """Shards of scikit-image's photographs, where no others are given."""
+    """Shards of the demo's photographs, where no others are given."""
     (folder / "in").mkdir()
     for copy, name in product(range(8), TRAIN + VAL):  # so that they fill a batch
-        shutil.copy(photograph_folder() / name, folder / "in" / f"{copy}-{name}")
+        shutil.copy(photograph_file(name), folder / "in" / f"{copy}-{Path(name).name}")
     make_shards(str(folder / "in"), folder / "out", ShardSettings(short_side=256, quality=90))
     return str(folder / "out")
 

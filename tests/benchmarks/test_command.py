@@ -41,6 +41,7 @@ def test_ffn(tables):
             assert {line["implementation"] for line in lines if line["variant"] == variant} >= {"eager", "naive"}
 
 
+@pytest.mark.slow
 def test_ffn_compiled(tables):
     words = ("ffn", "--rounds", 1, "--tokens", 4, "--dim", 6, "--copy-mib", 1, "--variants", "qdmoa", *COMPILED)
     found = tables(*words, "--passes", "backward")
@@ -57,6 +58,7 @@ def test_ffn_compiled(tables):
         assert ("eager", mode, "16", "recomputed") in described and ("naive", mode, "16", "stored") in described
 
 
+@pytest.mark.slow
 def test_every_variant_has_a_line(tables):
     words = (
         "ffn",
@@ -80,6 +82,7 @@ def test_every_variant_has_a_line(tables):
     ratios_of_baselines_are_one(lines, ("gelu", "swiglu"))
 
 
+@pytest.mark.slow
 def test_overhead(tables):
     words = ("overhead", "--rounds", 1, "--batch", 1, "--sequence", 4, "--images", 2, *TINY_LM, *TINY_VIT)
     found = tables(*words, "--variants", "moa", "qdmoa", "--modes", "uncompiled")
@@ -98,6 +101,7 @@ def test_overhead(tables):
     assert "paper ms" not in found["overhead-mae"][0]
 
 
+@pytest.mark.slow
 def test_overhead_in_both_modes(tables):
     words = ("overhead", "--rounds", 1, "--batch", 1, "--sequence", 4, "--images", 2, *TINY_LM, *TINY_VIT, *COMPILED)
     found = tables(*words, "--variants", "swiglu")
@@ -107,6 +111,7 @@ def test_overhead_in_both_modes(tables):
         ]
 
 
+@pytest.mark.slow
 def test_infer(tables):
     words = ("infer", "--rounds", 1, "--batches", 1, 2, "--prompt", 3, "--new-tokens", 2, *TINY_LM, *TINY_VIT)
     found = tables(*words, "--variants", "moa", "qdmoa", "--modes", "uncompiled")
@@ -122,6 +127,7 @@ def test_infer(tables):
     assert "images/s" in found["infer-vit"][0] and "median ms/token" in found["infer-decode"][0]
 
 
+@pytest.mark.slow
 def test_infer_compiled(tables):
     words = ("infer", "--rounds", 1, "--batches", 1, "--prompt", 3, "--new-tokens", 2, *TINY_LM, *TINY_VIT)
     found = tables(*words, "--variants", "swiglu", "--modes", "compiled", "--compiler", "eager")
@@ -129,6 +135,7 @@ def test_infer_compiled(tables):
     assert all(column(lines, "variant", "mode") == [("swiglu", "compiled")] for lines in found.values())
 
 
+@pytest.mark.slow
 def test_recipe(tables, small_shards):
     config = "configs/mae/laptop_qdmoa.yaml"
     words = ("recipe", "--rounds", 2, "--config", config, "--batch", 2, "--product-size", 16, "--batches", 1)
@@ -146,6 +153,7 @@ def test_recipe(tables, small_shards):
     assert work[0] + work[1] < work[2]
 
 
+@pytest.mark.slow
 def test_mae(tables):
     (found,) = tables("mae", "--rounds", 1, "--batch", 1, "--layers", 1).values()
     assert [line["model"] for line in found] == ["transformers.ViTMAEForPreTraining", "moa_vision, gelu"]
@@ -174,6 +182,7 @@ def test_lm(tables):
     assert max(against) == 1
 
 
+@pytest.mark.slow
 def test_lm_in_both_modes(tables):
     words = ("lm", "--rounds", 1, "--batch", 1, "--tokens", 4, "--vocab", 64, *TINY_LM, *COMPILED)
     found = tables(*words, "--variants", "swiglu", "--tables", "lm")
@@ -190,6 +199,7 @@ def test_loader(tables, small_shards):
     assert len(found) == 3 and found[0]["speed ratio"] == "1.000"
 
 
+@pytest.mark.slow
 def test_saving(tables, tmp_path):
     words = ["--rounds", 1, "--batch", 1, "--layers", 1, "--steps", 1, "--folder", tmp_path, "--device", "cpu"]
     (found,) = tables("saving", *words).values()

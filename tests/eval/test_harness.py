@@ -382,6 +382,7 @@ moa_eval.__main__.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_two_processes_share_the_work(checkpoints, tmp_path, offline):
     """Under accelerate on one CPU machine: every request once, one result file, the numbers of one process."""

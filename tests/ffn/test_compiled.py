@@ -49,11 +49,11 @@ def relative_rms(actual, expected):
 @pytest.mark.parametrize(
     ("variant", "settings"),
     [
-        ("gelu", {}),
-        ("moa", {"gate_activations": "g,s,r,r2,l,t,id"}),
-        ("bimoa", {"gate": "softmax"}),
+        pytest.param("gelu", {}, marks=pytest.mark.slow),
+        pytest.param("moa", {"gate_activations": "g,s,r,r2,l,t,id"}, marks=pytest.mark.slow),
+        pytest.param("bimoa", {"gate": "softmax"}, marks=pytest.mark.slow),
         ("qdmoa", {}),
-        ("qdla", {}),
+        pytest.param("qdla", {}, marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_written_out_formula_at_every_size(compiling, variant, settings, monkeypatch):
@@ -136,6 +136,7 @@ def test_inference_mode_and_threads_change_nothing(compiling):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_the_mixture_alone_of_rows_that_others_projected(compiling):
     spec = FFNSpec("qdmoa")
     a, b = (torch.randn(4, ENOUGH, 64, requires_grad=True) for _ in range(2))

@@ -31,6 +31,7 @@ def test_weaker_class_cannot_reach_it(witness):
     assert fit(candidates, witness, grid(17), starts=3, steps=60) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("witness", WITNESSES, ids=lambda w: w.stronger)
 def test_the_same_fit_finds_it_in_the_stronger_class(witness):
     assert fit([witness.built()], witness, grid(17), starts=12, steps=200) < 1e-5

@@ -52,11 +52,18 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).square().mean().sqrt() / scale).item()
 
 
-@pytest.mark.parametrize(("variant", "gate"), list(itertools.product(VARIANTS, GATES)))
-@pytest.mark.parametrize("settings", [{}, {"mixed_branch": "up", "mix_bias": True}], ids=["default", "up"])
+MIXTURES = [
+    *((variant, {}) for variant in VARIANTS),
+    *((variant, {"gate": gate}) for variant in ("moa", "onemoa", "bimoa", "qdmoa") for gate in GATES[1:]),
+    *((variant, {"mixed_branch": "up"}) for variant in ("onela", "onemoa")),
+    ("qdmoa", {"mix_bias": True}),
+]
+
+
+@pytest.mark.parametrize(("variant", "settings"), MIXTURES, ids=str)
 @pytest.mark.parametrize("backend", ["eager", "blocks"])
-def test_gradcheck(variant, gate, settings, backend):
-    ffn = make(variant, gate=gate, backend=backend, **settings)
+def test_gradcheck(variant, settings, backend):
+    ffn = make(variant, backend=backend, **settings)
     x = torch.randn(2, 3, DIM, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in ffn.named_parameters()]
 
@@ -260,7 +267,7 @@ def test_saves_only_branches_and_coefficients(variant, backend):
     assert not [t for t in saved if t.numel() > 32 * 64]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["gelu", "moa", "swiglu", "bila", "qdmoa"])
 def test_compiles_and_exports_whole(variant):
     torch._dynamo.reset()
     ffn = make(variant)

@@ -57,6 +57,7 @@ def test_config_is_a_document(path):
     named_config(config.model.size, config.model.ffn, **config.model.args)
 
 
+@pytest.mark.slow
 def test_streamed_data_are_enough():
     """Recipes with the same folder name the same command, which makes little more than the longest of them sees."""
     needed = {}

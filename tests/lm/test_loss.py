@@ -220,7 +220,7 @@ def test_a_batch_without_labels_has_loss_zero(tiny, tokens):
         model(input_ids, skip_logits=True)
 
 
-@pytest.mark.parametrize("name", ["qdmoa", "moe"])
+@pytest.mark.parametrize("name", ["qdmoa", pytest.param("moe", marks=pytest.mark.slow)])
 def test_training_step_without_logits_compiles_into_one_graph(name, tiny, tokens, small_chunks):
     model = tiny(**(GROUPED if name == "moe" else {"ffn_variant": name})).train()
     input_ids = tokens(2, 9)

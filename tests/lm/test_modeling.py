@@ -127,9 +127,7 @@ def test_generation_with_cache_is_generation_without(name, tiny, tokens):
 def test_cache_continues_a_sequence_by_either_name(name, tiny, tokens):
     model, input_ids = tiny(), tokens(1, 9)
     cache = DynamicCache(config=model.config)
-    parts = [
-        model(piece, use_cache=True, **{name: cache}).logits for piece in input_ids.split([4, 1, 4], dim=1)
-    ]
+    parts = [model(piece, use_cache=True, **{name: cache}).logits for piece in input_ids.split([4, 1, 4], dim=1)]
     assert error(torch.cat(parts, dim=1), model(input_ids).logits) < 1e-5
 
 

@@ -314,6 +314,7 @@ def test_compiled_without_graph_breaks(variant, mixing, backend, lengths):
         assert_same(gradients(moe, hidden, compiled), expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's own look at what crosses a graph break
 def test_the_loop_compiles_with_graph_breaks():
     moe = with_method(make(ffn_variant="moa", num_shared_experts=0), "loop")

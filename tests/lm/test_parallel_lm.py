@@ -99,6 +99,7 @@ def rows(folder, kind):
     return [row for row in lines if row["kind"] == kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
 def test_two_processes_have_the_losses_of_one(name, way, launched):
@@ -116,6 +117,7 @@ def test_two_processes_have_the_losses_of_one(name, way, launched):
     assert seen["held"] < 0.6 * seen["all"] if WAYS[way] else seen["held"] == seen["all"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_it_leaves_is_the_same(name, way, launched):

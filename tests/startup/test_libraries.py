@@ -64,12 +64,14 @@ print([name for name in ("transformers", "lm_eval", "moa_lm", "moa_vision.pretra
     assert python("-W", "error", "-c", code).stdout == "4 True moa_ffn.layers\n[]\n"
 
 
+@pytest.mark.slow
 def test_timm_after_our_package_by_hand(python):
     code = "import moa_vision, timm; print(len(timm.list_models('vit_*_patch16_qdmoa')))"
     process = python("-W", "error", "-c", code)
     assert (process.stdout, process.stderr) == ("4\n", "")
 
 
+@pytest.mark.slow
 def test_lm_eval_has_our_name_and_loads_it_late(python):
     code = """
 import sys, lm_eval.models
@@ -83,6 +85,7 @@ print(model.__module__, model.__name__, model is sys.modules["moa_eval.harness"]
     assert process.stdout == "[] True True None\nmoa_eval.harness.model MoALM True\n"
 
 
+@pytest.mark.slow
 def test_lm_eval_after_our_harness_by_hand(python):
     code = """
 from moa_eval.harness import MoALM
@@ -119,6 +122,7 @@ print(json.dumps({{
     assert "moa_vision" not in found["models"] and "is not supported" not in process.stderr
 
 
+@pytest.mark.slow
 def test_transformers_without_our_models_loads_none_of_ours(python, tmp_path):
     """Other model types, registering one, listing all types and a tokenizer's look-up in all of them."""
     code = """
@@ -144,6 +148,7 @@ print("fine")
     assert process.stdout == "fine\n", process.stderr
 
 
+@pytest.mark.slow
 def test_transformers_with_our_models_broken(python, checkpoint):
     """Asking for the model gives the import's error; whoever goes through all types gets a warning."""
     code = f"""
@@ -195,6 +200,7 @@ def log_likelihood(checkpoint, context, continuation):
     return -torch.nn.functional.cross_entropy(rows, ids[0, len(context) :], reduction="sum").item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--model", "moa", "--help"], ["ls", "--help"], ["validate", "--help"]])
 def test_other_commands_of_lm_eval_still_run(python, arguments):
     process = python("-m", "lm_eval", *arguments)

@@ -20,6 +20,7 @@ CPU_2 = Path(__file__).parents[2] / "configs/accelerate/cpu_2.yaml"
 BUG = "RuntimeError: a bug in the loss"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", [0, 1])
 def test_a_bug_is_shown_once_in_full(ranks, on):
     assert ranks("bug", on) == [1, 1]
@@ -28,6 +29,7 @@ def test_a_bug_is_shown_once_in_full(ranks, on):
     assert "onnection" not in ranks.said and "ended without a word" not in ranks.said
 
 
+@pytest.mark.slow
 def test_a_bug_of_all_is_shown_once(ranks):
     assert ranks("everywhere") == [1, 1]
     assert ranks.said.count("Traceback") == ranks.said.count(BUG) == 1, ranks.said
@@ -36,10 +38,10 @@ def test_a_bug_of_all_is_shown_once(ranks):
 @pytest.mark.parametrize(
     ("trouble", "on", "code", "message"),
     [
-        ("build", 1, 2, "error: the data of this process are not there\n"),
-        ("build", 0, 2, "error: the data of this process are not there\n"),
+        pytest.param("build", 1, 2, "error: the data of this process are not there\n", marks=pytest.mark.slow),
+        pytest.param("build", 0, 2, "error: the data of this process are not there\n", marks=pytest.mark.slow),
         ("data", 1, 1, "error: sample 17 cannot be read\n"),
-        ("nan", 0, 1, "error: the loss is nan\n"),
+        pytest.param("nan", 0, 1, "error: the loss is nan\n", marks=pytest.mark.slow),
     ],
     ids=["build on 1", "build on 0", "data on 1", "nan on 0"],
 )
@@ -48,6 +50,7 @@ def test_an_expected_error_of_one_is_all_that_is_said(ranks, trouble, on, code, 
     assert ranks.said == message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -80,6 +83,7 @@ def test_an_error_from_a_loaders_worker_is_told_without_the_workers_traceback(ca
     )
 
 
+@pytest.mark.slow
 def test_a_bug_before_training(ranks):
     assert ranks("bug in build", 1) == [1, 1]
     assert ranks.said.count("Traceback") == ranks.said.count("KeyError: 'a bug'") == 1, ranks.said
@@ -94,6 +98,7 @@ def is_open(path):
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", [0, 1])
 def test_one_that_is_killed_ends_the_other_and_is_named(ranks, on):
     """Process 0 too, on which all depend; its data worker, which outlives it a little, does not hide its death."""

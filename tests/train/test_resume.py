@@ -35,6 +35,7 @@ def test_stopped_once(runs, unbroken, stop_at, capsys):
     ).read_text()
 
 
+@pytest.mark.slow
 def test_stopped_three_times_and_in_validation(runs, unbroken):
     assert runs("run", model__stop_at=2) == EXIT_STOPPED
     assert runs("run", model__stop_in_val=4) == EXIT_STOPPED
@@ -223,6 +224,7 @@ def test_force_cannot_load_another_model(runs, capsys):
     assert "belongs to another model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_is_run_by_one_process_at_a_time(runs, ranks, capsys):
     (process,) = ranks.start(count=1, model__step_s=0.5)
     try:

@@ -29,6 +29,7 @@ def test_every_kth_checkpoint_is_kept(runs, long):
     assert kept(runs.out / "few" / "checkpoints") == [10, 15]
 
 
+@pytest.mark.slow
 def test_a_stable_checkpoint_decayed_later_is_the_run_that_decays_there(runs, long):
     assert runs("short", schedule__epochs=2, **WSD) == 0
     assert runs("late", schedule__epochs=2, start_from=long / "step_00000006", **WSD) == 0

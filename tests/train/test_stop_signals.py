@@ -26,8 +26,8 @@ def same(runs, name, other):
 @pytest.mark.parametrize(
     ("trouble", "steps", "changed"),
     [
-        ("SIGUSR1", {4}, {"schedule__warmup_epochs": 2}),
-        ("SIGUSR1 in validation", {4}, {}),
+        pytest.param("SIGUSR1", {4}, {"schedule__warmup_epochs": 2}, marks=pytest.mark.slow),
+        pytest.param("SIGUSR1 in validation", {4}, {}, marks=pytest.mark.slow),
         ("SIGUSR1 in a checkpoint", range(3, 15), {}),  # that of step 2, which is written while others are taken
         pytest.param("SIGUSR1 in compile", {1}, {"loop__compile": True}, marks=pytest.mark.slow),
     ],
@@ -47,7 +47,9 @@ def test_slurms_warning(runs, ranks, trouble, steps, changed):
 
 
 @pytest.mark.parametrize(
-    ("trouble", "on"), [("SIGTERM", 1), ("SIGUSR1 in validation", 0)], ids=["step", "validation"]
+    ("trouble", "on"),
+    [("SIGTERM", 1), pytest.param("SIGUSR1 in validation", 0, marks=pytest.mark.slow)],
+    ids=["step", "validation"],
 )
 def test_a_signal_to_one_of_two_stops_both(runs, ranks, trouble, on):
     assert ranks(trouble, on) == [EXIT_STOPPED, EXIT_STOPPED]
@@ -59,6 +61,7 @@ def test_a_signal_to_one_of_two_stops_both(runs, ranks, trouble, on):
     assert runs.json("run", "summary.json")["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_run_whose_launcher_is_killed_stops(runs, ranks):
     """SIGTERM kills accelerate's launcher of one process, which passes nothing on."""
     assert ranks("launcher killed", count=1, model__step_s=0.2) == [-signal.SIGKILL]
@@ -128,7 +131,11 @@ def test_a_launcher_that_ended_during_the_imports_is_missed(parent, program, gon
     assert stop_while_parents_are([parent], expected, monkeypatch) == expected
 
 
-@pytest.mark.parametrize(("count", "on"), [(1, 0), (2, 0), (2, 1)], ids=["alone", "0 of 2", "1 of 2"])
+@pytest.mark.parametrize(
+    ("count", "on"),
+    [(1, 0), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)],
+    ids=["alone", "0 of 2", "1 of 2"],
+)
 def test_before_training_there_is_nothing_to_wait_for(runs, ranks, count, on):
     """One that was about to look for its data for hours, and another that waits for it."""
     assert ranks("SIGUSR1 in build", on, count) == [EXIT_STOPPED] * count
@@ -138,6 +145,7 @@ def test_before_training_there_is_nothing_to_wait_for(runs, ranks, count, on):
     assert ranks(count=count) == [0] * count
 
 
+@pytest.mark.slow
 def test_one_that_waits_for_others_can_be_stopped(runs, ranks):
     """In C: Python calls no handler there."""
     processes = ranks.start("SIGTERM before the other comes")

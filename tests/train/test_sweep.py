@@ -427,6 +427,7 @@ def test_a_stop_is_passed_on_waited_for_and_continued(sweeps, capfd):
     assert sweeps.steps(name) == [1, 2, 3, 4] and "begins at 2" in sweeps.log(name)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_its_run_alone_and_the_next_one_waits_for_it(sweeps, capsys):
     """kill -9 of the sweep: its child goes on. The next sweep must not run the same folder a second time."""
     extra = ["--", "--step_s", "1", "--schedule.epochs", "3"]
@@ -645,6 +646,7 @@ def cluster(sweeps, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_an_array_job_and_a_report_after_it(sweeps, cluster, capsys):
     arguments = (
         "--set",
@@ -789,6 +791,7 @@ def test_a_configuration_that_cannot_be_read_is_told_in_one_message(sweeps, entr
     assert told.startswith("error: one.yaml cannot be read (") and told.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_pretraining(sweeps, monkeypatch, capsys):
     """scripts/sweep.py's own defaults, but for the report, on a model of one block and images of 16 pixels."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(sweeps.folder / "cache"))

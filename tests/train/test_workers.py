@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from torch.utils.data import DataLoader
 
 SCRIPT = """
@@ -31,6 +32,7 @@ leave_a_loader_in_a_cycle()
 """
 
 
+@pytest.mark.slow
 def test_a_program_ends_though_its_loader_was_not_read_to_the_end():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[0]\n", "")

@@ -190,6 +190,7 @@ def test_repeats_share_a_decoded_image(shards, monkeypatch):
     assert torch.equal(joined(split)[0], pixels)
 
 
+@pytest.mark.slow
 def test_data_sets_travel_to_other_processes(shards):
     """By forkserver, Python 3.14's default, which pickles what fork would inherit."""
     index = open_index(str(shards))

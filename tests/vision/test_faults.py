@@ -67,6 +67,7 @@ def bad_samples(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_server_that_fails_for_a_while(train, server, monkeypatch):
     monkeypatch.setattr("moa_vision.cache.STALL_S", 4.0)
     code, healthy = train("healthy")

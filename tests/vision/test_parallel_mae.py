@@ -73,6 +73,7 @@ def rows(folder, kind):
     return [row for row in lines if row["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(launch):
     out = launch()
     assert len(rows(out / "one", "train")) == 20

@@ -5,22 +5,23 @@ import threading
 
 import numpy as np
 import skimage.data
+from PIL import Image
 
 from moa_vision import photographs, pretrain
 from moa_vision.data import DataConfig
-from moa_vision.photographs import CROP_PIXELS, TRAIN, VAL, crops, make_photograph_shards, photograph_folder
+from moa_vision.photographs import TRAIN, VAL, VAL_PIXELS, crops, make_photograph_shards, photograph_file
 
 
 def test_no_photograph_is_on_both_sides():
     assert not set(TRAIN) & set(VAL)
-    sides = {name.startswith("motorcycle") for name in VAL}
+    sides = {name.startswith("skimage/motorcycle") for name in VAL}
     assert sides == {False}  # both views of the stereo pair are training images
 
 
 def test_crops_are_parts_of_the_photograph():
-    found = crops(photograph_folder() / "chelsea.png", 5)
-    assert [crop.size for crop in found] == [(CROP_PIXELS, CROP_PIXELS)] * 5
-    again = crops(photograph_folder() / "chelsea.png", 5)
+    found = crops(photograph_file("skimage/chelsea.png"), 5)
+    assert [crop.size for crop in found] == [(VAL_PIXELS, VAL_PIXELS)] * 5
+    again = crops(photograph_file("skimage/chelsea.png"), 5)
     assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
     photograph = skimage.data.chelsea().reshape(-1, 3)
     for crop in found:  # a wrong channel order would show
@@ -28,18 +29,23 @@ def test_crops_are_parts_of_the_photograph():
         assert photograph.min() <= blue < green < red <= photograph.max()
 
 
-def test_shards_hold_every_crop_once(tmp_path, monkeypatch):
+def test_shards_hold_whole_photographs_and_fixed_crops(tmp_path, monkeypatch):
     monkeypatch.setattr(photographs, "TRAIN", TRAIN[:2])
     monkeypatch.setattr(photographs, "VAL", VAL[:1])
-    monkeypatch.setattr(photographs, "TRAIN_CROPS", 3)
+    monkeypatch.setattr(photographs, "COPIES", 3)
     monkeypatch.setattr(photographs, "VAL_CROPS", 2)
     train, val = make_photograph_shards(tmp_path)
     assert (train.samples, val.samples, train.skipped, val.skipped) == (6, 2, [], [])
-    keys = set()
+    found = {}
     for path in (tmp_path / "train").glob("*.tar"):
         with tarfile.open(path) as tar:
-            keys |= {name.removesuffix(".jpg") for name in tar.getnames() if name.endswith(".jpg")}
-    assert keys == {f"{name.split('.')[0]}_{number:03d}" for name in TRAIN[:2] for number in range(3)}
+            for name in tar.getnames():
+                if name.endswith(".jpg"):
+                    found[name.removesuffix(".jpg")] = Image.open(tar.extractfile(name)).convert("RGB")
+    assert found.keys() == {f"{stem}_{copy:03d}" for stem in ("astronaut", "brick") for copy in range(3)}
+    whole = Image.open(photograph_file("skimage/astronaut.png")).convert("RGB").resize(found["astronaut_002"].size)
+    assert min(whole.size) == photographs.SHORT_SIDE
+    assert np.abs(np.asarray(whole, float) - np.asarray(found["astronaut_002"], float)).mean() < 4
 
 
 def test_runs_that_start_together_make_the_shards_once(tmp_path, monkeypatch):

@@ -448,6 +448,7 @@ class Crash(BaseException):
     """Ends a run as kill -9 does: nothing is saved on the way out."""
 
 
+@pytest.mark.slow
 def test_fine_tuning_broken_off_and_resumed(run_probe, encoder_run, monkeypatch):
     """Rows of steps behind the last checkpoint are there, and are run again: as if nothing had been."""
     folder, unbroken = encoder_run / "probe" / "finetune", encoder_run / "unbroken"
