@@ -5,8 +5,10 @@ BIN := .venv/bin
 LOCK := requirements.lock
 READY := .venv/.ready$(addprefix -,$(TORCH))
 UV = $$(command -v uv || echo $(BIN)/uv)
+# Where Python may not write bytecode, every process would compile the libraries anew.
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 
-RUNS := runs/laptop_swiglu runs/laptop_qdmoa
+RUNS := $(foreach seed,0 1,runs/laptop_swiglu_s$(seed) runs/laptop_qdmoa_s$(seed))
 LM_RUNS := runs/tales_swiglu runs/tales_qdmoa
 TASKS := arc_challenge,hellaswag,openbookqa,winogrande
 
@@ -39,10 +41,10 @@ $(READY): $(LOCK) pyproject.toml
 	$(call venv,.venv)
 	@echo "installing into .venv (once; torch is large)"
 ifneq ($(TORCH),)
-	@$(UV) pip install --quiet --python $(BIN)/python --torch-backend $(TORCH) --no-verify-hashes --constraint $(LOCK) -e '.[dev]'
+	@$(UV) pip install --quiet --python $(BIN)/python $(COMPILE) --torch-backend $(TORCH) --no-verify-hashes --constraint $(LOCK) -e '.[dev]'
 else
 	@if $(UV) --version >/dev/null 2>&1; then \
-		$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r $(LOCK) && \
+		$(UV) pip install --quiet $(COMPILE) --python $(BIN)/python --require-hashes -r $(LOCK) && \
 		$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .; \
 	else \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(LOCK) && \
@@ -52,18 +54,24 @@ endif
 	@rm -f .venv/.ready* && touch $@
 
 demo: $(READY)
-	$(BIN)/python scripts/pretrain_mae.py --config configs/mae/laptop_swiglu.yaml
-	$(BIN)/python scripts/pretrain_mae.py --config configs/mae/laptop_qdmoa.yaml
+	for seed in 0 1; do for ffn in swiglu qdmoa; do \
+		$(BIN)/python scripts/pretrain_mae.py --config configs/mae/laptop_$$ffn.yaml \
+			--seed $$seed --name laptop_$${ffn}_s$$seed || exit 1; \
+	done; done
 	$(BIN)/python scripts/compare_runs.py $(RUNS) --out reports/demo --title "Demo: SwiGLU against qd-MoA on photographs"
+
+# One line of progress from the harness; the page has its table.
+QUIET := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 LMEVAL_LOG_LEVEL=WARNING TQDM_DISABLE=1
 
 # The items that come with the tests stand where lm-eval's unmodified tasks look for their data sets.
 demo-lm: $(READY)
 	$(BIN)/python scripts/pretrain_lm.py --config configs/lm/tales_swiglu.yaml
 	$(BIN)/python scripts/pretrain_lm.py --config configs/lm/tales_qdmoa.yaml
-	for run in $(LM_RUNS); do \
-		rm -rf $$run/zero_shot && cd tests/eval/items && HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 "$(CURDIR)/$(BIN)/lm_eval" \
+	@for run in $(LM_RUNS); do \
+		echo "lm_eval --model moa --model_args pretrained=$$run/export --tasks $(TASKS)" && \
+		rm -rf $$run/zero_shot && cd tests/eval/items && $(QUIET) "$(CURDIR)/$(BIN)/lm_eval" \
 			--model moa --model_args "pretrained=$(CURDIR)/$$run/export" --tasks $(TASKS) \
-			--output_path "$(CURDIR)/$$run/zero_shot" --log_samples && cd "$(CURDIR)" || exit 1; \
+			--output_path "$(CURDIR)/$$run/zero_shot" --log_samples >/dev/null && cd "$(CURDIR)" || exit 1; \
 	done
 	$(BIN)/python scripts/compare_runs.py $(LM_RUNS) --evals "Zero-shot, 8 items a task" $(LM_RUNS:=/zero_shot) \
 		--out reports/demo_lm --title "Demo: SwiGLU against qd-MoA in a language model"
@@ -78,7 +86,7 @@ test-lowest: RESOLUTION := lowest-direct
 test-latest: RESOLUTION := highest
 test-lowest test-latest: test-%:
 	$(call venv,.venv-$*)
-	$$(command -v uv || echo .venv-$*/bin/uv) pip install --quiet --upgrade --resolution $(RESOLUTION) --python .venv-$*/bin/python -e '.[dev]'
+	$$(command -v uv || echo .venv-$*/bin/uv) pip install --quiet $(COMPILE) --upgrade --resolution $(RESOLUTION) --python .venv-$*/bin/python -e '.[dev]'
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto --dist loadfile -m "not gpu and not slow" $(TOLERANT)
 
 check: $(READY)

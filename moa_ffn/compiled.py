@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moa_ffn import eager
 from moa_ffn.eager import Names
+from moa_ffn.torch_internals import import_inductor
 
 _logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def obstacle() -> str | None:
 @lru_cache
 def _tried() -> str | None:
     try:
+        import_inductor()
         with torch.no_grad():
             torch.compile(torch.relu, fullgraph=True, dynamic=True)(torch.zeros(32))
     except Exception as error:  # whatever a missing or broken compiler leads to

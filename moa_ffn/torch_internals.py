@@ -3,12 +3,14 @@
 `moa_train.torch_internals` is the same for runs.
 """
 
+import importlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-__all__ = ["constant_in_graphs", "has_hooks"]
+__all__ = ["constant_in_graphs", "has_hooks", "import_inductor"]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -27,3 +29,17 @@ def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
+
+
+def import_inductor() -> None:
+    """Import what Inductor needs to compile for the CPU, without its warning about CUDA.
+
+    `torch.utils.cpp_extension` warns where there is a CUDA toolkit and no GPU, which does not matter here.
+    """
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        importlib.import_module("torch.utils.cpp_extension")
+    finally:
+        logger.setLevel(level)

@@ -221,7 +221,7 @@ class MoALM(HFLM):
             kept = context.rstrip()
             split.append((kept, context[len(kept) :] + continuation) if context else (None, continuation))
         joined = [part for kept, rest in split if kept is not None for part in (kept, kept + rest)]
-        bar = tqdm(desc="Tokenizing inputs", disable=disable_tqdm or self.rank != 0)
+        bar = tqdm(desc="Tokenizing inputs", disable=disable_tqdm or self.rank != 0, leave=False)
         ids = self._encode_strings(joined, None, bar)
         alone = self._encode_strings([rest for kept, rest in split if kept is None], False, bar)
         bar.close()
@@ -276,7 +276,12 @@ class MoALM(HFLM):
             logger.warning("%d requests exceed max_length=%d tokens and are cut from the left", cut, self.max_length)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
         disabled = disable_tqdm or self.rank != 0
-        with tqdm(total=len(requests), disable=disabled, desc="Running loglikelihood requests") as bar:
+        every = max(
+            16, len(requests) // 100
+        )  # results come in batches; the first alone would give a rate far too low
+        with tqdm(
+            total=len(requests), disable=disabled, desc="Running loglikelihood requests", miniters=every
+        ) as bar:
             for index, log_probability, greedy in scorer.stream([Request(*request[1:]) for request in requests]):
                 if math.isnan(log_probability):
                     raise ModelError(
