@@ -13,7 +13,7 @@ LM_RUNS := runs/tales_swiglu runs/tales_qdmoa
 TASKS := arc_challenge,hellaswag,openbookqa,winogrande
 
 # One thread a worker: the tests are many and small.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 # Beside the locked versions a library's own deprecation is reported, not a failure.
 TOLERANT := -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
 
@@ -87,7 +87,7 @@ test-latest: RESOLUTION := highest
 test-lowest test-latest: test-%:
 	$(call venv,.venv-$*)
 	$$(command -v uv || echo .venv-$*/bin/uv) pip install --quiet $(COMPILE) --upgrade --resolution $(RESOLUTION) --python .venv-$*/bin/python -e '.[dev]'
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto --dist loadfile -m "not gpu and not slow" $(TOLERANT)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto --dist worksteal -m "not gpu and not slow" $(TOLERANT)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The house stays as drawn: who imports whom, where each heavy dependency lives, and what the README's tree says."""
+"""Which package imports which, and where each heavy dependency lives."""
 
 import ast
 import re
@@ -100,29 +100,3 @@ def test_nothing_unsafe_is_read():
         for path in (ROOT / folder).rglob("*.py"):
             found = [line for line in path.read_text().splitlines() if UNSAFE.search(line)]
             assert found == UNSAFE_LINES.get(str(path.relative_to(ROOT)), []), path
-
-
-def tracked() -> set[str]:
-    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return set(listing.split())
-
-
-def test_readme_tree_is_true():
-    readme = (ROOT / "README.md").read_text()
-    tree = re.search(r"## The tree\n+```\n(.*?)```", readme, re.S)
-    assert tree, "README.md has no tree"
-    named, folder = set(), ""
-    for line in tree.group(1).splitlines():
-        words = line.split()
-        if not line.startswith(" "):
-            folder = words[0] if words[0].endswith("/") else ""
-        named |= {folder + word for word in words if word.endswith(".py")}
-    sources = {
-        path
-        for path in tracked()
-        if path.endswith(".py")
-        and path.startswith((*(f"{p}/" for p in ALLOWED), "scripts/"))
-        and "__init__" not in path
-    }
-    assert sources - named == set(), "files that the README's tree does not name"
-    assert named - sources == set(), "the README's tree names no such files"

@@ -276,12 +276,9 @@ class MoALM(HFLM):
             logger.warning("%d requests exceed max_length=%d tokens and are cut from the left", cut, self.max_length)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
         disabled = disable_tqdm or self.rank != 0
-        every = max(
-            16, len(requests) // 100
-        )  # results come in batches; the first alone would give a rate far too low
-        with tqdm(
-            total=len(requests), disable=disabled, desc="Running loglikelihood requests", miniters=every
-        ) as bar:
+        # Results come in batches: a rate from the first few results alone would be far too low.
+        every, title = max(16, len(requests) // 100), "Running loglikelihood requests"
+        with tqdm(total=len(requests), disable=disabled, desc=title, miniters=every) as bar:
             for index, log_probability, greedy in scorer.stream([Request(*request[1:]) for request in requests]):
                 if math.isnan(log_probability):
                     raise ModelError(

@@ -300,11 +300,12 @@ def test_no_arguments_train_on_the_photographs(tmp_path, monkeypatch, photos, ca
     monkeypatch.setattr(pretrain, "make_photograph_shards", few)
     small = yaml.safe_load((CONFIGS / "laptop_qdmoa.yaml").read_text())
     small["schedule"] |= {"epochs": 1, "batch_size": 4, "warmup_epochs": 0}
+    small["data"] |= {"repeats": 1}
     small["loop"] |= {"micro_batch_size": 4, "trackers": []}
     (tmp_path / "default.yaml").write_text(yaml.safe_dump(small))
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main([], default=tmp_path / "default.yaml") == 0
-    assert "making shards of the photographs" in capsys.readouterr().out
+    assert "packing the photographs" in capsys.readouterr().out
     assert read_run(tmp_path / "runs" / "laptop_qdmoa").status == "finished"
 
 
