@@ -92,8 +92,17 @@ def _blend(values: list[Tensor], coef: Tensor | None) -> Tensor:
     weights = coef.unsqueeze(-1).unbind(-2)
     total = values[0] * weights[0]
     for value, weight in zip(values[1:], weights[1:], strict=True):
-        total = total.addcmul_(value, weight)
+        total = _add_product(total, value, weight)
     return total
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """total + x y, in place of `total`, a temporary.
+
+    Not in place while compiling. In graphs of torch 2.11 an autograd function has zero gradients if its forward returns
+    what an operation gave back of its arguments: `x.add_(y)`, or `x.to(x.dtype)`. 2.15 is right.
+    """
+    return torch.addcmul(total, x, y) if torch.compiler.is_compiling() else total.addcmul_(x, y)
 
 
 def _dot(rows: list[Tensor], blends: Iterable[Tensor]) -> Tensor:
@@ -102,7 +111,7 @@ def _dot(rows: list[Tensor], blends: Iterable[Tensor]) -> Tensor:
     blends = iter(blends)
     total = first * next(blends)
     for row, blend in zip(others, blends, strict=True):
-        total = total.addcmul_(row, blend)
+        total = _add_product(total, row, blend)
     return total
 
 
@@ -111,7 +120,7 @@ def _vjp(grads: Iterable[Tensor], x: Tensor, names: Names) -> Tensor:
     terms = (ACTIVATIONS[name].vjp(grad, x) for name, grad in zip(names, grads, strict=True))
     total = next(terms)
     for term in terms:
-        total = total.add_(term)
+        total = total + term if torch.compiler.is_compiling() else total.add_(term)
     return total
 
 

@@ -193,8 +193,13 @@ class MoALlamaConfig(LlamaConfig):
         which the plan cannot express; fixed FFNs have none. Experts are not in Llama's plan.
         """
         splits = self.num_experts == 0 and self.ffn_spec().form == "fixed"
-        plan = LlamaConfig.base_model_tp_plan or {}
+        plan = vars(self).get("base_model_tp_plan") or LlamaConfig.base_model_tp_plan or {}
         return {name: style for name, style in plan.items() if splits or ".mlp." not in name}
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, Any]) -> None:
+        # transformers 5.17 adds the rule of tied embeddings to the configuration's own plan
+        vars(self)["base_model_tp_plan"] = plan
 
     def ffn_spec(self) -> FFNSpec:
         """The mixture that every FFN of the model computes."""

@@ -137,7 +137,7 @@ def _with_bias(product: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a product with x is computed: x's, or autocast's where it applies."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -275,7 +275,7 @@ class _Combine(torch.autograd.Function):
         total = out[first[0]] * first[1]
         for choice, weight in others:
             total = total + out[choice] * weight
-        return total.to(out.dtype)
+        return total if total.dtype == out.dtype else total.to(out.dtype)  # see `moa_ffn.eager._add_product`
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

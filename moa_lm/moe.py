@@ -130,9 +130,9 @@ class Experts(nn.Module):
         method = choose_method(self.method, hidden.device, hidden.dtype)
         groups = group_by_expert(indices, self.num_experts)
         maps = [(weight, bias) for weight, bias in self._maps() if weight is not None]
-        a, *others = project_in(hidden, maps, groups, method)
-        b = None if self.up_proj is None else others.pop(0)
-        mix = others.pop() if others else self._mix(hidden, groups)
+        projected = project_in(hidden, maps, groups, method)
+        a, b = projected[0], None if self.up_proj is None else projected[1]
+        mix = projected[-1] if self.mixing == "expert" and self.mix_proj is not None else self._mix(hidden, groups)
         mixed = mixture(a, b, mix, self.spec, self.backend)
         return project_out(mixed, self.down_proj, self.down_proj_bias, weights, groups, method)
 

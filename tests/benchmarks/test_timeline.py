@@ -58,6 +58,7 @@ def test_parts_come_in_order_and_back(part, split):
     assert amounts["backward", "encoder FFN"] == ENCODER and amounts["forward", "decoder attention"] == DECODER
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11's counter lacks the CPU's attention kernel")
 def test_operations_add_up_to_torchs_count(part, mae, split):
     timeline = part("timeline")
     for ffn in mae.modules():

@@ -295,6 +295,7 @@ def test_attention_implementations_are_llama_s(tiny):
         tiny(attn_implementation="nonsense")
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="transformers makes a mask in every graph of torch 2.11")
 @pytest.mark.parametrize("packed", [False, True], ids=["positions left out", "positions of documents"])
 def test_compiled_attention_has_a_mask_for_packed_documents_only(packed, tiny, tokens):
     graphs: list[torch.fx.GraphModule] = []

@@ -180,7 +180,7 @@ def test_what_parses_is_also_built(fuzz, fuzzing, checked, half):
         ("mae", "model.encoder_args.depth", 2**31, "encoder_args.depth=2147483648: must be an integer from 1 to"),
         ("mae", "model.decoder_depth", 10**9, "decoder_depth=1000000000: must be an integer from 1 to"),
         ("mae", "model.img_size", 10**6, "img_size=1000000: a side must be from 1 to"),
-        ("lm", "model.args.id2label", 3, "model.args {'id2label': 3}: AttributeError"),
+        ("lm", "model.args.id2label", 3, "model.args {'id2label': 3}: "),
         ("lm", "model.args.dtype", "x", "model.args {'dtype': 'x'}"),
         ("lm", "model.args.rms_norm_eps", "x", "rms_norm_eps"),
         ("lm", "data.sequence_length", 10**9, "at most the training set's 0 samples"),

@@ -91,7 +91,7 @@ class Hub:
     def do_GET(self):
         name = self.path.split("?")[0]
         files = sorted(Path(self.directory).glob("*.tar"))
-        if name == "/api/datasets/timm/imagenet-1k-wds":
+        if name in ("/api/datasets/timm/imagenet-1k-wds", "/api/datasets/timm/imagenet-1k-wds/revision/main"):
             self.answer({"id": "timm/imagenet-1k-wds", "sha": "0" * 40, "siblings": []})
         elif name.endswith("/tree/main"):
             entries = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
