@@ -99,8 +99,8 @@ def _blend(values: list[Tensor], coef: Tensor | None) -> Tensor:
 def _add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """total + x y, in place of `total`, a temporary.
 
-    Not in place while compiling. In graphs of torch 2.11 an autograd function has zero gradients if its forward returns
-    what an operation gave back of its arguments: `x.add_(y)`, or `x.to(x.dtype)`. 2.15 is right.
+    Not in place while compiling. In graphs of torch 2.11 an autograd function has zero gradients if its forward
+    returns what an operation gave back of its arguments: `x.add_(y)`, or `x.to(x.dtype)`. 2.15 is right.
     """
     return torch.addcmul(total, x, y) if torch.compiler.is_compiling() else total.addcmul_(x, y)
 

@@ -38,7 +38,7 @@ def unlocked():
     return {
         name: f"{installed} (lock: {', '.join(sorted(locked))})"
         for name, (installed, locked) in found.items()
-        if installed.partition("+")[0] not in locked
+        if installed.partition("+")[0] not in locked and not name.startswith(("nvidia-", "cuda-"))
     }
 
 
