@@ -157,12 +157,13 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        named_cache: dict[str, Any] = {CACHE: cache}
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE: cache},
+            **named_cache,
         )
         positions: Tensor | None = position_ids
         if positions is None:
@@ -176,10 +177,10 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
                 position_embeddings=rotations,
                 position_ids=positions,
                 use_cache=use_cache,
-                **{CACHE: cache},
+                **named_cache,
                 **kwargs,
             )
-        return MoAModelOutput(last_hidden_state=self.norm(hidden), **{CACHE: cache})
+        return MoAModelOutput(last_hidden_state=self.norm(hidden), **named_cache)
 
 
 class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright: ignore[reportIncompatibleVariableOverride]
