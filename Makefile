@@ -1,9 +1,9 @@
 # Each target sets up .venv first; the second time that takes no time.
 PYTHON ?= python3
-TORCH ?=
+TORCH ?= $(shell cat .venv/.torch 2>/dev/null)
 BIN := .venv/bin
 LOCK := requirements.lock
-READY := .venv/.ready$(addprefix -,$(TORCH))
+READY := .venv/.ready
 UV = $$(command -v uv || echo $(BIN)/uv)
 # Where Python may not write bytecode, every process would compile the libraries anew.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
@@ -12,8 +12,7 @@ RUNS := $(foreach seed,0 1,runs/laptop_swiglu_s$(seed) runs/laptop_qdmoa_s$(seed
 LM_RUNS := runs/tales_swiglu runs/tales_qdmoa
 TASKS := arc_challenge,hellaswag,openbookqa,winogrande
 
-# One thread a worker: the tests are many and small.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+PYTEST := -m pytest -n auto --dist worksteal
 # Beside the locked versions a library's own deprecation is reported, not a failure.
 TOLERANT := -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
 
@@ -37,11 +36,15 @@ define venv
 	@command -v uv >/dev/null || test -x $(1)/bin/uv || $(1)/bin/python -m pip install --quiet --disable-pip-version-check uv || true
 endef
 
+ifneq ($(TORCH),$(shell cat .venv/.torch 2>/dev/null))
+.PHONY: $(READY)
+endif
 $(READY): $(LOCK) pyproject.toml
 	$(call venv,.venv)
 	@echo "installing into .venv (once; torch is large)"
 ifneq ($(TORCH),)
-	@$(UV) pip install --quiet --python $(BIN)/python $(COMPILE) --torch-backend $(TORCH) --no-verify-hashes --constraint $(LOCK) -e '.[dev]'
+	@$(UV) pip install --quiet --python $(BIN)/python $(COMPILE) --torch-backend $(TORCH) \
+		--reinstall-package torch --reinstall-package torchvision --no-verify-hashes --constraint $(LOCK) -e '.[dev]'
 else
 	@if $(UV) --version >/dev/null 2>&1; then \
 		$(UV) pip install --quiet $(COMPILE) --python $(BIN)/python --require-hashes -r $(LOCK) && \
@@ -51,7 +54,7 @@ else
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	fi
 endif
-	@rm -f .venv/.ready* && touch $@
+	@echo "$(TORCH)" > .venv/.torch && touch $@
 
 demo: $(READY)
 	for seed in 0 1; do for ffn in swiglu qdmoa; do \
@@ -77,17 +80,17 @@ demo-lm: $(READY)
 		--out reports/demo_lm --title "Demo: SwiGLU against qd-MoA in a language model"
 
 test: $(READY)
-	$(PYTEST) -m "not gpu and not slow"
+	$(BIN)/python $(PYTEST) -m "not gpu and not slow"
 
 test-slow: $(READY)
-	$(PYTEST) -m "slow and not gpu"
+	$(BIN)/python $(PYTEST) -m "slow and not gpu"
 
 test-lowest: RESOLUTION := lowest-direct
 test-latest: RESOLUTION := highest
 test-lowest test-latest: test-%:
 	$(call venv,.venv-$*)
 	$$(command -v uv || echo .venv-$*/bin/uv) pip install --quiet $(COMPILE) --upgrade --resolution $(RESOLUTION) --python .venv-$*/bin/python -e '.[dev]'
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto --dist worksteal -m "not gpu and not slow" $(TOLERANT)
+	.venv-$*/bin/python $(PYTEST) -m "not gpu and not slow" $(TOLERANT)
 
 check: $(READY)
 	$(BIN)/ruff check .

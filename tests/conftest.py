@@ -16,6 +16,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are many and small; some compare bits of two shapes
 os.environ.setdefault("MOA_FFN_COMPILE", "0")  # compiling costs seconds a process; tests/ffn/test_compiled.py does it
 
 # The same examples in every run, and no limit of time for one: a busy machine may leave a test alone for seconds.
