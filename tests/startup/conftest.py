@@ -4,15 +4,20 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import cache_from_source, find_spec
+from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="session")
 def compiled():
-    """Variables with which one process after another uses the same compiled modules, if Python may not write them."""
+    """Variables with which one process after another uses the same bytecode, if Python may not write it and none is
+    installed."""
+    installed = Path(cache_from_source(find_spec("torch").origin)).exists()
     with tempfile.TemporaryDirectory() as folder:
-        yield {"PYTHONPYCACHEPREFIX": folder, "PYTHONDONTWRITEBYTECODE": ""} if sys.dont_write_bytecode else {}
+        shared = {"PYTHONPYCACHEPREFIX": folder, "PYTHONDONTWRITEBYTECODE": ""}
+        yield shared if sys.dont_write_bytecode and not installed else {}
 
 
 @pytest.fixture

@@ -86,7 +86,12 @@ def newest_step(folder):
     return 0 if newest is None else checkpoint.read_state(newest)["step"]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+FAST = ("in a step", "writing weights", "exporting")
+
+
+@pytest.mark.parametrize(
+    "moment", [moment if moment in FAST else pytest.param(moment, marks=pytest.mark.slow) for moment in MOMENTS]
+)
 def test_killed_at_a_certain_moment(runs, unbroken, start, moment):
     place, call = MOMENTS[moment]
     process = start("run", model__kill_in=place, model__kill_call=call)

@@ -20,7 +20,11 @@ def unbroken(runs):
     return "unbroken"
 
 
-@pytest.mark.parametrize("stop_at", [0, 3, 4, 6, 9, 14], ids=lambda s: f"in step {s + 1}")
+@pytest.mark.parametrize(
+    "stop_at",
+    [3, 14, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 4, 6, 9))],
+    ids=lambda step: f"in step {step + 1}",
+)
 def test_stopped_once(runs, unbroken, stop_at, capsys):
     # 3: a validation is due; 4, 9: an epoch ends and a checkpoint is due; 14: the last step
     assert runs("run", model__stop_at=stop_at) == EXIT_STOPPED
