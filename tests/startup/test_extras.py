@@ -22,7 +22,8 @@ REFUSALS = {
     "lm": {"moa_vision": "[vision]", "moa_eval.harness": "[eval]"},
     "eval": {"moa_vision": "[vision]"},
 }
-NOT_WITHOUT = {"eval": ["moa_lm.pretrain", "moa_lm.data", "moa_lm.encode", "moa_lm.documents", "moa_lm.token_shards"]}
+TRAINING = ("check", "data", "documents", "encode", "pretrain", "token_shards", "watch")
+NOT_WITHOUT = {"eval": [f"moa_lm.{module}" for module in TRAINING]}
 """Modules of the packages that need another extra as well: training, by `moa_train`."""
 
 IMPORT_ALL = """

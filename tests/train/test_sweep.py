@@ -798,7 +798,7 @@ def test_pretraining(sweeps, monkeypatch, capsys):
     text = (ROOT / "configs/mae/laptop_swiglu.yaml").read_text()
     Path("mae.yaml").write_text(text)
     small = {"model.img_size": 16, "model.encoder_args.depth": 1, "model.decoder_depth": 1, "loop.trackers": "[]"}
-    small |= {"schedule.epochs": 0.05, "schedule.warmup_epochs": 0, "loop.visualize": 0, "loop.val_samples": 4}
+    small |= {"schedule.epochs": 0.14, "schedule.warmup_epochs": 0, "loop.visualize": 0, "loop.val_samples": 4}
     extra = ["--", *(f"--{key}={value}" for key, value in small.items())]
     arguments = ["--config", "mae.yaml", "--set", "optim.lr=2e-3", "--out", "runs", *extra]
     options = {"script": ROOT / "scripts/pretrain_mae.py", "report": [sys.executable, "report.py"]}
