@@ -205,6 +205,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(settings, train, tmp_path, monkeypatc
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_what_is_left_and_nothing_before(train, stopping, monkeypatch):
     read, windows = TokenShards.window, {"train": [], "val": []}
 

@@ -22,6 +22,7 @@ def limited(runs, ranks):
     return run
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit(runs, ranks, limited):
     """Rows fit (3 kB), checkpoints (of 400 units 12 kB and more) do not; then there is room again."""
     wide = {"model__width": 400, "loop__log_every": 5, "loop__val_every": 50}
@@ -48,6 +49,7 @@ def test_a_stop_that_could_not_be_saved_is_no_stop_to_go_on_from(limited, ranks)
     assert code == 1 and "the last checkpoint could not be written" in ranks.said
 
 
+@pytest.mark.slow
 def test_rows_and_trackers_that_do_not_fit(runs, limited):
     """metrics.jsonl and TensorBoard's file are full after some steps: the run goes on, and no row is cut in two."""
     code, out = limited(4_000, schedule__epochs=8, loop__save_every=100, loop__trackers='["tensorboard"]')

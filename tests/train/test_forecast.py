@@ -93,7 +93,7 @@ class Small(nn.Module):
         return self.head(x).float().square().mean()
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bf16"])
 def test_what_is_saved_is_what_real_tensors_save(bf16):
     with torch.device("meta"):
         planned = Small()

@@ -45,6 +45,7 @@ def grows_beyond_numbers(runs, monkeypatch, step):
     monkeypatch.setattr(Trainer, "_update", overflowing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "newest"), [(8, "step_00000007"), (10, "step_00000007"), (2, None)])
 def test_weights_that_are_not_finite_are_never_saved(runs, monkeypatch, capsys, step, newest):
     """Neither with a checkpoint that is due nor with a step that is left out: those before would be dropped."""
@@ -124,6 +125,7 @@ def test_skipping_leaves_the_step_out_and_nothing_else(runs, capsys):
     assert len(moments) == 4 and set(moments.values()) == {b"\x00\x00\x60\x41"}, "14 updates as float32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [7, 8], ids=["as it is skipped", "after it"])
 def test_skipping_resumes_exactly(runs, stop_at):
     assert runs("unbroken", model__nan_at=7, model__nan_for=2, loop__skip_nonfinite=2) == 0
@@ -154,6 +156,7 @@ def test_one_more_than_allowed_stops_and_may_be_allowed_later(runs, capsys):
     assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
 
 
+@pytest.mark.slow
 def test_spikes_of_a_run_are_noted_once_however_often_it_stops(runs, capsys):
     long = {"schedule__epochs": 16, "schedule__warmup_epochs": 1, "loop__val_every": 80, "model__high_at": 70}
     assert runs("unbroken", **long) == 0

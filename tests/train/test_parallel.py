@@ -79,6 +79,7 @@ def assert_same_rows(runs, name, other):
         assert [r.get(key, 0) for r in two] == pytest.approx([r.get(key, 0) for r in one], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["", "_clipped"], ids=["plain", "accumulated-and-clipped"])
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_take_the_steps_of_one(launched, way, kind):
@@ -93,6 +94,7 @@ def test_two_processes_take_the_steps_of_one(launched, way, kind):
     assert seen["held"] < seen["all"] if WAYS[way] else seen["held"] == seen["all"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_from_one_process_to_ddp_to_shards_and_back(launched):
     runs, _ = launched
     assert_same_rows(runs, "one", "moved")
@@ -112,6 +114,7 @@ def assert_together(runs, name, fault, **expected):
     assert finite == [(0, True), (1, fault != "loss")] and (event["loss"] is not None) is (fault != "loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_both(launched, way, fault):
@@ -121,6 +124,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_by_both(launched, way
     assert_same_rows(runs, "one_skipped", f"{way}_{fault}_skipped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_that_is_not_finite_on_one_rank_stops_both_before_it(launched, way, fault):
@@ -132,6 +136,7 @@ def test_a_step_that_is_not_finite_on_one_rank_stops_both_before_it(launched, wa
     assert_same_rows(runs, "one", name)
 
 
+@pytest.mark.slow
 def test_the_files_are_those_of_one_process_and_none_is_a_pickle(launched):
     runs, _ = launched
     trees = [
@@ -150,6 +155,7 @@ def flat(nested):
     return itertools.chain.from_iterable(map(flat, nested)) if isinstance(nested, list) else [nested]
 
 
+@pytest.mark.slow
 def test_an_impossible_split_is_refused_with_the_nearest_that_work(launched):
     runs, result = launched
     assert (

@@ -77,6 +77,7 @@ def test_damaged_checkpoint_is_named_and_passed_over(runs, unbroken, capsys):
     runs.assert_same("run", unbroken)
 
 
+@pytest.mark.slow
 def test_wall_clock_adds_up(runs):
     runs("run", model__stop_at=6, model__step_s=0.02)
     first = runs.json("run", "summary.json")["wall_s"]
@@ -113,6 +114,7 @@ def damage(folder):
         path.write_bytes(path.read_bytes() + b"x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "told"), [(lose, "holds 7 steps"), (damage, "generators.safetensors is damaged")])
 def test_a_run_that_has_lost_its_checkpoints_is_not_begun_again(runs, unbroken, fault, told, capsys):
     assert runs("run", model__stop_at=6) == EXIT_STOPPED

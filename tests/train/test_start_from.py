@@ -39,6 +39,7 @@ def test_a_stable_checkpoint_decayed_later_is_the_run_that_decays_there(runs, lo
     assert runs.final("late") == runs.final("short")
 
 
+@pytest.mark.slow
 def test_once_begun_it_goes_on_from_its_own_folder(runs, long):
     begin = {"schedule__epochs": 2, "start_from": long / "step_00000006", **WSD}
     assert runs("whole", **begin) == 0

@@ -151,6 +151,7 @@ def test_exact_resume(train, stops, monkeypatch):
     assert weights(folder) == weights(unbroken)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_what_is_left_and_nothing_before(train, stopping, monkeypatch):
     read, samples = ShardReader.read, {"shards": [], "held-out.tar": []}
 
@@ -213,6 +214,7 @@ def test_workers_and_micro_batches_do_not_change_the_data(train):
     assert [row["loss"] for row in rows(other)] == pytest.approx([row["loss"] for row in rows(one)], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_images(train, shards, write_tar, photos, encode, tmp_path, capsys):
     code, folder = train()
     assert code == 0
