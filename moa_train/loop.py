@@ -80,13 +80,27 @@ def run(
             with contextlib.closing(trainer.journal.progress):
                 return trainer.run()
         except Exception as error:
-            with contextlib.suppress(OSError, NotSaved):  # what could not be written before may not be now
-                trainer.journal.close("failed")
+            error = _close_failed(trainer, error)
             if (died := worker_died(error)) is not None:
                 return together.fail(died, 1)
             if not isinstance(error, (NonFiniteError, NotSaved, *expected)):
                 raise
             return together.fail(error, 1)
+
+
+def _close_failed(trainer: Trainer, error: Exception) -> Exception:
+    """Record that the run failed; return the error to report.
+
+    torch raises the death of a loader's worker in a signal handler, wherever the main thread is, here included.
+    """
+    try:
+        with contextlib.suppress(OSError, NotSaved):  # what could not be written before may not be now
+            trainer.journal.close("failed")
+    except RuntimeError as other:
+        if worker_died(other) is None:
+            raise
+        return _close_failed(trainer, other)
+    return error
 
 
 def check(config: RunConfig, build_task: Callable[[], Task]) -> None:

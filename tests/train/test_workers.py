@@ -8,6 +8,8 @@ import sys
 import pytest
 from torch.utils.data import DataLoader
 
+from moa_train.journal import Journal
+
 SCRIPT = """
 import numpy as np
 from torch.utils.data import Dataset
@@ -61,3 +63,27 @@ def test_a_worker_that_is_killed_is_told_in_one_message(runs, monkeypatch, capsy
     monkeypatch.setattr(runs.toy.ToyTask, "train_batches", batches)
     assert runs("run") == 0
     assert [row["step"] for row in runs.rows("run", "train")] == list(range(1, 16))
+
+
+def test_a_worker_whose_death_is_noticed_late_is_told_all_the_same(runs, monkeypatch, capsys):
+    """Its socket closes first; torch's signal handler raises while the failure is being recorded."""
+    died = [RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")]
+    note_memory = Journal.note_memory
+
+    def interrupted(journal):
+        if journal.state.step == 3 and died:
+            raise died.pop()
+        note_memory(journal)
+
+    def cut(task, share, plan, start_step):
+        for number, batch in enumerate(train_batches(task, share, plan, start_step)):
+            if number == 6:
+                raise ConnectionResetError("reset by peer")
+            yield batch
+
+    train_batches = runs.toy.ToyTask.train_batches
+    monkeypatch.setattr(runs.toy.ToyTask, "train_batches", cut)
+    monkeypatch.setattr(Journal, "note_memory", interrupted)
+    assert runs("run") == 1
+    assert capsys.readouterr().err.startswith("error: a process that reads the data has ended (DataLoader worker")
+    assert runs.json("run", "summary.json")["status"] == "failed"
