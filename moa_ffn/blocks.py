@@ -13,17 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa_ffn import compiled, eager
 from moa_ffn.eager import Names
-from moa_ffn.torch_internals import has_hooks
+from moa_ffn.torch_internals import is_transformed
 
 HIDDEN_ELEMENTS = 2**22
 """Elements of a or b in one block: 16 MiB in float32. Large enough for matrix products at full rate, small enough for
 glibc's allocator to keep the memory (it returns pieces of 32 MiB and more to the system at once)."""
-
-_DTYPES = (torch.float32, torch.float64)  # sums over blocks would be rounded too often in half precision
 
 
 class Inputs(NamedTuple):
@@ -47,35 +45,12 @@ PER_TOKEN = 4
 """The first fields of `Inputs` hold one row a token; the others are sums over tokens in the backward."""
 
 
-def obstacle(x: Tensor, linears: tuple[nn.Module | None, ...]) -> str | None:
-    """Why this backend cannot compute the layer for x, or None."""
-    if torch.compiler.is_compiling():
-        return "the layer is being compiled, where the plain form is the one that fuses"
-    if x.device.type != "cpu" or x.dtype not in _DTYPES or torch.is_autocast_enabled("cpu"):
-        return f"it computes float32 and float64 on a CPU without autocast, not {x.dtype} on {x.device.type}"
-    for linear in linears:
-        if linear is not None and not is_plain(linear, x.dtype):
-            return f"a projection is not a plain nn.Linear of {x.dtype} without hooks and with an ordinary weight"
-    return None
-
-
-def is_plain(linear: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether `linear` is nothing but its weight of `dtype` and its bias, so that others may compute with these."""
-    return (
-        type(linear) is nn.Linear
-        and not has_hooks(linear)
-        and type(linear.weight) in (Tensor, nn.Parameter)
-        and linear.weight.dtype == dtype
-    )
-
-
-def ffn(inputs: Inputs, f: Names, g: Names, fused: bool = False) -> Tensor:
+def ffn(inputs: Inputs, f: Names, g: Names) -> Tensor:
     """down(sum_kl C_kl f_k(a) g_l(b)) with a = gate(x), b = up(x).
 
     Args:
-        inputs: with any leading shape in place of N, float32 or float64 on a CPU; see `obstacle`.
+        inputs: with any leading shape in place of N, float32 or float64 on a CPU.
         f, g: names of the activations of the gate and of the up branch.
-        fused: the mixture by compiled.py in place of eager.py.
 
     Returns:
         (..., D) in x's dtype.
@@ -84,9 +59,9 @@ def ffn(inputs: Inputs, f: Names, g: Names, fused: bool = False) -> Tensor:
     per_token: list[Any] = [t if t is None else t.reshape(-1, *t.shape[x.ndim - 1 :]) for t in inputs[:PER_TOKEN]]
     flat = Inputs._make([*per_token, *inputs[PER_TOKEN:]])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat):
-        out, *_ = _BlockwiseFFN.apply(*flat, f, g, fused)
+        out, *_ = _BlockwiseFFN.apply(*flat, f, g)
     else:
-        out, *_ = _forward(flat, f, g, fused, keep=False)
+        out, *_ = _forward(flat, f, g, keep=False)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -108,7 +83,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _forward(inputs: Inputs, f: Names, g: Names, fused: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _forward(inputs: Inputs, f: Names, g: Names, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output (N, D), and a and b: (N, H) if kept, else of the last block."""
     x, w_gate, w_up = inputs.x, inputs.w_gate, inputs.w_up
     blocks = _blocks(len(x), len(w_gate))
@@ -116,13 +91,12 @@ def _forward(inputs: Inputs, f: Names, g: Names, fused: bool, keep: bool) -> tup
     a = x.new_empty(kept, len(w_gate))
     b = None if w_up is None else torch.empty_like(a)
     out = x.new_empty(len(x), len(inputs.w_down))
-    mixture = compiled.forward if fused else eager.forward
     for block in blocks:
         place = block if keep else slice(block.stop - block.start)
         _linear(x[block], w_gate, inputs.b_gate, a[place])
         if b is not None and w_up is not None:
             _linear(x[block], w_up, inputs.b_up, b[place])
-        hidden = mixture(*_rows(place, a, b), *_rows(block, *inputs[1:PER_TOKEN]), f=f, g=g)
+        hidden = compiled.forward(*_rows(place, a, b), *_rows(block, *inputs[1:PER_TOKEN]), f=f, g=g)
         _linear(hidden, inputs.w_down, inputs.b_down, out[block])
     return out, a, b
 
@@ -130,12 +104,12 @@ def _forward(inputs: Inputs, f: Names, g: Names, fused: bool, keep: bool) -> tup
 class _BlockwiseFFN(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        *inputs, f, g, fused = arguments
-        return _forward(Inputs(*inputs), f, g, fused, keep=True)
+        *inputs, f, g = arguments
+        return _forward(Inputs(*inputs), f, g, keep=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        *tensors, ctx.f, ctx.g, ctx.fused = inputs
+        *tensors, ctx.f, ctx.g = inputs
         _, a, b = output
         ctx.mark_non_differentiable(*(t for t in (a, b) if t is not None))
         ctx.set_materialize_grads(False)
@@ -147,10 +121,10 @@ class _BlockwiseFFN(torch.autograd.Function):
         *saved, a, b = ctx.saved_tensors
         inputs, needed = Inputs(*saved), ctx.needs_input_grad[: len(saved)]
         if grad is None:
-            return (None,) * (len(saved) + 3)
-        if torch.is_grad_enabled():
-            return (*_differentiable_backward(inputs, needed, grad, ctx.f, ctx.g), None, None, None)
-        return (*_backward(inputs, needed, a, b, grad, ctx.f, ctx.g, ctx.fused), None, None, None)
+            return (None,) * (len(saved) + 2)
+        if torch.is_grad_enabled() or is_transformed(grad):
+            return (*_differentiable_backward(inputs, needed, grad, ctx.f, ctx.g), None, None)
+        return (*_backward(inputs, needed, a, b, grad, ctx.f, ctx.g), None, None)
 
 
 def _backward(
@@ -161,17 +135,15 @@ def _backward(
     grad: Tensor,
     f: Names,
     g: Names,
-    fused: bool,
 ) -> Inputs:
     """Gradients of `inputs`; None where it is not needed."""
     new = torch.empty_like if len(a) else torch.zeros_like
     candidates: Any = zip(needed, inputs, strict=True)
     total: Any = Inputs._make(new(t) if need and t is not None else None for need, t in candidates)
-    mixture_backward = compiled.backward if fused else eager.backward
     for block in _blocks(*a.shape):
         x, grad_out, first = inputs.x[block], grad[block], block.start == 0
         parts = _rows(block, a, b, *inputs[1:PER_TOKEN])
-        results: Any = mixture_backward(*parts, grad=grad_out @ inputs.w_down, f=f, g=g, with_output=True)
+        results: Any = compiled.backward(*parts, grad=grad_out @ inputs.w_down, f=f, g=g, with_output=True)
         grad_a, grad_b, *grad_coefs, hidden = results
         if total.w_down is not None:
             _accumulate(total.w_down, grad_out.t(), hidden, first)
@@ -211,10 +183,12 @@ def _linear_backward(
 def _differentiable_backward(
     inputs: Inputs, needed: Sequence[bool], grad: Tensor, f: Names, g: Names
 ) -> list[Tensor | None]:
-    """The same gradients with a graph of their own, for higher derivatives: by autograd on the plain form."""
-    a = F.linear(inputs.x, inputs.w_gate, inputs.b_gate)
-    b = None if inputs.w_up is None else F.linear(inputs.x, inputs.w_up, inputs.b_up)
-    out = F.linear(eager.mixture(a, b, *inputs[1:PER_TOKEN], f=f, g=g), inputs.w_down, inputs.b_down)
+    """The same gradients by autograd on the plain form: for higher derivatives, and for batches of `grad` (vmap)."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        a = F.linear(inputs.x, inputs.w_gate, inputs.b_gate)
+        b = None if inputs.w_up is None else F.linear(inputs.x, inputs.w_up, inputs.b_up)
+        out = F.linear(eager.mixture(a, b, *inputs[1:PER_TOKEN], f=f, g=g), inputs.w_down, inputs.b_down)
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
     return [next(found) if need and t is not None else None for t, need in zip(inputs, needed, strict=True)]

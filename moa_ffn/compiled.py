@@ -16,14 +16,12 @@ from torch import Tensor
 
 from moa_ffn import eager
 from moa_ffn.eager import Names
-from moa_ffn.torch_internals import import_inductor
+from moa_ffn.torch_internals import import_inductor, is_intercepted
 
 _logger = logging.getLogger(__name__)
 
 SWITCH = "MOA_FFN_COMPILE"
 """Environment variable; "0" keeps the package from compiling anything."""
-
-DTYPES = (torch.float32, torch.float64)
 
 MIN_ELEMENTS = 2**16
 """Elements of a from which a compiled region is worth its call; fewer are left to eager operations."""
@@ -58,8 +56,8 @@ def forward(
     f: Names,
     g: Names,
 ) -> Tensor:
-    """`eager.forward` for a (N, H) in one pass."""
-    if a.numel() < MIN_ELEMENTS:
+    """`eager.forward` for a (N, H), in one pass where that is faster and there is a compiler."""
+    if not _pays(a):
         return eager.forward(a, b, gate_coef, up_coef, pair_coef, f, g)
     return _run(eager.forward_formula, (a, b, gate_coef, up_coef, pair_coef), f=f, g=g)[0]
 
@@ -75,8 +73,8 @@ def backward(
     g: Names,
     with_output: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """`eager.backward` for a (N, H) in one pass."""
-    if a.numel() < MIN_ELEMENTS:
+    """`eager.backward` for a (N, H), as `forward`."""
+    if not _pays(grad):
         return eager.backward(a, b, gate_coef, up_coef, pair_coef, grad, f, g, with_output)
     tensors = (a, b, gate_coef, up_coef, pair_coef, grad)
     return _run(eager.backward_formula, tensors, f=f, g=g, with_output=with_output)
@@ -111,8 +109,12 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        differentiate = eager.backward if torch.is_grad_enabled() else backward  # regions have no second derivative
+        differentiate = eager.backward if torch.is_grad_enabled() else backward  # regions cannot be differentiated
         return (*differentiate(*ctx.saved_tensors, *grads, f=ctx.f, g=ctx.g), None, None)
+
+
+def _pays(a: Tensor) -> bool:
+    return a.numel() >= MIN_ELEMENTS and not is_intercepted(a) and obstacle() is None
 
 
 def _run(formula: Callable[..., Any], tensors: tuple[Tensor | None, ...], **settings: Any) -> Any:

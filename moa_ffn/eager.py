@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moa_ffn.activations import ACTIVATIONS
+from moa_ffn.torch_internals import is_intercepted, is_transformed
 
 Names = tuple[str, ...]
 
@@ -38,13 +39,15 @@ def mixture(
         gate_coef: (..., K1), or None when the gate branch is fixed (K1 = 1).
         up_coef: (..., K2), or None when the up branch is fixed (K2 = 1) or absent.
         pair_coef: (..., K1, K2), or None for the separable forms. All coefficients in a's dtype, with a's leading
-            shape.
+            shape; constant ones also without it in a transform or trace.
         f: names of the activations of the gate branch.
         g: names of the activations of the up branch.
 
     Returns:
         (..., H) in a's dtype.
     """
+    if is_transformed(a):  # each has derivatives of its own, and compilers recompute what is cheap
+        return forward_formula(a, b, gate_coef, up_coef, pair_coef, f=f, g=g)[0]
     return _Mixture.apply(a, b, gate_coef, up_coef, pair_coef, f, g)
 
 
@@ -90,28 +93,20 @@ def _blend(values: list[Tensor], coef: Tensor | None) -> Tensor:
     if coef is None:
         return values[0]
     weights = coef.unsqueeze(-1).unbind(-2)
-    total = values[0] * weights[0]
-    for value, weight in zip(values[1:], weights[1:], strict=True):
-        total = _add_product(total, value, weight)
-    return total
+    return _dot(values, (weights[k] for k in range(len(values))))  # by index: a proxy of torch.fx has no length
 
 
-def _add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """total + x y, in place of `total`, a temporary.
-
-    Not in place while compiling. In graphs of torch 2.11 an autograd function has zero gradients if its forward
-    returns what an operation gave back of its arguments: `x.add_(y)`, or `x.to(x.dtype)`. 2.15 is right.
-    """
-    return torch.addcmul(total, x, y) if torch.compiler.is_compiling() else total.addcmul_(x, y)
-
-
-def _dot(rows: list[Tensor], blends: Iterable[Tensor]) -> Tensor:
-    """sum_k rows_k blends_k, each (..., H)."""
-    first, *others = rows
-    blends = iter(blends)
-    total = first * next(blends)
-    for row, blend in zip(others, blends, strict=True):
-        total = _add_product(total, row, blend)
+def _dot(xs: Iterable[Tensor], ys: Iterable[Tensor]) -> Tensor:
+    """sum_k xs_k ys_k, each (..., H) or (..., 1)."""
+    total = None
+    for x, y in zip(xs, ys, strict=True):
+        if total is None:
+            total = x * y
+        elif is_transformed(total):
+            total = torch.addcmul(total, x, y)
+        else:  # in place of the temporary
+            total = total.addcmul_(x, y)
+    assert total is not None
     return total
 
 
@@ -120,7 +115,7 @@ def _vjp(grads: Iterable[Tensor], x: Tensor, names: Names) -> Tensor:
     terms = (ACTIVATIONS[name].vjp(grad, x) for name, grad in zip(names, grads, strict=True))
     total = next(terms)
     for term in terms:
-        total = total + term if torch.compiler.is_compiling() else total.add_(term)
+        total = total + term if is_transformed(total) else total.add_(term)
     return total
 
 
@@ -155,7 +150,7 @@ def _in_blocks(
     x = tensors[0]
     assert x is not None
     mixed = any(coef is not None for coef in tensors[2:5])
-    if not mixed or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not mixed or x.device.type != "cpu" or torch.is_grad_enabled() or is_intercepted(x):
         return function(*tensors)
     block = max(1, BLOCK_ELEMENTS * torch.get_num_threads() // x.shape[-1])
     tokens = x.shape[:-1].numel()
@@ -191,7 +186,8 @@ def forward_formula(
     columns = _evaluate(b, g)
     if pair_coef is None:
         return (_blend(rows, gate_coef) * _blend(columns, up_coef),)
-    return (_dot(rows, (_blend(columns, coef) for coef in pair_coef.unbind(-2))),)
+    coefs = pair_coef.unbind(-2)
+    return (_dot(rows, (_blend(columns, coefs[k]) for k in range(len(rows)))),)
 
 
 def backward_formula(

@@ -5,13 +5,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from moa_ffn import blocks, compiled, kernels, packed
+from moa_ffn import blocks, packed
 from moa_ffn.activations import ACTIVATIONS, resolve_activations
-from moa_ffn.mixing import Coefficients, mixing_coefficients, mixture, say_once
+from moa_ffn.backend import BACKENDS, is_plain, select_backend
+from moa_ffn.mixing import Coefficients, mixing_coefficients, mixture
 from moa_ffn.spec import DEFAULT_GATE_ACTIVATIONS, DEFAULT_UP_ACTIVATIONS, FFNSpec
-
-BACKENDS = ("auto", "triton", "cpu", "blocks", "eager")
-"""After "auto", in the order in which it prefers them."""
 
 
 class FFN(nn.Module):
@@ -32,10 +30,11 @@ class FFN(nn.Module):
             passes no signal to the other weights at the first step.
         coef_init: initial value of every LA coefficient (open). Default 1/2, where a sigmoid MoA starts too.
         drop: dropout probability after the mixture and after down_proj, as in timm's Mlp.
-        backend: "eager", plain torch operations; "blocks", the whole layer by blocks of tokens, for float32 and
-            float64 on a CPU without autocast or torch.compile; "cpu", the same with the mixture compiled by Inductor
-            behind the scenes, which takes a C++ compiler; "triton", fused kernels on GPUs, in float32, bfloat16 and
-            float16, differentiable once; "auto", the fastest one that can run. All agree up to rounding.
+        backend: "eager", plain torch operations; "cpu", the whole layer by blocks of tokens, for float32 and float64
+            on a CPU without autocast, its mixture compiled by Inductor where there is a C++ compiler; "triton", fused
+            kernels on GPUs, in float32, bfloat16 and float16, differentiable once; "auto", the fastest one that can
+            run, and plain operations wherever torch traces, transforms or intercepts the layer. All agree up to
+            rounding.
 
     Shape:
         input (..., dim), output (..., dim), in the parameters' dtype or autocast's.
@@ -160,8 +159,8 @@ class FFN(nn.Module):
             ValueError: the backend was asked for by name and cannot run; the message says why.
         """
         backend = self.choose_backend(x)
-        if backend in ("cpu", "blocks"):
-            return self._by_blocks(x, fused=backend == "cpu")
+        if backend == "cpu":
+            return self._by_blocks(x)
         if backend == "triton" and self._can_pack():
             linears = [linear for linear in (self.gate_proj, self.up_proj, self.mix_proj) if linear is not None]
             return packed.ffn(x, linears, self.mix_coef, self.down_proj, self.spec)
@@ -176,44 +175,27 @@ class FFN(nn.Module):
         Raises:
             ValueError: the backend was asked for by name and cannot run; the message says why.
         """
-        if self.backend == "auto":
-            for name in BACKENDS[1:-1] if x.is_cuda else BACKENDS[2:-1]:  # the kernels' interpreter is for tests
-                obstacle = self._obstacle(name, x)
-                if obstacle is None:
-                    return name
-                if name == "triton":
-                    say_once(f"mixtures are not fused on this GPU: {obstacle}")
-            return "eager"
-        obstacle = self._obstacle(self.backend, x)
-        if obstacle is not None:
-            raise ValueError(f"backend={self.backend!r} cannot run: {obstacle}; backend='auto' takes one that can")
-        return self.backend
-
-    def _obstacle(self, backend: str, x: Tensor) -> str | None:
-        if backend == "eager":
-            return None
-        if backend == "triton":
-            return kernels.obstacle(x, self.spec)
-        if self._drops():
-            return "dropout acts inside the layer"
-        obstacle = blocks.obstacle(x, (self.gate_proj, self.up_proj, self.down_proj))
-        small = x.shape[:-1].numel() * self.hidden_dim < compiled.MIN_ELEMENTS
-        return obstacle if obstacle or backend == "blocks" or small else compiled.obstacle()
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        return select_backend(self.backend, x, self.spec, linears, self._drops())
 
     def _drops(self) -> bool:
         return self.training and self.drop.p > 0
 
     def _can_pack(self) -> bool:
         """Whether the projections may be taken as the matrices that they are."""
-        linears = (self.gate_proj, self.up_proj, self.mix_proj, self.down_proj)
-        dtype = self.gate_proj.weight.dtype
-        return not self._drops() and all(linear is None or blocks.is_plain(linear, dtype) for linear in linears)
+        if self._drops() or not is_plain(self.gate_proj):
+            return False
+        return all(is_plain(p, self.gate_proj.weight.dtype) for p in (self.up_proj, self.mix_proj, self.down_proj))
 
-    def _by_blocks(self, x: Tensor, fused: bool) -> Tensor:
+    def _by_blocks(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         up_weights = (None, None) if up is None else (up.weight, up.bias)
         inputs = blocks.Inputs(x, *self.coefficients(x), gate.weight, gate.bias, *up_weights, down.weight, down.bias)
-        return blocks.ffn(inputs, self.spec.gate_dictionary, self.spec.up_dictionary, fused)
+        return blocks.ffn(inputs, self.spec.gate_dictionary, self.spec.up_dictionary)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles in this layer's place: the plain operations of its settings."""
+        return torch.fx.symbolic_trace(self)
 
     def mixing_parameters(self) -> int:
         """Number of parameters that the mixture adds, counted."""

@@ -1,18 +1,16 @@
-"""The mixture of two branches that are projected already: its coefficients, and the backend that computes it."""
+"""The mixture of two branches that are projected already, and its coefficients."""
 
-import logging
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from moa_ffn import compiled, eager, kernels
+from moa_ffn.backend import select_backend
 from moa_ffn.reference import gate_function
 from moa_ffn.spec import FFNSpec
-
-_logger = logging.getLogger(__name__)
+from moa_ffn.torch_internals import is_transformed
 
 
 class Coefficients(NamedTuple):
@@ -40,7 +38,7 @@ def mixing_coefficients(spec: FFNSpec, flat: Tensor) -> Coefficients:
         case "up":
             return Coefficients(up=nonlinearity(flat))
         case "separable":
-            return Coefficients(gate=nonlinearity(flat[..., :k1]), up=nonlinearity(flat[..., k1:]))
+            return Coefficients(gate=nonlinearity(flat.narrow(-1, 0, k1)), up=nonlinearity(flat.narrow(-1, k1, k2)))
         case "full":
             return Coefficients(pair=nonlinearity(flat).unflatten(-1, (k1, k2)))
         case _:
@@ -56,7 +54,7 @@ def mixture(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec, back
         mix: the mixing logits (..., n) of MoA variants, n = `FFNSpec.num_coefficients`; the coefficients (..., n), or
             (n,) for all tokens, of LA variants; None for fixed ones.
         spec: which mixture.
-        backend: as for `FFN`; "blocks" is "eager" here.
+        backend: as for `FFN`.
 
     Returns:
         (..., H) in a's dtype.
@@ -64,43 +62,11 @@ def mixture(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec, back
     Raises:
         ValueError: the backend was asked for by name and cannot run; the message says why.
     """
-    backend = _choose(a, spec) if backend == "auto" else backend
+    backend = select_backend(backend, a, spec)
     if backend == "triton":
         return kernels.mixture(a, b, mix, spec)
-    fused = backend == "cpu"
-    obstacle = _compiled_obstacle(a) if fused else None
-    if obstacle is not None:
-        raise ValueError(f"backend='cpu' cannot run: {obstacle}; backend='auto' takes one that can")
-    mix = mix if mix is None or mix.ndim == a.ndim else mix.expand(*a.shape[:-1], -1)
-    coefficients = Coefficients() if mix is None else mixing_coefficients(spec, mix).map(lambda c: c.to(a.dtype))
-    compute = compiled.mixture if fused else eager.mixture
+    if mix is not None and spec.learned_constant and not is_transformed(a):
+        mix = mix.expand(*a.shape[:-1], -1)
+    coefficients = Coefficients() if mix is None else mixing_coefficients(spec, mix).map(lambda c: c.type_as(a))
+    compute = compiled.mixture if backend == "cpu" else eager.mixture
     return compute(a, b, *coefficients, spec.gate_dictionary, spec.up_dictionary)
-
-
-def _choose(a: Tensor, spec: FFNSpec) -> str:
-    if a.is_cuda:
-        obstacle = kernels.obstacle(a, spec)
-        if obstacle is None:
-            return "triton"
-        say_once(f"mixtures are not fused on this GPU: {obstacle}")
-    return "cpu" if _compiled_obstacle(a) is None else "eager"
-
-
-def say_once(message: str) -> None:
-    """Warn, unless it was said before; not while a graph is traced, which logging would break."""
-    if not torch.compiler.is_compiling():
-        _warn(message)
-
-
-@lru_cache
-def _warn(message: str) -> None:
-    _logger.warning(message)
-
-
-def _compiled_obstacle(a: Tensor) -> str | None:
-    """Why compiled.py cannot compute the mixture of a, or None."""
-    if torch.compiler.is_compiling():
-        return "the layer is being compiled, where the plain form is the one that fuses"
-    if a.device.type != "cpu" or a.dtype not in compiled.DTYPES:
-        return f"it computes float32 and float64 on a CPU, not {a.dtype} on {a.device.type}"
-    return None if a.numel() < compiled.MIN_ELEMENTS else compiled.obstacle()

@@ -8,9 +8,45 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-__all__ = ["constant_in_graphs", "has_hooks", "import_inductor"]
+__all__ = ["constant_in_graphs", "has_hooks", "import_inductor", "is_intercepted", "is_transformed"]
+
+
+def is_transformed(x: Any) -> bool:
+    """Return whether only plain operations with torch's own derivative rules can be applied to `x`.
+
+    True in torch.compile and torch.export, while torch.jit traces, for a proxy of torch.fx, in the transforms of
+    torch.func (vmap, grad, jvp, ...) and in forward-mode AD. An autograd.Function of ours, `out=` and in-place
+    operations fail there or are recorded wrongly, and a decision by shape or address becomes a constant of the graph.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or not isinstance(x, torch.Tensor)
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or is_legacy_batchedtensor(x)  # autograd.grad(is_grads_batched=True)
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_intercepted(x: Any) -> bool:
+    """Return whether other code than torch's own sees each operation on `x`: compiled regions would hide them.
+
+    Beside `is_transformed`: tensor subclasses (fake tensors, DTensor), dispatch modes (FlopCounterMode,
+    FakeTensorMode, make_fx, memory trackers) and function modes, but for that of `torch.set_default_device`.
+    """
+    return (
+        is_transformed(x)
+        or type(x) not in (torch.Tensor, nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    )
 
 
 def has_hooks(module: nn.Module) -> bool:

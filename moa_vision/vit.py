@@ -1,10 +1,12 @@
 """ViTs with any FFN of the family, registered with timm as `vit_{size}_patch16_{variant}`, 224 pixels.
 
 Every model is timm's own `VisionTransformer`; only its `mlp_layer` is ours, so that everything timm does with a ViT
-works here too. Beside timm's arguments, `ffn_*` keyword arguments set the layer (`FFN_ARGUMENTS`), for example
+works here too; `use_naflex=True` or TIMM_USE_NAFLEXVIT=true gives its `NaFlexVit` instead. Beside timm's arguments,
+`ffn_*` keyword arguments set the layer (`FFN_ARGUMENTS`), for example
 `timm.create_model("vit_base_patch16_qdmoa", ffn_gate="tanh", ffn_gate_activations="g,s")`.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.naflexvit import NaFlexVit, _create_naflexvit_from_classic  # timm's own way from a ViT's arguments
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -114,29 +117,46 @@ def _load_filter(state_dict: dict[str, Tensor], model: VisionTransformer) -> dic
     return {ours + k.removeprefix(theirs) if k.startswith(theirs) else k: v for k, v in state_dict.items()}
 
 
-def _create(name: str, size: str, variant: str, pretrained: bool, kwargs: dict[str, Any]) -> VisionTransformer:
+def _create(
+    name: str, size: str, variant: str, pretrained: bool, use_naflex: bool | None, kwargs: dict[str, Any]
+) -> VisionTransformer | NaFlexVit:
     given = {key for key in kwargs if key.startswith("ffn_")}
     if unknown := given - set(FFN_ARGUMENTS):
         raise ValueError(f"{name}: unknown argument {min(unknown)!r}; allowed: {', '.join(FFN_ARGUMENTS)}")
     if kwargs.get("act_layer") is not None:
         raise ValueError(f"{name}: act_layer must be left out, the FFN variant decides the activations")
+    if "mlp_layer" in kwargs:
+        raise ValueError(f"{name}: mlp_layer must be left out, the name decides the FFN")
     settings = {key.removeprefix("ffn_"): kwargs.pop(key) for key in given}
-    return build_model_with_cfg(
-        VisionTransformer,
-        name,
-        pretrained,
-        pretrained_filter_fn=_load_filter,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        mlp_layer=ffn_layer(variant, **settings),
-        **{"patch_size": 16, **SIZES[size], **kwargs},
-    )
+    arguments = {"patch_size": 16, **SIZES[size], **kwargs, "mlp_layer": ffn_layer(variant, **settings)}
+    if use_naflex is None:
+        use_naflex = os.environ.get("TIMM_USE_NAFLEXVIT", "false").lower() == "true"
+    if use_naflex:
+        model = _create_naflexvit_from_classic(name, pretrained, **arguments)
+    else:
+        model = build_model_with_cfg(
+            VisionTransformer,
+            name,
+            pretrained,
+            pretrained_filter_fn=_load_filter,
+            feature_cfg={"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"},
+            **arguments,
+        )
+    if sum(isinstance(module, TimmFFN) for module in model.modules()) < arguments["depth"]:
+        raise ValueError(
+            f"{name}: block_fn={kwargs.get('block_fn')!r} builds blocks without the {variant} FFN; "
+            "use a block that calls its mlp_layer, such as timm's Block, ResPostBlock or ParallelThingsBlock"
+        )
+    return model
 
 
-def _entrypoint(size: str, variant: str) -> Callable[..., VisionTransformer]:
+def _entrypoint(size: str, variant: str) -> Callable[..., VisionTransformer | NaFlexVit]:
     name = model_name(size, variant)
 
-    def create(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-        return _create(name, size, variant, pretrained, kwargs)
+    def create(
+        pretrained: bool = False, use_naflex: bool | None = None, **kwargs: Any
+    ) -> VisionTransformer | NaFlexVit:
+        return _create(name, size, variant, pretrained, use_naflex, kwargs)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"ViT-{size.capitalize()}/16 at 224 pixels with the `{variant}` FFN."

@@ -28,7 +28,7 @@ PASSES = ("forward", "backward", "both")
 PARTS = ("layer", "mixture")
 PEERS = ("naive", "liger")
 IMPLEMENTATIONS = tuple(dict.fromkeys((*BACKENDS, *mixture.IMPLEMENTATIONS, *PEERS)))
-UNCOMPILED = ("cpu", "blocks", "liger")
+UNCOMPILED = ("cpu", "liger")
 """Never measured in mode compiled: two backends leave that to Inductor, Liger has kernels of its own."""
 
 

@@ -99,28 +99,20 @@ def without_compiler(monkeypatch):
     compiled._tried.cache_clear()
 
 
-def test_without_a_compiler_auto_does_without_and_says_so_once(without_compiler, caplog):
+def test_without_a_compiler_it_does_without_and_says_so_once(without_compiler, caplog):
     ffn, x = make("qdmoa", 64), torch.randn(ENOUGH, 24)
-    ffn.backend = "auto"
     with caplog.at_level(logging.WARNING, "moa_ffn"):
-        assert ffn.choose_backend(x) == "blocks"
         out = ffn(x)
     assert torch.allclose(out, written_out(ffn, x), atol=1e-5)
     (record,) = caplog.records
     assert "InvalidCxxCompiler: No working C++ compiler found" in record.message
     assert "\n" not in record.message
-    ffn.backend = "cpu"
-    with pytest.raises(ValueError, match="backend='cpu' cannot run: torch's Inductor cannot compile"):
-        ffn(x)
 
 
 def test_the_switch_is_obeyed_in_silence(monkeypatch, caplog):
     monkeypatch.setenv(compiled.SWITCH, "0")
-    ffn, x = make("qdmoa", 64), torch.randn(ENOUGH, 24)
-    with pytest.raises(ValueError, match="MOA_FFN_COMPILE=0"):
-        ffn(x)
-    ffn.backend = "auto"
-    assert ffn.choose_backend(x) == "blocks"
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    make("qdmoa", 64)(torch.randn(ENOUGH, 24))
     assert not caplog.records
 
 

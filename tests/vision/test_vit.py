@@ -4,13 +4,18 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import set_scriptable
+from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from moa_ffn import FFN, VARIANTS
 from moa_vision.vit import FFN_ARGUMENTS, SIZES, ffn_settings, model_name
@@ -114,6 +119,9 @@ def test_arguments_reach_the_ffn():
         ({"ffn_gate_activations": "gelu,swish"}, "unknown activation 'swish'"),
         ({"act_layer": "relu"}, "act_layer must be left out"),
         ({"scale_mlp_norm": True}, "scale_mlp_norm=True"),
+        ({"mlp_layer": nn.Identity}, "mlp_layer must be left out"),
+        ({"block_fn": ParallelScalingBlock}, "block_fn=.*ParallelScalingBlock.* without the qdmoa FFN"),
+        ({"use_naflex": True, "attn_type": "eva"}, "without the qdmoa FFN"),
     ],
 )
 def test_bad_arguments_say_what_is_allowed(arguments, message):
@@ -208,11 +216,102 @@ def test_set_input_size_and_reset_classifier():
     assert model(images(2, 3, 48, 64)).shape == (2, 5)
 
 
-@pytest.mark.parametrize("variant", ["gelu", "bila", "swiglu", "qdmoa"])
-def test_torch_export(variant):
-    model, x = vit(model_name("tiny", variant)).eval(), images(2, 3, 32, 32)
-    exported = torch.export.export(model, (x,), strict=False)
-    torch.testing.assert_close(exported.module()(x), model(x))
+def traced_by_timm(model: VisionTransformer, x: Tensor) -> nn.Module:
+    """What timm's own tests trace: torchvision's extractor with timm's leaves."""
+    settings = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
+    settings["param_shapes_constant"] = True
+    _, nodes = get_graph_node_names(model, tracer_kwargs=settings)
+    graph = create_feature_extractor(model, {nodes[-1]: "out"}, tracer_kwargs=settings)
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.graph = graph
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.graph(x)["out"]
+
+    return Last()
+
+
+def traced(model: VisionTransformer, x: Tensor):
+    with torch.no_grad():
+        return torch.jit.trace(model, x)
+
+
+def exported(model: VisionTransformer, x: Tensor):
+    return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+
+
+TOOLS = {
+    "fx": lambda model, x: torch.fx.symbolic_trace(model),
+    "torchvision": traced_by_timm,
+    "script": lambda model, x: torch.jit.script(model),
+    "fx, script": lambda model, x: torch.jit.script(traced_by_timm(model, x)),
+    "trace": traced,
+    "export": exported,
+}
+
+
+GRAPH_WARNINGS = pytest.mark.filterwarnings(  # of torch.jit, of tracing timm's models, of every fx.GraphModule
+    "ignore:.*torch.jit", "ignore::torch.jit.TracerWarning", "ignore:The TorchScript type system:UserWarning"
+)
+
+
+@GRAPH_WARNINGS
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("variant", ["bila", "qdmoa"])
+def test_graphs_compute_batches_of_any_size(variant, tool):
+    set_scriptable(True)
+    model = vit(model_name("tiny", variant)).eval()
+    set_scriptable(False)
+    graph = TOOLS[tool](model, images(2, 3, 32, 32))
+    for batch in (2, 3, 1):
+        x = images(batch, 3, 32, 32)
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@GRAPH_WARNINGS
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # onnx's
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_onnx(dynamo, tmp_path):
+    model, x = vit().eval(), images(2, 3, 32, 32)
+    batch: dict[str, Any] = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)} if dynamo else {}
+    batch = batch or {"dynamic_axes": {"x": {0: "batch"}, "y": {0: "batch"}}}
+    torch.onnx.export(
+        model,
+        (x,),
+        tmp_path / "vit.onnx",
+        dynamo=dynamo,
+        input_names=["x"],
+        output_names=["y"],
+        verbose=False,
+        **batch,
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "vit.onnx")
+    for count in (2, 5):
+        x = images(count, 3, 32, 32)
+        (y,) = session.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [ResPostBlock, ParallelThingsBlock])
+def test_blocks_that_call_their_mlp_layer(block):
+    model = vit(block_fn=block)
+    assert len(ffns(model)) == len(model.blocks) * (2 if block is ParallelThingsBlock else 1)
+    assert model(images(1, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_naflex_is_the_same_function(pool, monkeypatch):
+    monkeypatch.setenv("TIMM_USE_NAFLEXVIT", "true")
+    naflex: Any = timm.create_model("vit_tiny_patch16_qdmoa", **SMALL, global_pool=pool).eval()
+    assert isinstance(naflex, NaFlexVit) and len(ffns(naflex)) == 2
+    classic = vit(use_naflex=False, global_pool=pool).eval()
+    state = {name: value.clone() for name, value in classic.state_dict().items()}  # timm changes cls_token in place
+    naflex.load_state_dict(checkpoint_filter_fn(state, naflex))
+    x = images(2, 3, 32, 32)
+    torch.testing.assert_close(naflex(x), classic(x))
 
 
 def test_pretrained_configuration_and_overlay(tmp_path: Path):
