@@ -333,10 +333,13 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
         """Load-balancing and z-loss, means of the layers. Masks that are not (B, T) do not say what is padding."""
         assert outputs.last_hidden_state is not None and outputs.router_logits is not None
         if outputs.last_hidden_state.requires_grad and not outputs.router_logits[-1].requires_grad:
-            *earlier, last = self.model.layers
-            inputs = (self.model.embed_tokens, *earlier, last.self_attn, last.mlp.router)  # of the last router
-            if any(parameter.requires_grad for module in inputs for parameter in module.parameters()):
-                raise ValueError("use_reentrant=True: the routers' losses would get no gradient; allowed: False")
+            blocks: Any = self.model.layers
+            before = (self.model.embed_tokens, *blocks[:-1], blocks[-1].self_attn, blocks[-1].mlp.router)
+            if any(parameter.requires_grad for module in before for parameter in module.parameters()):
+                raise ValueError(
+                    "use_reentrant=True of gradient checkpointing gives the routers' losses no gradient: pass "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False}'
+                )
         batch, tokens = outputs.last_hidden_state.shape[:2]
         mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         mask = None if mask is None else mask[:, -tokens:]  # with a cache it covers the past too

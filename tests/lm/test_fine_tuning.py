@@ -1,6 +1,8 @@
 """Models of moa_lm in peft's hands: wrapped heads, stacked experts, checkpointing; and the page about it."""
 
+import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,8 @@ def test_lora_on_all_linear_layers_with_checkpointing(fields, tiny, tokens):
         model(input_ids=input_ids, labels=input_ids).loss.backward()
         found.append(gradients(model))
     torch.testing.assert_close(found[1], found[0])
+    adapted = model.eval()(input_ids=input_ids).logits
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=input_ids).logits, adapted, rtol=1e-4, atol=1e-4)
     assert {"q_proj", "gate_proj", "mix_proj"} <= {name.split(".lora")[0].rsplit(".", 1)[1] for name in found[0]}
 
 
@@ -114,3 +118,17 @@ def test_routers_losses_under_an_adapter_refuse_reentrant_checkpoints(tiny, toke
     model = peft.get_peft_model(model, lora(target_modules=["q_proj"])).train()
     with pytest.raises(ValueError, match="use_reentrant=True"):
         model(input_ids=tokens(2, 9), labels=tokens(2, 9))
+
+
+def test_the_page_s_code_runs(tiny, tmp_path, monkeypatch):
+    """Block after block, those of libraries that are not installed left out."""
+    monkeypatch.chdir(tmp_path)
+    tiny(**EXPERTS).save_pretrained("models/moe")
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    scope: dict[str, Any] = {}
+    for block in blocks:
+        needed = {library for library in ("bitsandbytes", "torchao") if library in block.lower()}
+        if all(find_spec(library) for library in needed):
+            exec(block, scope)
+    assert len(blocks) == 5
+    assert (tmp_path / "models" / "moe_tuned" / "model.safetensors").is_file()
