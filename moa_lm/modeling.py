@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from moa_ffn import FFN
-from moa_ffn.blocks import is_plain
+from moa_ffn.torch_internals import has_hooks
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.convert import from_llama
 from moa_lm.loss import IGNORED_LABEL, linear_cross_entropy, module_cross_entropy
@@ -373,8 +373,13 @@ def _is_matrix(head: nn.Module) -> bool:
     Adapters, quantizers and parametrizations replace its class or weight, FSDP adds hooks, accelerate's offloading
     replaces `forward` in the instance.
     """
-    plain = isinstance(head, nn.Linear) and is_plain(head, head.weight.dtype)
-    return plain and head.bias is None and "forward" not in vars(head)
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(head.weight) in (Tensor, nn.Parameter)
+        and not has_hooks(head)
+        and "forward" not in vars(head)
+    )
 
 
 def document_positions(input_ids: Tensor, end_of_text: int) -> Tensor:
