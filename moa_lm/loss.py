@@ -11,12 +11,14 @@ dtype; here both passes compile into one graph, and gradients are summed in floa
 Shapes: N tokens, D width, V vocabulary.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moa_lm.dispatch import compute_dtype
 
@@ -31,7 +33,7 @@ class CrossEntropy(NamedTuple):
     """Losses in nats, float32 (float64 of float64 logits).
 
     total: (), sum over the labels that count; it has the gradient.
-    tokens: (N,), each token's, 0 where the label is ignored; without gradient.
+    tokens: shaped as the labels, each token's, 0 where the label is ignored; without gradient.
     """
 
     total: Tensor
@@ -70,6 +72,32 @@ def linear_cross_entropy(
     return CrossEntropy(total, tokens)
 
 
+def module_cross_entropy(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, *, ignore_index: int = IGNORED_LABEL
+) -> CrossEntropy:
+    """Cross-entropy of softmax(head(hidden)) with the labels, by chunks of tokens.
+
+    For heads that are more than a matrix: with an adapter, a bias, hooks, or a quantized or sharded weight. Each
+    chunk's logits are computed a second time, in the backward pass.
+
+    Args:
+        hidden: (..., T, D).
+        head: maps (..., t, D) to logits (..., t, V), each token on its own.
+        labels: (..., T) int64, 0 <= label < V or `ignore_index`.
+        ignore_index: labels of this value count in no loss and give no gradient.
+    """
+
+    def losses(x: Tensor, target: Tensor) -> Tensor:
+        logits = head(torch.where((target != ignore_index).unsqueeze(-1), x, 0.0))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+        flat = target.to(logits.device).flatten()
+        return F.cross_entropy(logits, flat, reduction="none", ignore_index=ignore_index).view(target.shape)
+
+    chunks = [checkpoint(losses, *chunk, use_reentrant=False) for chunk in _chunks(hidden, labels)]
+    tokens = torch.cat(chunks, dim=-1)
+    return CrossEntropy(tokens.sum(), tokens.detach())
+
+
 def _compute(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -102,8 +130,10 @@ def _compute(
 
 
 def _chunks(hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    size = max(MIN_CHUNK, -(-hidden.shape[0] // MAX_CHUNKS))
-    return zip(hidden.split(size), labels.split(size), strict=True)
+    """Pieces of hidden (..., T, D) and labels (..., T) along T."""
+    rows = max(1, math.prod(labels.shape[:-1]))
+    size = -(-max(MIN_CHUNK, -(-labels.numel() // MAX_CHUNKS)) // rows)
+    return zip(hidden.split(size, labels.ndim - 1), labels.split(size, -1), strict=True)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:

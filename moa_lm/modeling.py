@@ -24,9 +24,10 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from moa_ffn import FFN
+from moa_ffn.torch_internals import has_hooks
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.convert import from_llama
-from moa_lm.loss import IGNORED_LABEL, linear_cross_entropy
+from moa_lm.loss import IGNORED_LABEL, linear_cross_entropy, module_cross_entropy
 from moa_lm.moe import Experts, MoE, TopKRouter, load_balancing_loss, router_z_loss
 from moa_lm.transformers_internals import (
     CACHE,
@@ -254,7 +255,8 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
             logits_to_keep: 0 for all positions, n for the last n, or the positions' indices.
             output_router_logits: return every layer's router logits; None takes the configuration's.
             skip_logits: compute the loss without the logits of all tokens (see `moa_lm.loss`); `logits` is None, and
-                `sequence_losses` are there. None is False: the logits are returned.
+                `sequence_losses` are there. None is False: the logits are returned. An `lm_head` that is wrapped
+                (adapter, quantized or sharded weight, hooks) is called for one chunk of tokens at a time.
             kwargs: `shift_labels` (B, T) in place of `labels`: each position's next token, shifted already.
                 `num_items_in_batch`, the number of labels of the whole accumulated batch, turns the mean of the
                 loss into a share of that batch's mean, and the routers' losses too.
@@ -318,18 +320,26 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
     def _losses(self, hidden: Tensor, shift_labels: Tensor, items: int | Tensor | None) -> tuple[Tensor, Tensor]:
         """The mean loss, or its share of `items`, and each sequence's mean (B,), of hidden (B, T, D)."""
         labels = shift_labels.to(hidden.device)
-        found = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
+        if _is_matrix(self.lm_head):
+            found = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
+        else:
+            found = module_cross_entropy(hidden, self.lm_head, labels)
+        labels = labels.to(found.tokens.device)
         counts = (labels != IGNORED_LABEL).sum(-1)
-        divisor = counts.sum().clamp_min(1) if items is None else torch.as_tensor(items, device=hidden.device)
+        divisor = counts.sum().clamp_min(1) if items is None else torch.as_tensor(items, device=labels.device)
         return found.total / divisor, found.tokens.view_as(labels).sum(-1) / counts.clamp_min(1)
 
     def _router_losses(self, outputs: MoAModelOutput, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Load-balancing and z-loss, means of the layers. Masks that are not (B, T) do not say what is padding."""
         assert outputs.last_hidden_state is not None and outputs.router_logits is not None
         if outputs.last_hidden_state.requires_grad and not outputs.router_logits[-1].requires_grad:
-            trainable = [module.weight.requires_grad for module in self.modules() if isinstance(module, TopKRouter)]
-            if any(trainable):
-                raise ValueError("use_reentrant=True: the routers' losses would get no gradient; allowed: False")
+            blocks: Any = self.model.layers
+            before = (self.model.embed_tokens, *blocks[:-1], blocks[-1].self_attn, blocks[-1].mlp.router)
+            if any(parameter.requires_grad for module in before for parameter in module.parameters()):
+                raise ValueError(
+                    "use_reentrant=True of gradient checkpointing gives the routers' losses no gradient: pass "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False}'
+                )
         batch, tokens = outputs.last_hidden_state.shape[:2]
         mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         mask = None if mask is None else mask[:, -tokens:]  # with a cache it covers the past too
@@ -355,6 +365,21 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
             items = (shift_labels != IGNORED_LABEL).sum()
             extra = extra * (items / num_items_in_batch).to(extra.device)
         return lm_loss + extra.to(lm_loss.device)
+
+
+def _is_matrix(head: nn.Module) -> bool:
+    """Whether `head` computes hidden weight^T and nothing else.
+
+    Adapters, quantizers and parametrizations replace its class or weight, FSDP adds hooks, accelerate's offloading
+    replaces `forward` in the instance.
+    """
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(head.weight) in (Tensor, nn.Parameter)
+        and not has_hooks(head)
+        and "forward" not in vars(head)
+    )
 
 
 def document_positions(input_ids: Tensor, end_of_text: int) -> Tensor:

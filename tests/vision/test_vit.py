@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+import peft
 import pytest
 import timm
 import torch
@@ -196,6 +197,21 @@ def test_gradient_checkpointing_changes_nothing():
     model(x).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, plain[name], msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the peft library
+def test_lora_on_projections_is_what_it_is_merged():
+    """Adapted layers compute by modules, merged ones by whatever backend is the fastest."""
+    model = timm.create_model("vit_tiny_patch16_qdmoa", depth=2, img_size=64, num_classes=4).eval()
+    images = torch.randn(2, 3, 64, 64)
+    plain = model(images)
+    lora = peft.LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora).eval()
+    out = adapted(images)
+    out.sum().backward()
+    assert all(p.grad.any() for p in adapted.parameters() if p.requires_grad)
+    assert not torch.allclose(out, plain, atol=0.1)
+    torch.testing.assert_close(adapted.merge_and_unload()(images), out, rtol=1e-4, atol=1e-4)
 
 
 def test_parameter_groups():
