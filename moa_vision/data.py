@@ -86,7 +86,7 @@ class ImageBatch(NamedTuple):
     Attributes:
         images: (B, 3, H, W) uint8, channels-last in memory.
         noise: (B, L) float32, uniform in [0, 1).
-        keys: B sample keys.
+        keys: B sample names, SHARD/KEY; see `ShardIndex.name`.
         labels: (B,) int64, -1 where there is none.
         bad: samples that could not be used while the batch was made.
         failure: why nothing can follow, where that is so: the batch is cut short there, and is not to be used. What a
@@ -160,7 +160,7 @@ class TrainSamples(Dataset[ImageBatch]):
 
 
 class ValSamples(Dataset[ImageBatch]):
-    """Central crops by sample number; the noise is a function of the sample's key alone."""
+    """Central crops by sample number; the noise is a function of the sample's name (shard and key) alone."""
 
     def __init__(self, index: ShardIndex, config: DataConfig, image_size: tuple[int, int], num_patches: int) -> None:
         open_files = None if index.cache_limit is None else 1
@@ -181,7 +181,7 @@ class ValSamples(Dataset[ImageBatch]):
                 continue
             height, width = image.shape[:2]
             box = central_box(height, width, self.image_size, self.config.val_crop_pct)
-            digest = hashlib.sha256(index.table.key(sample).encode()).digest()
+            digest = hashlib.sha256(index.name(sample).encode(errors="replace")).digest()
             stream = generator(np.frombuffer(digest[:16], np.uint64), 0, 0)
             batch.add(sample, image, box, stream, flip=False)
         return batch.done()
@@ -191,7 +191,7 @@ class _Builder:
     """Fills a batch's tensors in place."""
 
     def __init__(self, index: ShardIndex, size: int, image_size: tuple[int, int], num_patches: int) -> None:
-        self.table = index.table
+        self.index = index
         self.images = torch.empty(size, *image_size, 3, dtype=torch.uint8)
         self.noise = torch.empty(size, num_patches)
         self.samples: list[int] = []
@@ -208,8 +208,8 @@ class _Builder:
         return ImageBatch(
             self.images[:count].permute(0, 3, 1, 2),
             self.noise[:count],
-            [self.table.key(sample) for sample in self.samples],
-            torch.from_numpy(self.table.labels[self.samples].astype(np.int64)),
+            [self.index.name(sample) for sample in self.samples],
+            torch.from_numpy(self.index.table.labels[self.samples].astype(np.int64)),
             self.bad,
             failure,
         )

@@ -10,8 +10,10 @@ import logging
 import os
 import re
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,15 +71,24 @@ class ShardIndex:
     def identity(self) -> dict[str, str]:
         """Checksums that tell these samples, in this order, from others, wherever they lie.
 
-        Of their keys and sizes, by shard, and of the shards' bytes where manifests say what those are.
+        Of their names and sizes, and of the shards' bytes where manifests say what those are.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256("\n".join(self.shard_names).encode(errors="replace"))
         for column in (self.table.key_bytes, self.table.key_ends, self.table.sizes, self.starts):
             digest.update(np.ascontiguousarray(column).data)
         found = {"samples": digest.hexdigest()}
         sums = [shard.sha256 for shard in self.shards if shard.sha256]
         whole = len(sums) == len(self.shards)
         return found | ({"shards": hashlib.sha256("".join(sums).encode()).hexdigest()} if whole else {})
+
+    @cached_property
+    def shard_names(self) -> tuple[str, ...]:
+        """Short names of the shards; see `short_names`."""
+        return short_names([shard.url for shard in self.shards])
+
+    def name(self, sample: int) -> str:
+        """The identity of a sample, SHARD/KEY: other shards may hold the same key."""
+        return f"{self.shard_names[self.shard_of(sample)]}/{self.table.key(sample)}"
 
     def shard_of(self, sample: int) -> int:
         """The number of the shard that holds a sample."""
@@ -235,6 +246,20 @@ def expand(pattern: str) -> list[str]:
     if not names:
         raise ValueError(f"{pattern!r} names no shard: {_ALLOWED}")
     return names
+
+
+def short_names(urls: Sequence[str]) -> tuple[str, ...]:
+    """The file names of shards without ".tar", with as many folders before them as tell all of them apart.
+
+    So they stay the same when a data set is moved. Addresses that differ elsewhere only (in a query) stay whole.
+    """
+    plain = [url.split("?")[0] if cache.is_remote(url) else url for url in urls]
+    paths = [re.sub(r"\.(tar|tgz)\b[^/]*$", "", url, flags=re.IGNORECASE).split("/") for url in plain]
+    for depth in range(1, max(map(len, paths), default=0) + 1):
+        names = tuple("/".join(path[-depth:]) for path in paths)
+        if len(set(names)) == len(names):
+            return names
+    return tuple(urls)
 
 
 def _expand_local(part: str) -> list[str]:

@@ -6,6 +6,7 @@ A source lists its images as `items`, cheap to send to another process, and read
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +17,7 @@ from PIL import Image
 from moa_vision import cache
 from moa_vision.cache import Shard
 from moa_vision.images import ImageError
-from moa_vision.index import MANIFEST, expand, read_manifest
+from moa_vision.index import MANIFEST, expand, read_manifest, short_names
 from moa_vision.table import IMAGE_EXTENSIONS, Member, scan_tar
 
 
@@ -116,10 +117,10 @@ class TarSource:
             else:
                 shards.append(Shard(name))
         rows: list[tuple[str, str, tuple[Any, ...]]] = []
-        for shard in shards:
+        for shard, short in zip(shards, short_names([shard.url for shard in shards]), strict=True):
             path = cache.local_path(shard, cache_dir)
             for key, members in scan_tar(path, shard.url)[0].items():
-                rows.append((key, f"{shard.url.rsplit('/', 1)[-1]}/{key}", (path, members)))
+                rows.append((key, f"{short}/{key}", (path, members)))
         keys = _keys([row[0] for row in rows])
         self.items = [Item(key, name, where) for key, (_, name, where) in zip(keys, rows, strict=True)]
 
@@ -243,12 +244,12 @@ def _files_below(folder: Path) -> Iterator[Path]:
 def _keys(names: list[str]) -> list[str]:
     """Names as keys: short, plain characters, no dot (webdataset ends a key there), no two alike."""
     keys: dict[str, None] = {}
+    attempts: Counter[str] = Counter()  # a name may occur in every tar
     for name in names:
         plain = key = re.sub(r"[^A-Za-z0-9_-]", "_", name)
-        attempt = 0
         while len(key) > 80 or key in keys:
-            key = f"{plain[:64]}-{cache.short_hash(name, attempt)[:12]}"
-            attempt += 1
+            key = f"{plain[:64]}-{cache.short_hash(name, attempts[name])[:12]}"
+            attempts[name] += 1
         keys[key] = None
     return list(keys)
 

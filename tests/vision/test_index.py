@@ -25,7 +25,7 @@ from moa_vision import cache
 from moa_vision.cache import DataError, LostShard, Shard, local_path
 from moa_vision.data import DataConfig, val_loader
 from moa_vision.images import ImageError
-from moa_vision.index import ShardReader, expand, open_index, parse_manifest
+from moa_vision.index import ShardReader, expand, open_index, parse_manifest, short_names
 from moa_vision.shards import ShardSettings, make_shards
 from moa_vision.table import SampleTable, index_tar
 
@@ -305,7 +305,8 @@ def test_workers_fetch_the_shards_that_they_need(packed, tmp_path, serve):
     options = {"image_size": (16, 16), "num_patches": 1, "batch_size": 4}
     config = DataConfig(train="", workers=2)
     batches = list(val_loader(open_index(server.url, tmp_path / "cache"), config, **options))
-    assert [key for batch in batches for key in batch.keys] == keys_of(open_index(str(packed)))
+    local = open_index(str(packed))
+    assert [key for batch in batches for key in batch.keys] == [local.name(i) for i in range(len(local))]
     shards = [name for name in server.requests if name.endswith(".tar")]
     assert sorted(shards) == sorted(path.name for path in packed.glob("*.tar"))
 
@@ -557,6 +558,16 @@ def test_a_local_shard_that_fails_for_once_is_opened_again(shards, tmp_path, fai
     failing(name, 2)
     with pytest.raises((OSError, LostShard), match="Stale file handle"):
         (reader if name != "open" else ShardReader(index)).read(0)
+
+
+@pytest.mark.parametrize(("urls", "names"), [
+    (["/x/t-0.tar", "/x/t-1.tar.gz", "t-2.TGZ"], ["t-0", "t-1", "t-2"]),
+    (["https://h/t-0.tar?token=a/b", "pipe:aws s3 cp s3://b/t-1.tar -"], ["t-0", "t-1"]),
+    (["a/t.tar", "b/t.tar", "b/c.tar"], ["a/t", "b/t", "b/c"]),
+    (["https://h/get?file=0.tar", "https://h/get?file=1.tar"], ["https://h/get?file=0.tar", "https://h/get?file=1.tar"]),
+])  # fmt: skip
+def test_short_names_tell_shards_apart(urls, names):
+    assert short_names(urls) == tuple(names)
 
 
 def test_a_files_name_is_no_command(tmp_path, monkeypatch):

@@ -369,10 +369,10 @@ def test_tars_keep_their_labels_and_json(tmp_path, write_tar, encode, photos):
     )
     write_tar(tmp_path / "in" / "b.tar", [("x.jpg", encode(photos[2])), ("x.json", b"[1]")])
     (report,) = make_shards(str(tmp_path / "in"), tmp_path / "out")
-    assert {entry["source"] for entry in report.skipped} == {"a.tar/z", "a.tar/bad"}
+    assert {entry["source"] for entry in report.skipped} == {"a/z", "a/bad"}
     about = {entry["source"]: entry for entry in json_by_key(tmp_path / "out").values()}
-    assert about["a.tar/x"]["caption"] == "a face" and about["a.tar/x"]["width"] == photos[0].width
-    assert about["b.tar/x"]["json"] == [1]
+    assert about["a/x"]["caption"] == "a face" and about["a/x"]["width"] == photos[0].width
+    assert about["b/x"]["json"] == [1]
     index = open_index(str(tmp_path / "out"))
     labels = dict(zip(by_key(tmp_path / "out"), index.table.labels.tolist(), strict=True))
     assert labels.pop("x") == 3 and set(labels.values()) == {-1} and len(labels) == 2
