@@ -30,6 +30,9 @@ class DataConfig:
         train: Training shards: a folder of scripts/make_shards.py, or tars by path, {brace}, glob, http(s)://,
             hf:// or pipe:command; several joined by "::".
         val: Validation shards, named likewise; none: no validation.
+        image_key: The image among a sample's members: of KEY.input.jpg, input.jpg; several in order of preference,
+            "input.jpg;jpg". Null: jpg, png, ..., or the only member with such a suffix. Of no use to shards of
+            scripts/make_shards.py.
         window_shards: Shards whose samples are shuffled together; reading stays within this many files.
         repeats: Crops made of one decoded image, at consecutive positions; an epoch shows 1/repeats of the images.
         crop_scale: Smallest and largest area of a training crop, as a fraction of the image.
@@ -48,6 +51,7 @@ class DataConfig:
 
     train: str
     val: str | None = None
+    image_key: str | None = None
     window_shards: int = 8
     repeats: int = 1
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -64,6 +68,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         low, high = self.crop_scale
         allowed = {
+            "image_key": (self.image_key is None or bool(self.image_key.strip(" .;")), "a name such as input.jpg"),
             "window_shards": (self.window_shards >= 1, "1 or more"),
             "repeats": (self.repeats >= 1, "1 or more"),
             "crop_scale": (0 < low <= high <= 1, "two fractions, 0 < smallest <= largest <= 1"),

@@ -177,7 +177,12 @@ class ShardReader:
         return opened.file
 
 
-def open_index(pattern: str, cache_dir: str | Path | None = None, cache_gib: float | None = None) -> ShardIndex:
+def open_index(
+    pattern: str,
+    cache_dir: str | Path | None = None,
+    cache_gib: float | None = None,
+    image_key: str | None = None,
+) -> ShardIndex:
     """Resolves `pattern` and indexes its shards.
 
     Args:
@@ -186,6 +191,7 @@ def open_index(pattern: str, cache_dir: str | Path | None = None, cache_gib: flo
             holds our manifest. Tars may be compressed by gzip.
         cache_dir: for the indices that are built, and for remote and compressed shards; see `default_cache_dir`.
         cache_gib: GiB of shards that are kept there; those that were not used for longest go. None: no limit.
+        image_key: which member is the image, as in `moa_vision.table.image_member`; of no use to our manifest.
 
     Raises:
         ValueError: if the pattern names nothing.
@@ -196,7 +202,7 @@ def open_index(pattern: str, cache_dir: str | Path | None = None, cache_gib: flo
     sources = [read_manifest(name, folder) if name.endswith(MANIFEST) else Shard(name) for name in expand(pattern)]
     plain = [source for source in sources if isinstance(source, Shard)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        tables = pool.map(lambda shard: _shard_table(shard, folder, limit), plain)
+        tables = pool.map(lambda shard: _shard_table(shard, folder, limit, image_key), plain)
         built = iter(list(tqdm(tables, "indexing shards", len(plain), leave=False, disable=None if plain else True)))
     shards: list[Shard] = []
     columns: list[SampleTable] = []
@@ -219,7 +225,8 @@ def open_index(pattern: str, cache_dir: str | Path | None = None, cache_gib: flo
     if len(set(urls)) < len(urls):
         raise ValueError(f"shard {max(urls, key=urls.count)} is named twice by {pattern!r}; name each once")
     if not sum(counts):
-        raise DataError(f"{pattern!r} holds no sample with an image ({', '.join(IMAGE_EXTENSIONS)})")
+        first = f"; the first, {problems[0].key} in {problems[0].shard}: {problems[0].reason}" if problems else ""
+        raise DataError(f"{pattern!r} holds no sample with an image ({', '.join(IMAGE_EXTENSIONS)}){first}")
     if problems:
         log.warning("%d problems in the shards of %s, the first: %s", len(problems), pattern, problems[0])
     table = SampleTable.concatenate(columns)
@@ -371,7 +378,9 @@ def parse_manifest(text: bytes) -> dict[str, Any]:
     return manifest
 
 
-def _shard_table(shard: Shard, cache_dir: Path, limit: int | None) -> tuple[SampleTable, list[BadSample]]:
+def _shard_table(
+    shard: Shard, cache_dir: Path, limit: int | None, image_key: str | None
+) -> tuple[SampleTable, list[BadSample]]:
     """A shard's rows from the index kept in the cache, or from its headers (and then kept).
 
     A kept index belongs to a local shard's path, size and time of change, or to a remote shard's address, whose
@@ -383,17 +392,17 @@ def _shard_table(shard: Shard, cache_dir: Path, limit: int | None) -> tuple[Samp
         if not cache.is_remote(shard.url):
             stat = Path(shard.url).stat()
             identity = (Path(shard.url).resolve(), stat.st_size, stat.st_mtime_ns)
-        kept = cache_dir / "index" / f"{cache.short_hash(*identity)}.safetensors"
+        kept = cache_dir / "index" / f"{cache.short_hash(*identity, image_key)}.safetensors"
         try:
             return SampleTable.from_bytes(kept.read_bytes())
         except (OSError, ValueError):  # absent, or not whole: built (again)
             opened = cache.open_shard(
-                shard, cache_dir, lambda path: fetched.append(index_tar(path, shard.url)), limit
+                shard, cache_dir, lambda path: fetched.append(index_tar(path, shard.url, image_key)), limit
             )
     except OSError as error:
         raise DataError(f"cannot read shard {shard.url}: {error}") from error
     try:
-        table, problems = fetched[-1] if fetched else index_tar(opened.path, shard.url)
+        table, problems = fetched[-1] if fetched else index_tar(opened.path, shard.url, image_key)
     finally:
         opened.close()
     try:

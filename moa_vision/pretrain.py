@@ -233,7 +233,7 @@ class MAETask:
 
     def _opened(self, key: str, pattern: str) -> ShardIndex:
         try:
-            return open_index(pattern, self.data.cache_dir, self.data.cache_gib)
+            return open_index(pattern, self.data.cache_dir, self.data.cache_gib, self.data.image_key)
         except DataError:
             raise
         except (OSError, RuntimeError) as error:  # a path that cannot be: too long, or in the home of nobody

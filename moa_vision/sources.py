@@ -18,7 +18,7 @@ from moa_vision import cache
 from moa_vision.cache import Shard
 from moa_vision.images import ImageError
 from moa_vision.index import MANIFEST, expand, read_manifest, short_names
-from moa_vision.table import IMAGE_EXTENSIONS, Member, scan_tar
+from moa_vision.table import IMAGE_EXTENSIONS, Member, image_member, scan_tar
 
 
 class Item(NamedTuple):
@@ -52,13 +52,15 @@ class Source(Protocol):
         ...
 
 
-def open_source(text: str, cache_dir: str | Path | None = None) -> Source:
+def open_source(text: str, cache_dir: str | Path | None = None, image_key: str | None = None) -> Source:
     """The source that `text` names.
 
     Args:
         text: a folder of images (the folders in it are the classes) | tars as in `open_index` |
             torchvision:NAME:root=DIR[:split=train][:ARGUMENT=VALUE...] | hf:NAME[:config=NAME][:split=train].
         cache_dir: for remote and compressed tars.
+        image_key: which member of a tar's sample is the image, as in `moa_vision.table.image_member`; or which column
+            of a Hugging Face data set.
 
     Raises:
         ValueError: if it names none, or an empty one.
@@ -66,11 +68,11 @@ def open_source(text: str, cache_dir: str | Path | None = None) -> Source:
     if text.startswith("torchvision:"):
         source: Source = TorchvisionSource(text)
     elif text.startswith("hf:") and not text.startswith("hf://"):
-        source = HubSource(text)
+        source = HubSource(text, image_key)
     elif Path(text).is_dir() and not (Path(text) / MANIFEST).exists() and not list(Path(text).glob("*.tar*")):
         source = FolderSource(Path(text))
     else:
-        source = TarSource(text, cache.default_cache_dir() if cache_dir is None else Path(cache_dir))
+        source = TarSource(text, cache.default_cache_dir() if cache_dir is None else Path(cache_dir), image_key)
     if not source.items:
         raise ValueError(f"source {text!r} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
     return source
@@ -106,7 +108,8 @@ class FolderSource:
 class TarSource:
     """Samples of existing shards, with their labels and JSON."""
 
-    def __init__(self, pattern: str, cache_dir: Path) -> None:
+    def __init__(self, pattern: str, cache_dir: Path, image_key: str | None = None) -> None:
+        self.image_key = image_key
         shards: list[Shard] = []
         self.label_names: tuple[str, ...] = ()
         for name in expand(pattern):
@@ -127,9 +130,7 @@ class TarSource:
     def read(self, item: Item) -> Raw:
         """See `Source`. Raises ImageError if the sample lacks an image or has a malformed label or JSON."""
         path, members = item.where
-        image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
-        if image is None:
-            raise ImageError(f"no image among its members ({', '.join(members)})")
+        image = image_member(members, self.image_key)
         try:
             label = int(_read(path, members["cls"])) if "cls" in members else None
             extra = json.loads(_read(path, members["json"])) if "json" in members else {}
@@ -141,7 +142,7 @@ class TarSource:
         """See `Source`."""
         path, members = item.where
         stat = path.stat()
-        return stat.st_size, stat.st_mtime_ns, sorted(members.items())
+        return stat.st_size, stat.st_mtime_ns, sorted(members.items()), self.image_key
 
 
 class TorchvisionSource:
@@ -179,9 +180,12 @@ class TorchvisionSource:
 
 
 class HubSource:
-    """A data set that `datasets.load_dataset` finds, on the Hub or in a folder; its first image column is used."""
+    """A data set that `datasets.load_dataset` finds, on the Hub or in a folder.
 
-    def __init__(self, text: str) -> None:
+    Its images are column `image_key`, by default the first of images.
+    """
+
+    def __init__(self, text: str, image_key: str | None = None) -> None:
         import datasets
 
         name, arguments = _parse(text)
@@ -194,8 +198,11 @@ class HubSource:
             raise ValueError(f"source {text!r}: {error}") from error
         kinds = data.features or {}
         images = [column for column, kind in kinds.items() if isinstance(kind, datasets.Image)]
+        if image_key:
+            images = [image_key] if image_key in images else []
         if not images:
-            raise ValueError(f"source {text!r} has no image column, only {', '.join(kinds)}")
+            wanted = f"image column {image_key!r}" if image_key else "image column"
+            raise ValueError(f"source {text!r} has no {wanted}, only {', '.join(kinds)}")
         labels = [column for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
         self.image, self.label = images[0], labels[0] if labels else None
         self.data: Any = data.cast_column(self.image, datasets.Image(decode=False))

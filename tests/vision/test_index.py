@@ -472,6 +472,39 @@ def test_odd_members(tmp_path, write_tar):
         open_index(str(tmp_path / "none.tar"))
 
 
+# webdataset leaves the files that it has read to the garbage collector
+@pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("fields", "image_key", "used"), [
+    (["json", "input.jpg", "cls"], None, "input.jpg"),
+    (["IMAGE.JPG"], None, "image.jpg"),
+    (["1.jpg", "txt"], None, "1.jpg"),
+    (["img"], None, "img"),
+    (["seg.png", "webp", "jpg"], None, "jpg"),
+    (["seg.png", "jpg"], "seg.png", "seg.png"),
+    (["input", "target"], ".Target", "target"),
+    (["input.jpg", "target.jpg"], "jpg;input.jpg", "input.jpg"),
+])  # fmt: skip
+def test_the_image_has_any_field(tmp_path, write_tar, fields, image_key, used):
+    write_tar(tmp_path / "a.tar", [(f"dir/k.{field}", field.encode()) for field in fields])
+    (theirs,) = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    for _ in ("scanned", "kept"):
+        index = open_index(str(tmp_path / "a.tar"), image_key=image_key)
+        assert keys_of(index) == [theirs["__key__"]] and contents(index) == [theirs[used]]
+
+
+@pytest.mark.parametrize(("fields", "image_key", "reason"), [
+    (["input", "txt"], None, r"a.tar: no image among its members \(input, txt\); choose one with data.image_key"),
+    (["jpg", "png"], "webp;input.jpg", r"no webp or input.jpg among its members \(jpg, png\)"),
+    ([f"{i}.jpg" for i in range(9)], None, r"several images \(0.jpg, .*7.jpg, ...\); choose one with data.image_key"),
+])  # fmt: skip
+def test_what_was_found_instead_of_an_image(tmp_path, write_tar, fields, image_key, reason):
+    write_tar(tmp_path / "a.tar", [(f"k.{field}", field.encode()) for field in fields])
+    with pytest.raises(DataError, match=reason):
+        open_index(str(tmp_path / "a.tar"), image_key=image_key)
+    if image_key:
+        assert len(open_index(str(tmp_path / "a.tar"))) == 1, "no index of another image_key is taken"
+
+
 # --- the table ----------------------------------------------------------------------------------------------------
 
 

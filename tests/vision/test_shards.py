@@ -381,6 +381,15 @@ def test_tars_keep_their_labels_and_json(tmp_path, write_tar, encode, photos):
     assert by_key(again.folder) == by_key(tmp_path / "out")
 
 
+def test_the_image_of_a_tar_can_be_chosen(tmp_path, write_tar, encode, photos):
+    pair = [encode(photo) for photo in photos[:2]]
+    write_tar(tmp_path / "in.tar", [("x.input.jpg", pair[0]), ("x.target.jpg", pair[1])])
+    with pytest.raises(DataError, match=r"several images \(input.jpg, target.jpg\); choose one with .*--image-key"):
+        make_shards(str(tmp_path / "in.tar"), tmp_path / "none")
+    make_shards(str(tmp_path / "in.tar"), tmp_path / "out", image_key="target.jpg")
+    assert [*by_key(tmp_path / "out").values()] == [pair[1]]
+
+
 def test_torchvision_data_sets(tmp_path, monkeypatch, encode):
     (report,) = make_shards("torchvision:FakeData:size=7:image_size=[3, 40, 60]:num_classes=5", tmp_path / "out")
     assert report.samples == 7
@@ -457,6 +466,9 @@ def test_hugging_face_data_sets(tmp_path, monkeypatch, encode, photos):
     }  # fmt: skip
     (report,) = make_shards(f"hf:{tmp_path}/set:split=train", tmp_path / "out")
     assert report.kept_shards == 1
+    assert len(open_source(f"hf:{tmp_path}/set", image_key="picture").items) == 4
+    with pytest.raises(ValueError, match="has no image column 'mask', only picture, kind, text"):
+        open_source(f"hf:{tmp_path}/set", image_key="mask")
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "set" / "train.parquet")
     for text, message in (
         (f"hf:{tmp_path}/none", "none"),
