@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 
 from moa_train.open_files import OpenFiles
+from moa_train.progress import CountBar
 from moa_vision import cache
 from moa_vision.cache import DataError, LostShard, Shard
 from moa_vision.images import ImageError
@@ -35,6 +35,7 @@ MANIFEST_FORMAT = "moa-vision-shards"
 MANIFEST_VERSION = 1
 
 _ALLOWED = "allowed are a folder of shards, or tars by path, brace or glob"
+_PACK = "pack images first: python scripts/make_shards.py --source {} --out FOLDER"
 _OPEN_FILES = 64  # file descriptors that a reader keeps
 _MAX_SIZE = 2**62  # bytes; a larger one, or as many samples, is a mistake
 _THREADS = 8  # shards indexed or fetched at a time
@@ -203,7 +204,8 @@ def open_index(
     plain = [source for source in sources if isinstance(source, Shard)]
     with ThreadPoolExecutor(_THREADS) as pool:
         tables = pool.map(lambda shard: _shard_table(shard, folder, limit, image_key), plain)
-        built = iter(list(tqdm(tables, "indexing shards", len(plain), leave=False, disable=None if plain else True)))
+        with CountBar(total=len(plain), title="indexing shards", unit="shard") as bar:
+            built = iter([(bar.update(), table)[1] for table in tables])
     shards: list[Shard] = []
     columns: list[SampleTable] = []
     problems: list[BadSample] = []
@@ -233,14 +235,18 @@ def open_index(
     return ShardIndex(tuple(shards), np.cumsum(counts, dtype=np.int64), table, names, tuple(problems), folder, limit)
 
 
-def expand(pattern: str) -> list[str]:
-    """The manifests and shards that a pattern names, in order (`open_index`). Raises ValueError if there are none."""
+def expand(pattern: str, allowed: str = _ALLOWED) -> list[str]:
+    """The manifests and shards that a pattern names, in order (`open_index`).
+
+    Raises:
+        ValueError: if there are none; the message ends in what is `allowed`.
+    """
     names: list[str] = []
     for part in expand_urls(pattern):  # "::" and braces, as webdataset reads them
         if part.startswith("pipe:"):
             names.append(part)
         elif part.startswith("file:") or not cache.is_remote(part):
-            local = _expand_local(re.sub(r"^file:(//)?", "", part))
+            local = _expand_local(re.sub(r"^file:(//)?", "", part), allowed)
             names += [f"./{name}" if cache.is_remote(name) else name for name in local]  # of a file named "pipe:..."
         elif "*" in part and not part.startswith(("http://", "https://")):
             fs, path = cache.filesystem(part)
@@ -251,7 +257,7 @@ def expand(pattern: str) -> list[str]:
         else:
             names.append(f"{part.rstrip('/')}/{MANIFEST}")
     if not names:
-        raise ValueError(f"{pattern!r} names no shard: {_ALLOWED}")
+        raise ValueError(f"{pattern!r} names no shard: {allowed}")
     return names
 
 
@@ -269,7 +275,7 @@ def short_names(urls: Sequence[str]) -> tuple[str, ...]:
     return tuple(urls)
 
 
-def _expand_local(part: str) -> list[str]:
+def _expand_local(part: str, allowed: str) -> list[str]:
     path = Path(part).expanduser()
     if path.is_dir():
         if (path / MANIFEST).exists():
@@ -278,13 +284,20 @@ def _expand_local(part: str) -> list[str]:
         if not found:
             below = [child.name for child in path.iterdir() if (child / MANIFEST).exists()]
             hint = f"; did you mean one of its folders {', '.join(sorted(below))}?" if below else ""
+            if any(_is_image(file) for levels in ("*", "*/*", "*/*/*") for file in path.glob(levels)):
+                hint = f"; {_PACK.format(path)}"
             raise ValueError(f"folder {part!r} holds no {MANIFEST} and no .tar, .tar.gz or .tgz file{hint}")
         return found
-    if has_magic(str(path)):
-        return sorted(glob(str(path), recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
-    if not path.exists():
-        raise ValueError(f"{part!r} does not exist: {_ALLOWED}")
-    return [str(path)]
+    if not has_magic(str(path)) and not path.exists():
+        raise ValueError(f"{part!r} does not exist: {allowed}")
+    found = sorted(glob(str(path), recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+    for image in filter(_is_image, map(Path, found)):
+        raise ValueError(f"{image} is an image, no shard; {_PACK.format(image.parent)}")
+    return found
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower()[1:] in IMAGE_EXTENSIONS
 
 
 class Listed(NamedTuple):

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
-from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from moa_train.durable import sync_file, sync_folder, write_json
+from moa_train.progress import CountBar
 from moa_train.signals import end_with_parent
 from moa_vision.cache import DataError, file_sha256
 from moa_vision.images import open_image, to_rgb
@@ -240,7 +240,7 @@ def _write_set(
         finished = _finished_shards(folder, settings)
         writer = ShardWriter(source, folder, settings, finished)
         results = {}
-        with tqdm(total=len(items), desc=str(folder), unit=" images", disable=None) as bar:
+        with CountBar(total=len(items), title=str(folder), unit="img") as bar:
             for task, result in _run(writer, tasks, workers):
                 results[task] = result
                 bar.update(len(tasks[task]))

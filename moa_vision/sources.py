@@ -4,6 +4,7 @@ A source lists its images as `items`, cheap to send to another process, and read
 """
 
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -14,11 +15,17 @@ from typing import Any, NamedTuple, Protocol
 import yaml
 from PIL import Image
 
+from moa_train.progress import CountBar
 from moa_vision import cache
 from moa_vision.cache import Shard
-from moa_vision.images import ImageError
+from moa_vision.images import FORMATS, ImageError
 from moa_vision.index import MANIFEST, expand, read_manifest, short_names
 from moa_vision.table import IMAGE_EXTENSIONS, Member, image_member, scan_tar
+
+log = logging.getLogger(__name__)
+
+_ALLOWED = "allowed are a folder of images, tars by path, brace or glob, torchvision:NAME and hf:NAME"
+_LISTED = 8  # suffixes that a message names
 
 
 class Item(NamedTuple):
@@ -79,13 +86,23 @@ def open_source(text: str, cache_dir: str | Path | None = None, image_key: str |
 
 
 class FolderSource:
-    """Image files below a folder, links followed (not in circles); the first folder on the way is the class."""
+    """Image files below a folder, links followed (not in circles); the first folder on the way is the class.
+
+    What is left out, as no image by its suffix (without one: by its first bytes), is logged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        found = sorted(
-            f.relative_to(folder) for f in _files_below(folder) if f.suffix.lower()[1:] in IMAGE_EXTENSIONS
-        )
+        found, others = [], Counter[str]()
+        for file in _files_below(folder):
+            if _is_image(file):
+                found.append(file.relative_to(folder))
+            else:
+                others[file.suffix.lower() or "no suffix"] += 1
+        found.sort()
+        if others:
+            suffixes = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common(_LISTED))
+            log.warning("%d files below %s are left out, being no images: %s", others.total(), folder, suffixes)
         classes = [file.parts[0] if len(file.parts) > 1 else None for file in found]
         self.label_names = tuple(sorted({name for name in classes if name is not None}))
         labels = {name: number for number, name in enumerate(self.label_names)}
@@ -112,7 +129,7 @@ class TarSource:
         self.image_key = image_key
         shards: list[Shard] = []
         self.label_names: tuple[str, ...] = ()
-        for name in expand(pattern):
+        for name in expand(pattern, _ALLOWED):
             if name.endswith(MANIFEST):
                 listed = read_manifest(name, cache_dir, whole=True)
                 shards += listed.shards
@@ -120,10 +137,12 @@ class TarSource:
             else:
                 shards.append(Shard(name))
         rows: list[tuple[str, str, tuple[Any, ...]]] = []
-        for shard, short in zip(shards, short_names([shard.url for shard in shards]), strict=True):
-            path = cache.local_path(shard, cache_dir)
-            for key, members in scan_tar(path, shard.url)[0].items():
-                rows.append((key, f"{short}/{key}", (path, members)))
+        with CountBar(total=len(shards), title="reading shards", unit="shard") as bar:
+            for shard, short in zip(shards, short_names([shard.url for shard in shards]), strict=True):
+                path = cache.local_path(shard, cache_dir)
+                for key, members in scan_tar(path, shard.url)[0].items():
+                    rows.append((key, f"{short}/{key}", (path, members)))
+                bar.update()
         keys = _keys([row[0] for row in rows])
         self.items = [Item(key, name, where) for key, (_, name, where) in zip(keys, rows, strict=True)]
 
@@ -233,6 +252,17 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
         except Exception as error:  # besides its own errors yaml's tags raise AttributeError, ValueError, ...
             raise ValueError(f"source {text!r}: {key} is {value!r}, which is no YAML; put it in quotes") from error
     return name, arguments
+
+
+def _is_image(file: Path) -> bool:
+    """Whether a file is an image by its suffix; without one, by its first bytes."""
+    if file.suffix or not file.is_file():
+        return file.suffix.lower()[1:] in IMAGE_EXTENSIONS
+    try:
+        with Image.open(file, formats=FORMATS):
+            return True
+    except Exception:  # PIL's readers raise many types
+        return False
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

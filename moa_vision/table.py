@@ -19,7 +19,10 @@ from webdataset.tariterators import base_plus_ext
 from moa_vision.cache import DataError
 from moa_vision.images import ImageError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "tif", "tiff", "gif"),
+    *("ppm", "pgm", "pbm", "pnm"),
+)
 
 _COLUMNS = {
     "offsets": np.int64,

@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     try:
         settings = ShardSettings(given.short_side, given.quality, given.samples_per_shard, given.seed)
+        print(f"packing {given.source} into {given.out} with {given.workers} processes", flush=True)
         reports = make_shards(
             given.source,
             given.out,

@@ -319,7 +319,7 @@ def test_only_formats_of_images_are_opened(photos, encode, monkeypatch):
         with pytest.raises(ImageError, match="no image of a format that is read"):
             decode_rgb(np.frombuffer(bytearray(encode(photos[0], name)), np.uint8))
     assert not started
-    for name in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "MPO"):  # MPO: a .jpg of several images
+    for name in ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM", "MPO"):  # MPO: a .jpg of several images
         options = {"save_all": True, "append_images": [photos[0]]} if name == "MPO" else {}
         data = np.frombuffer(bytearray(encode(photos[0], name, **options)), np.uint8)
         shape = photos[0].height, photos[0].width, 3

@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import tarfile
 import time
@@ -477,6 +478,46 @@ def test_hugging_face_data_sets(tmp_path, monkeypatch, encode, photos):
     ):
         with pytest.raises(ValueError, match=message):
             open_source(text)
+
+
+def test_no_file_is_left_out_in_silence(tmp_path, encode, photos, caplog):
+    files = {"a.jfif": "JPEG", "b.JPE": "JPEG", "c.avif": "AVIF", "d": "PNG", "e.pgm": "PPM", "f.1": "PNG"}
+    for name, form in files.items():
+        (tmp_path / name).write_bytes(encode(photos[0], form))
+    for name in ("README", "notes.txt", "more.txt"):
+        (tmp_path / name).write_text("no image")
+    (report,) = make_shards(str(tmp_path), tmp_path / "out")
+    assert (report.samples, report.skipped) == (5, [])
+    assert "4 files below" in caplog.text and ".txt (2), " in caplog.text
+    assert ".1 (1)" in caplog.text and "no suffix (1)" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere/{0..3}.tar", "nowhere/*.tar", "zip:nowhere"])
+def test_a_missing_source_is_answered_with_all_that_is_allowed(source, command, tmp_path, capsys):
+    assert command(["--source", source, "--out", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert "nowhere" in told and "allowed are a folder of images, tars by path, brace or glob, torchvision:" in told
+
+
+@pytest.mark.parametrize("folder", ["photos", "photos/cats", "."])
+def test_images_given_as_shards_are_answered_with_make_shards(folder, tmp_path, monkeypatch):
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    (tmp_path / "photos" / "cats" / "a.JPEG").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    hint = f"pack images first: python scripts/make_shards.py --source {folder} --out"
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        open_index(folder)
+    with pytest.raises(ValueError, match=r"a\.JPEG is an image, no shard; pack .* --source photos/cats "):
+        open_index("photos/**/*.JPEG")
+
+
+def test_a_log_shows_progress(command, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("moa_train.progress.LINE_EVERY_S", 0.0)
+    options = ["--samples-per-shard", "10", "--workers", "1"]
+    assert command(["--source", str(folder), "--out", str(tmp_path / "out"), *options]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"packing {folder} into {tmp_path}/out with 1 processes"
+    assert [line.split(", ")[0] for line in told[1:-1]] == [f"{tmp_path}/out: {n}/24" for n in (0, 10, 20)]
 
 
 def test_links_that_go_round_are_followed_once(tmp_path, monkeypatch):
