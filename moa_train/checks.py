@@ -56,6 +56,7 @@ class Plan(NamedTuple):
         bytes: of all files, as the manifest says.
         problems: those found without reading the shards.
         checks: one a shard; each may run in a process of its own.
+        note: what is not checked.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Plan(NamedTuple):
     bytes: int
     problems: list[Problem]
     checks: Sequence[Callable[[], Checked]]
+    note: str = ""
 
 
 def shards_in(folder: Path) -> list[str]:

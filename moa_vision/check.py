@@ -1,6 +1,6 @@
-"""Checks a data set of `moa_vision.shards` against its manifest and index, file by file and sample by sample."""
+"""Checks shards file by file and sample by sample, those of `moa_vision.shards` against their manifest and index."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from moa_train.checks import Checked, Plan, Problem, unlisted
 from moa_vision import cache
 from moa_vision.cache import DataError, Shard
 from moa_vision.images import ImageError, decode_rgb
-from moa_vision.index import parse_manifest
+from moa_vision.index import MANIFEST, parse_manifest
 from moa_vision.table import SampleTable, index_tar
 
 _SHOWN = 200  # characters of a reason
@@ -78,53 +78,88 @@ def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | Non
     return Plan(base, "images", size, problems, checks)
 
 
+def plan_tars(
+    name: str,
+    urls: Sequence[str],
+    *,
+    decode: bool = False,
+    cache_dir: Path | None = None,
+    image_key: str | None = None,
+) -> Plan:
+    """Plans the check of tars that no manifest lists: their headers, members, labels and images.
+
+    Args:
+        name: of the set.
+        urls: of the tars, local or remote.
+        decode: decode every image too.
+        cache_dir: see `plan_check`.
+        image_key: see `moa_vision.table.image_member`.
+    """
+    folder = cache_dir or cache.default_cache_dir()
+    size = sum(Path(url).stat().st_size for url in urls if not cache.is_remote(url))
+    checks = [partial(check_shard, url, None, None, 0, decode, folder, image_key) for url in urls]
+    note = f"no {MANIFEST}: sizes, checksums and missing shards cannot be checked"
+    return Plan(name, "images", size, [], checks, note)
+
+
 def check_shard(
-    url: str, entry: dict[str, Any], rows: Rows | None, labels: int, decode: bool, cache_dir: Path
+    url: str,
+    entry: dict[str, Any] | None,
+    rows: Rows | None,
+    labels: int,
+    decode: bool,
+    cache_dir: Path,
+    image_key: str | None = None,
 ) -> Checked:
     """Checks one shard: its bytes, its members against its part of the index, and its images.
 
     Args:
         url: of the tar.
-        entry: what the manifest says of it.
+        entry: what the manifest says of it; None: there is no manifest.
         rows: what the index says of it; None: the index cannot be used.
         labels: number of label names; 0: unknown.
         decode: decode the images.
-        cache_dir: a remote shard is kept in a folder there while it is checked.
+        cache_dir: a remote or compressed shard is kept in a folder there while it is checked.
+        image_key: see `moa_vision.table.image_member`.
     """
     problems: list[Problem] = []
     try:
         with _at_hand(url, entry, cache_dir) as path:
-            return _check_file(url, path, entry, rows, labels, decode, problems)
+            return _check_file(url, path, entry, rows, labels, decode, problems, image_key)
     except (OSError, DataError) as error:
-        return Checked(0, entry["size"], [*problems, Problem(url, "", str(error)[:_SHOWN])])
+        return Checked(0, entry["size"] if entry else 0, [*problems, Problem(url, "", str(error)[:_SHOWN])])
 
 
 @contextmanager
-def _at_hand(url: str, entry: dict[str, Any], cache_dir: Path) -> Iterator[Path]:
-    """The file of an entry; a remote one as its server has it now, for as long as it is needed."""
-    if not cache.is_remote(url):
+def _at_hand(url: str, entry: dict[str, Any] | None, cache_dir: Path) -> Iterator[Path]:
+    """The plain file of an entry; a remote one as its server has it now, for as long as it is needed."""
+    if not cache.is_kept(url):
         yield Path(url)
         return
     cache_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="check-", dir=cache_dir) as folder:
-        yield cache.local_path(Shard(url, entry["size"], entry["sha256"]), Path(folder))
+        shard = Shard(url, entry["size"], entry["sha256"]) if entry else Shard(url)
+        yield cache.local_path(shard, Path(folder))
 
 
 def _check_file(
     url: str,
     path: Path,
-    entry: dict[str, Any],
+    entry: dict[str, Any] | None,
     rows: Rows | None,
     labels: int,
     decode: bool,
     problems: list[Problem],
+    image_key: str | None,
 ) -> Checked:
     """Adds what is wrong with a shard's file to `problems`; see `check_shard`."""
     size = path.stat().st_size
-    problems += _bytes_differ(url, path, entry)
-    table, found = index_tar(path, url)
+    problems += _bytes_differ(url, path, entry) if entry else []
+    table, found = index_tar(path, url, image_key)
     problems += [Problem(url, bad.key, bad.reason) for bad in found]
-    if len(table) != entry["samples"]:
+    if entry is None and not len(table):
+        problems.append(Problem(url, "", "holds no sample with an image"))
+    if entry and len(table) != entry["samples"]:
         problems.append(Problem(url, "", f"has {len(table)} samples, the manifest {entry['samples']}"))
     actual = _rows(table, range(len(table)))
     problems += [] if rows is None else _rows_differ(url, rows, actual)

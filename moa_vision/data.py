@@ -30,6 +30,9 @@ class DataConfig:
         train: Training shards: a folder of scripts/make_shards.py, or tars by path, {brace}, glob, http(s)://,
             hf:// or pipe:command; several joined by "::".
         val: Validation shards, named likewise; none: no validation.
+        image_key: The image among a sample's members: of KEY.input.jpg, input.jpg; several in order of preference,
+            "input.jpg;jpg". Null: jpg, png, ..., or the only member with such a suffix. Of no use to shards of
+            scripts/make_shards.py.
         window_shards: Shards whose samples are shuffled together; reading stays within this many files.
         repeats: Crops made of one decoded image, at consecutive positions; an epoch shows 1/repeats of the images.
         crop_scale: Smallest and largest area of a training crop, as a fraction of the image.
@@ -48,6 +51,7 @@ class DataConfig:
 
     train: str
     val: str | None = None
+    image_key: str | None = None
     window_shards: int = 8
     repeats: int = 1
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -64,6 +68,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         low, high = self.crop_scale
         allowed = {
+            "image_key": (self.image_key is None or bool(self.image_key.strip(" .;")), "a name such as input.jpg"),
             "window_shards": (self.window_shards >= 1, "1 or more"),
             "repeats": (self.repeats >= 1, "1 or more"),
             "crop_scale": (0 < low <= high <= 1, "two fractions, 0 < smallest <= largest <= 1"),
@@ -86,7 +91,7 @@ class ImageBatch(NamedTuple):
     Attributes:
         images: (B, 3, H, W) uint8, channels-last in memory.
         noise: (B, L) float32, uniform in [0, 1).
-        keys: B sample keys.
+        keys: B sample names, SHARD/KEY; see `ShardIndex.name`.
         labels: (B,) int64, -1 where there is none.
         bad: samples that could not be used while the batch was made.
         failure: why nothing can follow, where that is so: the batch is cut short there, and is not to be used. What a
@@ -160,7 +165,7 @@ class TrainSamples(Dataset[ImageBatch]):
 
 
 class ValSamples(Dataset[ImageBatch]):
-    """Central crops by sample number; the noise is a function of the sample's key alone."""
+    """Central crops by sample number; the noise is a function of the sample's name (shard and key) alone."""
 
     def __init__(self, index: ShardIndex, config: DataConfig, image_size: tuple[int, int], num_patches: int) -> None:
         open_files = None if index.cache_limit is None else 1
@@ -181,7 +186,7 @@ class ValSamples(Dataset[ImageBatch]):
                 continue
             height, width = image.shape[:2]
             box = central_box(height, width, self.image_size, self.config.val_crop_pct)
-            digest = hashlib.sha256(index.table.key(sample).encode()).digest()
+            digest = hashlib.sha256(index.name(sample).encode(errors="replace")).digest()
             stream = generator(np.frombuffer(digest[:16], np.uint64), 0, 0)
             batch.add(sample, image, box, stream, flip=False)
         return batch.done()
@@ -191,7 +196,7 @@ class _Builder:
     """Fills a batch's tensors in place."""
 
     def __init__(self, index: ShardIndex, size: int, image_size: tuple[int, int], num_patches: int) -> None:
-        self.table = index.table
+        self.index = index
         self.images = torch.empty(size, *image_size, 3, dtype=torch.uint8)
         self.noise = torch.empty(size, num_patches)
         self.samples: list[int] = []
@@ -208,8 +213,8 @@ class _Builder:
         return ImageBatch(
             self.images[:count].permute(0, 3, 1, 2),
             self.noise[:count],
-            [self.table.key(sample) for sample in self.samples],
-            torch.from_numpy(self.table.labels[self.samples].astype(np.int64)),
+            [self.index.name(sample) for sample in self.samples],
+            torch.from_numpy(self.index.table.labels[self.samples].astype(np.int64)),
             self.bad,
             failure,
         )

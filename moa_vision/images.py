@@ -16,7 +16,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 MAX_PIXELS = 178_956_970
 """Of an image that is decoded; one that claims more, for which PIL would not stop either, is taken for an attack."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM")
 """Of `moa_vision.table.IMAGE_EXTENSIONS`, in PIL's names; others' readers may start programs, as that of EPS does."""
 
 _JPEG_MAGIC = b"\xff\xd8\xff"

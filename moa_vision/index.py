@@ -10,17 +10,19 @@ import logging
 import os
 import re
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 
 from moa_train.open_files import OpenFiles
+from moa_train.progress import CountBar
 from moa_vision import cache
 from moa_vision.cache import DataError, LostShard, Shard
 from moa_vision.images import ImageError
@@ -33,6 +35,7 @@ MANIFEST_FORMAT = "moa-vision-shards"
 MANIFEST_VERSION = 1
 
 _ALLOWED = "allowed are a folder of shards, or tars by path, brace or glob"
+_PACK = "pack images first: python scripts/make_shards.py --source {} --out FOLDER"
 _OPEN_FILES = 64  # file descriptors that a reader keeps
 _MAX_SIZE = 2**62  # bytes; a larger one, or as many samples, is a mistake
 _THREADS = 8  # shards indexed or fetched at a time
@@ -69,15 +72,24 @@ class ShardIndex:
     def identity(self) -> dict[str, str]:
         """Checksums that tell these samples, in this order, from others, wherever they lie.
 
-        Of their keys and sizes, by shard, and of the shards' bytes where manifests say what those are.
+        Of their names and sizes, and of the shards' bytes where manifests say what those are.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256("\n".join(self.shard_names).encode(errors="replace"))
         for column in (self.table.key_bytes, self.table.key_ends, self.table.sizes, self.starts):
             digest.update(np.ascontiguousarray(column).data)
         found = {"samples": digest.hexdigest()}
         sums = [shard.sha256 for shard in self.shards if shard.sha256]
         whole = len(sums) == len(self.shards)
         return found | ({"shards": hashlib.sha256("".join(sums).encode()).hexdigest()} if whole else {})
+
+    @cached_property
+    def shard_names(self) -> tuple[str, ...]:
+        """Short names of the shards; see `short_names`."""
+        return short_names([shard.url for shard in self.shards])
+
+    def name(self, sample: int) -> str:
+        """The identity of a sample, SHARD/KEY: other shards may hold the same key."""
+        return f"{self.shard_names[self.shard_of(sample)]}/{self.table.key(sample)}"
 
     def shard_of(self, sample: int) -> int:
         """The number of the shard that holds a sample."""
@@ -166,7 +178,12 @@ class ShardReader:
         return opened.file
 
 
-def open_index(pattern: str, cache_dir: str | Path | None = None, cache_gib: float | None = None) -> ShardIndex:
+def open_index(
+    pattern: str,
+    cache_dir: str | Path | None = None,
+    cache_gib: float | None = None,
+    image_key: str | None = None,
+) -> ShardIndex:
     """Resolves `pattern` and indexes its shards.
 
     Args:
@@ -175,6 +192,7 @@ def open_index(pattern: str, cache_dir: str | Path | None = None, cache_gib: flo
             holds our manifest. Tars may be compressed by gzip.
         cache_dir: for the indices that are built, and for remote and compressed shards; see `default_cache_dir`.
         cache_gib: GiB of shards that are kept there; those that were not used for longest go. None: no limit.
+        image_key: which member is the image, as in `moa_vision.table.image_member`; of no use to our manifest.
 
     Raises:
         ValueError: if the pattern names nothing.
@@ -185,8 +203,9 @@ def open_index(pattern: str, cache_dir: str | Path | None = None, cache_gib: flo
     sources = [read_manifest(name, folder) if name.endswith(MANIFEST) else Shard(name) for name in expand(pattern)]
     plain = [source for source in sources if isinstance(source, Shard)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        tables = pool.map(lambda shard: _shard_table(shard, folder, limit), plain)
-        built = iter(list(tqdm(tables, "indexing shards", len(plain), leave=False, disable=None if plain else True)))
+        tables = pool.map(lambda shard: _shard_table(shard, folder, limit, image_key), plain)
+        with CountBar(total=len(plain), title="indexing shards", unit="shard") as bar:
+            built = iter([(bar.update(), table)[1] for table in tables])
     shards: list[Shard] = []
     columns: list[SampleTable] = []
     problems: list[BadSample] = []
@@ -208,21 +227,26 @@ def open_index(pattern: str, cache_dir: str | Path | None = None, cache_gib: flo
     if len(set(urls)) < len(urls):
         raise ValueError(f"shard {max(urls, key=urls.count)} is named twice by {pattern!r}; name each once")
     if not sum(counts):
-        raise DataError(f"{pattern!r} holds no sample with an image ({', '.join(IMAGE_EXTENSIONS)})")
+        first = f"; the first, {problems[0].key} in {problems[0].shard}: {problems[0].reason}" if problems else ""
+        raise DataError(f"{pattern!r} holds no sample with an image ({', '.join(IMAGE_EXTENSIONS)}){first}")
     if problems:
         log.warning("%d problems in the shards of %s, the first: %s", len(problems), pattern, problems[0])
     table = SampleTable.concatenate(columns)
     return ShardIndex(tuple(shards), np.cumsum(counts, dtype=np.int64), table, names, tuple(problems), folder, limit)
 
 
-def expand(pattern: str) -> list[str]:
-    """The manifests and shards that a pattern names, in order (`open_index`). Raises ValueError if there are none."""
+def expand(pattern: str, allowed: str = _ALLOWED) -> list[str]:
+    """The manifests and shards that a pattern names, in order (`open_index`).
+
+    Raises:
+        ValueError: if there are none; the message ends in what is `allowed`.
+    """
     names: list[str] = []
     for part in expand_urls(pattern):  # "::" and braces, as webdataset reads them
         if part.startswith("pipe:"):
             names.append(part)
         elif part.startswith("file:") or not cache.is_remote(part):
-            local = _expand_local(re.sub(r"^file:(//)?", "", part))
+            local = _expand_local(re.sub(r"^file:(//)?", "", part), allowed)
             names += [f"./{name}" if cache.is_remote(name) else name for name in local]  # of a file named "pipe:..."
         elif "*" in part and not part.startswith(("http://", "https://")):
             fs, path = cache.filesystem(part)
@@ -233,11 +257,25 @@ def expand(pattern: str) -> list[str]:
         else:
             names.append(f"{part.rstrip('/')}/{MANIFEST}")
     if not names:
-        raise ValueError(f"{pattern!r} names no shard: {_ALLOWED}")
+        raise ValueError(f"{pattern!r} names no shard: {allowed}")
     return names
 
 
-def _expand_local(part: str) -> list[str]:
+def short_names(urls: Sequence[str]) -> tuple[str, ...]:
+    """The file names of shards without ".tar", with as many folders before them as tell all of them apart.
+
+    So they stay the same when a data set is moved. Addresses that differ elsewhere only (in a query) stay whole.
+    """
+    plain = [url.split("?")[0] if cache.is_remote(url) else url for url in urls]
+    paths = [re.sub(r"\.(tar|tgz)\b[^/]*$", "", url, flags=re.IGNORECASE).split("/") for url in plain]
+    for depth in range(1, max(map(len, paths), default=0) + 1):
+        names = tuple("/".join(path[-depth:]) for path in paths)
+        if len(set(names)) == len(names):
+            return names
+    return tuple(urls)
+
+
+def _expand_local(part: str, allowed: str) -> list[str]:
     path = Path(part).expanduser()
     if path.is_dir():
         if (path / MANIFEST).exists():
@@ -246,13 +284,20 @@ def _expand_local(part: str) -> list[str]:
         if not found:
             below = [child.name for child in path.iterdir() if (child / MANIFEST).exists()]
             hint = f"; did you mean one of its folders {', '.join(sorted(below))}?" if below else ""
+            if any(_is_image(file) for levels in ("*", "*/*", "*/*/*") for file in path.glob(levels)):
+                hint = f"; {_PACK.format(path)}"
             raise ValueError(f"folder {part!r} holds no {MANIFEST} and no .tar, .tar.gz or .tgz file{hint}")
         return found
-    if has_magic(str(path)):
-        return sorted(glob(str(path), recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
-    if not path.exists():
-        raise ValueError(f"{part!r} does not exist: {_ALLOWED}")
-    return [str(path)]
+    if not has_magic(str(path)) and not path.exists():
+        raise ValueError(f"{part!r} does not exist: {allowed}")
+    found = sorted(glob(str(path), recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+    for image in filter(_is_image, map(Path, found)):
+        raise ValueError(f"{image} is an image, no shard; {_PACK.format(image.parent)}")
+    return found
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower()[1:] in IMAGE_EXTENSIONS
 
 
 class Listed(NamedTuple):
@@ -346,7 +391,9 @@ def parse_manifest(text: bytes) -> dict[str, Any]:
     return manifest
 
 
-def _shard_table(shard: Shard, cache_dir: Path, limit: int | None) -> tuple[SampleTable, list[BadSample]]:
+def _shard_table(
+    shard: Shard, cache_dir: Path, limit: int | None, image_key: str | None
+) -> tuple[SampleTable, list[BadSample]]:
     """A shard's rows from the index kept in the cache, or from its headers (and then kept).
 
     A kept index belongs to a local shard's path, size and time of change, or to a remote shard's address, whose
@@ -358,17 +405,17 @@ def _shard_table(shard: Shard, cache_dir: Path, limit: int | None) -> tuple[Samp
         if not cache.is_remote(shard.url):
             stat = Path(shard.url).stat()
             identity = (Path(shard.url).resolve(), stat.st_size, stat.st_mtime_ns)
-        kept = cache_dir / "index" / f"{cache.short_hash(*identity)}.safetensors"
+        kept = cache_dir / "index" / f"{cache.short_hash(*identity, image_key)}.safetensors"
         try:
             return SampleTable.from_bytes(kept.read_bytes())
         except (OSError, ValueError):  # absent, or not whole: built (again)
             opened = cache.open_shard(
-                shard, cache_dir, lambda path: fetched.append(index_tar(path, shard.url)), limit
+                shard, cache_dir, lambda path: fetched.append(index_tar(path, shard.url, image_key)), limit
             )
     except OSError as error:
         raise DataError(f"cannot read shard {shard.url}: {error}") from error
     try:
-        table, problems = fetched[-1] if fetched else index_tar(opened.path, shard.url)
+        table, problems = fetched[-1] if fetched else index_tar(opened.path, shard.url, image_key)
     finally:
         opened.close()
     try:

@@ -86,7 +86,7 @@ class MAEConfig(RunConfig):
 
 
 class Images(NamedTuple):
-    """What the loss takes: images (B, 3, H, W) uint8, the noise (B, L) float32 that masks them, the samples' keys."""
+    """What the loss takes: images (B, 3, H, W) uint8, the noise (B, L) float32 that masks them, the names."""
 
     images: Tensor
     noise: Tensor
@@ -182,7 +182,7 @@ class MAETask:
         return model(self._normalized(batch.images), batch.noise).loss
 
     def sample_names(self, batch: Images) -> list[str]:
-        """Return the keys of the batch's images."""
+        """Return the names of the batch's images, SHARD/KEY."""
         return list(batch.keys)
 
     def identity(self) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class MAETask:
 
     def _opened(self, key: str, pattern: str) -> ShardIndex:
         try:
-            return open_index(pattern, self.data.cache_dir, self.data.cache_gib)
+            return open_index(pattern, self.data.cache_dir, self.data.cache_gib, self.data.image_key)
         except DataError:
             raise
         except (OSError, RuntimeError) as error:  # a path that cannot be: too long, or in the home of nobody

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
-from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from moa_train.durable import sync_file, sync_folder, write_json
+from moa_train.progress import CountBar
 from moa_train.signals import end_with_parent
 from moa_vision.cache import DataError, file_sha256
 from moa_vision.images import open_image, to_rgb
@@ -82,6 +82,7 @@ def make_shards(
     val_fraction: float = 0.0,
     workers: int = 1,
     cache_dir: str | Path | None = None,
+    image_key: str | None = None,
 ) -> list[Report]:
     """Packs a source into `out`, or into `out`/train and `out`/val.
 
@@ -92,6 +93,7 @@ def make_shards(
         val_fraction: part of the images, drawn by the seed, that goes into a data set of its own; 0: none.
         workers: processes that decode and encode.
         cache_dir: for remote and compressed tars of the source.
+        image_key: the image among the members of a tar's sample; see `moa_vision.sources.open_source`.
 
     Returns:
         One report, or those of train and val.
@@ -103,7 +105,7 @@ def make_shards(
     settings = settings or ShardSettings()
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; allowed: 0 or more, less than 1")
-    opened = open_source(source, cache_dir)
+    opened = open_source(source, cache_dir, image_key)
     order = np.random.Generator(np.random.Philox(settings.seed)).permutation(len(opened.items))
     items = [opened.items[i] for i in order]
     opened.items = []  # a process that reads images needs none of it
@@ -238,7 +240,7 @@ def _write_set(
         finished = _finished_shards(folder, settings)
         writer = ShardWriter(source, folder, settings, finished)
         results = {}
-        with tqdm(total=len(items), desc=str(folder), unit=" images", disable=None) as bar:
+        with CountBar(total=len(items), title=str(folder), unit="img") as bar:
             for task, result in _run(writer, tasks, workers):
                 results[task] = result
                 bar.update(len(tasks[task]))

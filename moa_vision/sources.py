@@ -4,8 +4,10 @@ A source lists its images as `items`, cheap to send to another process, and read
 """
 
 import json
+import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,11 +15,17 @@ from typing import Any, NamedTuple, Protocol
 import yaml
 from PIL import Image
 
+from moa_train.progress import CountBar
 from moa_vision import cache
 from moa_vision.cache import Shard
-from moa_vision.images import ImageError
-from moa_vision.index import MANIFEST, expand, read_manifest
-from moa_vision.table import IMAGE_EXTENSIONS, Member, scan_tar
+from moa_vision.images import FORMATS, ImageError
+from moa_vision.index import MANIFEST, expand, read_manifest, short_names
+from moa_vision.table import IMAGE_EXTENSIONS, Member, image_member, scan_tar
+
+log = logging.getLogger(__name__)
+
+_ALLOWED = "allowed are a folder of images, tars by path, brace or glob, torchvision:NAME and hf:NAME"
+_LISTED = 8  # suffixes that a message names
 
 
 class Item(NamedTuple):
@@ -51,13 +59,15 @@ class Source(Protocol):
         ...
 
 
-def open_source(text: str, cache_dir: str | Path | None = None) -> Source:
+def open_source(text: str, cache_dir: str | Path | None = None, image_key: str | None = None) -> Source:
     """The source that `text` names.
 
     Args:
         text: a folder of images (the folders in it are the classes) | tars as in `open_index` |
             torchvision:NAME:root=DIR[:split=train][:ARGUMENT=VALUE...] | hf:NAME[:config=NAME][:split=train].
         cache_dir: for remote and compressed tars.
+        image_key: which member of a tar's sample is the image, as in `moa_vision.table.image_member`; or which column
+            of a Hugging Face data set.
 
     Raises:
         ValueError: if it names none, or an empty one.
@@ -65,24 +75,34 @@ def open_source(text: str, cache_dir: str | Path | None = None) -> Source:
     if text.startswith("torchvision:"):
         source: Source = TorchvisionSource(text)
     elif text.startswith("hf:") and not text.startswith("hf://"):
-        source = HubSource(text)
+        source = HubSource(text, image_key)
     elif Path(text).is_dir() and not (Path(text) / MANIFEST).exists() and not list(Path(text).glob("*.tar*")):
         source = FolderSource(Path(text))
     else:
-        source = TarSource(text, cache.default_cache_dir() if cache_dir is None else Path(cache_dir))
+        source = TarSource(text, cache.default_cache_dir() if cache_dir is None else Path(cache_dir), image_key)
     if not source.items:
         raise ValueError(f"source {text!r} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
     return source
 
 
 class FolderSource:
-    """Image files below a folder, links followed (not in circles); the first folder on the way is the class."""
+    """Image files below a folder, links followed (not in circles); the first folder on the way is the class.
+
+    What is left out, as no image by its suffix (without one: by its first bytes), is logged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        found = sorted(
-            f.relative_to(folder) for f in _files_below(folder) if f.suffix.lower()[1:] in IMAGE_EXTENSIONS
-        )
+        found, others = [], Counter[str]()
+        for file in _files_below(folder):
+            if _is_image(file):
+                found.append(file.relative_to(folder))
+            else:
+                others[file.suffix.lower() or "no suffix"] += 1
+        found.sort()
+        if others:
+            suffixes = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common(_LISTED))
+            log.warning("%d files below %s are left out, being no images: %s", others.total(), folder, suffixes)
         classes = [file.parts[0] if len(file.parts) > 1 else None for file in found]
         self.label_names = tuple(sorted({name for name in classes if name is not None}))
         labels = {name: number for number, name in enumerate(self.label_names)}
@@ -105,10 +125,11 @@ class FolderSource:
 class TarSource:
     """Samples of existing shards, with their labels and JSON."""
 
-    def __init__(self, pattern: str, cache_dir: Path) -> None:
+    def __init__(self, pattern: str, cache_dir: Path, image_key: str | None = None) -> None:
+        self.image_key = image_key
         shards: list[Shard] = []
         self.label_names: tuple[str, ...] = ()
-        for name in expand(pattern):
+        for name in expand(pattern, _ALLOWED):
             if name.endswith(MANIFEST):
                 listed = read_manifest(name, cache_dir, whole=True)
                 shards += listed.shards
@@ -116,19 +137,19 @@ class TarSource:
             else:
                 shards.append(Shard(name))
         rows: list[tuple[str, str, tuple[Any, ...]]] = []
-        for shard in shards:
-            path = cache.local_path(shard, cache_dir)
-            for key, members in scan_tar(path, shard.url)[0].items():
-                rows.append((key, f"{shard.url.rsplit('/', 1)[-1]}/{key}", (path, members)))
+        with CountBar(total=len(shards), title="reading shards", unit="shard") as bar:
+            for shard, short in zip(shards, short_names([shard.url for shard in shards]), strict=True):
+                path = cache.local_path(shard, cache_dir)
+                for key, members in scan_tar(path, shard.url)[0].items():
+                    rows.append((key, f"{short}/{key}", (path, members)))
+                bar.update()
         keys = _keys([row[0] for row in rows])
         self.items = [Item(key, name, where) for key, (_, name, where) in zip(keys, rows, strict=True)]
 
     def read(self, item: Item) -> Raw:
         """See `Source`. Raises ImageError if the sample lacks an image or has a malformed label or JSON."""
         path, members = item.where
-        image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
-        if image is None:
-            raise ImageError(f"no image among its members ({', '.join(members)})")
+        image = image_member(members, self.image_key)
         try:
             label = int(_read(path, members["cls"])) if "cls" in members else None
             extra = json.loads(_read(path, members["json"])) if "json" in members else {}
@@ -140,7 +161,7 @@ class TarSource:
         """See `Source`."""
         path, members = item.where
         stat = path.stat()
-        return stat.st_size, stat.st_mtime_ns, sorted(members.items())
+        return stat.st_size, stat.st_mtime_ns, sorted(members.items()), self.image_key
 
 
 class TorchvisionSource:
@@ -178,9 +199,12 @@ class TorchvisionSource:
 
 
 class HubSource:
-    """A data set that `datasets.load_dataset` finds, on the Hub or in a folder; its first image column is used."""
+    """A data set that `datasets.load_dataset` finds, on the Hub or in a folder.
 
-    def __init__(self, text: str) -> None:
+    Its images are column `image_key`, by default the first of images.
+    """
+
+    def __init__(self, text: str, image_key: str | None = None) -> None:
         import datasets
 
         name, arguments = _parse(text)
@@ -193,8 +217,11 @@ class HubSource:
             raise ValueError(f"source {text!r}: {error}") from error
         kinds = data.features or {}
         images = [column for column, kind in kinds.items() if isinstance(kind, datasets.Image)]
+        if image_key:
+            images = [image_key] if image_key in images else []
         if not images:
-            raise ValueError(f"source {text!r} has no image column, only {', '.join(kinds)}")
+            wanted = f"image column {image_key!r}" if image_key else "image column"
+            raise ValueError(f"source {text!r} has no {wanted}, only {', '.join(kinds)}")
         labels = [column for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
         self.image, self.label = images[0], labels[0] if labels else None
         self.data: Any = data.cast_column(self.image, datasets.Image(decode=False))
@@ -227,6 +254,17 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     return name, arguments
 
 
+def _is_image(file: Path) -> bool:
+    """Whether a file is an image by its suffix; without one, by its first bytes."""
+    if file.suffix or not file.is_file():
+        return file.suffix.lower()[1:] in IMAGE_EXTENSIONS
+    try:
+        with Image.open(file, formats=FORMATS):
+            return True
+    except Exception:  # PIL's readers raise many types
+        return False
+
+
 def _files_below(folder: Path) -> Iterator[Path]:
     """All files below `folder`, links followed, except into a folder that is on the way already."""
     on_way: dict[str, frozenset[tuple[int, int]]] = {}
@@ -243,12 +281,12 @@ def _files_below(folder: Path) -> Iterator[Path]:
 def _keys(names: list[str]) -> list[str]:
     """Names as keys: short, plain characters, no dot (webdataset ends a key there), no two alike."""
     keys: dict[str, None] = {}
+    attempts: Counter[str] = Counter()  # a name may occur in every tar
     for name in names:
         plain = key = re.sub(r"[^A-Za-z0-9_-]", "_", name)
-        attempt = 0
         while len(key) > 80 or key in keys:
-            key = f"{plain[:64]}-{cache.short_hash(name, attempt)[:12]}"
-            attempt += 1
+            key = f"{plain[:64]}-{cache.short_hash(name, attempts[name])[:12]}"
+            attempts[name] += 1
         keys[key] = None
     return list(keys)
 

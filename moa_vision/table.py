@@ -5,7 +5,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +17,12 @@ from safetensors import SafetensorError
 from webdataset.tariterators import base_plus_ext
 
 from moa_vision.cache import DataError
+from moa_vision.images import ImageError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "tif", "tiff", "gif"),
+    *("ppm", "pgm", "pbm", "pnm"),
+)
 
 _COLUMNS = {
     "offsets": np.int64,
@@ -27,6 +31,10 @@ _COLUMNS = {
     "key_ends": np.int64,
     "key_bytes": np.uint8,
 }
+
+_IMAGE_FIELDS = (*IMAGE_EXTENSIONS, "img", "image")  # of members that are images by their names
+_LISTED = 8  # fields that a message names
+_CHOOSE = "choose one with data.image_key (--image-key)"
 
 Member = tuple[int, int]  # offset and size in bytes
 
@@ -153,7 +161,7 @@ def scan_tar(path: Path, shard: str | None = None) -> tuple[dict[str, dict[str, 
                 problems.append(BadSample(shard, key, f"{name} is no plain file; it is left out"))
             elif extension in found:
                 again[key, extension] += 1
-                lost = f"{name} ({again[key, extension] + 1})" if extension in IMAGE_EXTENSIONS else key
+                lost = f"{name} ({again[key, extension] + 1})" if _is_image(extension) else key
                 problems.append(BadSample(shard, lost, f"{name} occurs twice; the first is used"))
             else:
                 found[extension] = (member.offset_data, member.size)
@@ -191,16 +199,56 @@ def _lacks_end(path: Path) -> bool:
         return bool(file.read().strip(b"\0"))
 
 
-def index_tar(path: Path, shard: str | None = None) -> tuple[SampleTable, list[BadSample]]:
-    """The rows of a plain tar's samples, and what is wrong with some. Raises DataError as `scan_tar` does."""
+def image_member(members: Mapping[str, Member], image_key: str | None = None) -> Member:
+    """The member that is a sample's image.
+
+    Args:
+        members: of the sample, by field: KEY.input.jpg has the field input.jpg.
+        image_key: its field; of several, separated by ";", the first that the sample has. None: a plain image suffix
+            (jpg before png, and so on), or else the only field that ends in one, as input.jpg does.
+
+    Raises:
+        ImageError: if there is none, or more than one; the message lists the fields that there are.
+    """
+    if image_key is not None:
+        wanted = [field.strip(" .").lower() for field in image_key.split(";")]
+        missing = f"no {' or '.join(wanted)}"
+    else:
+        wanted = [field for field in _IMAGE_FIELDS if field in members] or [*filter(_is_image, members)]
+        missing = "no image"
+        if wanted and wanted[0] not in _IMAGE_FIELDS and len(wanted) > 1:
+            raise ImageError(f"several images ({_some(wanted)}); {_CHOOSE}")
+    found = next((members[field] for field in wanted if field in members), None)
+    if found is None:
+        raise ImageError(f"{missing} among its members ({_some(members) or 'none'}); {_CHOOSE}")
+    return found
+
+
+def _is_image(extension: str) -> bool:
+    return extension.rpartition(".")[2] in _IMAGE_FIELDS
+
+
+def _some(fields: Iterable[str]) -> str:
+    names = [*fields]
+    return ", ".join(names[:_LISTED] + ["..."] * (len(names) > _LISTED))
+
+
+def index_tar(
+    path: Path, shard: str | None = None, image_key: str | None = None
+) -> tuple[SampleTable, list[BadSample]]:
+    """The rows of a plain tar's samples, and what is wrong with some; `image_key` as in `image_member`.
+
+    Raises DataError as `scan_tar` does.
+    """
     shard = shard or str(path)
     samples, problems = scan_tar(path, shard)
     rows = []
     with path.open("rb") as file:
         for key, members in samples.items():
-            image = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
-            if image is None:
-                problems.append(BadSample(shard, key, f"no image among its members ({', '.join(members) or 'none'})"))
+            try:
+                image = image_member(members, image_key)
+            except ImageError as error:
+                problems.append(BadSample(shard, key, str(error)))
                 continue
             label = -1
             if "cls" in members:

@@ -1,12 +1,14 @@
-"""Checks data sets against their manifests: image shards of make_shards.py, token shards of make_tokens.py.
+"""Checks data sets: image shards of make_shards.py, token shards of make_tokens.py, tars without a manifest.
 
   python scripts/check_shards.py data/mine                        # its folders train and val, if it has such
   python scripts/check_shards.py data/imagenet/train --decode --workers 32
   python scripts/check_shards.py https://host/shards/train        # fetches each shard, and deletes it
+  python scripts/check_shards.py 'public/train-{0000..0127}.tar' --decode
 
 Read are all bytes: sizes, SHA-256, the members of each tar against the index, tokens and ends of documents, the
 tokenizer; with --decode the images too. Every problem is told in a line of its own: shards that no manifest lists are
-problems too.
+problems too. Of tars without a manifest, in a folder or by path, {brace}, glob, http(s)://, hf://, the headers,
+members and labels are checked, and with --decode the images.
 
 Exit codes: 0 all is well, 1 there are problems, 2 wrong usage, 141 whoever reads the lines has stopped reading.
 """
@@ -34,9 +36,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "folders", help="of data sets, or http(s)://, hf:// of image shards", nargs="+", metavar="DIR"
+        "folders",
+        help="of data sets, or http(s)://, hf:// of image shards, or tars by path, brace or glob",
+        nargs="+",
+        metavar="DIR",
     )
     parser.add_argument("--decode", help="decode every image too", action="store_true")
+    parser.add_argument(
+        "--image-key", help="of tars without a manifest: which member is the image, e.g. input.jpg", metavar="NAME"
+    )
     parser.add_argument(
         "--workers", help="processes (default: %(default)s)", type=int, default=os.cpu_count() or 1, metavar="N"
     )
@@ -48,7 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--workers is {given.workers}; allowed: 1 or more")
     given.sets = []
     for name in given.folders:
-        sets = [name] if "://" in name else sets_of(Path(name))
+        sets = sets_of(Path(name)) if Path(name).is_dir() else [name]
         given.sets += sets
         if not sets:
             parser.error(f"{name} holds no {MANIFEST} and no shards, nor do its folders train and val")
@@ -67,20 +75,31 @@ def has_manifest(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
-def plan_of(folder: str, given: argparse.Namespace) -> Plan:
-    """How a data set is checked: as its manifest says what it is."""
-    remote = "://" in folder
-    if not remote and not has_manifest(Path(folder)):
+def plans_of(name: str, given: argparse.Namespace) -> list[Plan]:
+    """How data sets are checked: as their manifests say what they are. Raises ValueError if `name` names none."""
+    folder = Path(name)
+    if is_incomplete(folder):
         text = "is missing, but there are shards; run the command that made them again, or copy the set anew"
-        return Plan(folder, "samples", 0, [Problem(f"{folder}/{MANIFEST}", "", text)], [])
-    if not remote and is_of_tokens(Path(folder) / MANIFEST):
+        return [Plan(name, "samples", 0, [Problem(f"{name}/{MANIFEST}", "", text)], [])]
+    if is_of_tokens(folder / MANIFEST):
         from moa_lm.check import plan_check as plan_tokens  # imported here: each half has heavy dependencies
 
-        return plan_tokens(Path(folder))
-    from moa_vision.check import plan_check as plan_images
+        return [plan_tokens(folder)]
+    from moa_vision.check import plan_check, plan_tars
+    from moa_vision.index import expand
 
-    cache_dir = Path(given.cache_dir).expanduser() if given.cache_dir else None
-    return plan_images(f"{folder.rstrip('/')}/{MANIFEST}", decode=given.decode, cache_dir=cache_dir)
+    options = {"decode": given.decode, "cache_dir": Path(given.cache_dir).expanduser() if given.cache_dir else None}
+    names = expand(name)
+    tars = [url for url in names if not url.endswith(MANIFEST)]
+    plans = [plan_check(url, **options) for url in names if url.endswith(MANIFEST)]
+    return [*plans, plan_tars(name, tars, **options, image_key=given.image_key)] if tars else plans
+
+
+def is_incomplete(folder: Path) -> bool:
+    """Whether a folder holds shards of ours without their manifest: of tokens, unfinished, or with an index."""
+    ours = (".parts", "index.safetensors")
+    tokens = any(name.endswith(".safetensors") for name in shards_in(folder))
+    return folder.is_dir() and not has_manifest(folder) and (tokens or any((folder / name).exists() for name in ours))
 
 
 def is_of_tokens(manifest: Path) -> bool:
@@ -97,8 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     say = tqdm.write if sys.stderr.isatty() else print  # past the live bar; a log's lines need not make way
     total = 0
-    for folder in given.sets:
-        plan = plan_of(folder, given)
+    try:
+        plans = [plan for name in given.sets for plan in plans_of(name, given)]
+    except ValueError as error:
+        print(f"check_shards: {error}", file=sys.stderr)
+        return 2
+    for plan in plans:
         count = len(plan.problems)
         for problem in plan.problems:
             say(str(problem))
@@ -108,10 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 say(str(problem))
             count += len(checked.problems)
             samples, size = samples + checked.samples, size + checked.bytes
-        print(f"{folder}: {len(plan.checks)} shards, {samples:,} {plan.unit}, {size / 2**20:.1f} MiB: ", end="")
-        print(f"{count} problem{'s' * (count != 1)}" if count else "all is well")
+        print(f"{plan.name}: {len(plan.checks)} shards, {samples:,} {plan.unit}, {size / 2**20:.1f} MiB: ", end="")
+        print(f"{count} problem{'s' * (count != 1)}" if count else "all is well", end="")
+        print(f" ({plan.note})" if plan.note else "")
         total += count
-    print(f"{len(given.sets)} data sets checked in {duration(time.monotonic() - begin)}: {total} problems")
+    print(f"{len(plans)} data sets checked in {duration(time.monotonic() - begin)}: {total} problems")
     return 1 if total else 0
 
 

@@ -66,6 +66,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--seed", "of the order and the split (default: %(default)s)", type=int, default=defaults.seed)
     add("--workers", "processes (default: %(default)s)", type=int, default=os.cpu_count() or 1, metavar="N")
+    add(
+        "--image-key",
+        "the image among the members of a tar's sample, e.g. input.jpg, or input.jpg;jpg in order of preference; "
+        "the column of an hf: data set",
+        metavar="NAME",
+    )
     add("--cache-dir", "for remote or compressed tars (default: ~/.cache/moa_vision)", metavar="DIR")
     return parser.parse_args(arguments)
 
@@ -75,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     try:
         settings = ShardSettings(given.short_side, given.quality, given.samples_per_shard, given.seed)
+        print(f"packing {given.source} into {given.out} with {given.workers} processes", flush=True)
         reports = make_shards(
             given.source,
             given.out,
@@ -82,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
             val_fraction=given.val_fraction,
             workers=given.workers,
             cache_dir=given.cache_dir,
+            image_key=given.image_key,
         )
     except (ValueError, OSError, DataError) as error:
         print(f"make_shards: {error}", file=sys.stderr)

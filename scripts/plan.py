@@ -170,7 +170,7 @@ def vision_workload(
     index = None
     try:
         if (images is None or image_bytes is None) and images_are_here(config.data.train):
-            index = open_index(config.data.train, config.data.cache_dir)
+            index = open_index(config.data.train, config.data.cache_dir, image_key=config.data.image_key)
     except (OSError, RuntimeError) as error:  # DataError among them
         raise ValueError(f"data.train is {config.data.train!r}, which cannot be read: {error}") from error
     if index is not None:

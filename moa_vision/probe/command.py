@@ -44,6 +44,7 @@ class ProbeData:
     """How labelled images are read; null is what the run was trained with, or else the usual value.
 
     Args:
+        image_key: The image among a sample's members, e.g. input.jpg.
         val_crop_pct: Side of the central crop of held-out images, as a fraction of the image's.
         workers: Processes that decode images, per device.
         cache_dir: For indices and for remote or compressed shards; default ~/.cache/moa_vision.
@@ -51,6 +52,7 @@ class ProbeData:
         max_bad_samples: Different unusable samples after which a method stops.
     """
 
+    image_key: str | None = None
     val_crop_pct: float | None = None
     workers: int | None = None
     cache_dir: str | None = None

@@ -24,6 +24,7 @@ _REMEDY = "give a finished run's folder or an export folder that is whole"
 _DATA = {
     "train": str,
     "val": str,
+    "image_key": str,
     "val_crop_pct": (int, float),
     "workers": int,
     "cache_dir": str,

@@ -53,7 +53,7 @@ class LabelledData:
     def __init__(self, config: DataConfig, image_size: tuple[int, int], bad_samples: Path) -> None:
         assert config.val is not None
         self.config, self.image_size = config, image_size
-        kept = config.cache_dir, config.cache_gib
+        kept = config.cache_dir, config.cache_gib, config.image_key
         self.train, self.val = open_labelled(config.train, *kept), open_labelled(config.val, *kept)
         require_cache_room(config, self.train, self.val)
         self.num_classes = max(len(self.train.label_names), int(self.train.table.labels.max()) + 1)
@@ -139,14 +139,16 @@ class LabelledData:
             yield LabelledImages(batch.images, batch.labels, seed_of(batch.noise.flatten()))
 
 
-def open_labelled(pattern: str, cache_dir: str | None, cache_gib: float | None) -> ShardIndex:
+def open_labelled(
+    pattern: str, cache_dir: str | None, cache_gib: float | None, image_key: str | None = None
+) -> ShardIndex:
     """Return the index of shards in which every sample has a label; arguments as in `open_index`.
 
     Raises:
         ValueError: one has none; the message names its shard and key.
         DataError: a shard is missing or damaged.
     """
-    index = open_index(pattern, cache_dir, cache_gib)
+    index = open_index(pattern, cache_dir, cache_gib, image_key)
     unlabelled = np.flatnonzero(index.table.labels < 0)
     if len(unlabelled):
         sample = index.bad(int(unlabelled[0]), "no label")

@@ -1,5 +1,6 @@
 """scripts/check_shards.py on image shards: every kind of damage, told with its file and its sample."""
 
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -215,22 +216,63 @@ def test_shards_that_no_manifest_lists_are_told(packed, tmp_path, lines):
     train.mkdir(parents=True)
     for name in names:
         (train / name).write_bytes(b"")
+        if name.endswith(".tar"):
+            (train / "index.safetensors").write_bytes(b"")
         code, told = lines(train)
-        assert code == 1 and told[0].startswith(f"{train}/manifest.json: is missing, but there are shards; run")
-        assert told[1] == f"{train}: 0 shards, 0 samples, 0.0 MiB: 1 problem"
+        if name == "more.tar.gz":  # none of ours
+            assert code == 1 and told[0].startswith(f"{train}/{name}: cannot read shard")
+        else:
+            assert code == 1 and told[0].startswith(f"{train}/manifest.json: is missing, but there are shards; run")
+            assert told[1] == f"{train}: 0 shards, 0 samples, 0.0 MiB: 1 problem"
         (train / name).rename(tmp_path / name)
+    (train / "index.safetensors").unlink()
     packed.rename(val)
     (tmp_path / "set" / "source.tar").write_bytes(b"of both")
     assert lines(tmp_path / "set", "--workers", 1)[0] == 0, "an empty folder is no data set"
     (train / "a.tar").write_bytes(b"")
     code, told = lines(tmp_path / "set", "--workers", 1)
-    assert code == 1 and [line.split(":")[0] for line in told[:3]] == [f"{train}/manifest.json", f"{train}", f"{val}"]
+    assert code == 1 and [line.split(":")[0] for line in told[:3]] == [f"{train}/a.tar", f"{train}", f"{val}"]
     for name in names:
         (tmp_path / name).rename(val / name)
     code, told = lines(val, "--workers", 1)
     assert code == 1 and len(told) == 5
     for name, line in zip(names, told, strict=False):
         assert line.startswith(f"{val}/{name}: its manifest does not list it; make or copy")
+
+
+def test_tars_without_a_manifest_are_checked_as_far_as_can_be(shards, tmp_path, lines, serve, write_tar):
+    """Those of others: by folder, brace and address, compressed ones too; tarfile and PIL say what is right."""
+    options = ("--decode", "--cache-dir", tmp_path / "cache", "--workers", 1)
+    note = "(no manifest.json: sizes, checksums and missing shards cannot be checked)"
+    (shards / "b.tar.gz").write_bytes(gzip.compress((shards / "b.tar").read_bytes()))
+    (shards / "b.tar").unlink()
+    server = serve(shards)
+    for name, count in ((shards, 32), (f"{shards}/{{a,c}}.tar", 16), (f"{server.url}/b.tar.gz", 4)):
+        code, told = lines(name, *options)
+        assert code == 0 and f", {count} images, " in told[0] and told[0].endswith(f": all is well {note}")
+    assert not list((tmp_path / "cache").iterdir()), "nothing is kept"
+    data = (shards / "c.tar").read_bytes()
+    with tarfile.open(shards / "c.tar") as tar:
+        cut = tar.getmembers()[4].offset_data + 100
+    (shards / "c.tar").write_bytes(data[:cut] + bytes(2000) + data[cut + 2000 :])
+    write_tar(shards / "d.tar", [("x.jpg", b"no image"), ("y.json", b"{}"), ("z.cls", b"one")])
+    (shards / "e.tar").write_bytes((shards / "e.tar").read_bytes()[:20_000])
+    code, told = lines(shards, *options)
+    assert code == 1 and told[-2].endswith(f": 5 problems {note}")
+    for start in (
+        f"{shards}/c.tar: c2: cannot be decoded: ",
+        f"{shards}/d.tar: x: cannot be decoded: ",
+        f"{shards}/d.tar: y: no image among its members (json)",
+        f"{shards}/d.tar: z: no image among its members (cls)",
+        f"{shards}/e.tar: ",
+    ):
+        assert sum(line.startswith(start) for line in told) == 1, (start, told)
+    write_tar(tmp_path / "pair.tar", [("x.input.jpg", b"no image"), ("x.jpg", b"nor this")])
+    code, told = lines(tmp_path / "pair.tar", "--image-key", "input.jpg")
+    assert code == 0 and ", 1 images, " in told[0]
+    code, told = lines(tmp_path / "pair.tar", "--image-key", "png")
+    assert code == 1 and told[1] == f"{tmp_path}/pair.tar: holds no sample with an image"
+    assert lines(tmp_path / "nowhere.tar")[0] == 2
 
 
 def test_help(command, capsys):

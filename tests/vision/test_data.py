@@ -161,14 +161,14 @@ def test_epochs_are_exact_and_differ(shards):
     index = open_index(str(shards))
     batches = train(index, global_batch=32, micro_batch=8, num_steps=2)
     epochs = [joined(batches[:4]), joined(batches[4:])]
-    every = {index.table.key(i) for i in range(32)}
+    every = {index.name(i) for i in range(32)}
     for _, _, keys in epochs:
         assert set(keys) == every
     assert epochs[0][2] != epochs[1][2]
     first, second = (dict(zip(keys, pixels, strict=True)) for pixels, _, keys in epochs)
     assert sum(torch.equal(first[key], second[key]) for key in every) == 0  # new crops
     labels = torch.cat([batch.labels for batch in batches[:4]]).tolist()
-    rows = {index.table.key(i): int(index.table.labels[i]) for i in range(32)}
+    rows = {index.name(i): int(index.table.labels[i]) for i in range(32)}
     assert labels == [rows[key] for key in epochs[0][2]]
     noise = torch.cat([batch.noise for batch in batches])
     assert len(noise.unique(dim=0)) == 64 and noise.min() >= 0 and noise.max() < 1
@@ -261,7 +261,7 @@ def test_training_pixels_are_those_of_the_official_recipe(shards):
     for row in range(6):
         stream = np.random.Generator(np.random.Philox(key=key, counter=(0, row, 1, 0)))
         draws = stream.random(23)
-        number = [index.table.key(i) for i in range(32)].index(batch.keys[row])
+        number = [index.name(i) for i in range(32)].index(batch.keys[row])
         data = (Path(index.shards[index.shard_of(number)].url)).read_bytes()
         start = int(index.table.offsets[number])
         picture = Image.open(io.BytesIO(data[start : start + int(index.table.sizes[number])])).convert("RGB")
@@ -319,7 +319,7 @@ def test_only_formats_of_images_are_opened(photos, encode, monkeypatch):
         with pytest.raises(ImageError, match="no image of a format that is read"):
             decode_rgb(np.frombuffer(bytearray(encode(photos[0], name)), np.uint8))
     assert not started
-    for name in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "MPO"):  # MPO: a .jpg of several images
+    for name in ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM", "MPO"):  # MPO: a .jpg of several images
         options = {"save_all": True, "append_images": [photos[0]]} if name == "MPO" else {}
         data = np.frombuffer(bytearray(encode(photos[0], name, **options)), np.uint8)
         shape = photos[0].height, photos[0].width, 3
@@ -391,9 +391,24 @@ def test_validation_masks_belong_to_the_image(shards, tmp_path):
     by_key = dict(zip(moved, zip(other, pixels, strict=True), strict=True))
     for key, mask, image in zip(keys, noise, joined(expected)[0], strict=True):
         assert torch.equal(by_key[key][0], mask) and torch.equal(by_key[key][1], image)
-    seed = np.frombuffer(hashlib.sha256(b"a0").digest()[:16], np.uint64)
+    seed = np.frombuffer(hashlib.sha256(b"a/a0").digest()[:16], np.uint64)
     drawn = np.random.Generator(np.random.Philox(key=seed)).random(6, dtype=np.float32)
-    assert np.array_equal(noise[keys.index("a0")].numpy(), drawn)
+    assert np.array_equal(noise[keys.index("a/a0")].numpy(), drawn)
+
+
+def test_one_key_in_many_shards_is_many_samples(tmp_path, write_tar, encode, photos):
+    """Also where the shards' files have one name; wherever the set lies, masks and names stay the same."""
+    shards = {f"{part}/{i}": encode(photos[0].rotate(i)) for i in range(3) for part in ("a", "b")}
+    for place in ("here", "there"):
+        for name, image in shards.items():
+            write_tar(tmp_path / place / f"{name}.tar", [("image.jpg", image)])
+    here, there = (f"{tmp_path}/{place}/a::{tmp_path}/{place}/b" for place in ("here", "there"))
+    _, noise, names = joined(validate(open_index(here)))
+    assert names == [f"{part}/{i}/image" for part in ("a", "b") for i in range(3)]
+    assert len(noise.unique(dim=0)) == len(names)
+    same(validate(open_index(there)), validate(open_index(here)))
+    assert open_index(there).identity() == open_index(here).identity()
+    assert joined(validate(open_index(f"{tmp_path}/here/b")))[2] == [f"{i}/image" for i in range(3)]
 
 
 def test_validation_pixels_are_timms(tmp_path, write_tar, encode, photos):
@@ -415,10 +430,10 @@ def test_validation_pixels_are_timms(tmp_path, write_tar, encode, photos):
 def spoiled(tmp_path, write_tar, encode, photos):
     """12 photographs, of which k2 is truncated, k5 no image, k6 empty; and the same without damage."""
     members = [[f"k{i}.jpg", encode(photos[i % 4].rotate(i))] for i in range(12)]
-    write_tar(tmp_path / "whole.tar", members)
+    write_tar(tmp_path / "whole" / "t.tar", members)
     members[2][1], members[5][1], members[6][1] = members[2][1][:-500], b"nothing", b""
-    write_tar(tmp_path / "spoiled.tar", members)
-    return open_index(str(tmp_path / "spoiled.tar")), open_index(str(tmp_path / "whole.tar"))
+    write_tar(tmp_path / "spoiled" / "t.tar", members)
+    return open_index(str(tmp_path / "spoiled")), open_index(str(tmp_path / "whole"))
 
 
 def test_bad_samples_are_named_and_replaced(spoiled):
@@ -430,14 +445,14 @@ def test_bad_samples_are_named_and_replaced(spoiled):
     for epoch in range(3):
         order = good_keys[12 * epoch : 12 * epoch + 12]
         for position in range(12):
-            following = [k for k in order[position:] + order[:position] if k not in ("k2", "k5", "k6")]
+            following = [k for k in order[position:] + order[:position] if k not in ("t/k2", "t/k5", "t/k6")]
             assert keys[12 * epoch + position] == following[0]
     for row, (key, good) in enumerate(zip(keys, good_keys, strict=True)):
         assert torch.equal(joined(got)[1][row], joined(expected)[1][row])
         assert key != good or torch.equal(joined(got)[0][row], joined(expected)[0][row])
     bad = {sample for batch in got for sample in batch.bad}
     assert {sample.key for sample in bad} == {"k2", "k5", "k6"}
-    assert all(sample.shard.endswith("spoiled.tar") for sample in bad)
+    assert all(sample.shard.endswith("spoiled/t.tar") for sample in bad)
     assert "truncated" in next(sample.reason for sample in bad if sample.key == "k2")
 
 

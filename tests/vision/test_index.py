@@ -25,7 +25,7 @@ from moa_vision import cache
 from moa_vision.cache import DataError, LostShard, Shard, local_path
 from moa_vision.data import DataConfig, val_loader
 from moa_vision.images import ImageError
-from moa_vision.index import ShardReader, expand, open_index, parse_manifest
+from moa_vision.index import ShardReader, expand, open_index, parse_manifest, short_names
 from moa_vision.shards import ShardSettings, make_shards
 from moa_vision.table import SampleTable, index_tar
 
@@ -305,7 +305,8 @@ def test_workers_fetch_the_shards_that_they_need(packed, tmp_path, serve):
     options = {"image_size": (16, 16), "num_patches": 1, "batch_size": 4}
     config = DataConfig(train="", workers=2)
     batches = list(val_loader(open_index(server.url, tmp_path / "cache"), config, **options))
-    assert [key for batch in batches for key in batch.keys] == keys_of(open_index(str(packed)))
+    local = open_index(str(packed))
+    assert [key for batch in batches for key in batch.keys] == [local.name(i) for i in range(len(local))]
     shards = [name for name in server.requests if name.endswith(".tar")]
     assert sorted(shards) == sorted(path.name for path in packed.glob("*.tar"))
 
@@ -471,6 +472,39 @@ def test_odd_members(tmp_path, write_tar):
         open_index(str(tmp_path / "none.tar"))
 
 
+# webdataset leaves the files that it has read to the garbage collector
+@pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("fields", "image_key", "used"), [
+    (["json", "input.jpg", "cls"], None, "input.jpg"),
+    (["IMAGE.JPG"], None, "image.jpg"),
+    (["1.jpg", "txt"], None, "1.jpg"),
+    (["img"], None, "img"),
+    (["seg.png", "webp", "jpg"], None, "jpg"),
+    (["seg.png", "jpg"], "seg.png", "seg.png"),
+    (["input", "target"], ".Target", "target"),
+    (["input.jpg", "target.jpg"], "jpg;input.jpg", "input.jpg"),
+])  # fmt: skip
+def test_the_image_has_any_field(tmp_path, write_tar, fields, image_key, used):
+    write_tar(tmp_path / "a.tar", [(f"dir/k.{field}", field.encode()) for field in fields])
+    (theirs,) = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+    for _ in ("scanned", "kept"):
+        index = open_index(str(tmp_path / "a.tar"), image_key=image_key)
+        assert keys_of(index) == [theirs["__key__"]] and contents(index) == [theirs[used]]
+
+
+@pytest.mark.parametrize(("fields", "image_key", "reason"), [
+    (["input", "txt"], None, r"a.tar: no image among its members \(input, txt\); choose one with data.image_key"),
+    (["jpg", "png"], "webp;input.jpg", r"no webp or input.jpg among its members \(jpg, png\)"),
+    ([f"{i}.jpg" for i in range(9)], None, r"several images \(0.jpg, .*7.jpg, ...\); choose one with data.image_key"),
+])  # fmt: skip
+def test_what_was_found_instead_of_an_image(tmp_path, write_tar, fields, image_key, reason):
+    write_tar(tmp_path / "a.tar", [(f"k.{field}", field.encode()) for field in fields])
+    with pytest.raises(DataError, match=reason):
+        open_index(str(tmp_path / "a.tar"), image_key=image_key)
+    if image_key:
+        assert len(open_index(str(tmp_path / "a.tar"))) == 1, "no index of another image_key is taken"
+
+
 # --- the table ----------------------------------------------------------------------------------------------------
 
 
@@ -557,6 +591,16 @@ def test_a_local_shard_that_fails_for_once_is_opened_again(shards, tmp_path, fai
     failing(name, 2)
     with pytest.raises((OSError, LostShard), match="Stale file handle"):
         (reader if name != "open" else ShardReader(index)).read(0)
+
+
+@pytest.mark.parametrize(("urls", "names"), [
+    (["/x/t-0.tar", "/x/t-1.tar.gz", "t-2.TGZ"], ["t-0", "t-1", "t-2"]),
+    (["https://h/t-0.tar?token=a/b", "pipe:aws s3 cp s3://b/t-1.tar -"], ["t-0", "t-1"]),
+    (["a/t.tar", "b/t.tar", "b/c.tar"], ["a/t", "b/t", "b/c"]),
+    (["https://h/get?file=0.tar", "https://h/get?file=1.tar"], ["https://h/get?file=0.tar", "https://h/get?file=1.tar"]),
+])  # fmt: skip
+def test_short_names_tell_shards_apart(urls, names):
+    assert short_names(urls) == tuple(names)
 
 
 def test_a_files_name_is_no_command(tmp_path, monkeypatch):

@@ -94,7 +94,8 @@ def test_a_run_leaves_what_the_report_reads(train):
     assert record.train["loss"][-1] < record.train["loss"][0]
     assert list(record.validation["loss"]) == list(record.validation["loss_norm"])
     assert list(record.validation["loss_pixel"]) != list(record.validation["loss_norm"])
-    assert record.reconstructions_step == 12 and [image.key for image in record.reconstructions] == ["0", "1", "2"]
+    assert record.reconstructions_step == 12
+    assert [image.key for image in record.reconstructions] == [f"held-out/{i}" for i in range(3)]
     assert (folder / "reconstructions" / "grid_step_00000005.png").exists()
     summary = record.summary
     assert summary["parameters"] == parameter_counts(load_mae(folder / "export"))

@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import tarfile
 import time
@@ -369,16 +370,25 @@ def test_tars_keep_their_labels_and_json(tmp_path, write_tar, encode, photos):
     )
     write_tar(tmp_path / "in" / "b.tar", [("x.jpg", encode(photos[2])), ("x.json", b"[1]")])
     (report,) = make_shards(str(tmp_path / "in"), tmp_path / "out")
-    assert {entry["source"] for entry in report.skipped} == {"a.tar/z", "a.tar/bad"}
+    assert {entry["source"] for entry in report.skipped} == {"a/z", "a/bad"}
     about = {entry["source"]: entry for entry in json_by_key(tmp_path / "out").values()}
-    assert about["a.tar/x"]["caption"] == "a face" and about["a.tar/x"]["width"] == photos[0].width
-    assert about["b.tar/x"]["json"] == [1]
+    assert about["a/x"]["caption"] == "a face" and about["a/x"]["width"] == photos[0].width
+    assert about["b/x"]["json"] == [1]
     index = open_index(str(tmp_path / "out"))
     labels = dict(zip(by_key(tmp_path / "out"), index.table.labels.tolist(), strict=True))
     assert labels.pop("x") == 3 and set(labels.values()) == {-1} and len(labels) == 2
     assert by_key(tmp_path / "out")["x"] == jpeg
     (again,) = make_shards(str(tmp_path / "out"), tmp_path / "again", ShardSettings(seed=5))  # from our own shards
     assert by_key(again.folder) == by_key(tmp_path / "out")
+
+
+def test_the_image_of_a_tar_can_be_chosen(tmp_path, write_tar, encode, photos):
+    pair = [encode(photo) for photo in photos[:2]]
+    write_tar(tmp_path / "in.tar", [("x.input.jpg", pair[0]), ("x.target.jpg", pair[1])])
+    with pytest.raises(DataError, match=r"several images \(input.jpg, target.jpg\); choose one with .*--image-key"):
+        make_shards(str(tmp_path / "in.tar"), tmp_path / "none")
+    make_shards(str(tmp_path / "in.tar"), tmp_path / "out", image_key="target.jpg")
+    assert [*by_key(tmp_path / "out").values()] == [pair[1]]
 
 
 def test_torchvision_data_sets(tmp_path, monkeypatch, encode):
@@ -457,6 +467,9 @@ def test_hugging_face_data_sets(tmp_path, monkeypatch, encode, photos):
     }  # fmt: skip
     (report,) = make_shards(f"hf:{tmp_path}/set:split=train", tmp_path / "out")
     assert report.kept_shards == 1
+    assert len(open_source(f"hf:{tmp_path}/set", image_key="picture").items) == 4
+    with pytest.raises(ValueError, match="has no image column 'mask', only picture, kind, text"):
+        open_source(f"hf:{tmp_path}/set", image_key="mask")
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "set" / "train.parquet")
     for text, message in (
         (f"hf:{tmp_path}/none", "none"),
@@ -465,6 +478,46 @@ def test_hugging_face_data_sets(tmp_path, monkeypatch, encode, photos):
     ):
         with pytest.raises(ValueError, match=message):
             open_source(text)
+
+
+def test_no_file_is_left_out_in_silence(tmp_path, encode, photos, caplog):
+    files = {"a.jfif": "JPEG", "b.JPE": "JPEG", "c.avif": "AVIF", "d": "PNG", "e.pgm": "PPM", "f.1": "PNG"}
+    for name, form in files.items():
+        (tmp_path / name).write_bytes(encode(photos[0], form))
+    for name in ("README", "notes.txt", "more.txt"):
+        (tmp_path / name).write_text("no image")
+    (report,) = make_shards(str(tmp_path), tmp_path / "out")
+    assert (report.samples, report.skipped) == (5, [])
+    assert "4 files below" in caplog.text and ".txt (2), " in caplog.text
+    assert ".1 (1)" in caplog.text and "no suffix (1)" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere/{0..3}.tar", "nowhere/*.tar", "zip:nowhere"])
+def test_a_missing_source_is_answered_with_all_that_is_allowed(source, command, tmp_path, capsys):
+    assert command(["--source", source, "--out", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert "nowhere" in told and "allowed are a folder of images, tars by path, brace or glob, torchvision:" in told
+
+
+@pytest.mark.parametrize("folder", ["photos", "photos/cats", "."])
+def test_images_given_as_shards_are_answered_with_make_shards(folder, tmp_path, monkeypatch):
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    (tmp_path / "photos" / "cats" / "a.JPEG").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    hint = f"pack images first: python scripts/make_shards.py --source {folder} --out"
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        open_index(folder)
+    with pytest.raises(ValueError, match=r"a\.JPEG is an image, no shard; pack .* --source photos/cats "):
+        open_index("photos/**/*.JPEG")
+
+
+def test_a_log_shows_progress(command, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("moa_train.progress.LINE_EVERY_S", 0.0)
+    options = ["--samples-per-shard", "10", "--workers", "1"]
+    assert command(["--source", str(folder), "--out", str(tmp_path / "out"), *options]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"packing {folder} into {tmp_path}/out with 1 processes"
+    assert [line.split(", ")[0] for line in told[1:-1]] == [f"{tmp_path}/out: {n}/24" for n in (0, 10, 20)]
 
 
 def test_links_that_go_round_are_followed_once(tmp_path, monkeypatch):
