@@ -18,7 +18,7 @@ from webdataset.tariterators import base_plus_ext
 
 from moa_vision.cache import DataError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "npy")
 
 _COLUMNS = {
     "offsets": np.int64,

@@ -22,6 +22,7 @@ from moa_train.progress import count
 from moa_train.schedule import Budget
 from moa_train.task import Share
 from moa_vision.data import DataConfig, ImageBatch, normalize
+from moa_vision.images import MODES
 from moa_vision.probe.augment import Mixing, RandAugmented
 from moa_vision.probe.encoders import Pool, TrainedEncoder
 from moa_vision.probe.labelled import LabelledData, LabelledImages
@@ -183,7 +184,9 @@ class Classifier:
 
     def __init__(self, config: ClassifierRun, encoder: TrainedEncoder) -> None:
         self.config, self.encoder = config, encoder
-        self.data = LabelledData(config.data, encoder.image_size, config.folder / "bad_samples.jsonl")
+        self.data = LabelledData(
+            config.data, encoder.image_size, encoder.channels, config.folder / "bad_samples.jsonl"
+        )
         self.num_classes = self.data.num_classes
         self.samples_per_epoch = len(self.data.train)
         held_out, limit = len(self.data.val), config.loop.val_samples
@@ -226,7 +229,7 @@ class Classifier:
 
     def example_batch(self, count: int) -> LabelledImages:
         """Return a made-up batch."""
-        images = torch.zeros(count, 3, *self.encoder.image_size, dtype=torch.uint8)
+        images = torch.zeros(count, self.encoder.channels, *self.encoder.image_size, dtype=torch.uint8)
         return LabelledImages(images, torch.zeros(count, dtype=torch.int64))
 
     def train_batches(self, share: Share, plan: Plan, start_step: int) -> Iterable[LabelledImages]:
@@ -345,6 +348,8 @@ class FinetuneTask(Classifier):
         self.forward_flops_per_sample = forward_flops(self.model, self.example_batch(1).images)
         self.augment = None
         if recipe.rand_augment:
+            allowed = f"null for {encoder.channels} channels: it is PIL's, for grey and RGB"
+            require("finetune.rand_augment", recipe.rand_augment, encoder.channels in MODES, allowed)
             self.augment = RandAugmented(recipe.rand_augment, encoder.image_size, config.data.mean)
         self.mixing = Mixing(
             self.num_classes,

@@ -150,7 +150,10 @@ def plan_knn(config: ProbeConfig, encoder: TrainedEncoder) -> Job:
     """
     data = data_config(config, encoder)
     bad_samples = encoder.folder / "probe" / f"{label(config, 'knn')}.bad_samples.jsonl"
-    images, model = LabelledData(data, encoder.image_size, bad_samples), encoder.features(config.knn.pool)
+    images, model = (
+        LabelledData(data, encoder.image_size, encoder.channels, bad_samples),
+        encoder.features(config.knn.pool),
+    )
     neighbours = f"at most the {len(images.train)} training samples"
     require("knn.k", config.knn.k, max(config.knn.k) <= len(images.train), neighbours)
     known = {} if config.resume == "force" else known_result(config, encoder)

@@ -111,7 +111,7 @@ def test_every_kind_of_image_is_packed_or_named(odd_folder, tmp_path, photos, en
     (report,) = make_shards(str(odd_folder), tmp_path / "out")
     reasons = {Path(entry["source"]).name: entry["reason"] for entry in report.skipped}
     assert set(reasons) == {"truncated.jpg", "truncated.png", "empty.jpg", "text.jpg", "float.tif"}
-    assert "truncated" in reasons["truncated.jpg"] and "floating-point" in reasons["float.tif"]
+    assert "truncated" in reasons["truncated.jpg"] and "has 1 channel, not 3" in reasons["float.tif"]
     assert all(reasons.values())
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["skipped"] == report.skipped and manifest["samples"] == report.samples == 13
