@@ -228,8 +228,8 @@ def _require_shape(shape: tuple[int, ...], channels: int | None) -> None:
         raise ImageError(f"it claims {width} x {height} pixels; 1 to {MAX_PIXELS:,} are allowed")
     if channels is not None and found != channels:
         raise ImageError(
-            f"it has {found} channel{'s' * (found != 1)}, not {channels}; set the number of the images in training "
-            "(--model.encoder_args.in_chans) and in packing (make_shards.py --channels)"
+            f"it has {found} channel{'s' * (found != 1)}, not {channels}; set model.encoder_args.in_chans, and "
+            "--channels of make_shards.py, to the images' number"
         )
 
 

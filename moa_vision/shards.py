@@ -147,11 +147,11 @@ def encode_array(array: np.ndarray, short_side: int | None) -> tuple[bytes, dict
     height, width = array.shape[:2]
     size = _size_within(short_side, (width, height))
     if size != (width, height):
-        pixels = torch.from_numpy(array.astype(np.float32))
-        resized = torch.empty(size[1], size[0], array.shape[2])
+        wide = array.dtype == np.uint16  # which torch does not resize
+        pixels = torch.from_numpy(np.array(array, np.float32 if wide else array.dtype, order="C"))
+        resized = torch.empty(size[1], size[0], array.shape[2], dtype=pixels.dtype)
         crop_into(resized, pixels, (0, 0, height, width))
-        limits = None if array.dtype.kind == "f" else np.iinfo(array.dtype)
-        array = (resized if limits is None else resized.round().clamp(0, limits.max)).numpy().astype(array.dtype)
+        array = resized.round().clamp(0, 65535).numpy().astype(np.uint16) if wide else resized.numpy()
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue(), _sizes(size, (width, height))
@@ -186,7 +186,7 @@ def encode_jpeg(
         if not fits:
             decoded = decoded.resize(_size_within(short_side, original), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
-        chroma = "4:4:4" if min(decoded.size) < _SMALL else "4:2:0"
+        chroma = "4:4:4" if min(decoded.size) < _SMALL or channels == 1 else "4:2:0"
         decoded.save(buffer, "JPEG", quality=quality, subsampling=chroma)
         jpeg = buffer.getvalue()
     return jpeg, _sizes(decoded.size, original)

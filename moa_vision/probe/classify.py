@@ -22,7 +22,6 @@ from moa_train.progress import count
 from moa_train.schedule import Budget
 from moa_train.task import Share
 from moa_vision.data import DataConfig, ImageBatch, normalize
-from moa_vision.images import MODES
 from moa_vision.probe.augment import Mixing, RandAugmented
 from moa_vision.probe.encoders import Pool, TrainedEncoder
 from moa_vision.probe.labelled import LabelledData, LabelledImages
@@ -348,8 +347,6 @@ class FinetuneTask(Classifier):
         self.forward_flops_per_sample = forward_flops(self.model, self.example_batch(1).images)
         self.augment = None
         if recipe.rand_augment:
-            allowed = f"null for {encoder.channels} channels: it is PIL's, for grey and RGB"
-            require("finetune.rand_augment", recipe.rand_augment, encoder.channels in MODES, allowed)
             self.augment = RandAugmented(recipe.rand_augment, encoder.image_size, config.data.mean)
         self.mixing = Mixing(
             self.num_classes,
