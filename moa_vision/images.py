@@ -249,16 +249,15 @@ def _read_tiff(data: bytes, channels: int | None) -> np.ndarray:
     """The first image of a TIFF file, channels last."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
-        sizes = dict(zip(series.axes, series.shape, strict=True))
-        others = [axis for axis in sizes if axis not in "YX"]
-        if not {"Y", "X"} <= sizes.keys() or len(others) > 1:
-            raise ImageError(f"its axes {series.axes} of {series.shape} are not those of an image with channels")
-        channel = sizes[others[0]] if others else 1
-        _require_shape((sizes["Y"], sizes["X"], channel), channels)
+        axes, shape = series.axes, series.shape
+        if [axis for axis in axes if axis in "YX"] != ["Y", "X"] or len(axes) > 3:
+            raise ImageError(f"its axes {axes} of {shape} are not those of an image with channels")
+        order = [axes.index("Y"), axes.index("X"), *(i for i, axis in enumerate(axes) if axis not in "YX")]
+        _require_shape((*(shape[i] for i in order), 1)[:3], channels)
         array = series.asarray()
-    if array.shape != series.shape:
-        raise ImageError(f"it is damaged or cut short: {array.size} of {series.size} numbers can be read")
-    return np.moveaxis(array, series.axes.index(others[0]), 2) if others else array
+    if array.shape != shape:
+        raise ImageError(f"it is damaged or cut short: {array.size} of {math.prod(shape)} numbers can be read")
+    return array.transpose(order)
 
 
 def random_box(

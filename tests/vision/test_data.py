@@ -408,6 +408,7 @@ def test_bands_of_pils_images(photos, encode):
     (tiff(np.zeros((9, 8, 12), np.uint8), planarconfig="contig"), 5, "has 12 channels, not 5"),
     (tiff(np.zeros((9, 8), np.float32)), 3, "has 1 channel, not 3"),
     (tiff(np.zeros((2, 5, 9, 8), np.uint8), metadata={"axes": "ZCYX"}), 5, "axes ZCYX of .2, 5, 9, 8. are not"),
+    (tiff(np.zeros((2, 5, 9, 8), np.uint8)), 5, "axes QQYX"),
     (saved(np.zeros((9, 8), np.int32)), 1, "int32 pixels have no known range; allowed: uint8, uint16"),
     (saved(np.full((9, 8), np.nan)), 1, "not finite"),
     (saved(np.zeros(9, np.uint8)), 1, "has the shape .9,."),
