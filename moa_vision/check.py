@@ -12,7 +12,7 @@ import numpy as np
 from moa_train.checks import Checked, Plan, Problem, unlisted
 from moa_vision import cache
 from moa_vision.cache import DataError, Shard
-from moa_vision.images import ImageError, decode_rgb
+from moa_vision.images import ImageError, decode_image
 from moa_vision.index import MANIFEST, parse_manifest
 from moa_vision.table import SampleTable, index_tar
 
@@ -205,6 +205,6 @@ def _undecodable(url: str, path: Path, rows: Rows) -> Iterator[Problem]:
         for key, (offset, size, _) in zip(rows.keys, rows.numbers.tolist(), strict=True):
             file.seek(offset)
             try:
-                decode_rgb(np.frombuffer(bytearray(file.read(size)), np.uint8))
+                decode_image(np.frombuffer(bytearray(file.read(size)), np.uint8), None)
             except ImageError as error:
                 yield Problem(url, key, f"cannot be decoded: {str(error)[:_SHOWN]}")

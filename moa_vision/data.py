@@ -1,4 +1,4 @@
-"""Index -> batches: images (B, 3, H, W) uint8 and mask noise; their order is a function of (seed, epoch, position).
+"""Index -> batches: images (B, C, H, W) and mask noise; their order is a function of (seed, epoch, position).
 
 Position p of epoch e is the same pixels and the same noise whatever the numbers of workers and ranks are and wherever
 a run began; see `moa_vision.order` and `moa_train.order`.
@@ -6,17 +6,18 @@ a run began; see `moa_vision.order` and `moa_train.order`.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moa_train.order import SAMPLE, StepBatches, batch_loader, generator, philox_key
 from moa_vision.cache import DataError, LostShard, is_kept
-from moa_vision.images import CROP_DRAWS, Box, ImageError, central_box, crop_into, decode_rgb, random_box
+from moa_vision.images import CROP_DRAWS, Box, ImageError, central_box, crop_into, decode_image, random_box
 from moa_vision.index import ShardIndex, ShardReader
 from moa_vision.order import EpochOrder
 from moa_vision.table import BadSample
@@ -39,8 +40,9 @@ class DataConfig:
         crop_ratio: Smallest and largest width / height of a training crop before it is resized.
         hflip: Mirror half of the training crops.
         val_crop_pct: Side of the central validation crop, as a fraction of the image's.
-        mean: Of the normalization, per channel, of pixels in [0, 1].
-        std: Of the normalization, per channel, of pixels in [0, 1].
+        mean: Of the normalization, per channel, of pixels in [0, 1], or one value for all channels. The default is
+            ImageNet's; models with other than three channels get its average for each, as in timm.
+        std: Of the normalization, given likewise.
         workers: Processes that decode images, per device; 0: none beside the training process.
         cache_dir: For indices and for remote or compressed shards; default ~/.cache/moa_vision.
         cache_gib: Limit of the remote or compressed shards kept there, in GiB; those that were not used for longest
@@ -58,8 +60,8 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: bool = True
     val_crop_pct: float = 0.875
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     workers: int = 4
     cache_dir: str | None = None
     cache_gib: float | None = None
@@ -74,7 +76,8 @@ class DataConfig:
             "crop_scale": (0 < low <= high <= 1, "two fractions, 0 < smallest <= largest <= 1"),
             "crop_ratio": (0 < self.crop_ratio[0] <= self.crop_ratio[1], "two numbers, 0 < smallest <= largest"),
             "val_crop_pct": (0 < self.val_crop_pct <= 1, "a fraction, more than 0 and at most 1"),
-            "std": (min(self.std) > 0, "three positive numbers"),
+            "mean": (len(self.mean) > 0, "a number for each channel"),
+            "std": (min(self.std, default=0) > 0, "a positive number for each channel"),
             "workers": (self.workers >= 0, "0 or more"),
             "cache_gib": (self.cache_gib is None or self.cache_gib > 0, "more than 0, or null for no limit"),
             "max_bad_samples": (self.max_bad_samples >= 0, "0 or more"),
@@ -84,12 +87,28 @@ class DataConfig:
             if not valid:
                 raise ValueError(f"data.{field.name} is {getattr(self, field.name)!r}; allowed: {what}")
 
+    def for_channels(self, channels: int) -> "DataConfig":
+        """Return this configuration with `channels` values in `mean` and `std`. Raises ValueError if neither fits."""
+        fitted = {}
+        for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+            values = getattr(self, name)
+            if values == default and channels != 3:
+                values = (sum(default) / 3,)
+            if len(values) not in (1, channels):
+                raise ValueError(
+                    f"data.{name} has {len(values)} values, but the model {channels} channels "
+                    f"(model.encoder_args.in_chans); give {channels} values, or one for all channels"
+                )
+            fitted[name] = values if len(values) == channels else values * channels
+        return replace(self, **fitted)
+
 
 class ImageBatch(NamedTuple):
     """B images with the noise that orders their patches for masking.
 
     Attributes:
-        images: (B, 3, H, W) uint8, channels-last in memory.
+        images: (B, C, H, W), channels-last in memory; uint8, or float32 in units of the whole range where one sample
+            has more than 8 bits (`moa_vision.images`).
         noise: (B, L) float32, uniform in [0, 1).
         keys: B sample names, SHARD/KEY; see `ShardIndex.name`.
         labels: (B,) int64, -1 where there is none.
@@ -114,13 +133,20 @@ class TrainSamples(Dataset[ImageBatch]):
     """Random crops by (epoch, position)."""
 
     def __init__(
-        self, index: ShardIndex, config: DataConfig, image_size: tuple[int, int], num_patches: int, seed: int
+        self,
+        index: ShardIndex,
+        config: DataConfig,
+        image_size: tuple[int, int],
+        num_patches: int,
+        seed: int,
+        channels: int = 3,
     ) -> None:
         open_files = None if index.cache_limit is None else config.window_shards
         self.reader = ShardReader(index, config.max_bad_samples, open_files)
         self.config = config
         self.image_size = image_size
         self.num_patches = num_patches
+        self.channels = channels
         self.key = philox_key(seed, SAMPLE)
         self.order = EpochOrder(index.starts, seed, config.window_shards, config.repeats)
 
@@ -129,7 +155,7 @@ class TrainSamples(Dataset[ImageBatch]):
 
         Too many bad samples in a row are told by its `failure`.
         """
-        batch = _Builder(self.reader.index, len(where), self.image_size, self.num_patches)
+        batch = _Builder(self.reader.index, len(where), self.image_size, self.num_patches, self.channels)
         current, image, sample = None, torch.empty(0), -1
         for epoch, position in where:
             slot = position // self.config.repeats
@@ -152,7 +178,7 @@ class TrainSamples(Dataset[ImageBatch]):
         for ahead in range(allowed):
             sample = self.order.sample(epoch, slot + ahead)
             try:
-                image = decode_rgb(self.reader.read(sample))
+                image = decode_image(self.reader.read(sample), self.channels)
             except (ImageError, OSError, LostShard) as error:
                 bad.append(self.reader.index.bad(sample, error))
             else:
@@ -167,20 +193,28 @@ class TrainSamples(Dataset[ImageBatch]):
 class ValSamples(Dataset[ImageBatch]):
     """Central crops by sample number; the noise is a function of the sample's name (shard and key) alone."""
 
-    def __init__(self, index: ShardIndex, config: DataConfig, image_size: tuple[int, int], num_patches: int) -> None:
+    def __init__(
+        self,
+        index: ShardIndex,
+        config: DataConfig,
+        image_size: tuple[int, int],
+        num_patches: int,
+        channels: int = 3,
+    ) -> None:
         open_files = None if index.cache_limit is None else 1
         self.reader = ShardReader(index, config.max_bad_samples, open_files)
         self.config = config
         self.image_size = image_size
         self.num_patches = num_patches
+        self.channels = channels
 
     def __getitems__(self, samples: Sequence[int]) -> ImageBatch:
         """The batch of these samples, without those that are bad (it may be empty)."""
         index = self.reader.index
-        batch = _Builder(index, len(samples), self.image_size, self.num_patches)
+        batch = _Builder(index, len(samples), self.image_size, self.num_patches, self.channels)
         for sample in samples:
             try:
-                image = decode_rgb(self.reader.read(sample))
+                image = decode_image(self.reader.read(sample), self.channels)
             except (ImageError, OSError, LostShard) as error:
                 batch.bad.append(index.bad(sample, error))
                 continue
@@ -195,16 +229,24 @@ class ValSamples(Dataset[ImageBatch]):
 class _Builder:
     """Fills a batch's tensors in place."""
 
-    def __init__(self, index: ShardIndex, size: int, image_size: tuple[int, int], num_patches: int) -> None:
+    def __init__(
+        self, index: ShardIndex, size: int, image_size: tuple[int, int], num_patches: int, channels: int
+    ) -> None:
         self.index = index
-        self.images = torch.empty(size, *image_size, 3, dtype=torch.uint8)
+        self.images = torch.empty(size, *image_size, channels, dtype=torch.uint8)
         self.noise = torch.empty(size, num_patches)
         self.samples: list[int] = []
         self.bad: list[BadSample] = []
 
     def add(self, sample: int, image: Tensor, box: Box, stream: np.random.Generator, flip: bool) -> None:
         row = len(self.samples)
-        crop_into(self.images[row], image, box, flip)
+        if image.dtype == self.images.dtype:
+            crop_into(self.images[row], image, box, flip)
+        else:  # cropped in its own dtype, so that the rest of the batch has no say in its pixels
+            crop = self.images.new_empty(self.images.shape[1:], dtype=image.dtype)
+            crop_into(crop, image, box, flip)
+            self.images = _unit(self.images)
+            self.images[row] = _unit(crop)
         stream.random(dtype=np.float32, out=self.noise[row].numpy())
         self.samples.append(sample)
 
@@ -220,11 +262,17 @@ class _Builder:
         )
 
 
+def _unit(pixels: Tensor) -> Tensor:
+    """Pixels as float32 in units of their range."""
+    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+
+
 def train_loader(
     index: ShardIndex,
     config: DataConfig,
     *,
     image_size: tuple[int, int],
+    channels: int = 3,
     num_patches: int,
     seed: int,
     global_batch: int,
@@ -243,6 +291,7 @@ def train_loader(
         index: the training samples.
         config: crops, repeats, window, workers.
         image_size: height and width of the crops, in pixels.
+        channels: C.
         num_patches: L, the length of the noise.
         seed: of order, crops, flips and noise; 0 or more.
         global_batch: images of a step, over all ranks and micro-batches.
@@ -255,7 +304,7 @@ def train_loader(
     Raises:
         ValueError: if the batch does not split into micro-batches, or an epoch is shorter than a batch.
     """
-    dataset = TrainSamples(index, config, image_size, num_patches, seed)
+    dataset = TrainSamples(index, config, image_size, num_patches, seed, channels)
     if len(dataset.order) < global_batch:
         raise ValueError(
             f"data.train has {len(dataset.order)} images an epoch (with data.repeats = {config.repeats}), fewer than "
@@ -271,6 +320,7 @@ def val_loader(
     config: DataConfig,
     *,
     image_size: tuple[int, int],
+    channels: int = 3,
     num_patches: int,
     batch_size: int,
     rank: int = 0,
@@ -286,6 +336,7 @@ def val_loader(
         index: the validation samples.
         config: crop and workers.
         image_size: height and width of the crops, in pixels.
+        channels: C.
         num_patches: L, the length of the noise.
         batch_size: images of a batch on one rank.
         rank: of this process.
@@ -295,7 +346,7 @@ def val_loader(
     count = len(index) if limit is None else min(limit, len(index))
     samples = [number * len(index) // count for number in range(rank, count, world_size)]
     batches = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
-    return batch_loader(ValSamples(index, config, image_size, num_patches), batches, config.workers)
+    return batch_loader(ValSamples(index, config, image_size, num_patches, channels), batches, config.workers)
 
 
 def require_cache_room(config: DataConfig, train: ShardIndex, val: ShardIndex | None = None) -> None:
@@ -321,8 +372,9 @@ def _largest(index: ShardIndex, count: int) -> int:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, 3, H, W) uint8 -> float32 on the same device and in the same memory layout: (x / 255 - mean) / std."""
+    """(B, C, H, W) -> float32, same device and memory layout: (x - mean) / std, after uint8 is divided by 255."""
     options: dict[str, Any] = {"dtype": torch.float32, "device": images.device}
-    scale = 1 / (255 * torch.tensor(std, **options))
-    shift = torch.tensor(mean, **options) * 255 * scale
+    unit = 255 if images.dtype == torch.uint8 else 1
+    scale = 1 / (unit * torch.tensor(std, **options))
+    shift = torch.tensor(mean, **options) * unit * scale
     return images.float() * scale[:, None, None] - shift[:, None, None]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moa_vision.images import FORMATS, to_rgb
+from moa_vision.images import FORMATS, to_mode
 from moa_vision.shards import Report, ShardSettings, make_shards
 
 FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
@@ -65,7 +65,7 @@ def crops(path: Path, count: int) -> list[Image.Image]:
     Side lengths are log-uniform between `VAL_SMALLEST_SIDE` and the short side, in the pixels of a photograph whose
     short side is at most `SHORT_SIDE`; the choice is a function of the file's name.
     """
-    image = to_rgb(Image.open(path, formats=FORMATS))
+    image = to_mode(Image.open(path, formats=FORMATS))
     scale = max(1.0, min(image.size) / SHORT_SIDE)
     generator = np.random.default_rng(list(path.name.encode()))
     low, high = np.log(scale * VAL_SMALLEST_SIDE), np.log(min(image.size))
@@ -90,7 +90,7 @@ def make_photograph_shards(out: Path, workers: int = 1) -> list[Report]:
         for name in TRAIN:
             target = train / files[name].stem
             target.mkdir(parents=True)
-            image = to_rgb(Image.open(files[name], formats=FORMATS))
+            image = to_mode(Image.open(files[name], formats=FORMATS))
             scale = min(1.0, SHORT_SIDE / min(image.size))
             size = (round(scale * image.width), round(scale * image.height))
             image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)

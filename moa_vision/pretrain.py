@@ -86,7 +86,7 @@ class MAEConfig(RunConfig):
 
 
 class Images(NamedTuple):
-    """What the loss takes: images (B, 3, H, W) uint8, the noise (B, L) float32 that masks them, the names."""
+    """What the loss takes: images (B, C, H, W), noise (B, L) and names, as `moa_vision.data.ImageBatch` has them."""
 
     images: Tensor
     noise: Tensor
@@ -108,8 +108,9 @@ class MAETask:
     best_by = "loss_norm"
 
     def __init__(self, config: MAEConfig) -> None:
-        self.config, self.data = config, config.data
+        self.config = config
         self.mae = build_mae(config.model)
+        self.data = config.data.for_channels(self.mae.in_chans)
         self.model: nn.Module = self.mae
         self.image_size = (self.mae.grid_size[0] * self.mae.patch_size, self.mae.grid_size[1] * self.mae.patch_size)
         self.train_index = self._opened("train", self.data.train)
@@ -147,7 +148,7 @@ class MAETask:
 
     def example_batch(self, count: int) -> Images:
         """Return a made-up batch."""
-        images = torch.zeros(count, 3, *self.image_size, dtype=torch.uint8)
+        images = torch.zeros(count, self.mae.in_chans, *self.image_size, dtype=torch.uint8)
         return Images(images, torch.linspace(0, 1, self.mae.num_patches).expand(count, -1))
 
     def train_batches(self, share: Share, plan: Plan, start_step: int) -> Iterable[Images]:
@@ -156,6 +157,7 @@ class MAETask:
             self.train_index,
             self.data,
             image_size=self.image_size,
+            channels=self.mae.in_chans,
             num_patches=self.mae.num_patches,
             seed=self.config.seed,
             global_batch=plan.global_batch,
@@ -225,7 +227,7 @@ class MAETask:
 
     @cached_property
     def _shown(self) -> tuple[Tensor, Tensor, list[str]] | None:
-        """The images (N, 3, H, W) uint8, noise (N, L) and keys that `visualize` draws; None without held-out ones."""
+        """The images (N, C, H, W), noise (N, L) and keys that `visualize` draws; None without held-out ones."""
         shown = min(self.val_samples, self.config.loop.visualize)
         for batch in self._held_out(replace(self.data, workers=0), Share(0, 1, shown), shown) if shown else ():
             return batch.images, batch.noise, batch.keys
@@ -247,6 +249,7 @@ class MAETask:
             self.val_index,
             data,
             image_size=self.image_size,
+            channels=self.mae.in_chans,
             num_patches=self.mae.num_patches,
             batch_size=share.micro_batch,
             rank=share.rank,

@@ -32,13 +32,15 @@ def save_reconstructions(
 ) -> None:
     """Reconstruct `images` and write the pictures, each file whole or not at all.
 
+    One channel is shown as grey, of more than three the first three as red, green and blue, of two the first.
+
     Writes `grid_step_{step:08d}.png` (a row an image, columns as in `KINDS`) and, in place of an earlier step's,
     `{i:02d}_{kind}.png` in the images' own size and `index.json`:
     {"step": int, "images": [{"key", "loss_norm", "loss_pixel", "original", "masked", "reconstruction"}]}.
 
     Args:
         mae: not wrapped; it is run in evaluation mode and left in the mode it was in.
-        images: (N, 3, H, W) float, normalized, on the model's device.
+        images: (N, C, H, W) float, normalized, on the model's device.
         noise: (N, L), fixes each image's mask.
         keys: N names.
         folder: made if missing.
@@ -59,7 +61,7 @@ def save_reconstructions(
     output = mae(images, noise)
     mae.train(training)
 
-    hidden = mae.unpatchify(output.mask.unsqueeze(-1).expand(-1, -1, mae.patchify(images).shape[-1]))
+    hidden = mae.unpatchify(output.mask.unsqueeze(-1).expand(-1, -1, mae.patchify(images).shape[-1]))[:, :1]
     original = _to_pixels(images, mean, std)
     masked = torch.where(hidden.cpu() > 0, _GREY, original)
     reconstruction = _to_pixels(mae.reconstruct(images, output), mean, std)
@@ -78,14 +80,15 @@ def save_reconstructions(
 
 
 def _to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalized (N, C, H, W) to float32 pixels in [0, 1] on the CPU."""
+    """Normalized (N, C, H, W) to the float32 pixels in [0, 1], on the CPU, of the one or three channels shown."""
     shape = (-1, 1, 1)
-    return (images.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)
+    pixels = (images.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)
+    return pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1]
 
 
 def _png(picture: Tensor) -> bytes:
-    """A picture (3, H, W) with values in [0, 1] as the bytes of a PNG file."""
-    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    """A picture (1 or 3, H, W) with values in [0, 1] as the bytes of a PNG file."""
+    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(2).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()

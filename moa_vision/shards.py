@@ -1,6 +1,7 @@
 """Images -> tar shards, their index and a manifest: the data set that `moa_vision.index` reads.
 
-A shard holds KEY.jpg, KEY.cls (where there is a label) and KEY.json of each sample, in webdataset's layout. Which
+A shard holds KEY.jpg (or KEY.npy), KEY.cls (where there is a label) and KEY.json of each sample, in webdataset's
+layout. Which
 sample lies where is a function of the source and the seed, so any number of processes writes the same bytes, and a
 run that was stopped goes on: a finished shard is kept if its inputs and its checksum are the same as then.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 from webdataset.writer import TarWriter
@@ -25,7 +27,7 @@ from moa_train.durable import sync_file, sync_folder, write_json
 from moa_train.progress import CountBar
 from moa_train.signals import end_with_parent
 from moa_vision.cache import DataError, file_sha256
-from moa_vision.images import open_image, to_rgb
+from moa_vision.images import MODES, crop_into, is_array, is_upright, open_image, read_array, to_mode
 from moa_vision.index import MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION, parse_manifest
 from moa_vision.sources import Item, Source, open_source
 from moa_vision.table import SampleTable, index_tar
@@ -34,7 +36,6 @@ INDEX = "index.safetensors"
 
 _PARTS = ".parts"  # what an unfinished run needs, beside its shards
 _SMALL = 64  # pixels; an image with a shorter side keeps its colours at full resolution (CIFAR's would be 16 x 16)
-_EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,16 @@ class ShardSettings:
         quality: of the JPEG encoder; images that are JPEG already and keep their size keep their bytes.
         samples_per_shard: images of a shard, less those skipped.
         seed: of the order in which images are put into shards.
+        channels: 3 and 1 make JPEGs, of any image (with 1 those encoded anew are grey). With other numbers, and for
+            what only `moa_vision.images.read_array` reads, samples are uncompressed .npy of (H, W, C), and images
+            of another number are skipped.
     """
 
     short_side: int | None = None
     quality: int = 95
     samples_per_shard: int = 1000
     seed: int = 0
+    channels: int = 3
 
     def __post_init__(self) -> None:
         if self.short_side is not None and self.short_side < 1:
@@ -60,6 +65,8 @@ class ShardSettings:
             raise ValueError(f"quality is {self.quality}; allowed: 1 to 100")
         if self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {self.samples_per_shard}; allowed: 1 or more")
+        if self.channels < 1:
+            raise ValueError(f"channels is {self.channels}; allowed: 1 or more")
 
 
 class Report(NamedTuple):
@@ -118,13 +125,50 @@ def make_shards(
     return [_write_set(folder, opened, source, part, settings, workers) for folder, part in parts.items()]
 
 
-def encode_jpeg(image: bytes | Image.Image, short_side: int | None, quality: int) -> tuple[bytes, dict[str, Any]]:
-    """Turns an image into what a shard holds: an upright RGB (or grey) JPEG, no larger than asked for.
+def encode_image(image: bytes | Image.Image, settings: ShardSettings) -> tuple[str, bytes, dict[str, Any]]:
+    """Turns an image into what a shard holds, no larger than asked for.
+
+    Args:
+        image: encoded as for `moa_vision.images.decode_image`, or decoded.
+        settings: see `ShardSettings`.
+
+    Returns:
+        "jpg" or "npy", the file, and {"width", "height", "original_width", "original_height"} in pixels.
+
+    Raises:
+        ImageError: if the image cannot be read as such.
+    """
+    channels = settings.channels
+    if channels in MODES and not (isinstance(image, bytes) and is_array(image, channels)):
+        return "jpg", *encode_jpeg(image, settings.short_side, settings.quality, channels)
+    return "npy", *encode_array(read_array(image, channels), settings.short_side)
+
+
+def encode_array(array: np.ndarray, short_side: int | None) -> tuple[bytes, dict[str, Any]]:
+    """As `encode_jpeg` of (H, W, C) uint8, uint16 or float32, as .npy of the same dtype."""
+    height, width = array.shape[:2]
+    size = _size_within(short_side, (width, height))
+    if size != (width, height):
+        wide = array.dtype == np.uint16  # which torch does not resize
+        pixels = torch.from_numpy(np.array(array, np.float32 if wide else array.dtype, order="C"))
+        resized = torch.empty(size[1], size[0], array.shape[2], dtype=pixels.dtype)
+        crop_into(resized, pixels, (0, 0, height, width))
+        array = resized.round().clamp(0, 65535).numpy().astype(np.uint16) if wide else resized.numpy()
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue(), _sizes(size, (width, height))
+
+
+def encode_jpeg(
+    image: bytes | Image.Image, short_side: int | None, quality: int, channels: int = 3
+) -> tuple[bytes, dict[str, Any]]:
+    """Turns an image into an upright RGB (or grey) JPEG, no larger than asked for.
 
     Args:
         image: encoded in one of `moa_vision.images.FORMATS`, or decoded.
         short_side: in pixels; larger images are resized by antialiased bicubic interpolation; None: kept.
         quality: of the JPEG encoder, if the image is encoded anew.
+        channels: 3, or 1 for grey, if the image is encoded anew.
 
     Returns:
         The JPEG, and {"width", "height", "original_width", "original_height"} in pixels.
@@ -133,24 +177,33 @@ def encode_jpeg(image: bytes | Image.Image, short_side: int | None, quality: int
         ImageError: if the image cannot be read or has no known range.
     """
     decoded = open_image(image) if isinstance(image, bytes) else image
-    upright = decoded.getexif().get(_EXIF_ORIENTATION, 1) == 1
-    fits = short_side is None or min(decoded.size) <= short_side
+    fits = _size_within(short_side, decoded.size) == decoded.size
     original = decoded.size
-    if isinstance(image, bytes) and decoded.format == "JPEG" and decoded.mode in ("RGB", "L") and upright and fits:
+    plain = decoded.format == "JPEG" and decoded.mode in MODES.values()
+    if isinstance(image, bytes) and plain and fits and is_upright(decoded):
         jpeg = image
     else:
-        decoded = to_rgb(decoded)
+        decoded = to_mode(decoded, channels)
         original = decoded.size
-        if short_side is not None and not fits:
-            scale = short_side / min(original)
-            size = (max(short_side, round(original[0] * scale)), max(short_side, round(original[1] * scale)))
-            decoded = decoded.resize(size, Image.Resampling.BICUBIC)
+        if not fits:
+            decoded = decoded.resize(_size_within(short_side, original), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
-        chroma = "4:4:4" if min(decoded.size) < _SMALL else "4:2:0"
+        chroma = "4:4:4" if min(decoded.size) < _SMALL or channels == 1 else "4:2:0"
         decoded.save(buffer, "JPEG", quality=quality, subsampling=chroma)
         jpeg = buffer.getvalue()
-    sizes = zip(("width", "height", "original_width", "original_height"), decoded.size + original, strict=True)
-    return jpeg, dict(sizes)
+    return jpeg, _sizes(decoded.size, original)
+
+
+def _size_within(short_side: int | None, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of an image that is made no larger than `short_side`."""
+    if short_side is None or min(size) <= short_side:
+        return size
+    scale = short_side / min(size)
+    return max(short_side, round(size[0] * scale)), max(short_side, round(size[1] * scale))
+
+
+def _sizes(size: tuple[int, int], original: tuple[int, int]) -> dict[str, Any]:
+    return dict(zip(("width", "height", "original_width", "original_height"), size + original, strict=True))
 
 
 class ShardWriter:
@@ -206,13 +259,13 @@ class ShardWriter:
             for item in items:
                 try:
                     raw = self.source.read(item)
-                    jpeg, sizes = encode_jpeg(raw.image, self.settings.short_side, self.settings.quality)
+                    kind, data, sizes = encode_image(raw.image, self.settings)
                 except Exception as error:  # of any library that a source reads with; one image must not end it all
                     reason = str(error) or type(error).__name__
                     skipped.append({"shard": name, "source": item.name, "reason": reason})
                     continue
                 about = {**raw.extra, **sizes, "source": item.name}
-                sample = {"__key__": item.key, "jpg": jpeg, "json": json.dumps(about, sort_keys=True).encode()}
+                sample = {"__key__": item.key, kind: data, "json": json.dumps(about, sort_keys=True).encode()}
                 if raw.label is not None:
                     sample["cls"] = str(raw.label).encode()
                 tar.write(sample)

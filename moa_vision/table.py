@@ -21,7 +21,7 @@ from moa_vision.images import ImageError
 
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "tif", "tiff", "gif"),
-    *("ppm", "pgm", "pbm", "pnm"),
+    *("ppm", "pgm", "pbm", "pnm", "npy"),
 )
 
 _COLUMNS = {
@@ -214,7 +214,9 @@ def image_member(members: Mapping[str, Member], image_key: str | None = None) ->
         wanted = [field.strip(" .").lower() for field in image_key.split(";")]
         missing = f"no {' or '.join(wanted)}"
     else:
-        wanted = [field for field in _IMAGE_FIELDS if field in members] or [*filter(_is_image, members)]
+        images = [*filter(_is_image, members)]
+        images = [field for field in images if not field.endswith("npy")] or images  # arrays beside it are features
+        wanted = [field for field in _IMAGE_FIELDS if field in images] or images
         missing = "no image"
         if wanted and wanted[0] not in _IMAGE_FIELDS and len(wanted) > 1:
             raise ImageError(f"several images ({_some(wanted)}); {_CHOOSE}")

@@ -64,6 +64,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=defaults.quality,
     )
+    add(
+        "--channels",
+        "of the images: 3 (RGB) and 1 (grey) make JPEGs of any image; other numbers take .npy, TIFF and PNG of so "
+        "many channels and make .npy (default: %(default)s)",
+        type=int,
+        default=defaults.channels,
+        metavar="C",
+    )
     add("--seed", "of the order and the split (default: %(default)s)", type=int, default=defaults.seed)
     add("--workers", "processes (default: %(default)s)", type=int, default=os.cpu_count() or 1, metavar="N")
     add(
@@ -80,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; 0 if it succeeded."""
     given = parse(arguments)
     try:
-        settings = ShardSettings(given.short_side, given.quality, given.samples_per_shard, given.seed)
+        settings = ShardSettings(given.short_side, given.quality, given.samples_per_shard, given.seed, given.channels)
         print(f"packing {given.source} into {given.out} with {given.workers} processes", flush=True)
         reports = make_shards(
             given.source,

@@ -19,6 +19,7 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from moa_vision.cache import DataError
 from moa_vision.data import ImageBatch
 
 SEED_NUMBERS = 4
@@ -64,10 +65,17 @@ class RandAugmented:
         self.transform = rand_augment_transform(policy, hparams)
 
     def __call__(self, batch: ImageBatch) -> ImageBatch:
-        """Return the batch; each image is transformed by what its noise seeds."""
+        """Return the batch; each image is transformed by what its noise seeds.
+
+        Raises:
+            DataError: The images have more than 8 bits, which PIL does not transform.
+        """
+        if batch.images.dtype != torch.uint8:
+            raise DataError("finetune.rand_augment needs images of 8 bits; give --finetune.rand_augment null")
         for image, noise in zip(batch.images.permute(0, 2, 3, 1), batch.noise, strict=True):
+            pixels = image.squeeze(2)  # of one channel, as PIL's grey has it
             with drawing_from(seed_of(noise)):
-                image.copy_(torch.from_numpy(np.array(self.transform(Image.fromarray(image.numpy())))))
+                pixels.copy_(torch.from_numpy(np.array(self.transform(Image.fromarray(pixels.numpy())))))
         return batch
 
 
@@ -88,10 +96,10 @@ class Mixing:
             self.mixup = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes)
 
     def __call__(self, images: Tensor, labels: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
-        """Return images (B, 3, H, W), changed in place, and targets (B, num_classes) float32.
+        """Return images (B, C, H, W), changed in place, and targets (B, num_classes) float32.
 
         Args:
-            images: (B, 3, H, W) float, normalized; B is even where there is mixing.
+            images: (B, C, H, W) float, normalized; B is even where there is mixing.
             labels: (B,) int64.
             seed: Of all that is random but the noise of erased rectangles, which torch's generator draws; None:
                 nothing is mixed or erased.

@@ -183,7 +183,9 @@ class Classifier:
 
     def __init__(self, config: ClassifierRun, encoder: TrainedEncoder) -> None:
         self.config, self.encoder = config, encoder
-        self.data = LabelledData(config.data, encoder.image_size, config.folder / "bad_samples.jsonl")
+        self.data = LabelledData(
+            config.data, encoder.image_size, encoder.channels, config.folder / "bad_samples.jsonl"
+        )
         self.num_classes = self.data.num_classes
         self.samples_per_epoch = len(self.data.train)
         held_out, limit = len(self.data.val), config.loop.val_samples
@@ -226,7 +228,7 @@ class Classifier:
 
     def example_batch(self, count: int) -> LabelledImages:
         """Return a made-up batch."""
-        images = torch.zeros(count, 3, *self.encoder.image_size, dtype=torch.uint8)
+        images = torch.zeros(count, self.encoder.channels, *self.encoder.image_size, dtype=torch.uint8)
         return LabelledImages(images, torch.zeros(count, dtype=torch.int64))
 
     def train_batches(self, share: Share, plan: Plan, start_step: int) -> Iterable[LabelledImages]:

@@ -30,6 +30,7 @@ from moa_train.records import RunFolder
 from moa_train.task import Share
 from moa_vision.cache import DataError
 from moa_vision.data import DataConfig
+from moa_vision.images import MODES
 from moa_vision.pretrain import DATA_HARMLESS
 from moa_vision.probe.classify import ClassifierRun, FinetuneConfig, FinetuneTask, LinearConfig, LinearTask
 from moa_vision.probe.encoders import TrainedEncoder, find_encoders
@@ -152,7 +153,10 @@ def plan_knn(config: ProbeConfig, encoder: TrainedEncoder) -> Job:
     """
     data = data_config(config, encoder)
     bad_samples = encoder.folder / "probe" / f"{label(config, 'knn')}.bad_samples.jsonl"
-    images, model = LabelledData(data, encoder.image_size, bad_samples), encoder.features(config.knn.pool)
+    images, model = (
+        LabelledData(data, encoder.image_size, encoder.channels, bad_samples),
+        encoder.features(config.knn.pool),
+    )
     neighbours = f"at most the {len(images.train)} training samples"
     require("knn.k", config.knn.k, max(config.knn.k) <= len(images.train), neighbours)
     known = {} if config.resume == "force" else known_result(config, encoder)
@@ -262,6 +266,9 @@ def classifier_run(
     optim = OptimConfig(lr=recipe.blr * recipe.batch_size / 256, weight_decay=recipe.weight_decay)
     if isinstance(recipe, FinetuneConfig):
         optim = replace(optim, betas=recipe.betas, clip_grad=recipe.clip_grad)
+        fits = encoder.channels in MODES or recipe.rand_augment is None
+        allowed = f"null for images of {encoder.channels} channels, as timm transforms grey and RGB only"
+        require("finetune.rand_augment", recipe.rand_augment, fits, allowed)
     return ClassifierRun(
         name=label(config, method),
         seed=config.seed,

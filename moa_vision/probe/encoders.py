@@ -62,16 +62,19 @@ class TrainedEncoder:
         return height, width
 
     @property
-    def mean(self) -> tuple[float, float, float]:
-        """Mean of its images, per channel, of pixels in [0, 1]."""
-        red, green, blue = self.config["pretrained_cfg"]["mean"]
-        return red, green, blue
+    def channels(self) -> int:
+        """Number of channels of its images."""
+        return self.config["pretrained_cfg"]["input_size"][0]
 
     @property
-    def std(self) -> tuple[float, float, float]:
+    def mean(self) -> tuple[float, ...]:
+        """Mean of its images, per channel, of pixels in [0, 1]."""
+        return tuple(self.config["pretrained_cfg"]["mean"])
+
+    @property
+    def std(self) -> tuple[float, ...]:
         """Standard deviation of its images, per channel, of pixels in [0, 1]."""
-        red, green, blue = self.config["pretrained_cfg"]["std"]
-        return red, green, blue
+        return tuple(self.config["pretrained_cfg"]["std"])
 
     def identity(self) -> dict[str, Any]:
         """Return what tells it from any other encoder: its name, step and weights."""
@@ -202,8 +205,8 @@ def _require_config(path: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"{path}: input_size is {size!r}, not channels, height and width; {_REMEDY}")
     for key, least in (("mean", -math.inf), ("std", 0)):
         values = images.get(key)
-        if not isinstance(values, list) or len(values) != 3 or not all(_is_number(v) and v > least for v in values):
-            raise ValueError(f"{path}: {key} is {values!r}, not a number of each of three channels; {_REMEDY}")
+        if not isinstance(values, list) or [_is_number(v) and v > least for v in values] != [True] * size[0]:
+            raise ValueError(f"{path}: {key} is {values!r}, not a number of each of {size[0]} channels; {_REMEDY}")
 
 
 def _is_number(value: Any) -> bool:

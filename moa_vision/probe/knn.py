@@ -52,7 +52,7 @@ def extract(
     """Return the features of all images, in order, on the model's device.
 
     Args:
-        model: Images (B, 3, H, W) to features (B, D).
+        model: Images (B, C, H, W) to features (B, D).
         batches: Images as they are read.
         data: Their normalization.
         total: How many images there are, for the progress bar.

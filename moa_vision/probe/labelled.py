@@ -22,7 +22,7 @@ class LabelledImages(NamedTuple):
     """What a classifier learns from.
 
     Attributes:
-        images: (B, 3, H, W) uint8.
+        images: (B, C, H, W) as `ImageBatch` has them.
         labels: (B,) int64.
         seed: Of the augmentations of the whole batch; None: there are none.
     """
@@ -42,6 +42,7 @@ class LabelledData:
     Args:
         config: Where they are and how they become batches; `val` is not None.
         image_size: Height and width of the crops, in pixels.
+        channels: C of the images.
         bad_samples: File that names the samples that could not be used.
 
     Raises:
@@ -50,9 +51,9 @@ class LabelledData:
         DataError: a shard is missing or damaged.
     """
 
-    def __init__(self, config: DataConfig, image_size: tuple[int, int], bad_samples: Path) -> None:
+    def __init__(self, config: DataConfig, image_size: tuple[int, int], channels: int, bad_samples: Path) -> None:
         assert config.val is not None
-        self.config, self.image_size = config, image_size
+        self.config, self.image_size, self.channels = config, image_size, channels
         kept = config.cache_dir, config.cache_gib, config.image_key
         self.train, self.val = open_labelled(config.train, *kept), open_labelled(config.val, *kept)
         require_cache_room(config, self.train, self.val)
@@ -90,6 +91,7 @@ class LabelledData:
             index,
             self.config,
             image_size=self.image_size,
+            channels=self.channels,
             num_patches=1,
             batch_size=share.micro_batch,
             rank=share.rank,
@@ -121,6 +123,7 @@ class LabelledData:
             self.train,
             self.config,
             image_size=self.image_size,
+            channels=self.channels,
             num_patches=SEED_NUMBERS,
             seed=seed,
             global_batch=plan.global_batch,

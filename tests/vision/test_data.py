@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import timm.data
 import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from timm.data.loader import adapt_to_chs
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
@@ -26,9 +29,10 @@ from moa_vision.data import (
     train_loader,
     val_loader,
 )
-from moa_vision.images import CROP_DRAWS, ImageError, central_box, crop_into, decode_rgb, random_box
+from moa_vision.images import CROP_DRAWS, ImageError, central_box, crop_into, decode_image, random_box
 from moa_vision.index import open_index
 from moa_vision.order import EpochOrder
+from moa_vision.shards import encode_jpeg
 from moa_vision.table import IMAGE_EXTENSIONS, BadSample
 
 SIZE = {"image_size": (48, 32), "num_patches": 6}
@@ -178,7 +182,7 @@ def test_epochs_are_exact_and_differ(shards):
 def test_repeats_share_a_decoded_image(shards, monkeypatch):
     index = open_index(str(shards))
     calls = []
-    monkeypatch.setattr("moa_vision.data.decode_rgb", lambda data: calls.append(1) or decode_rgb(data))
+    monkeypatch.setattr("moa_vision.data.decode_image", lambda *args: calls.append(1) or decode_image(*args))
     batches = train(index, global_batch=8, micro_batch=8, num_steps=16, config={"repeats": 4})
     assert len(calls) == 32  # 16 steps of 8 crops
     pixels, noise, keys = joined(batches)
@@ -293,7 +297,7 @@ def test_small_images_are_enlarged(tmp_path, write_tar, encode, photos):
     (batch,) = train(index, global_batch=2, micro_batch=2, num_steps=1, **sizes)
     assert batch.images.shape == (2, 3, 224, 224) and not batch.bad
     (batch,) = val_loader(index, config(val_crop_pct=1.0), batch_size=2, **sizes)
-    theirs = tv.resize(decode_rgb(np.frombuffer(encode(tiny), np.uint8).copy()).permute(2, 0, 1), [224, 224],
+    theirs = tv.resize(decode_image(np.frombuffer(encode(tiny), np.uint8).copy()).permute(2, 0, 1), [224, 224],
                        tv.InterpolationMode.BICUBIC, antialias=True)  # fmt: skip
     assert (batch.images[0].int() - theirs.int()).abs().max() <= 1
 
@@ -303,11 +307,162 @@ def test_images_are_decoded_as_pil_does(photos, encode):
         for data in (encode(photo), encode(photo.convert("L")), encode(photo.convert("CMYK")), encode(photo, "PNG")):
             array = np.frombuffer(data, np.uint8).copy()
             expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-            assert np.abs(decode_rgb(array).numpy() - expected).max() <= 1
+            assert np.abs(decode_image(array).numpy() - expected).max() <= 1
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" %s></x:xmpmeta>'
+
+
+def xmp_first(jpeg):
+    """A JPEG whose XMP segment precedes the EXIF segment, as some cameras write it."""
+    exif = jpeg.index(b"\xff\xe1")
+    xmp = jpeg.index(b"\xff\xe1", exif + 1)
+    rest = xmp + 2 + int.from_bytes(jpeg[xmp + 2 : xmp + 4], "big")
+    return jpeg[:exif] + jpeg[xmp:rest] + jpeg[exif:xmp] + jpeg[rest:]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_read_as_pil_reads_it(photos, encode, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = decode_rgb(np.frombuffer(encode(photos[1], exif=exif), np.uint8).copy())
-    assert turned.shape == (photos[1].width, photos[1].height, 3) and turned.is_contiguous()
+    exif[0x0112] = orientation
+    cmyk = photos[1].convert("CMYK")
+    files = [encode(photos[1], name, exif=exif) for name in ("JPEG", "PNG", "WEBP", "TIFF")]
+    files += [encode(cmyk, exif=exif), xmp_first(encode(photos[1], exif=exif, xmp=XMP % b""))]
+    files.append(encode(photos[1], xmp=XMP % b'tiff:Orientation="%d"' % orientation))
+    for data in files:
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)).convert("RGB"))
+        decoded = decode_image(np.frombuffer(data, np.uint8).copy())
+        assert decoded.is_contiguous() and np.array_equal(decoded.numpy(), expected)
+        assert Image.open(io.BytesIO(encode_jpeg(data, None, 95)[0])).size == expected.size
+
+
+def test_what_a_png_says_of_itself_is_no_limit(photos, encode):
+    """PIL stops at a text or a colour profile of a mebibyte, which editors and image generators exceed."""
+    text = PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    text.add_itxt("XML:com.adobe.xmp", "x" * 3_000_000, zip=True)
+    data = encode(photos[0], "PNG", pnginfo=text, icc_profile=bytes(3_000_000))
+    assert np.array_equal(decode_image(np.frombuffer(data, np.uint8).copy()).numpy(), photos[0])
+    assert Image.open(io.BytesIO(encode_jpeg(data, None, 95)[0])).size == photos[0].size
+
+
+# --- numbers of channels ------------------------------------------------------------------------------------------
+
+
+def saved(array, fortran=False):
+    buffer = io.BytesIO()
+    np.save(buffer, np.asfortranarray(array) if fortran else array)
+    return buffer.getvalue()
+
+
+def tiff(array, **options):
+    buffer = io.BytesIO()
+    order = {"=": None, "|": None}.get(array.dtype.byteorder, array.dtype.byteorder)
+    tifffile.imwrite(buffer, array, photometric="minisblack", byteorder=order, **options)
+    return buffer.getvalue()
+
+
+def decode(data, channels):
+    return decode_image(np.frombuffer(data, np.uint8).copy(), channels).numpy()
+
+
+def test_grey_is_pils(photos, encode):
+    for data in (encode(photos[0]), encode(photos[0].convert("L")), encode(photos[0].convert("CMYK")),
+                 encode(photos[0], "PNG"), encode(photos[0].convert("L"), "TIFF")):  # fmt: skip
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB").convert("L"))
+        assert np.array_equal(decode(data, 1)[..., 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, ">u2", np.float64])
+@pytest.mark.parametrize("channels", [1, 2, 3, 12])
+def test_arrays_are_read_as_they_are(channels, dtype):
+    array = np.random.default_rng(0).integers(0, 256, (20, 30, channels)).astype(dtype)
+    first = np.ascontiguousarray(np.moveaxis(array, 2, 0))
+    files = [saved(array), saved(first), saved(array, fortran=True)]
+    if channels > 3 or array.dtype.kind == "f":  # others PIL turns into 8 bits
+        bands = {"planarconfig": "contig"} if channels > 1 else {}
+        files += [tiff(array, **bands), tiff(array, compression="zlib", tile=(16, 16), **bands)]
+    if channels > 3:
+        files += [tiff(first, planarconfig="separate"), tiff(first)]  # at last a page a channel
+    expected = array.astype(np.float32) / (65535 if array.dtype.kind == "u" and array.itemsize == 2 else 1)
+    for data in files:
+        pixels = decode(data, channels)
+        assert pixels.dtype == (np.uint8 if dtype == np.uint8 else np.float32) and pixels.flags.c_contiguous
+        assert np.array_equal(pixels, expected)
+    if channels == 1:
+        assert np.array_equal(decode(saved(array[..., 0]), 1), expected)
+
+
+def test_bands_of_pils_images(photos, encode):
+    rgba = photos[0].convert("RGBA")
+    rgba.putalpha(photos[0].convert("L"))
+    for image, form, channels in ((rgba, "PNG", 4), (rgba.convert("LA"), "PNG", 2), (rgba, "TIFF", 4)):
+        data = encode(image, form)
+        assert np.array_equal(decode(data, channels), Image.open(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize(("data", "channels", "reason"), [
+    (saved(np.zeros((19, 18, 12), np.uint8)), 3, "has 12 channels, not 3; .*in_chans.*--channels"),
+    (saved(np.zeros((12, 9, 20), np.uint8)), 3, "has 12 channels, not 3"),
+    (tiff(np.zeros((9, 8, 12), np.uint8), planarconfig="contig"), 3, "has 12 channels, not 3"),
+    (tiff(np.zeros((9, 8, 12), np.uint8), planarconfig="contig"), 5, "has 12 channels, not 5"),
+    (tiff(np.zeros((9, 8), np.float32)), 3, "has 1 channel, not 3"),
+    (tiff(np.zeros((2, 5, 9, 8), np.uint8), metadata={"axes": "ZCYX"}), 5, "axes ZCYX of .2, 5, 9, 8. are not"),
+    (tiff(np.zeros((2, 5, 9, 8), np.uint8)), 5, "axes QQYX"),
+    (saved(np.zeros((9, 8), np.int32)), 1, "int32 pixels have no known range; allowed: uint8, uint16"),
+    (saved(np.full((9, 8), np.nan)), 1, "not finite"),
+    (saved(np.zeros(9, np.uint8)), 1, "has the shape .9,."),
+    (saved(np.zeros((0, 8), np.uint8)), 1, "claims 8 x 0 pixels"),
+    (saved(np.zeros((9, 8), np.uint8)).replace(b"(9, 8)", b"(9, 9)"), 1, "buffer is smaller"),
+    (saved(np.array([[print]])), 1, "OBJECT"),  # is not unpickled
+])  # fmt: skip
+def test_arrays_that_do_not_fit_are_named(data, channels, reason):
+    with pytest.raises(ImageError, match=reason):
+        decode(data, channels)
+
+
+def test_colours_are_no_bands(photos, encode):
+    with pytest.raises(ImageError, match="has 3 channels, not 4"):
+        decode(encode(photos[0]), 4)
+
+
+@pytest.mark.parametrize("wide", [np.uint8, np.uint16])
+def test_batches_of_many_channels(wide, tmp_path, write_tar):
+    """The same crops as of each channel by itself; a sample of another number is named."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, (60, 70, 6)).astype(wide if i == 4 else np.uint8) for i in range(8)]
+    members = [(f"k{i}.npy", saved(array)) for i, array in enumerate(arrays)]
+    index = open_index(str(write_tar(tmp_path / "a.tar", [*members, ("odd.npy", saved(arrays[0][..., :5]))])))
+    arguments = {"channels": 6, "global_batch": 8, "micro_batch": 8, "num_steps": 1}
+    (batch,) = train(index, **arguments)
+    same(train(index, **arguments, config={"workers": 1}), [batch])
+    held_out = list(val_loader(index, config(), batch_size=9, **SIZE, channels=6))
+    for bad in (batch.bad, held_out[0].bad):
+        assert [(sample.key, "has 5 channels, not 6" in sample.reason) for sample in bad] in ([], [("odd", True)])
+    assert held_out[0].bad and len(held_out[0].keys) == 8
+    images = held_out[0].images
+    assert images.dtype == (torch.uint8 if wide == np.uint8 else torch.float32) and images.shape == (8, 6, 48, 32)
+    top, left, h, w = central_box(60, 70, (48, 32), 0.875)
+    for key, image in zip(held_out[0].keys, images, strict=True):
+        array = arrays[int(key[-1])]
+        pixels = torch.from_numpy(array / np.float32(65535) if array.dtype == np.uint16 else array).permute(2, 0, 1)
+        theirs = tv.resized_crop(pixels, top, left, h, w, [48, 32], tv.InterpolationMode.BICUBIC, antialias=True)
+        unit = 255 if wide == np.uint8 else 1
+        theirs = theirs / 255 if pixels.dtype == torch.uint8 else theirs
+        assert (image / unit - theirs).abs().max() <= (1.01 / 255 if pixels.dtype == torch.uint8 else 1e-6)
+
+
+def test_normalization_of_other_numbers_of_channels_is_timms():
+    default = config().for_channels(5)
+    for ours, theirs in ((default.mean, config().mean), (default.std, config().std)):
+        assert ours == pytest.approx(adapt_to_chs(theirs, 5))
+    assert config().for_channels(3) == config()
+    assert config(mean=(0.5,), std=(0.1, 0.2)).for_channels(2).mean == (0.5, 0.5)
+    with pytest.raises(ValueError, match=r"data.std has 2 values, but the model 5 channels .*in_chans.*; give 5"):
+        config(std=(0.1, 0.2)).for_channels(5)
+    pixels = torch.arange(256).view(1, 1, 16, 16)
+    wide, narrow = (normalize(p, (0.4,), (0.2,)) for p in (pixels / 255, pixels.byte()))
+    assert torch.allclose(wide, narrow, atol=1e-6)
 
 
 def test_only_formats_of_images_are_opened(photos, encode, monkeypatch):
@@ -317,14 +472,15 @@ def test_only_formats_of_images_are_opened(photos, encode, monkeypatch):
     monkeypatch.setattr("subprocess.Popen", lambda *args, **options: started.append(args))
     for name in ("EPS", "JPEG2000", "ICO", "PCX"):
         with pytest.raises(ImageError, match="no image of a format that is read"):
-            decode_rgb(np.frombuffer(bytearray(encode(photos[0], name)), np.uint8))
+            decode_image(np.frombuffer(bytearray(encode(photos[0], name)), np.uint8))
     assert not started
     for name in ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM", "MPO"):  # MPO: a .jpg of several images
         options = {"save_all": True, "append_images": [photos[0]]} if name == "MPO" else {}
         data = np.frombuffer(bytearray(encode(photos[0], name, **options)), np.uint8)
         shape = photos[0].height, photos[0].width, 3
-        assert decode_rgb(data).shape == shape and images.open_image(data.tobytes()).format == name
-    assert {Image.registered_extensions()[f".{extension}"] for extension in IMAGE_EXTENSIONS} == set(images.FORMATS)
+        assert decode_image(data).shape == shape and images.open_image(data.tobytes()).format == name
+    extensions = set(IMAGE_EXTENSIONS) - {"npy"}
+    assert {Image.registered_extensions()[f".{extension}"] for extension in extensions} == set(images.FORMATS)
 
 
 def test_fallback_decoder_gives_the_same_bits_and_no_warning(photos, encode, monkeypatch):
@@ -333,10 +489,10 @@ def test_fallback_decoder_gives_the_same_bits_and_no_warning(photos, encode, mon
     exif[0x0112] = 8
     for data in (encode(photos[0]), encode(photos[1].convert("CMYK")), encode(photos[2], exif=exif)):
         array = np.frombuffer(data, np.uint8).copy()
-        expected = decode_rgb(array)
+        expected = decode_image(array)
         with monkeypatch.context() as patch:
             patch.setattr(images, "_decode_jpeg", fallback)
-            assert torch.equal(decode_rgb(array), expected)
+            assert torch.equal(decode_image(array), expected)
     with monkeypatch.context() as patch:  # as where torchcodec is not installed
         patch.setitem(__import__("sys").modules, "torchcodec.decoders", None)
         assert images._jpeg_decoder().__module__ == "moa_vision.images"
@@ -346,7 +502,7 @@ def test_fallback_decoder_gives_the_same_bits_and_no_warning(photos, encode, mon
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_are_an_image_or_a_clear_error(data, magic):
     with pytest.raises(ImageError):
-        decode_rgb(np.frombuffer(bytearray(magic + data), np.uint8))
+        decode_image(np.frombuffer(bytearray(magic + data), np.uint8))
 
 
 def test_normalize_equals_torchvisions(shards):

@@ -9,13 +9,15 @@ import zlib
 import numpy as np
 import pytest
 import skimage.data
+import tifffile
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from moa_vision import images
 from moa_vision.cache import DataError
-from moa_vision.images import ImageError, decode_rgb
+from moa_vision.images import ImageError, decode_image
 from moa_vision.index import ShardReader, open_index, parse_manifest
 from moa_vision.shards import make_shards
 from moa_vision.sources import TarSource
@@ -156,6 +158,12 @@ def encoded(form, **options):
     return buffer.getvalue()
 
 
+def bands(write, **options):
+    buffer = io.BytesIO()
+    write(buffer, np.arange(32 * 40 * 5).astype(np.uint16).reshape(32, 40, 5), **options)
+    return buffer.getvalue()
+
+
 IMAGES = {
     "jpeg": encoded("JPEG"),
     "progressive": encoded("JPEG", progressive=True),
@@ -163,21 +171,25 @@ IMAGES = {
     "webp": encoded("WEBP"),
     "gif": encoded("GIF"),
     "tiff": encoded("TIFF", compression="tiff_lzw"),
+    "bands": bands(tifffile.imwrite, photometric="minisblack", planarconfig="contig", compression="zlib"),
+    "npy": bands(np.save),
 }
 
 
 @pytest.mark.parametrize("examples", LONG)
 @pytest.mark.parametrize("form", IMAGES)
 def test_images(form, examples):
+    channels = 5 if form in ("bands", "npy") else 3
+
     @settings(max_examples=examples, **FUZZ)
     @given(mutations(IMAGES[form]))
     def check(data):
         try:
-            pixels = decode_rgb(array(data))
+            pixels = decode_image(array(data), channels)
         except ImageError as error:
             assert str(error)
         else:
-            assert pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype.itemsize == 1
+            assert pixels.ndim == 3 and pixels.shape[2] == channels and pixels.dtype in (torch.uint8, torch.float32)
 
     check()
 
@@ -209,7 +221,7 @@ def test_images_that_claim_too_many_pixels(form, limit, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     monkeypatch.setattr(images, "_decode_jpeg", lambda data: pytest.fail("decoded"))
     with pytest.raises(ImageError, match=r"60000 x 60000 pixels|3600000000 pixels"):
-        decode_rgb(array(BOMBS[form]))
+        decode_image(array(BOMBS[form]))
 
 
 VALUES = st.recursive(

@@ -476,6 +476,8 @@ def test_odd_members(tmp_path, write_tar):
 @pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("fields", "image_key", "used"), [
     (["json", "input.jpg", "cls"], None, "input.jpg"),
+    (["input.jpg", "npy", "features.npy"], None, "input.jpg"),
+    (["bands.npy", "cls"], None, "bands.npy"),
     (["IMAGE.JPG"], None, "image.jpg"),
     (["1.jpg", "txt"], None, "1.jpg"),
     (["img"], None, "img"),

@@ -27,6 +27,8 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from moa_train.config import parse_config
 from moa_train.signals import EXIT_STOPPED
+from moa_vision import pretrain
+from moa_vision.cache import DataError
 from moa_vision.data import ImageBatch, normalize
 from moa_vision.export import export_encoder
 from moa_vision.mae import create_mae
@@ -36,6 +38,7 @@ from moa_vision.probe.augment import Mixing, RandAugmented, drawing_from, seed_o
 from moa_vision.probe.classify import FinetuneTask, LinearProbe, LinearTask, layer_groups
 from moa_vision.probe.encoders import find_encoder
 from moa_vision.probe.knn import Features, KNNConfig, knn_accuracies, neighbours, votes
+from moa_vision.shards import ShardSettings, make_shards
 
 ROOT = Path(__file__).parents[2]
 CLASSES, SIZE = 6, (16, 16)
@@ -401,7 +404,72 @@ def test_the_strongest_augmentation_works():
             assert op(image).size == SIZE
 
 
+def test_rand_augment_takes_grey_of_8_bits():
+    augment = RandAugmented("rand-m9-mstd0.5-inc1", SIZE, (0.5,))
+    batch = uint8_batch(np.random.default_rng(0), 6)
+    grey = batch._replace(images=batch.images[:, :1].clone())
+    before = grey.images.clone()
+    assert augment(grey).images.shape == before.shape and not torch.equal(grey.images, before)
+    with pytest.raises(DataError, match=r"finetune\.rand_augment null"):
+        augment(grey._replace(images=before / 255))
+
+
 # ------------------------------------------------------------------------------------------------ whole probes
+
+
+TRAINED = ("linear", "finetune")
+
+
+@pytest.mark.parametrize(("channels", "methods"), [
+    (5, ()),
+    pytest.param(1, TRAINED, marks=pytest.mark.slow),
+    pytest.param(5, TRAINED, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_other_numbers_of_channels(channels, methods, tmp_path, run_probe, encoder_run, monkeypatch, capsys):
+    """From arrays of two classes through pre-training to an encoder that timm and every probe take."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 24), ("val", 12)):
+        for i in range(count):
+            pixels = rng.integers(0, 90, (20, 24, channels)).astype(np.uint8)
+            pixels[: 10 * (i % 2)] += 120
+            file = tmp_path / "arrays" / part / str(i % 2) / f"{i}.npy"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, pixels)
+        make_shards(str(tmp_path / "arrays" / part), tmp_path / part, ShardSettings(channels=channels))
+    encoder = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4, "in_chans": channels}
+    shutil.rmtree(encoder_run)
+    words = {
+        "name": "run",
+        "out": tmp_path,
+        "model.img_size": 16,
+        "model.encoder_args": json.dumps(encoder),
+        "model.decoder_dim": 16,
+        "model.decoder_depth": 1,
+        "model.decoder_heads": 2,
+        "data.train": tmp_path / "train",
+        "data.val": tmp_path / "val",
+        "data.workers": 0,
+        "schedule.epochs": 2,
+        "schedule.warmup_epochs": 0,
+        "schedule.batch_size": 8,
+        "loop.micro_batch_size": 8,
+        "loop.trackers": "[]",
+    }
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert pretrain.main([f"--{key}={value}" for key, value in words.items()]) == 0
+    folder = encoder_run / "export"
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert torch.equal(
+        model.patch_embed.proj.weight, load_file(folder / "model.safetensors")["patch_embed.proj.weight"]
+    )
+    data = timm.data.resolve_model_data_config(model)
+    assert data["input_size"] == (channels, 16, 16) and data["mean"] == pytest.approx((0.449,) * channels)
+    assert run_probe("knn", knn__k="[5]") == 0 and result(encoder_run, "knn")["accuracy"] > 0.8
+    for method in methods:
+        assert run_probe(method, **({} if channels == 1 else {"finetune__rand_augment": "null"})) == 0
+    if channels == 5:
+        assert run_probe("finetune", name="other") == 2
+        assert "finetune.rand_augment is 'rand-m9-mstd0.5-inc1'; it must be null" in capsys.readouterr().err
 
 
 def test_linear_probe(run_probe, encoder_run):

@@ -64,6 +64,23 @@ def test_pictures(mae, pixels, tmp_path):
                 assert np.array_equal(patch(reconstruction, index), patch(original, index))
 
 
+@pytest.mark.parametrize(("channels", "shown"), [(1, "L"), (2, "L"), (5, "RGB")])
+def test_other_numbers_of_channels(channels, shown, tmp_path):
+    """Grey as grey; the first three of more, the first of two."""
+    encoder_args = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": P, "in_chans": channels}
+    sizes = {"decoder_dim": 24, "decoder_depth": 1, "decoder_heads": 2}
+    mae = create_mae("vit_tiny_patch16_qdmoa", img_size=2 * P, encoder_args=encoder_args, **sizes)
+    pixels = torch.randint(0, 256, (1, channels, 2 * P, 2 * P)).float() / 255
+    mean, std = [0.5] * channels, [0.2] * channels
+    save_reconstructions(mae, (pixels - 0.5) / 0.2, torch.rand(1, 4), ["a"], tmp_path, step=0, mean=mean, std=std)
+    expected = (pixels[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    with Image.open(tmp_path / "00_original.png") as image:
+        assert image.mode == shown
+        assert np.array_equal(np.atleast_3d(np.asarray(image)), expected[..., : len(shown)])
+    with Image.open(tmp_path / "00_masked.png") as image:
+        assert image.mode == shown and (np.asarray(image) == 128).mean() >= 0.75
+
+
 def test_index(mae, pixels, tmp_path):
     save(mae, pixels, tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import tifffile
 import webdataset
 from filelock import FileLock
 from PIL import Image, ImageOps
@@ -112,7 +113,7 @@ def test_every_kind_of_image_is_packed_or_named(odd_folder, tmp_path, photos, en
     (report,) = make_shards(str(odd_folder), tmp_path / "out")
     reasons = {Path(entry["source"]).name: entry["reason"] for entry in report.skipped}
     assert set(reasons) == {"truncated.jpg", "truncated.png", "empty.jpg", "text.jpg", "float.tif"}
-    assert "truncated" in reasons["truncated.jpg"] and "floating-point" in reasons["float.tif"]
+    assert "truncated" in reasons["truncated.jpg"] and "has 1 channel, not 3" in reasons["float.tif"]
     assert all(reasons.values())
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["skipped"] == report.skipped and manifest["samples"] == report.samples == 13
@@ -168,6 +169,45 @@ def test_images_get_smaller_never_larger(size, short_side, expected, encode):
     assert jpeg == encode(resized, quality=95, subsampling="4:4:4" if min(expected) < 64 else "4:2:0")
     with pytest.raises(ImageError):
         encode_jpeg(b"", short_side, 95)
+
+
+def test_arrays_keep_their_numbers(tmp_path, photos, encode):
+    """Of the size asked for; images of other numbers of channels are skipped and named."""
+    root = tmp_path / "arrays"
+    root.mkdir()
+    rgba = photos[0].convert("RGBA")
+    wide = np.arange(19 * 24 * 4).reshape(19, 24, 4)
+    np.save(root / "first.npy", np.moveaxis(wide.astype(np.uint16), 2, 0))
+    np.save(root / "float.npy", wide.astype(np.float64) / 7)
+    np.save(root / "large.npy", np.kron(wide, np.ones((2, 2, 1))).astype(np.uint16))
+    np.save(root / "six.npy", np.zeros((20, 24, 6), np.uint8))
+    tifffile.imwrite(root / "bands.tif", wide.astype(np.uint8), photometric="minisblack", planarconfig="contig")
+    (root / "alpha.png").write_bytes(encode(rgba, "PNG"))
+    (root / "photo.jpg").write_bytes(encode(photos[0]))
+    (report,) = make_shards(str(root), tmp_path / "out", ShardSettings(short_side=19, channels=4))
+    skipped = {entry["source"]: entry["reason"] for entry in report.skipped}
+    assert set(skipped) == {"six.npy", "photo.jpg"}
+    assert "6 channels, not 4" in skipped["six.npy"] and "3 channels, not 4" in skipped["photo.jpg"]
+    packed = {key: np.load(io.BytesIO(data)) for key, data in by_key(tmp_path / "out").items()}
+    assert np.array_equal(packed["first"], wide.astype(np.uint16)) and packed["first"].dtype == np.uint16
+    assert np.array_equal(packed["float"], (wide / 7).astype(np.float32)) and packed["float"].dtype == np.float32
+    assert np.array_equal(packed["bands"], wide.astype(np.uint8)) and packed["bands"].dtype == np.uint8
+    about = json_by_key(tmp_path / "out")["alpha"]
+    smaller = rgba.resize((about["width"], about["height"]), Image.Resampling.BICUBIC)
+    assert min(smaller.size) == 19
+    assert packed["large"].dtype == np.uint16 and np.abs(packed["large"][4:-4, 4:-4] - wide[4:-4, 4:-4]).max() <= 1
+    assert packed["alpha"].shape == np.asarray(smaller).shape
+    assert np.abs(packed["alpha"].astype(int) - smaller).max() <= 1
+
+
+def test_grey_is_packed_as_grey(tmp_path, photos, encode):
+    root = tmp_path / "grey"
+    root.mkdir()
+    (root / "photo.png").write_bytes(encode(photos[0], "PNG"))
+    (root / "kept.jpg").write_bytes(encode(photos[1]))
+    make_shards(str(root), tmp_path / "out", ShardSettings(channels=1))
+    packed = by_key(tmp_path / "out")
+    assert packed["photo"] == encode(photos[0].convert("L"), quality=95) and packed["kept"] == encode(photos[1])
 
 
 # --- what is written ----------------------------------------------------------------------------------------------
