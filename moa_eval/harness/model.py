@@ -14,13 +14,15 @@ import inspect
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import datasets
 import torch
-from huggingface_hub.errors import StrictDataclassError
+import transformers
 from lm_eval.api.registry import model_registry
 from lm_eval.models import huggingface
 from lm_eval.models.utils import has_bos_prefix
@@ -33,7 +35,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from moa_eval.harness.prefix_tree import Request
+from moa_eval.harness.prefix_tree import Request, truncated
 from moa_eval.harness.scoring import PrefixTreeScorer
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM  # registers moa_llama with transformers
 from moa_lm.convert import require_shapes
@@ -41,28 +43,27 @@ from moa_lm.convert import require_shapes
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lm_eval.models.moa")  # lm-eval's format, and its LMEVAL_LOG_LEVEL
 
 HFLM: Any = huggingface.HFLM  # lm-eval's untyped decorator hides from type checkers what it is
 
 TOKENIZER_CALL = 2048  # strings a call of the tokenizer: enough for its threads, little memory
 BUILT_IN_TYPES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
 CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-    StrictDataclassError,
-)
+TRUNCATION = ("left", "skip", "error")
+# What may happen to a request that a language model cannot score as it stands: for the results file, and in words.
+IRREGULAR = {
+    "context_truncated": "context cut from the left to max_length={}, BOS and beginning lost, as by hf",
+    "continuation_truncated": "continuation longer than max_length={}, only its last {} tokens scored",
+    "skipped": "longer than max_length={} and not scored (log-likelihood -inf), by truncation=skip",
+    "empty": "continuation without a token, not scored (log-likelihood -inf)",
+    "merged": "continuation that begins within the context's last token, scored from that token on",
+}
+IRREGULAR_KEY = "moa: irregular items"  # beside the answers in lm-eval's cache, whose keys are hashes
+NOT_SCORED = (-math.inf, False)
 
-TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+TokenRequest = tuple[tuple[str, str] | None, Sequence[int], Sequence[int]]
+Irregular = tuple[str, str, int]  # a key of IRREGULAR, task, document
 
 
 class ModelError(ValueError, SystemExit):
@@ -79,13 +80,13 @@ class ModelError(ValueError, SystemExit):
 
 
 @contextmanager
-def _one_line(doing: str, errors: tuple[type[Exception], ...] = LOADING_ERRORS) -> Iterator[None]:
-    """Turn what loading raises into a ModelError of one line."""
+def _one_line(doing: str) -> Iterator[None]:
+    """Turn what a library raises for a damaged checkpoint, which can be anything, into a ModelError of one line."""
     try:
         yield
     except ModelError:
         raise
-    except errors as error:
+    except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"cannot {doing}: {lines[0].rstrip(' :')}") from error
 
@@ -101,6 +102,11 @@ class MoALM(HFLM):
     `batch_size` 1, HFLM's default, and "auto" choose batches that fill the device and stay small; a larger number
     allows what HFLM would put into a batch of that many requests. Scores do not depend on it.
 
+    `truncation` says what becomes of a request longer than `max_length`. "left": cut from the left, as by HFLM; of a
+    continuation that is longer itself, where HFLM fails, the last `max_length` tokens are scored. "skip": not scored,
+    log-likelihood -inf, so that such an option is not chosen. "error": a ModelError before anything is scored. True
+    and False are HFLM's, for generation. Items with such requests are counted in the results (`get_model_info`).
+
     Raises ModelError for a checkpoint or an argument that cannot be used.
     """
 
@@ -108,17 +114,26 @@ class MoALM(HFLM):
     # (`_get_config`, `_get_backend`, `_create_tokenizer`, `_create_model`, `_loglikelihood_tokens`, and the fields
     # `_rank`, `_world_size`) are where errors become one line and where scoring differs; seen in lm-eval 0.4.13.
 
-    def __init__(self, pretrained: Any = None, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, pretrained: Any = None, *args: Any, truncation: str | bool | None = "left", **kwargs: Any
+    ) -> None:
         if pretrained is None:
             raise ModelError("no checkpoint given: pass --model_args pretrained=DIR")
         if isinstance(pretrained, str):
             _check_folder(pretrained, kwargs)
         with _one_line(f"use dtype={kwargs.get('dtype')!r}"):
             get_dtype(kwargs.get("dtype", "auto"))
-        super().__init__(pretrained, *args, **kwargs)
+        self._policy = truncation if isinstance(truncation, str) else "left"
+        if self._policy not in TRUNCATION:
+            raise ModelError(f"truncation={truncation!r} is not available: choose {', '.join(TRUNCATION)}")
+        super().__init__(pretrained, *args, truncation=truncation is True, **kwargs)
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and accelerator.num_processes > 1:  # HFLM does this on several GPUs only
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        if self.rank:  # the first process gives the same notices
+            logging.getLogger("lm_eval").setLevel(logging.ERROR)
+            transformers.logging.set_verbosity_error()
+            datasets.disable_progress_bars()
         if broken := _not_finite(self.model):
             more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
             raise ModelError(
@@ -133,6 +148,8 @@ class MoALM(HFLM):
             autocast_dtype=self.mixed_precision_dtype,
         )
         self._warned: set[str] = set()
+        self._own_store: dict[str, Any] = {}
+        self._of_all_processes: set[Irregular] = set()
 
     # ---- loading ------------------------------------------------------------------------------------------------
 
@@ -166,7 +183,7 @@ class MoALM(HFLM):
             self.tokenizer("a")  # odd values of tokenizer_config.json are found with the first text only
         except Exception as error:  # the library `tokenizers` raises nothing more special
             if any(Path(source).glob("tokenizer*")):
-                with _one_line(f"load the tokenizer of {source}", (Exception,)):
+                with _one_line(f"load the tokenizer of {source}"):
                     raise
             raise ModelError(
                 f"no tokenizer could be loaded from {source}: save one there (tokenizer.save_pretrained) or name one "
@@ -197,24 +214,51 @@ class MoALM(HFLM):
     def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability, greedy decoding gives it) of each request's continuation, in the order of the requests.
 
-        As HFLM's, with every distinct string tokenized once, in batches. Raises ValueError for an empty continuation.
+        As HFLM's where it gives a number, with every distinct string tokenized once, in batches. Requests that HFLM
+        fails at are scored from the nearest token boundary on, cut, or left out as `IRREGULAR` says.
         """
         if self.enable_thinking:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # refuses, with its own words
         pairs = cast("list[tuple[str, str]]", [request.args for request in requests])
-        tokens = self._encode_pairs(pairs, disable_tqdm)
-        return self._loglikelihood_tokens(
-            [(pair, *ids) for pair, ids in zip(pairs, tokens, strict=True)], disable_tqdm=disable_tqdm
-        )
+        fitted: list[Request | None] = []
+        irregular: set[Irregular] = set()
+        for request, (encoded, merged) in zip(requests, self._encode_pairs(pairs, disable_tqdm), strict=True):
+            fits, kinds = self._fit(encoded, merged)
+            fitted.append(fits)
+            item = request.task_name or "(no task)", request.doc_id or 0
+            if self._policy == "error" and any(kind.endswith("truncated") for kind in kinds):
+                raise ModelError(
+                    f"doc_id {item[1]} of {item[0]} has {len(encoded.context)} tokens of context and "
+                    f"{len(encoded.continuation)} of continuation, more than max_length={self.max_length}: raise it "
+                    "if the model allows it, lower num_fewshot, or pass truncation=left or truncation=skip"
+                )
+            irregular.update((kind, *item) for kind in kinds)
+        self._store()[IRREGULAR_KEY] = self._irregular() | irregular
+        if self.world_size == 1:
+            self._report(self._irregular())
+        scored = [(pair, fits.context, fits.continuation) for pair, fits in zip(pairs, fitted, strict=True) if fits]
+        answers = iter(self._loglikelihood_tokens(scored, disable_tqdm=disable_tqdm))
+        return [next(answers) if fits else NOT_SCORED for fits in fitted]
 
-    def _encode_pairs(
-        self, pairs: Sequence[tuple[str, str]], disable_tqdm: bool
-    ) -> list[tuple[list[int], list[int]]]:
-        """Context and continuation ids of (context, continuation) strings: TemplateLM.loglikelihood, batched.
+    def _fit(self, request: Request, merged: bool) -> tuple[Request | None, list[str]]:
+        """The request as it is to be scored, None if it is not, and which of `IRREGULAR` it is."""
+        context, continuation = request
+        kinds = ["merged"] if merged else []
+        if not continuation:
+            return None, ["empty"]
+        if len(context) + len(continuation) <= self.max_length + 1:
+            return request, kinds
+        if self._policy == "skip":
+            return None, ["skipped"]
+        kinds.append("context_truncated" if len(continuation) <= self.max_length else "continuation_truncated")
+        return truncated(request, self.max_length), kinds
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]], disable_tqdm: bool) -> list[tuple[Request, bool]]:
+        """Token ids of (context, continuation) strings, and whether the two merge: TemplateLM.loglikelihood, batched.
 
         Spaces that end a context go to the continuation, which is what the joint text has beyond the context's number
-        of tokens; after an empty context it is scored behind the prefix token, or behind its own first token if that
-        is the prefix token.
+        of tokens. Where it has none there, its first characters are in one token with the last ones of the context:
+        that token and what follows is scored.
         """
         split = []
         for context, continuation in pairs:
@@ -225,21 +269,34 @@ class MoALM(HFLM):
         ids = self._encode_strings(joined, None, bar)
         alone = self._encode_strings([rest for kept, rest in split if kept is None], False, bar)
         bar.close()
-        if alone and self.prefix_token_id is None:
+        encoded = []
+        for kept, rest in split:
+            context, whole = ([], alone[rest]) if kept is None else (ids[kept], ids[kept + rest])
+            merged = whole != context and len(whole) <= len(context)
+            if merged:
+                context = whole[: self._first_token_of(rest, whole)]
+            continuation = whole[len(context) :]
+            if not context:
+                context, continuation = self._behind_prefix_token(whole)
+            encoded.append((Request(context, continuation), merged))
+        return encoded
+
+    def _first_token_of(self, ending: str, tokens: list[int]) -> int:
+        """Index of the token in which the text's ending begins."""
+        begin = len(tokens) - 1
+        while begin > 0 and len(self.tokenizer.decode(tokens[begin:])) < len(ending):
+            begin -= 1
+        return max(begin, 0)
+
+    def _behind_prefix_token(self, tokens: list[int]) -> tuple[list[int], list[int]]:
+        """A text without a context behind the prefix token, which may be its own first token."""
+        prefix = self.prefix_token_id
+        if prefix is None:
             raise ModelError(
                 f"the tokenizer of {self._name(self.pretrained)} has neither bos_token nor eos_token to score a text "
                 "without a context behind: name one with custom_prefix_token_id=ID"
             )
-        encoded = []
-        for kept, rest in split:
-            if kept is not None:
-                context_ids = ids[kept]
-                encoded.append((context_ids, ids[kept + rest][len(context_ids) :]))
-            elif alone[rest][:1] == [self.prefix_token_id]:
-                encoded.append((alone[rest][:1], alone[rest][1:]))
-            else:
-                encoded.append(([self.prefix_token_id], alone[rest]))
-        return encoded
+        return [prefix], tokens[1:] if tokens[:1] == [prefix] else tokens
 
     def _encode_strings(
         self, strings: Iterable[str], add_special_tokens: bool | None, bar: tqdm
@@ -263,19 +320,17 @@ class MoALM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Scores of tokenized requests; HFLM's own code where trees are not exact for the model or the length."""
+        """Scores of tokenized requests that fit, by HFLM's code where trees are not exact for the model or length."""
         self._require_embedded(requests)
         scorer = self._scorer
         scorer.max_length, scorer.batch_size = self.max_length, self.batch_size
         lengths = [len(context) + len(continuation) - 1 for _, context, continuation in requests]
-        reason = scorer.refusal(min(max(lengths, default=0), self.max_length)) if requests else None
+        reason = scorer.refusal(max(lengths)) if requests else None
         if reason:
             self._warn_once(f"{self._name(self.pretrained)} is scored by HFLM's code, one pass a request: {reason}")
             return super()._loglikelihood_tokens(list(requests), disable_tqdm=disable_tqdm, override_bs=override_bs)
-        if cut := sum(length > self.max_length for length in lengths):
-            logger.warning("%d requests exceed max_length=%d tokens and are cut from the left", cut, self.max_length)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-        disabled = disable_tqdm or self.rank != 0
+        disabled = disable_tqdm or self.rank != 0 or override_bs is not None  # rolling likelihood: a few at a time
         # Results come in batches: a rate from the first few results alone would be far too low.
         every, title = max(16, len(requests) // 100), "Running loglikelihood requests"
         with tqdm(total=len(requests), disable=disabled, desc=title, miniters=every) as bar:
@@ -301,6 +356,44 @@ class MoALM(HFLM):
                 f"the tokenizer of {self._name(self.pretrained)} gives token {largest}, but the model has {rows} "
                 "embeddings: they do not belong together, name the right one with tokenizer=NAME_OR_DIR"
             )
+
+    # ---- irregular items ----------------------------------------------------------------------------------------
+
+    def _store(self) -> Any:
+        """Where irregular items are kept: lm-eval's cache of answers if there is one, for the evaluation resumed."""
+        cache = self.cache_hook.dbdict
+        return self._own_store if cache is None else cache
+
+    def _irregular(self) -> set[Irregular]:
+        return self._store().get(IRREGULAR_KEY, set())
+
+    def barrier(self) -> None:
+        """Wait for the other processes, and gather irregular items: all call this after each type of request."""
+        super().barrier()
+        if self.world_size > 1:
+            parts = self.gather_object(self._irregular())
+            if parts:
+                self._of_all_processes = set().union(*parts)
+                self._report(self._of_all_processes)
+
+    def _report(self, irregular: set[Irregular]) -> None:
+        for kind, meaning in IRREGULAR.items():
+            tasks = Counter(task for what, task, _ in irregular if what == kind)
+            if tasks:
+                counts = ", ".join(f"{task} {count}" for task, count in sorted(tasks.items()))
+                task, document = min((task, document) for what, task, document in irregular if what == kind)
+                length = self.max_length
+                self._warn_once(
+                    f"{meaning.format(length, length)}; items: {counts} (first: {task}, doc_id {document})"
+                )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """HFLM's, the truncation policy, and how many items of each task are irregular in which way (`IRREGULAR`)."""
+        counts: dict[str, dict[str, int]] = {}
+        for kind, task, _ in sorted(self._irregular() | self._of_all_processes):
+            counts.setdefault(task, {}).setdefault(kind, 0)
+            counts[task][kind] += 1
+        return super().get_model_info() | {"truncation": self._policy, "irregular_items": counts}
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

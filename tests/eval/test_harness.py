@@ -1,6 +1,7 @@
 """MoALM against lm-eval's own HFLM: the four tasks from lm-eval's unmodified files, and everything around scoring."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 from moa_eval.harness import MoALM, ModelError
+from moa_eval.harness.prefix_tree import Request, truncated
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
 
 ITEMS = Path(__file__).parent / "items"
@@ -160,7 +162,7 @@ def test_strings_are_split_into_tokens_as_hflm_does(
             recorded.update({lm: requests}) or original(requests, **kwargs)
         )
     assert_equal_scores(hf, moa, PAIRS)
-    assert recorded[hf] == recorded[moa]
+    assert recorded[moa] == [(pair, *truncated(Request(*ids), moa.max_length)) for pair, *ids in recorded[hf]]
 
 
 def test_each_distinct_string_is_tokenized_once(both, monkeypatch):
@@ -204,10 +206,64 @@ def test_rolling_likelihood_and_generation_are_inherited(both, monkeypatch):
     assert got == expected
 
 
-@pytest.mark.parametrize(("context", "continuation"), [("", "<s>"), ("A man", ""), (" ", "x")])
-def test_pairs_without_tokens_to_score_are_named(both, context, continuation):
-    with pytest.raises(ValueError, match="request 1 has an empty"):
-        both[1].loglikelihood(requests_of([("A", " man"), (context, continuation)]), disable_tqdm=True)
+def instances(pairs, task="task"):
+    """Requests as lm-eval's tasks make them, one a document."""
+    arguments = {"request_type": "loglikelihood", "doc": {}, "idx": 0}
+    return [Instance(**arguments, arguments=pair, metadata=(task, index, 1)) for index, pair in enumerate(pairs)]
+
+
+LONG = " sitting" * 30
+UNSCORED = (-math.inf, False)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["llama", "bloom"], ids=["trees", "hf_code"])
+def test_requests_that_hf_fails_at_do_not_end_the_evaluation(checkpoints, name, caplog):
+    """Each is scored as hf scores the tokens that it stands for, or is out of the choice; the others as ever."""
+    hf, moa = (cls(str(checkpoints / name), device="cpu", max_length=16) for cls in (HFLM, MoALM))
+    a, the, start = (moa.tok_encode(text) for text in ("A", " the", "The"))
+    assert [len(ids) for ids in (a, the, start)] == [1] * 3
+    cut = moa.tok_encode(LONG)[-17:]
+    prefix = [moa.prefix_token_id]
+    irregular = {  # what is scored instead: context and continuation in tokens
+        ("A t", "he"): (a, the),
+        ("Th", "e"): (prefix, start),  # two tokens become one
+        (" ", "A"): (prefix, moa.tok_encode(" A")),
+        ("A", LONG): (cut[:1], cut[1:]),
+        ("A", ""): None,
+        ("", "<s>"): None,
+    }
+    for pair in irregular:
+        with pytest.raises(AssertionError):
+            hf.loglikelihood(requests_of([pair]), disable_tqdm=True)
+    ordinary = [("A man", " is"), ("A man sits." * 9, " up")]
+    got = moa.loglikelihood(instances([*ordinary, *irregular]), disable_tqdm=True)
+    tokens = [(None, *ids) for ids in irregular.values() if ids]
+    expected = hf.loglikelihood(requests_of(ordinary), disable_tqdm=True)
+    expected += [*hf._loglikelihood_tokens(tokens, disable_tqdm=True), UNSCORED, UNSCORED]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours == (pytest.approx(theirs[0], abs=1e-4), theirs[1])
+    counts = {"merged": 2, "continuation_truncated": 1, "context_truncated": 1, "empty": 2}
+    info = moa.get_model_info()
+    assert (info["irregular_items"], info["truncation"]) == ({"task": counts}, "left")
+    assert caplog.text.count("; items: task ") == len(counts)  # once a kind
+    assert "BOS and beginning lost, as by hf; items: task 1 (first: task, doc_id 1)" in caplog.text
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["llama", "bloom"], ids=["trees", "hf_code"])
+def test_truncation(checkpoints, name):
+    pairs = [("A man", " is"), ("A man sits. " * 9, " up"), ("A", LONG)]
+    arguments = {"device": "cpu", "max_length": 16}
+    moa = MoALM(str(checkpoints / name), truncation="skip", **arguments)
+    left = MoALM(str(checkpoints / name), truncation=True, **arguments).loglikelihood(instances(pairs))
+    assert moa.loglikelihood(instances(pairs)) == [pytest.approx(left[0], abs=1e-4), UNSCORED, UNSCORED]
+    assert moa.loglikelihood(instances(pairs[1:])) == [UNSCORED] * 2
+    assert moa.get_model_info()["irregular_items"] == {"task": {"skipped": 3}}
+    moa = MoALM(str(checkpoints / name), truncation="error", **arguments)
+    assert len(moa.loglikelihood(instances(pairs[:1]))) == 1
+    with pytest.raises(ModelError, match=r"doc_id 1 of task has \d+ tokens of context and 2 of .*max_length=16"):
+        moa.loglikelihood(instances(pairs))
 
 
 def test_partial_results_reach_the_cache(both, monkeypatch):
@@ -215,6 +271,8 @@ def test_partial_results_reach_the_cache(both, monkeypatch):
     stored = {}
 
     class Hook:
+        dbdict = None
+
         def add_partial(self, kind, strings, answer):
             stored[kind, strings] = answer
 
@@ -288,6 +346,7 @@ FAULTS = {
     "shapes": ({}, "do not have the shapes of its config.json"),
     "nan": ({}, "not finite: model.layers.1.mlp.up_proj.weight; training diverged"),
     "argument": ({"max_lenght": 7}, "unknown model argument 'max_lenght': did you mean 'max_length'"),
+    "truncation": ({"truncation": "right"}, "truncation='right' is not available: choose left, skip, error"),
     "dtype": ({"dtype": "floaty"}, "cannot use dtype='floaty'"),
 }
 
