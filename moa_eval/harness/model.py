@@ -312,7 +312,8 @@ class MoALM(HFLM):
             arguments: dict[str, Any] = {} if flag is None else {"add_special_tokens": flag}
             for start in range(0, len(group), TOKENIZER_CALL):
                 part = group[start : start + TOKENIZER_CALL]
-                ids = self.tokenizer(part, return_attention_mask=False, **arguments)["input_ids"]
+                # not verbose: what is too long is cut and counted later
+                ids = self.tokenizer(part, return_attention_mask=False, verbose=False, **arguments)["input_ids"]
                 encoded.update(zip(part, ids, strict=True))
                 bar.update(len(part))
         return encoded
@@ -330,10 +331,10 @@ class MoALM(HFLM):
             self._warn_once(f"{self._name(self.pretrained)} is scored by HFLM's code, one pass a request: {reason}")
             return super()._loglikelihood_tokens(list(requests), disable_tqdm=disable_tqdm, override_bs=override_bs)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-        disabled = disable_tqdm or self.rank != 0 or override_bs is not None  # rolling likelihood: a few at a time
+        disabled, leave = disable_tqdm or self.rank != 0, override_bs is None  # rolling likelihood: many short bars
         # Results come in batches: a rate from the first few results alone would be far too low.
         every, title = max(16, len(requests) // 100), "Running loglikelihood requests"
-        with tqdm(total=len(requests), disable=disabled, desc=title, miniters=every) as bar:
+        with tqdm(total=len(requests), disable=disabled, desc=title, miniters=every, leave=leave) as bar:
             for index, log_probability, greedy in scorer.stream([Request(*request[1:]) for request in requests]):
                 if math.isnan(log_probability):
                     raise ModelError(

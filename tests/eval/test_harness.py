@@ -18,6 +18,7 @@ import pytest
 import tokenizers
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -192,6 +193,19 @@ def test_batch_size_does_not_move_scores(both, batch_size, monkeypatch):
     assert_equal_scores(hf, moa, PAIRS)
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["llama", "bloom"], ids=["trees", "hf_code"])
+def test_batch_sizes_found_by_hf(checkpoints, name):
+    """`auto:N` is hf's search where its code scores, and our own choice otherwise."""
+    hf, moa = (
+        cls(str(checkpoints / name), device="cpu", max_length=32, batch_size="auto:2", max_batch_size=4)
+        for cls in (HFLM, MoALM)
+    )
+    assert_equal_scores(hf, moa, PAIRS[:20])
+    assert hf.batch_sizes
+    assert moa.batch_sizes == (hf.batch_sizes if name == "bloom" else {})
+
+
 def test_rolling_likelihood_and_generation_are_inherited(both, monkeypatch):
     texts = [("A man is sitting on a roof. " * count,) for count in (1, 2, 9)]
     for lm in both:
@@ -280,6 +294,18 @@ def test_partial_results_reach_the_cache(both, monkeypatch):
     pairs = [("A man", " is"), ("A man", " was"), ("", "x")]
     got = moa.loglikelihood(requests_of(pairs), disable_tqdm=True)
     assert stored == {("loglikelihood", pair): answer for pair, answer in zip(pairs, got, strict=True)}
+
+
+@pytest.mark.filterwarnings("default")
+def test_counts_survive_where_the_cache_has_every_answer(checkpoints, tmp_path):
+    pairs = [("A man", " is"), ("A man sits. " * 9, " up"), ("A", LONG)]
+    answers, counts = [], []
+    for _ in range(2):
+        moa = MoALM(str(checkpoints / "llama"), device="cpu", max_length=16)
+        answers.append(CachingLM(moa, str(tmp_path / "answers.db")).loglikelihood(instances(pairs)))
+        counts.append(moa.get_model_info()["irregular_items"])
+    assert answers[0] == answers[1]
+    assert counts == [{"task": {"context_truncated": 1, "continuation_truncated": 1}}] * 2
 
 
 @pytest.mark.filterwarnings("default")
@@ -418,63 +444,106 @@ def test_no_checkpoint_and_nan_scores(both, monkeypatch):
         moa.loglikelihood(requests_of(PAIRS[20:22]), disable_tqdm=True)
 
 
-# What each of two processes runs: the command line, with the task index limited to what is evaluated (lm-eval reads
-# thousands of files otherwise) and with a note of the strings that were scored.
+# What each process runs: the command line, with the task index limited to what is evaluated (lm-eval reads thousands
+# of files otherwise), a note of the strings that were scored, and a kill after some answers of one process.
 PROCESS = """
-import json, os, sys
+import json, os, signal, sys, time
 from pathlib import Path
+from lm_eval.api.model import CacheHook
 from lm_eval.tasks import TaskManager
 import moa_eval.__main__, moa_eval.harness
 
-here, folders = Path(sys.argv.pop(1)), json.loads(sys.argv.pop(1))
+here, folders, killed, left = Path(sys.argv.pop(1)), json.loads(sys.argv.pop(1)), sys.argv.pop(1), [20]
+rank = os.environ.get("LOCAL_RANK", "0")
 initialize = TaskManager.__init__
 TaskManager.__init__ = lambda self, **k: initialize(self, include_path=folders, include_defaults=False)
-score = moa_eval.harness.MoALM._loglikelihood_tokens
+score, keep = moa_eval.harness.MoALM._loglikelihood_tokens, CacheHook.add_partial
 
 def noted(self, requests, **kwargs):
     note = {"rank": self.rank, "world": self.world_size, "scored": [request[0] for request in requests]}
-    (here / f"process{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(note))
+    (here / f"process{rank}.json").write_text(json.dumps(note))
     return score(self, requests, **kwargs)
 
-moa_eval.harness.MoALM._loglikelihood_tokens = noted
+def kept(self, *answer):
+    keep(self, *answer)
+    left[0] -= 1
+    if left[0] == 0 and rank == killed:
+        time.sleep(1)  # the cache is written by a thread
+        os.kill(os.getpid(), signal.SIGKILL)
+
+moa_eval.harness.MoALM._loglikelihood_tokens, CacheHook.add_partial = noted, kept
 moa_eval.__main__.main()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-def test_two_processes_share_the_work(checkpoints, tmp_path, offline):
-    """Under accelerate on one CPU machine: every request once, one result file, the numbers of one process."""
+@pytest.fixture
+def run(checkpoints, tmp_path, offline):
+    """Run lm-eval's command line in so many processes; returns it when it is over, and each process's note."""
     (tmp_path / "process.py").write_text(PROCESS)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [str(tmp_path / "process.py"), str(tmp_path), json.dumps(TASK_FOLDERS)]
-    command += ["--model", "moa", "--model_args", f"pretrained={checkpoints / 'llama'}"]
-    command += ["--tasks", "openbookqa,winogrande", "--output_path", str(tmp_path / "out"), "--log_samples"]
-    settings = {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-    }
-    environment = os.environ | settings | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
-    done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    settings |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
 
-    notes = [json.loads((tmp_path / f"process{rank}.json").read_text()) for rank in range(2)]
-    assert [(note["rank"], note["world"]) for note in notes] == [(0, 2), (1, 2)]
-    scored = [tuple(pair) for note in notes for pair in note["scored"]]
-    assert len(scored) == len(set(scored)) == TASKS["openbookqa"] + TASKS["winogrande"]
+    def start(processes, *arguments, killed="nobody"):
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch = [*launch, "--main_process_port", "0"] if processes > 1 else []
+        for note in tmp_path.glob("process*.json"):
+            note.unlink()
+        command = [sys.executable, *launch, str(tmp_path / "process.py"), str(tmp_path), json.dumps(TASK_FOLDERS)]
+        command += [killed, "--model", "moa", "--model_args", f"pretrained={checkpoints / 'llama'},max_length=64"]
+        command += ["--tasks", "openbookqa,winogrande", "--output_path", str(tmp_path / "out"), "--log_samples"]
+        done = subprocess.run([*command, *arguments], env=os.environ | settings, capture_output=True, text=True)
+        return done, [json.loads(path.read_text()) for path in sorted(tmp_path.glob("process*.json"))]
 
-    assert len(list((tmp_path / "out").rglob("results_*.json"))) == 1
-    alone = evaluate(MoALM(str(checkpoints / "llama"), device="cpu"), shots=0)
-    [result] = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("results_*.json")]
+    return start
+
+
+def assert_results_of_one_unbroken_run(checkpoints, out):
+    """One result file, with the accuracies, answers and counts of a run in this process."""
+    alone = evaluate(MoALM(str(checkpoints / "llama"), device="cpu", max_length=64), shots=0)
+    [result] = [json.loads(path.read_text()) for path in out.rglob("results_*.json")]
     for task in ("openbookqa", "winogrande"):
         assert result["results"][task]["acc,none"] == alone["results"][task]["acc,none"]
-        [path] = (tmp_path / "out").rglob(f"samples_{task}_*.jsonl")
+        [path] = out.rglob(f"samples_{task}_*.jsonl")
         samples = {sample["doc_id"]: sample for sample in map(json.loads, path.read_text().splitlines())}
         assert len(samples) == len(alone["samples"][task]) == 8
         for sample in alone["samples"][task]:
             for (ours,), (theirs,) in zip(samples[sample["doc_id"]]["resps"], sample["resps"], strict=True):
                 assert float(ours[0]) == pytest.approx(theirs[0], abs=1e-4)
+    counts = alone["config"]["irregular_items"]
+    assert counts["openbookqa"]["context_truncated"] > 0
+    assert result["config"]["irregular_items"] == {"openbookqa": counts["openbookqa"]}
+
+
+def scored(notes):
+    return [tuple(pair) for note in notes for pair in note["scored"]]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_two_processes_share_the_work(checkpoints, tmp_path, run):
+    """Under accelerate on one CPU machine: every request once, one result file, the numbers of one process."""
+    done, notes = run(2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(note["rank"], note["world"]) for note in notes] == [(0, 2), (1, 2)]
+    pairs = scored(notes)
+    assert len(pairs) == len(set(pairs)) == TASKS["openbookqa"] + TASKS["winogrande"]
+    assert_results_of_one_unbroken_run(checkpoints, tmp_path / "out")
+    assert done.stdout.rstrip().splitlines()[-1].startswith("|winogrande")  # the table is the last of it
+    for once in ("Selected tasks:", "Task: winogrande", "cut from the left"):
+        assert done.stderr.count(once) == 1, once
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("processes", "killed"), [(1, "0"), (2, "1")])
+def test_a_killed_evaluation_goes_on_where_it_was(checkpoints, tmp_path, run, processes, killed):
+    """With `--use_cache`: what was answered is not scored again, and the results are those of an unbroken run."""
+    cache = ("--use_cache", str(tmp_path / "answers"))
+    done, notes = run(processes, *cache, killed=killed)
+    assert done.returncode != 0
+    assert not list((tmp_path / "out").rglob("results_*.json"))
+    done, later = run(processes, *cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(scored(later)) <= len(scored(notes)) - 20
+    assert_results_of_one_unbroken_run(checkpoints, tmp_path / "out")
