@@ -9,14 +9,10 @@ Every process scores its share of the items, on CPUs too; the first one gathers 
 (`accelerate launch --cpu --num_processes 2` starts one process only.)
 """
 
-import difflib
-import inspect
-import json
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,7 +23,7 @@ from lm_eval.api.registry import model_registry
 from lm_eval.models import huggingface
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.models.utils_hf import get_dtype
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -35,7 +31,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from moa_eval.harness.prefix_tree import Request, truncated
+from moa_eval.harness.irregular import TRUNCATION, Irregular, counts, fit, warnings
+from moa_eval.harness.loading import ModelError, check_finite, check_folder, one_line, unknown_argument, unreadable
+from moa_eval.harness.prefix_tree import Request
 from moa_eval.harness.scoring import PrefixTreeScorer
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM  # registers moa_llama with transformers
 from moa_lm.convert import require_shapes
@@ -49,46 +47,10 @@ HFLM: Any = huggingface.HFLM  # lm-eval's untyped decorator hides from type chec
 
 TOKENIZER_CALL = 2048  # strings a call of the tokenizer: enough for its threads, little memory
 BUILT_IN_TYPES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
-CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-TRUNCATION = ("left", "skip", "error")
-# What may happen to a request that a language model cannot score as it stands: for the results file, and in words.
-IRREGULAR = {
-    "context_truncated": "context cut from the left to max_length={}, BOS and beginning lost, as by hf",
-    "continuation_truncated": "continuation longer than max_length={}, only its last {} tokens scored",
-    "skipped": "longer than max_length={} and not scored (log-likelihood -inf), by truncation=skip",
-    "empty": "continuation without a token, not scored (log-likelihood -inf)",
-    "merged": "continuation that begins within the context's last token, scored from that token on",
-}
 IRREGULAR_KEY = "moa: irregular items"  # beside the answers in lm-eval's cache, whose keys are hashes
 NOT_SCORED = (-math.inf, False)
 
 TokenRequest = tuple[tuple[str, str] | None, Sequence[int], Sequence[int]]
-Irregular = tuple[str, str, int]  # a key of IRREGULAR, task, document
-
-
-class ModelError(ValueError, SystemExit):
-    """A checkpoint or an argument that cannot be evaluated; the message says which one and what to do.
-
-    Catch it as the ValueError that it is. Left uncaught it ends the process as SystemExit does: the message as one
-    line on stderr and exit status 1, without a traceback, because `lm_eval`'s command line is not ours to wrap. Of
-    several processes each prints it: whichever comes first, the launcher stops the others.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.code = f"moa: {message}"
-
-
-@contextmanager
-def _one_line(doing: str) -> Iterator[None]:
-    """Turn what a library raises for a damaged checkpoint, which can be anything, into a ModelError of one line."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"cannot {doing}: {lines[0].rstrip(' :')}") from error
 
 
 class MoALM(HFLM):
@@ -120,26 +82,22 @@ class MoALM(HFLM):
         if pretrained is None:
             raise ModelError("no checkpoint given: pass --model_args pretrained=DIR")
         if isinstance(pretrained, str):
-            _check_folder(pretrained, kwargs)
-        with _one_line(f"use dtype={kwargs.get('dtype')!r}"):
+            check_folder(pretrained, kwargs)
+        with one_line(f"use dtype={kwargs.get('dtype')!r}"):
             get_dtype(kwargs.get("dtype", "auto"))
-        self._policy = truncation if isinstance(truncation, str) else "left"
-        if self._policy not in TRUNCATION:
+        self._truncation = truncation if isinstance(truncation, str) else "left"
+        if self._truncation not in TRUNCATION:
             raise ModelError(f"truncation={truncation!r} is not available: choose {', '.join(TRUNCATION)}")
+        if os.environ.get("RANK", "0") != "0":  # the first process gives the same notices
+            logging.getLogger("lm_eval").setLevel(logging.ERROR)
+            transformers.logging.set_verbosity_error()
+            transformers.logging.disable_progress_bar()
+            datasets.disable_progress_bars()
         super().__init__(pretrained, *args, truncation=truncation is True, **kwargs)
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and accelerator.num_processes > 1:  # HFLM does this on several GPUs only
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        if self.rank:  # the first process gives the same notices
-            logging.getLogger("lm_eval").setLevel(logging.ERROR)
-            transformers.logging.set_verbosity_error()
-            datasets.disable_progress_bars()
-        if broken := _not_finite(self.model):
-            more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-            raise ModelError(
-                f"{self._name(pretrained)} has weights that are not finite: {broken[0]}{more}; training diverged or "
-                "the file is damaged, use an earlier checkpoint"
-            )
+        check_finite(self.model, self._name(pretrained))
         self._scorer = PrefixTreeScorer(
             self.model,
             device=torch.device(self.device),
@@ -148,8 +106,8 @@ class MoALM(HFLM):
             autocast_dtype=self.mixed_precision_dtype,
         )
         self._warned: set[str] = set()
-        self._own_store: dict[str, Any] = {}
-        self._of_all_processes: set[Irregular] = set()
+        self._found: set[Irregular] = set()
+        self._found_by_all: set[Irregular] = set()
 
     # ---- loading ------------------------------------------------------------------------------------------------
 
@@ -158,7 +116,7 @@ class MoALM(HFLM):
         return pretrained if isinstance(pretrained, str) else type(pretrained).__name__
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        with _one_line(f"read the config of {pretrained}"):
+        with one_line(f"read the config of {pretrained}"):
             super()._get_config(pretrained, **kwargs)
 
     def _get_backend(self, config: Any, backend: Any = "default", trust_remote_code: bool | None = False) -> None:
@@ -183,7 +141,7 @@ class MoALM(HFLM):
             self.tokenizer("a")  # odd values of tokenizer_config.json are found with the first text only
         except Exception as error:  # the library `tokenizers` raises nothing more special
             if any(Path(source).glob("tokenizer*")):
-                with _one_line(f"load the tokenizer of {source}"):
+                with one_line(f"load the tokenizer of {source}"):
                     raise
             raise ModelError(
                 f"no tokenizer could be loaded from {source}: save one there (tokenizer.save_pretrained) or name one "
@@ -192,7 +150,7 @@ class MoALM(HFLM):
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         try:
-            with _one_line(f"load the weights of {pretrained}"):
+            with one_line(f"load the weights of {pretrained}"):
                 if isinstance(self.config, MoALlamaConfig):
                     folder = Path(pretrained, kwargs.get("subfolder") or "")
                     require_shapes(MoALlamaForCausalLM, folder, self.config)
@@ -202,11 +160,11 @@ class MoALM(HFLM):
         except ModelError as error:
             cause = error.__cause__
             if isinstance(cause, SafetensorError):
-                raise ModelError(_unreadable(Path(pretrained, kwargs.get("subfolder") or ""), cause)) from cause
+                raise ModelError(unreadable(Path(pretrained, kwargs.get("subfolder") or ""), cause)) from cause
             if "ignore_mismatched_sizes" in str(cause):
                 raise ModelError(f"the weights in {pretrained} do not have the shapes of its config.json") from cause
             if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
-                raise ModelError(_unknown_argument(str(cause).split("'")[1])) from cause
+                raise ModelError(unknown_argument(str(cause).split("'")[1], HFLM.__init__)) from cause
             raise
 
     # ---- scoring ------------------------------------------------------------------------------------------------
@@ -215,43 +173,28 @@ class MoALM(HFLM):
         """(log-probability, greedy decoding gives it) of each request's continuation, in the order of the requests.
 
         As HFLM's where it gives a number, with every distinct string tokenized once, in batches. Requests that HFLM
-        fails at are scored from the nearest token boundary on, cut, or left out as `IRREGULAR` says.
+        fails at are scored from the nearest token boundary on, cut, or left out as `irregular.KINDS` says.
         """
         if self.enable_thinking:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # refuses, with its own words
         pairs = cast("list[tuple[str, str]]", [request.args for request in requests])
         fitted: list[Request | None] = []
-        irregular: set[Irregular] = set()
+        found: set[Irregular] = set()
         for request, (encoded, merged) in zip(requests, self._encode_pairs(pairs, disable_tqdm), strict=True):
-            fits, kinds = self._fit(encoded, merged)
+            fits, kinds = fit(encoded, merged, self.max_length, self._truncation)
             fitted.append(fits)
-            item = request.task_name or "(no task)", request.doc_id or 0
-            if self._policy == "error" and any(kind.endswith("truncated") for kind in kinds):
+            task, document = request.task_name or "(no task)", request.doc_id or 0
+            if self._truncation == "error" and fits and fits != encoded:
                 raise ModelError(
-                    f"doc_id {item[1]} of {item[0]} has {len(encoded.context)} tokens of context and "
+                    f"doc_id {document} of {task} has {len(encoded.context)} tokens of context and "
                     f"{len(encoded.continuation)} of continuation, more than max_length={self.max_length}: raise it "
                     "if the model allows it, lower num_fewshot, or pass truncation=left or truncation=skip"
                 )
-            irregular.update((kind, *item) for kind in kinds)
-        self._store()[IRREGULAR_KEY] = self._irregular() | irregular
-        if self.world_size == 1:
-            self._report(self._irregular())
+            found.update(Irregular(kind, task, document) for kind in kinds)
+        self._remember(found)
         scored = [(pair, fits.context, fits.continuation) for pair, fits in zip(pairs, fitted, strict=True) if fits]
         answers = iter(self._loglikelihood_tokens(scored, disable_tqdm=disable_tqdm))
         return [next(answers) if fits else NOT_SCORED for fits in fitted]
-
-    def _fit(self, request: Request, merged: bool) -> tuple[Request | None, list[str]]:
-        """The request as it is to be scored, None if it is not, and which of `IRREGULAR` it is."""
-        context, continuation = request
-        kinds = ["merged"] if merged else []
-        if not continuation:
-            return None, ["empty"]
-        if len(context) + len(continuation) <= self.max_length + 1:
-            return request, kinds
-        if self._policy == "skip":
-            return None, ["skipped"]
-        kinds.append("context_truncated" if len(continuation) <= self.max_length else "continuation_truncated")
-        return truncated(request, self.max_length), kinds
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]], disable_tqdm: bool) -> list[tuple[Request, bool]]:
         """Token ids of (context, continuation) strings, and whether the two merge: TemplateLM.loglikelihood, batched.
@@ -360,109 +303,42 @@ class MoALM(HFLM):
 
     # ---- irregular items ----------------------------------------------------------------------------------------
 
-    def _store(self) -> Any:
-        """Where irregular items are kept: lm-eval's cache of answers if there is one, for the evaluation resumed."""
-        cache = self.cache_hook.dbdict
-        return self._own_store if cache is None else cache
+    def _remember(self, found: set[Irregular]) -> None:
+        """Keep and report this evaluation's irregular items, in lm-eval's cache of answers if there is one."""
+        if self.cache_hook.dbdict is not None:
+            found |= self._irregular_items()
+            self.cache_hook.dbdict[IRREGULAR_KEY] = found
+        self._found = found
+        if self.world_size == 1:
+            self._report()
 
-    def _irregular(self) -> set[Irregular]:
-        return self._store().get(IRREGULAR_KEY, set())
+    def _irregular_items(self) -> set[Irregular]:
+        cache = self.cache_hook.dbdict
+        return self._found if cache is None else cache.get(IRREGULAR_KEY, set())
 
     def barrier(self) -> None:
         """Wait for the other processes, and gather irregular items: all call this after each type of request."""
         super().barrier()
-        if self.world_size > 1:
-            parts = self.gather_object(self._irregular())
-            if parts:
-                self._of_all_processes = set().union(*parts)
-                self._report(self._of_all_processes)
+        if self.world_size > 1 and (parts := self.gather_object(self._irregular_items())):
+            self._found_by_all = set().union(*parts)
+            self._report()
 
-    def _report(self, irregular: set[Irregular]) -> None:
-        for kind, meaning in IRREGULAR.items():
-            tasks = Counter(task for what, task, _ in irregular if what == kind)
-            if tasks:
-                counts = ", ".join(f"{task} {count}" for task, count in sorted(tasks.items()))
-                task, document = min((task, document) for what, task, document in irregular if what == kind)
-                length = self.max_length
-                self._warn_once(
-                    f"{meaning.format(length, length)}; items: {counts} (first: {task}, doc_id {document})"
-                )
+    def _report(self) -> None:
+        for line in warnings(self._irregular_items() | self._found_by_all, self.max_length):
+            self._warn_once(line)
 
     def get_model_info(self) -> dict[str, Any]:
-        """HFLM's, the truncation policy, and how many items of each task are irregular in which way (`IRREGULAR`)."""
-        counts: dict[str, dict[str, int]] = {}
-        for kind, task, _ in sorted(self._irregular() | self._of_all_processes):
-            counts.setdefault(task, {}).setdefault(kind, 0)
-            counts[task][kind] += 1
-        return super().get_model_info() | {"truncation": self._policy, "irregular_items": counts}
+        """HFLM's, the truncation policy, and how many items of each task are irregular (`irregular.KINDS`).
+
+        With lm-eval's `--use_cache` they are those of all evaluations that share the cache.
+        """
+        irregular = counts(self._irregular_items() | self._found_by_all)
+        return super().get_model_info() | {"truncation": self._truncation, "irregular_items": irregular}
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
-
-
-def _check_folder(pretrained: str, arguments: dict[str, Any]) -> None:
-    """Refuse what is meant as a local folder and is none, before anything asks the network for it."""
-    path = Path(pretrained).expanduser()
-    if not path.is_dir():
-        if path.exists() or pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1:
-            raise ModelError(f"checkpoint folder {pretrained} does not exist or is no folder")
-        return
-    if not (path / (arguments.get("subfolder") or "") / "config.json").is_file() and not arguments.get("gguf_file"):
-        adapter = (path / "adapter_config.json").is_file()
-        hint = (
-            f"it is an adapter: pass pretrained=BASE,peft={pretrained}"
-            if adapter
-            else "name a transformers checkpoint"
-        )
-        raise ModelError(f"{pretrained} holds no config.json: {hint}")
-    _require_safetensors(path / (arguments.get("subfolder") or ""), "model")
-    _require_safetensors(Path(arguments.get("peft") or path).expanduser(), "adapter_model")
-
-
-def _require_safetensors(folder: Path, name: str) -> None:
-    """Refuse weights that would be unpickled; an index may name such files too."""
-    pickled: list[str] = []
-    if not any(folder.glob(f"{name}*.safetensors")):
-        pickled += sorted(path.name for path in folder.glob(f"*{name}*.bin"))
-    with suppress(OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):  # transformers tells
-        files = json.loads((folder / f"{name}.safetensors.index.json").read_bytes())["weight_map"].values()
-        pickled += [str(file) for file in files if not str(file).endswith(".safetensors")]
-    if pickled:
-        raise ModelError(
-            f"{folder} has its weights in {pickled[0]}, and pickles are not read: convert it to safetensors "
-            "(save_pretrained writes them)"
-        )
-
-
-def _unknown_argument(name: str) -> str:
-    known = [*inspect.signature(HFLM.__init__).parameters][1:-1]
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown model argument {name!r}" + (f": did you mean {close[0]!r}?" if close else "")
-
-
-def _unreadable(folder: Path, error: SafetensorError) -> str:
-    """Name the file of a folder that safetensors cannot open."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError) as reason:
-            return f"{path} is truncated or damaged ({reason}): copy or download it again"
-    return f"the weights in {folder} cannot be read ({error}): copy or download them again"
-
-
-def _not_finite(model: torch.nn.Module) -> list[str]:
-    """Names of parameters with NaN or infinity; a sum finds them without a temporary of the weights' size."""
-    suspects = [
-        (name, weight)
-        for name, weight in model.named_parameters()
-        if weight.dtype in CHECKED_DTYPES
-        and weight.device.type != "meta"
-        and not torch.isfinite(weight.detach().sum(dtype=torch.float32))
-    ]
-    return [name for name, weight in suspects if not torch.isfinite(weight).all()]
 
 
 if "moa" not in model_registry:  # the start-up hook, an entry point or python -m moa_eval may have named this class
