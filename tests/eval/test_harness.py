@@ -1,6 +1,7 @@
 """MoALM against lm-eval's own HFLM: the four tasks from lm-eval's unmodified files, and everything around scoring."""
 
 import json
+import logging
 import math
 import os
 import pickle
@@ -295,6 +296,18 @@ def test_partial_results_reach_the_cache(both, monkeypatch):
     pairs = [("A man", " is"), ("A man", " was"), ("", "x")]
     got = moa.loglikelihood(requests_of(pairs), disable_tqdm=True)
     assert stored == {("loglikelihood", pair): answer for pair, answer in zip(pairs, got, strict=True)}
+
+
+def test_transformers_does_not_warn_of_texts_that_are_cut(both, monkeypatch):
+    _, moa = both
+    monkeypatch.setattr(moa.tokenizer, "model_max_length", 16)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    moa.loglikelihood(requests_of([("A", LONG)]), disable_tqdm=True)
+    logging.getLogger("transformers").removeHandler(handler)
+    assert not records
 
 
 @pytest.mark.filterwarnings("default")
