@@ -4,6 +4,7 @@ from moa_startup.extras import require
 
 require("moa_eval.harness", "eval", "lm_eval", "transformers")
 
-from moa_eval.harness.model import HFLM, MoALM, ModelError
+from moa_eval.harness.loading import ModelError
+from moa_eval.harness.model import HFLM, MoALM
 
 __all__ = ["HFLM", "MoALM", "ModelError"]

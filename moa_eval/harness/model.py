@@ -9,23 +9,21 @@ Every process scores its share of the items, on CPUs too; the first one gathers 
 (`accelerate launch --cpu --num_processes 2` starts one process only.)
 """
 
-import difflib
-import inspect
-import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import datasets
 import torch
-from huggingface_hub.errors import StrictDataclassError
+import transformers
 from lm_eval.api.registry import model_registry
 from lm_eval.models import huggingface
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.models.utils_hf import get_dtype
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -33,6 +31,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from moa_eval.harness.irregular import TRUNCATION, Irregular, counts, fit, warnings
+from moa_eval.harness.loading import ModelError, check_finite, check_folder, one_line, unknown_argument, unreadable
 from moa_eval.harness.prefix_tree import Request
 from moa_eval.harness.scoring import PrefixTreeScorer
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM  # registers moa_llama with transformers
@@ -41,53 +41,16 @@ from moa_lm.convert import require_shapes
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lm_eval.models.moa")  # lm-eval's format, and its LMEVAL_LOG_LEVEL
 
 HFLM: Any = huggingface.HFLM  # lm-eval's untyped decorator hides from type checkers what it is
 
 TOKENIZER_CALL = 2048  # strings a call of the tokenizer: enough for its threads, little memory
 BUILT_IN_TYPES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
-CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-    StrictDataclassError,
-)
+IRREGULAR_KEY = "moa: irregular items"  # beside the answers in lm-eval's cache, whose keys are hashes
+NOT_SCORED = (-math.inf, False)
 
-TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
-
-
-class ModelError(ValueError, SystemExit):
-    """A checkpoint or an argument that cannot be evaluated; the message says which one and what to do.
-
-    Catch it as the ValueError that it is. Left uncaught it ends the process as SystemExit does: the message as one
-    line on stderr and exit status 1, without a traceback, because `lm_eval`'s command line is not ours to wrap. Of
-    several processes each prints it: whichever comes first, the launcher stops the others.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.code = f"moa: {message}"
-
-
-@contextmanager
-def _one_line(doing: str, errors: tuple[type[Exception], ...] = LOADING_ERRORS) -> Iterator[None]:
-    """Turn what loading raises into a ModelError of one line."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except errors as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"cannot {doing}: {lines[0].rstrip(' :')}") from error
+TokenRequest = tuple[tuple[str, str] | None, Sequence[int], Sequence[int]]
 
 
 class MoALM(HFLM):
@@ -101,6 +64,11 @@ class MoALM(HFLM):
     `batch_size` 1, HFLM's default, and "auto" choose batches that fill the device and stay small; a larger number
     allows what HFLM would put into a batch of that many requests. Scores do not depend on it.
 
+    `truncation` says what becomes of a request longer than `max_length`. "left": cut from the left, as by HFLM; of a
+    continuation that is longer itself, where HFLM fails, the last `max_length` tokens are scored. "skip": not scored,
+    log-likelihood -inf, so that such an option is not chosen. "error": a ModelError before anything is scored. True
+    and False are HFLM's, for generation. Items with such requests are counted in the results (`get_model_info`).
+
     Raises ModelError for a checkpoint or an argument that cannot be used.
     """
 
@@ -108,23 +76,28 @@ class MoALM(HFLM):
     # (`_get_config`, `_get_backend`, `_create_tokenizer`, `_create_model`, `_loglikelihood_tokens`, and the fields
     # `_rank`, `_world_size`) are where errors become one line and where scoring differs; seen in lm-eval 0.4.13.
 
-    def __init__(self, pretrained: Any = None, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, pretrained: Any = None, *args: Any, truncation: str | bool | None = "left", **kwargs: Any
+    ) -> None:
         if pretrained is None:
             raise ModelError("no checkpoint given: pass --model_args pretrained=DIR")
         if isinstance(pretrained, str):
-            _check_folder(pretrained, kwargs)
-        with _one_line(f"use dtype={kwargs.get('dtype')!r}"):
+            check_folder(pretrained, kwargs)
+        with one_line(f"use dtype={kwargs.get('dtype')!r}"):
             get_dtype(kwargs.get("dtype", "auto"))
-        super().__init__(pretrained, *args, **kwargs)
+        self._truncation = truncation if isinstance(truncation, str) else "left"
+        if self._truncation not in TRUNCATION:
+            raise ModelError(f"truncation={truncation!r} is not available: choose {', '.join(TRUNCATION)}")
+        if os.environ.get("RANK", "0") != "0":  # the first process gives the same notices
+            logging.getLogger("lm_eval").setLevel(logging.ERROR)
+            transformers.logging.set_verbosity_error()
+            transformers.logging.disable_progress_bar()
+            datasets.disable_progress_bars()
+        super().__init__(pretrained, *args, truncation=truncation is True, **kwargs)
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and accelerator.num_processes > 1:  # HFLM does this on several GPUs only
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        if broken := _not_finite(self.model):
-            more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-            raise ModelError(
-                f"{self._name(pretrained)} has weights that are not finite: {broken[0]}{more}; training diverged or "
-                "the file is damaged, use an earlier checkpoint"
-            )
+        check_finite(self.model, self._name(pretrained))
         self._scorer = PrefixTreeScorer(
             self.model,
             device=torch.device(self.device),
@@ -133,6 +106,8 @@ class MoALM(HFLM):
             autocast_dtype=self.mixed_precision_dtype,
         )
         self._warned: set[str] = set()
+        self._found: set[Irregular] = set()
+        self._found_by_all: set[Irregular] = set()
 
     # ---- loading ------------------------------------------------------------------------------------------------
 
@@ -141,7 +116,7 @@ class MoALM(HFLM):
         return pretrained if isinstance(pretrained, str) else type(pretrained).__name__
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        with _one_line(f"read the config of {pretrained}"):
+        with one_line(f"read the config of {pretrained}"):
             super()._get_config(pretrained, **kwargs)
 
     def _get_backend(self, config: Any, backend: Any = "default", trust_remote_code: bool | None = False) -> None:
@@ -166,7 +141,7 @@ class MoALM(HFLM):
             self.tokenizer("a")  # odd values of tokenizer_config.json are found with the first text only
         except Exception as error:  # the library `tokenizers` raises nothing more special
             if any(Path(source).glob("tokenizer*")):
-                with _one_line(f"load the tokenizer of {source}", (Exception,)):
+                with one_line(f"load the tokenizer of {source}"):
                     raise
             raise ModelError(
                 f"no tokenizer could be loaded from {source}: save one there (tokenizer.save_pretrained) or name one "
@@ -175,7 +150,7 @@ class MoALM(HFLM):
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         try:
-            with _one_line(f"load the weights of {pretrained}"):
+            with one_line(f"load the weights of {pretrained}"):
                 if isinstance(self.config, MoALlamaConfig):
                     folder = Path(pretrained, kwargs.get("subfolder") or "")
                     require_shapes(MoALlamaForCausalLM, folder, self.config)
@@ -185,11 +160,11 @@ class MoALM(HFLM):
         except ModelError as error:
             cause = error.__cause__
             if isinstance(cause, SafetensorError):
-                raise ModelError(_unreadable(Path(pretrained, kwargs.get("subfolder") or ""), cause)) from cause
+                raise ModelError(unreadable(Path(pretrained, kwargs.get("subfolder") or ""), cause)) from cause
             if "ignore_mismatched_sizes" in str(cause):
                 raise ModelError(f"the weights in {pretrained} do not have the shapes of its config.json") from cause
             if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
-                raise ModelError(_unknown_argument(str(cause).split("'")[1])) from cause
+                raise ModelError(unknown_argument(str(cause).split("'")[1], HFLM.__init__)) from cause
             raise
 
     # ---- scoring ------------------------------------------------------------------------------------------------
@@ -197,24 +172,36 @@ class MoALM(HFLM):
     def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability, greedy decoding gives it) of each request's continuation, in the order of the requests.
 
-        As HFLM's, with every distinct string tokenized once, in batches. Raises ValueError for an empty continuation.
+        As HFLM's where it gives a number, with every distinct string tokenized once, in batches. Requests that HFLM
+        fails at are scored from the nearest token boundary on, cut, or left out as `irregular.KINDS` says.
         """
         if self.enable_thinking:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # refuses, with its own words
         pairs = cast("list[tuple[str, str]]", [request.args for request in requests])
-        tokens = self._encode_pairs(pairs, disable_tqdm)
-        return self._loglikelihood_tokens(
-            [(pair, *ids) for pair, ids in zip(pairs, tokens, strict=True)], disable_tqdm=disable_tqdm
-        )
+        fitted: list[Request | None] = []
+        found: set[Irregular] = set()
+        for request, (encoded, merged) in zip(requests, self._encode_pairs(pairs, disable_tqdm), strict=True):
+            fits, kinds = fit(encoded, merged, self.max_length, self._truncation)
+            fitted.append(fits)
+            task, document = request.task_name or "(no task)", request.doc_id or 0
+            if self._truncation == "error" and fits and fits != encoded:
+                raise ModelError(
+                    f"doc_id {document} of {task} has {len(encoded.context)} tokens of context and "
+                    f"{len(encoded.continuation)} of continuation, more than max_length={self.max_length}: raise it "
+                    "if the model allows it, lower num_fewshot, or pass truncation=left or truncation=skip"
+                )
+            found.update(Irregular(kind, task, document) for kind in kinds)
+        self._remember(found)
+        scored = [(pair, fits.context, fits.continuation) for pair, fits in zip(pairs, fitted, strict=True) if fits]
+        answers = iter(self._loglikelihood_tokens(scored, disable_tqdm=disable_tqdm))
+        return [next(answers) if fits else NOT_SCORED for fits in fitted]
 
-    def _encode_pairs(
-        self, pairs: Sequence[tuple[str, str]], disable_tqdm: bool
-    ) -> list[tuple[list[int], list[int]]]:
-        """Context and continuation ids of (context, continuation) strings: TemplateLM.loglikelihood, batched.
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]], disable_tqdm: bool) -> list[tuple[Request, bool]]:
+        """Token ids of (context, continuation) strings, and whether the two merge: TemplateLM.loglikelihood, batched.
 
         Spaces that end a context go to the continuation, which is what the joint text has beyond the context's number
-        of tokens; after an empty context it is scored behind the prefix token, or behind its own first token if that
-        is the prefix token.
+        of tokens. Where it has none there, its first characters are in one token with the last ones of the context:
+        that token and what follows is scored.
         """
         split = []
         for context, continuation in pairs:
@@ -225,21 +212,34 @@ class MoALM(HFLM):
         ids = self._encode_strings(joined, None, bar)
         alone = self._encode_strings([rest for kept, rest in split if kept is None], False, bar)
         bar.close()
-        if alone and self.prefix_token_id is None:
+        encoded = []
+        for kept, rest in split:
+            context, whole = ([], alone[rest]) if kept is None else (ids[kept], ids[kept + rest])
+            merged = whole != context and len(whole) <= len(context)
+            if merged:
+                context = whole[: self._first_token_of(rest, whole)]
+            continuation = whole[len(context) :]
+            if not context:
+                context, continuation = self._behind_prefix_token(whole)
+            encoded.append((Request(context, continuation), merged))
+        return encoded
+
+    def _first_token_of(self, ending: str, tokens: list[int]) -> int:
+        """Index of the token in which the text's ending begins."""
+        begin = len(tokens) - 1
+        while begin > 0 and len(self.tokenizer.decode(tokens[begin:])) < len(ending):
+            begin -= 1
+        return max(begin, 0)
+
+    def _behind_prefix_token(self, tokens: list[int]) -> tuple[list[int], list[int]]:
+        """A text without a context behind the prefix token, which may be its own first token."""
+        prefix = self.prefix_token_id
+        if prefix is None:
             raise ModelError(
                 f"the tokenizer of {self._name(self.pretrained)} has neither bos_token nor eos_token to score a text "
                 "without a context behind: name one with custom_prefix_token_id=ID"
             )
-        encoded = []
-        for kept, rest in split:
-            if kept is not None:
-                context_ids = ids[kept]
-                encoded.append((context_ids, ids[kept + rest][len(context_ids) :]))
-            elif alone[rest][:1] == [self.prefix_token_id]:
-                encoded.append((alone[rest][:1], alone[rest][1:]))
-            else:
-                encoded.append(([self.prefix_token_id], alone[rest]))
-        return encoded
+        return [prefix], tokens[1:] if tokens[:1] == [prefix] else tokens
 
     def _encode_strings(
         self, strings: Iterable[str], add_special_tokens: bool | None, bar: tqdm
@@ -255,7 +255,8 @@ class MoALM(HFLM):
             arguments: dict[str, Any] = {} if flag is None else {"add_special_tokens": flag}
             for start in range(0, len(group), TOKENIZER_CALL):
                 part = group[start : start + TOKENIZER_CALL]
-                ids = self.tokenizer(part, return_attention_mask=False, **arguments)["input_ids"]
+                # not verbose: what is too long is cut and counted later
+                ids = self.tokenizer(part, return_attention_mask=False, verbose=False, **arguments)["input_ids"]
                 encoded.update(zip(part, ids, strict=True))
                 bar.update(len(part))
         return encoded
@@ -263,22 +264,20 @@ class MoALM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Scores of tokenized requests; HFLM's own code where trees are not exact for the model or the length."""
+        """Scores of tokenized requests that fit, by HFLM's code where trees are not exact for the model or length."""
         self._require_embedded(requests)
         scorer = self._scorer
         scorer.max_length, scorer.batch_size = self.max_length, self.batch_size
         lengths = [len(context) + len(continuation) - 1 for _, context, continuation in requests]
-        reason = scorer.refusal(min(max(lengths, default=0), self.max_length)) if requests else None
+        reason = scorer.refusal(max(lengths)) if requests else None
         if reason:
             self._warn_once(f"{self._name(self.pretrained)} is scored by HFLM's code, one pass a request: {reason}")
             return super()._loglikelihood_tokens(list(requests), disable_tqdm=disable_tqdm, override_bs=override_bs)
-        if cut := sum(length > self.max_length for length in lengths):
-            logger.warning("%d requests exceed max_length=%d tokens and are cut from the left", cut, self.max_length)
         results: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-        disabled = disable_tqdm or self.rank != 0
+        disabled, leave = disable_tqdm or self.rank != 0, override_bs is None  # rolling likelihood: many short bars
         # Results come in batches: a rate from the first few results alone would be far too low.
         every, title = max(16, len(requests) // 100), "Running loglikelihood requests"
-        with tqdm(total=len(requests), disable=disabled, desc=title, miniters=every) as bar:
+        with tqdm(total=len(requests), disable=disabled, desc=title, miniters=every, leave=leave) as bar:
             for index, log_probability, greedy in scorer.stream([Request(*request[1:]) for request in requests]):
                 if math.isnan(log_probability):
                     raise ModelError(
@@ -302,73 +301,44 @@ class MoALM(HFLM):
                 "embeddings: they do not belong together, name the right one with tokenizer=NAME_OR_DIR"
             )
 
+    # ---- irregular items ----------------------------------------------------------------------------------------
+
+    def _remember(self, found: set[Irregular]) -> None:
+        """Keep and report this evaluation's irregular items, in lm-eval's cache of answers if there is one."""
+        if self.cache_hook.dbdict is not None:
+            found |= self._irregular_items()
+            self.cache_hook.dbdict[IRREGULAR_KEY] = found
+        self._found = found
+        if self.world_size == 1:
+            self._report()
+
+    def _irregular_items(self) -> set[Irregular]:
+        cache = self.cache_hook.dbdict
+        return self._found if cache is None else cache.get(IRREGULAR_KEY, set())
+
+    def barrier(self) -> None:
+        """Wait for the other processes, and gather irregular items: all call this after each type of request."""
+        super().barrier()
+        if self.world_size > 1 and (parts := self.gather_object(self._irregular_items())):
+            self._found_by_all = set().union(*parts)
+            self._report()
+
+    def _report(self) -> None:
+        for line in warnings(self._irregular_items() | self._found_by_all, self.max_length):
+            self._warn_once(line)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """HFLM's, the truncation policy, and how many items of each task are irregular (`irregular.KINDS`).
+
+        With lm-eval's `--use_cache` they are those of all evaluations that share the cache.
+        """
+        irregular = counts(self._irregular_items() | self._found_by_all)
+        return super().get_model_info() | {"truncation": self._truncation, "irregular_items": irregular}
+
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
-
-
-def _check_folder(pretrained: str, arguments: dict[str, Any]) -> None:
-    """Refuse what is meant as a local folder and is none, before anything asks the network for it."""
-    path = Path(pretrained).expanduser()
-    if not path.is_dir():
-        if path.exists() or pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1:
-            raise ModelError(f"checkpoint folder {pretrained} does not exist or is no folder")
-        return
-    if not (path / (arguments.get("subfolder") or "") / "config.json").is_file() and not arguments.get("gguf_file"):
-        adapter = (path / "adapter_config.json").is_file()
-        hint = (
-            f"it is an adapter: pass pretrained=BASE,peft={pretrained}"
-            if adapter
-            else "name a transformers checkpoint"
-        )
-        raise ModelError(f"{pretrained} holds no config.json: {hint}")
-    _require_safetensors(path / (arguments.get("subfolder") or ""), "model")
-    _require_safetensors(Path(arguments.get("peft") or path).expanduser(), "adapter_model")
-
-
-def _require_safetensors(folder: Path, name: str) -> None:
-    """Refuse weights that would be unpickled; an index may name such files too."""
-    pickled: list[str] = []
-    if not any(folder.glob(f"{name}*.safetensors")):
-        pickled += sorted(path.name for path in folder.glob(f"*{name}*.bin"))
-    with suppress(OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):  # transformers tells
-        files = json.loads((folder / f"{name}.safetensors.index.json").read_bytes())["weight_map"].values()
-        pickled += [str(file) for file in files if not str(file).endswith(".safetensors")]
-    if pickled:
-        raise ModelError(
-            f"{folder} has its weights in {pickled[0]}, and pickles are not read: convert it to safetensors "
-            "(save_pretrained writes them)"
-        )
-
-
-def _unknown_argument(name: str) -> str:
-    known = [*inspect.signature(HFLM.__init__).parameters][1:-1]
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown model argument {name!r}" + (f": did you mean {close[0]!r}?" if close else "")
-
-
-def _unreadable(folder: Path, error: SafetensorError) -> str:
-    """Name the file of a folder that safetensors cannot open."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError) as reason:
-            return f"{path} is truncated or damaged ({reason}): copy or download it again"
-    return f"the weights in {folder} cannot be read ({error}): copy or download them again"
-
-
-def _not_finite(model: torch.nn.Module) -> list[str]:
-    """Names of parameters with NaN or infinity; a sum finds them without a temporary of the weights' size."""
-    suspects = [
-        (name, weight)
-        for name, weight in model.named_parameters()
-        if weight.dtype in CHECKED_DTYPES
-        and weight.device.type != "meta"
-        and not torch.isfinite(weight.detach().sum(dtype=torch.float32))
-    ]
-    return [name for name, weight in suspects if not torch.isfinite(weight).all()]
 
 
 if "moa" not in model_registry:  # the start-up hook, an entry point or python -m moa_eval may have named this class

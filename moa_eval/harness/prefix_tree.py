@@ -87,22 +87,14 @@ class _Growing:
         return Segment(tokens, depth, end, self.requests, self.rows, self.targets, rows)
 
 
-def truncated(request: Request, max_length: int, index: int = 0) -> Ints:
-    """Context and continuation as lm-eval's HFLM cuts them: the last `max_length + 1` tokens, the last one unread.
+def truncated(request: Request, max_length: int) -> Request:
+    """The last `max_length + 1` tokens, as lm-eval's HFLM cuts them: the model reads all but the last one.
 
-    Raises ValueError for an empty context or continuation, and for a continuation longer than `max_length`, naming
-    the request by `index`.
+    Of a continuation of more than `max_length` tokens, for which HFLM fails, the last `max_length` are scored.
     """
-    context, continuation = request
-    if not len(context) or not len(continuation):
-        empty = "continuation" if len(context) else "context"
-        raise ValueError(f"request {index} has an empty {empty} after tokenization: nothing can be scored")
-    if len(continuation) > max_length:
-        raise ValueError(
-            f"the continuation of request {index} has {len(continuation)} tokens, more than max_length={max_length}: "
-            "raise max_length if the model allows it"
-        )
-    return np.array([*context, *continuation][-(max_length + 1) :], dtype=np.int64)
+    tokens = [*request.context, *request.continuation][-(max_length + 1) :]
+    scored = min(len(request.continuation), max_length)
+    return Request(tokens[:-scored], tokens[-scored:])
 
 
 def common_prefix(first: Ints, second: Ints) -> int:
@@ -112,14 +104,15 @@ def common_prefix(first: Ints, second: Ints) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def plan(requests: Sequence[Request], max_length: int, pairs_per_position: float, max_tokens: int) -> list[Segment]:
+def plan(requests: Sequence[Request], pairs_per_position: float, max_tokens: int) -> list[Segment]:
     """Token trees that together score every request once, the largest first.
 
     A request joins the tree of its predecessor if that is cheaper than a tree of its own: the positions it shares are
     worth `pairs_per_position` attention pairs each, and a tree of T positions has T * T of them. No tree grows past
     `max_tokens`, unless a single request is longer than half of it: then two of them still fit.
     """
-    sequences = [truncated(request, max_length, index) for index, request in enumerate(requests)]
+    assert all(len(context) and len(continuation) for context, continuation in requests)
+    sequences = [np.array([*context, *continuation], dtype=np.int64) for context, continuation in requests]
     # big-endian bytes compare as the tokens do; the unread last token is no part of the key
     keys = [sequence[:-1].astype(">i4").tobytes() for sequence in sequences]
     segments: list[Segment] = []

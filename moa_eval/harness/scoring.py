@@ -83,7 +83,7 @@ def _rescaled_beyond(config: Any) -> int | None:
 class PrefixTreeScorer:
     """Scores continuations with a transformers causal language model.
 
-    `max_length`: positions the model reads; longer requests are cut from the left. `batch_size`: 1 or "auto" let the
+    `max_length`: positions the model can read. `batch_size`: 1 or "auto" let the
     scorer choose a batch that fills the device and whose logits stay small; a larger number allows a batch the
     positions and logit rows of that many sequences as long as the longest request, never more than HFLM holds at that
     batch size. Scores do not depend on it beyond rounding. `softmax_dtype` and `autocast_dtype` are HFLM's
@@ -136,7 +136,7 @@ class PrefixTreeScorer:
         config = self.base.config.get_text_config(decoder=True)
         windows = _declared_windows(config)
         requests = self._check_requests(max([window + 16 for window in windows if window <= 256], default=40))
-        segments = plan(requests, self.max_length, pairs_per_position=64, max_tokens=10_000)
+        segments = plan(requests, pairs_per_position=64, max_tokens=10_000)
         batch = pack(segments)
         try:
             packing = Packing(batch, self.device)
@@ -167,19 +167,15 @@ class PrefixTreeScorer:
         """Trees that branch early, late and twice, a chain of `length` tokens, duplicates; random tokens."""
         vocabulary = self.base.get_input_embeddings().num_embeddings
         tokens = torch.randint(vocabulary, (length + 60,), generator=torch.Generator().manual_seed(0)).tolist()
-        stem, scored = tokens[:12], max(1, min(5, self.max_length))
         answers = [tokens[20:25], tokens[20:23] + tokens[30:32], tokens[40:41], tokens[20:25]]
-        requests = [Request(stem, answer[:scored]) for answer in answers]
-        requests += [
-            Request(tokens[50:53], tokens[53:55][:scored]),
-            Request(tokens[-length:-scored], tokens[-scored:]),
-        ]
-        return requests
+        requests = [Request(tokens[:12], answer) for answer in answers]
+        requests += [Request(tokens[50:53], tokens[53:55]), Request(tokens[-length:-5], tokens[-5:])]
+        return [truncated(request, self.max_length) for request in requests]
 
     @torch.inference_mode()
     def _plain(self, request: Request) -> Tensor:
         """Log-probabilities of a continuation's tokens by the model's own forward pass."""
-        sequence = torch.from_numpy(truncated(request, self.max_length)).to(self.device)
+        sequence = torch.tensor([*request.context, *request.continuation], device=self.device)
         with self._autocast():
             logits = self.model(input_ids=sequence[None, :-1], use_cache=False).logits[0]
         count = len(request.continuation)
@@ -191,13 +187,12 @@ class PrefixTreeScorer:
     def stream(self, requests: Sequence[Request]) -> Iterator[Score]:
         """Score every request; results come batch by batch, in an order of the scorer's choosing.
 
-        Ask `refusal` with the longest request first. Raises ValueError for requests that cannot be scored (see
-        `prefix_tree.truncated`) before anything is computed. Results of one batch are fetched while the next one
-        runs: one synchronization a batch.
+        Requests must fit `max_length` (`prefix_tree.truncated`); ask `refusal` with the longest one first. Results of
+        one batch are fetched while the next one runs: one synchronization a batch.
         """
         longest = max((len(request.context) + len(request.continuation) - 1 for request in requests), default=0)
-        max_tokens, max_rows = self.limits(min(longest, self.max_length))
-        segments = plan(requests, self.max_length, self._pairs_per_position(), max_tokens)
+        max_tokens, max_rows = self.limits(longest)
+        segments = plan(requests, self._pairs_per_position(), max_tokens)
         waiting: list[tuple[Batch, Callable[[], Tensor]]] = []
         for chosen in batches(segments, max_tokens, max_rows):
             launched = self._launch(chosen)

@@ -125,7 +125,7 @@ def count(lm: Any, task: Any) -> tuple[float, float]:
     texts: dict[int, set[tuple[int, ...]]] = defaultdict(set)  # hf, too, computes equal inputs once
     scored: dict[int, set[tuple[int, ...]]] = defaultdict(set)
     tokens = lm._encode_pairs([instance.args for instance in task.instances], True)
-    for instance, (context, continuation) in zip(task.instances, tokens, strict=True):
+    for instance, ((context, continuation), _) in zip(task.instances, tokens, strict=True):
         text = tuple([*context, *continuation][-(lm.max_length + 1) : -1])
         texts[instance.doc_id].add(text)
         scored[instance.doc_id] |= {text[: len(text) - back] for back in range(len(continuation))}

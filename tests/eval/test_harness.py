@@ -1,6 +1,8 @@
 """MoALM against lm-eval's own HFLM: the four tasks from lm-eval's unmodified files, and everything around scoring."""
 
 import json
+import logging
+import math
 import os
 import pickle
 import shutil
@@ -17,6 +19,7 @@ import pytest
 import tokenizers
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -32,6 +35,7 @@ from transformers import (
 )
 
 from moa_eval.harness import MoALM, ModelError
+from moa_eval.harness.prefix_tree import Request, truncated
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
 
 ITEMS = Path(__file__).parent / "items"
@@ -160,7 +164,7 @@ def test_strings_are_split_into_tokens_as_hflm_does(
             recorded.update({lm: requests}) or original(requests, **kwargs)
         )
     assert_equal_scores(hf, moa, PAIRS)
-    assert recorded[hf] == recorded[moa]
+    assert recorded[moa] == [(pair, *truncated(Request(*ids), moa.max_length)) for pair, *ids in recorded[hf]]
 
 
 def test_each_distinct_string_is_tokenized_once(both, monkeypatch):
@@ -190,6 +194,20 @@ def test_batch_size_does_not_move_scores(both, batch_size, monkeypatch):
     assert_equal_scores(hf, moa, PAIRS)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["llama", "bloom"], ids=["trees", "hf_code"])
+def test_batch_sizes_found_by_hf(checkpoints, name):
+    """`auto:N` is hf's search where its code scores, and our own choice otherwise."""
+    hf, moa = (
+        cls(str(checkpoints / name), device="cpu", max_length=32, batch_size="auto:2", max_batch_size=4)
+        for cls in (HFLM, MoALM)
+    )
+    assert_equal_scores(hf, moa, PAIRS[:20])
+    assert hf.batch_sizes
+    assert moa.batch_sizes == (hf.batch_sizes if name == "bloom" else {})
+
+
 def test_rolling_likelihood_and_generation_are_inherited(both, monkeypatch):
     texts = [("A man is sitting on a roof. " * count,) for count in (1, 2, 9)]
     for lm in both:
@@ -204,10 +222,64 @@ def test_rolling_likelihood_and_generation_are_inherited(both, monkeypatch):
     assert got == expected
 
 
-@pytest.mark.parametrize(("context", "continuation"), [("", "<s>"), ("A man", ""), (" ", "x")])
-def test_pairs_without_tokens_to_score_are_named(both, context, continuation):
-    with pytest.raises(ValueError, match="request 1 has an empty"):
-        both[1].loglikelihood(requests_of([("A", " man"), (context, continuation)]), disable_tqdm=True)
+def instances(pairs, task="task"):
+    """Requests as lm-eval's tasks make them, one a document."""
+    arguments = {"request_type": "loglikelihood", "doc": {}, "idx": 0}
+    return [Instance(**arguments, arguments=pair, metadata=(task, index, 1)) for index, pair in enumerate(pairs)]
+
+
+LONG = " sitting" * 30
+UNSCORED = (-math.inf, False)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["llama", "bloom"], ids=["trees", "hf_code"])
+def test_requests_that_hf_fails_at_do_not_end_the_evaluation(checkpoints, name, caplog):
+    """Each is scored as hf scores the tokens that it stands for, or is out of the choice; the others as ever."""
+    hf, moa = (cls(str(checkpoints / name), device="cpu", max_length=16) for cls in (HFLM, MoALM))
+    a, the, start = (moa.tok_encode(text) for text in ("A", " the", "The"))
+    assert [len(ids) for ids in (a, the, start)] == [1] * 3
+    cut = moa.tok_encode(LONG)[-17:]
+    prefix = [moa.prefix_token_id]
+    irregular = {  # what is scored instead: context and continuation in tokens
+        ("A t", "he"): (a, the),
+        ("Th", "e"): (prefix, start),  # two tokens become one
+        (" ", "A"): (prefix, moa.tok_encode(" A")),
+        ("A", LONG): (cut[:1], cut[1:]),
+        ("A", ""): None,
+        ("", "<s>"): None,
+    }
+    for pair in irregular:
+        with pytest.raises(AssertionError):
+            hf.loglikelihood(requests_of([pair]), disable_tqdm=True)
+    ordinary = [("A man", " is"), ("A man sits." * 9, " up")]
+    got = moa.loglikelihood(instances([*ordinary, *irregular]), disable_tqdm=True)
+    tokens = [(None, *ids) for ids in irregular.values() if ids]
+    expected = hf.loglikelihood(requests_of(ordinary), disable_tqdm=True)
+    expected += [*hf._loglikelihood_tokens(tokens, disable_tqdm=True), UNSCORED, UNSCORED]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours == (pytest.approx(theirs[0], abs=1e-4), theirs[1])
+    counts = {"merged": 2, "continuation_truncated": 1, "context_truncated": 1, "empty": 2}
+    info = moa.get_model_info()
+    assert (info["irregular_items"], info["truncation"]) == ({"task": counts}, "left")
+    assert caplog.text.count("; items: task ") == len(counts)  # once a kind
+    assert "BOS and beginning lost, as by hf; items: task 1 (first: task, doc_id 1)" in caplog.text
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["llama", "bloom"], ids=["trees", "hf_code"])
+def test_truncation(checkpoints, name):
+    pairs = [("A man", " is"), ("A man sits. " * 9, " up"), ("A", LONG)]
+    arguments = {"device": "cpu", "max_length": 16}
+    moa = MoALM(str(checkpoints / name), truncation="skip", **arguments)
+    left = MoALM(str(checkpoints / name), truncation=True, **arguments).loglikelihood(instances(pairs))
+    assert moa.loglikelihood(instances(pairs)) == [pytest.approx(left[0], abs=1e-4), UNSCORED, UNSCORED]
+    assert moa.loglikelihood(instances(pairs[1:])) == [UNSCORED] * 2
+    assert moa.get_model_info()["irregular_items"] == {"task": {"skipped": 2}}
+    moa = MoALM(str(checkpoints / name), truncation="error", **arguments)
+    assert len(moa.loglikelihood(instances([pairs[0], ("A", "")]))) == 2
+    with pytest.raises(ModelError, match=r"doc_id 1 of task has \d+ tokens of context and 2 of .*max_length=16"):
+        moa.loglikelihood(instances(pairs))
 
 
 def test_partial_results_reach_the_cache(both, monkeypatch):
@@ -215,6 +287,8 @@ def test_partial_results_reach_the_cache(both, monkeypatch):
     stored = {}
 
     class Hook:
+        dbdict = None
+
         def add_partial(self, kind, strings, answer):
             stored[kind, strings] = answer
 
@@ -222,6 +296,30 @@ def test_partial_results_reach_the_cache(both, monkeypatch):
     pairs = [("A man", " is"), ("A man", " was"), ("", "x")]
     got = moa.loglikelihood(requests_of(pairs), disable_tqdm=True)
     assert stored == {("loglikelihood", pair): answer for pair, answer in zip(pairs, got, strict=True)}
+
+
+def test_transformers_does_not_warn_of_texts_that_are_cut(both, monkeypatch):
+    _, moa = both
+    monkeypatch.setattr(moa.tokenizer, "model_max_length", 16)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    moa.loglikelihood(requests_of([("A", LONG)]), disable_tqdm=True)
+    logging.getLogger("transformers").removeHandler(handler)
+    assert not records
+
+
+@pytest.mark.filterwarnings("default")
+def test_counts_survive_where_the_cache_has_every_answer(checkpoints, tmp_path):
+    pairs = [("A man", " is"), ("A man sits. " * 9, " up"), ("A", LONG)]
+    answers, counts = [], []
+    for _ in range(2):
+        moa = MoALM(str(checkpoints / "llama"), device="cpu", max_length=16)
+        answers.append(CachingLM(moa, str(tmp_path / "answers.db")).loglikelihood(instances(pairs)))
+        counts.append(moa.get_model_info()["irregular_items"])
+    assert answers[0] == answers[1]
+    assert counts == [{"task": {"context_truncated": 1, "continuation_truncated": 1}}] * 2
 
 
 @pytest.mark.filterwarnings("default")
@@ -288,6 +386,7 @@ FAULTS = {
     "shapes": ({}, "do not have the shapes of its config.json"),
     "nan": ({}, "not finite: model.layers.1.mlp.up_proj.weight; training diverged"),
     "argument": ({"max_lenght": 7}, "unknown model argument 'max_lenght': did you mean 'max_length'"),
+    "truncation": ({"truncation": "right"}, "truncation='right' is not available: choose left, skip, error"),
     "dtype": ({"dtype": "floaty"}, "cannot use dtype='floaty'"),
 }
 
@@ -359,63 +458,106 @@ def test_no_checkpoint_and_nan_scores(both, monkeypatch):
         moa.loglikelihood(requests_of(PAIRS[20:22]), disable_tqdm=True)
 
 
-# What each of two processes runs: the command line, with the task index limited to what is evaluated (lm-eval reads
-# thousands of files otherwise) and with a note of the strings that were scored.
+# What each process runs: the command line, with the task index limited to what is evaluated (lm-eval reads thousands
+# of files otherwise), a note of the strings that were scored, and a kill after some answers of one process.
 PROCESS = """
-import json, os, sys
+import json, os, signal, sys, time
 from pathlib import Path
+from lm_eval.api.model import CacheHook
 from lm_eval.tasks import TaskManager
 import moa_eval.__main__, moa_eval.harness
 
-here, folders = Path(sys.argv.pop(1)), json.loads(sys.argv.pop(1))
+here, folders, killed, left = Path(sys.argv.pop(1)), json.loads(sys.argv.pop(1)), sys.argv.pop(1), [20]
+rank = os.environ.get("LOCAL_RANK", "0")
 initialize = TaskManager.__init__
 TaskManager.__init__ = lambda self, **k: initialize(self, include_path=folders, include_defaults=False)
-score = moa_eval.harness.MoALM._loglikelihood_tokens
+score, keep = moa_eval.harness.MoALM._loglikelihood_tokens, CacheHook.add_partial
 
 def noted(self, requests, **kwargs):
     note = {"rank": self.rank, "world": self.world_size, "scored": [request[0] for request in requests]}
-    (here / f"process{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(note))
+    (here / f"process{rank}.json").write_text(json.dumps(note))
     return score(self, requests, **kwargs)
 
-moa_eval.harness.MoALM._loglikelihood_tokens = noted
+def kept(self, *answer):
+    keep(self, *answer)
+    left[0] -= 1
+    if left[0] == 0 and rank == killed:
+        time.sleep(1)  # the cache is written by a thread
+        os.kill(os.getpid(), signal.SIGKILL)
+
+moa_eval.harness.MoALM._loglikelihood_tokens, CacheHook.add_partial = noted, kept
 moa_eval.__main__.main()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-def test_two_processes_share_the_work(checkpoints, tmp_path, offline):
-    """Under accelerate on one CPU machine: every request once, one result file, the numbers of one process."""
+@pytest.fixture
+def run(checkpoints, tmp_path, offline):
+    """Run lm-eval's command line in so many processes; returns it when it is over, and each process's note."""
     (tmp_path / "process.py").write_text(PROCESS)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [str(tmp_path / "process.py"), str(tmp_path), json.dumps(TASK_FOLDERS)]
-    command += ["--model", "moa", "--model_args", f"pretrained={checkpoints / 'llama'}"]
-    command += ["--tasks", "openbookqa,winogrande", "--output_path", str(tmp_path / "out"), "--log_samples"]
-    settings = {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-    }
-    environment = os.environ | settings | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
-    done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    settings |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
 
-    notes = [json.loads((tmp_path / f"process{rank}.json").read_text()) for rank in range(2)]
-    assert [(note["rank"], note["world"]) for note in notes] == [(0, 2), (1, 2)]
-    scored = [tuple(pair) for note in notes for pair in note["scored"]]
-    assert len(scored) == len(set(scored)) == TASKS["openbookqa"] + TASKS["winogrande"]
+    def start(processes, *arguments, killed="nobody"):
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch = [*launch, "--main_process_port", "0"] if processes > 1 else []
+        for note in tmp_path.glob("process*.json"):
+            note.unlink()
+        command = [sys.executable, *launch, str(tmp_path / "process.py"), str(tmp_path), json.dumps(TASK_FOLDERS)]
+        command += [killed, "--model", "moa", "--model_args", f"pretrained={checkpoints / 'llama'},max_length=64"]
+        command += ["--tasks", "openbookqa,winogrande", "--output_path", str(tmp_path / "out"), "--log_samples"]
+        done = subprocess.run([*command, *arguments], env=os.environ | settings, capture_output=True, text=True)
+        return done, [json.loads(path.read_text()) for path in sorted(tmp_path.glob("process*.json"))]
 
-    assert len(list((tmp_path / "out").rglob("results_*.json"))) == 1
-    alone = evaluate(MoALM(str(checkpoints / "llama"), device="cpu"), shots=0)
-    [result] = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("results_*.json")]
+    return start
+
+
+def assert_results_of_one_unbroken_run(checkpoints, out):
+    """One result file, with the accuracies, answers and counts of a run in this process."""
+    alone = evaluate(MoALM(str(checkpoints / "llama"), device="cpu", max_length=64), shots=0)
+    [result] = [json.loads(path.read_text()) for path in out.rglob("results_*.json")]
     for task in ("openbookqa", "winogrande"):
         assert result["results"][task]["acc,none"] == alone["results"][task]["acc,none"]
-        [path] = (tmp_path / "out").rglob(f"samples_{task}_*.jsonl")
+        [path] = out.rglob(f"samples_{task}_*.jsonl")
         samples = {sample["doc_id"]: sample for sample in map(json.loads, path.read_text().splitlines())}
         assert len(samples) == len(alone["samples"][task]) == 8
         for sample in alone["samples"][task]:
             for (ours,), (theirs,) in zip(samples[sample["doc_id"]]["resps"], sample["resps"], strict=True):
                 assert float(ours[0]) == pytest.approx(theirs[0], abs=1e-4)
+    counts = alone["config"]["irregular_items"]
+    assert counts["openbookqa"]["context_truncated"] > 0
+    assert result["config"]["irregular_items"] == {"openbookqa": counts["openbookqa"]}
+
+
+def scored(notes):
+    return [tuple(pair) for note in notes for pair in note["scored"]]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_two_processes_share_the_work(checkpoints, tmp_path, run):
+    """Under accelerate on one CPU machine: every request once, one result file, the numbers of one process."""
+    done, notes = run(2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(note["rank"], note["world"]) for note in notes] == [(0, 2), (1, 2)]
+    pairs = scored(notes)
+    assert len(pairs) == len(set(pairs)) == TASKS["openbookqa"] + TASKS["winogrande"]
+    assert_results_of_one_unbroken_run(checkpoints, tmp_path / "out")
+    assert done.stdout.rstrip().splitlines()[-1].startswith("|winogrande")  # the table is the last of it
+    for once in ("Selected tasks:", "Task: winogrande", "cut from the left"):
+        assert done.stderr.count(once) == 1, once
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("processes", "killed"), [(1, "0"), (2, "1")])
+def test_a_killed_evaluation_goes_on_where_it_was(checkpoints, tmp_path, run, processes, killed):
+    """With `--use_cache`: what was answered is not scored again, and the results are those of an unbroken run."""
+    cache = ("--use_cache", str(tmp_path / "answers"))
+    done, notes = run(processes, *cache, killed=killed)
+    assert done.returncode != 0
+    assert not list((tmp_path / "out").rglob("results_*.json"))
+    done, later = run(processes, *cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(scored(later)) <= len(scored(notes)) - 20
+    assert_results_of_one_unbroken_run(checkpoints, tmp_path / "out")
