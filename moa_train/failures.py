@@ -87,7 +87,7 @@ class Together:
         Before `watch`, a ValueError is about what all processes were given: one of each machine tells it.
         """
         tells = self._tells() or not isinstance(error, ValueError)
-        return self._settle(code, lambda: _say(f"error: {_message(error)}") if tells else None)
+        return self._settle(code, lambda: _say(f"error: {message(error)}") if tells else None)
 
     def stop(self, signal: str) -> NoReturn:
         """End this process at once, and the others with it: `signal` came while there was nothing to save.
@@ -133,7 +133,7 @@ class Together:
             self._link.leave()
 
 
-def _message(error: Exception) -> str:
+def message(error: Exception) -> str:
     """Return an error's message; where torch passes it on from a loader's worker, without the worker's traceback."""
     before, _, trace = str(error).partition("Original Traceback")
     heads = list(re.finditer(rf"^(?:\S*\.)?{type(error).__name__}: ", trace, re.MULTILINE))

@@ -36,6 +36,7 @@ from moa_train.plan import Costs, make_plan, measure_costs
 from moa_train.records import RunFolder, RunInUse, again
 from moa_train.signals import EXIT_STOPPED, StopRequests
 from moa_train.task import WEIGHT, HiddenMatrices, Identified, Named, OwnOptimizer, Share, Task, Weighted
+from moa_train.torch_internals import WorkerError
 
 
 class NonFiniteError(Exception):
@@ -83,7 +84,7 @@ def run(
             error = _close_failed(trainer, error)
             if (died := worker_died(error)) is not None:
                 return together.fail(died, 1)
-            if not isinstance(error, (NonFiniteError, NotSaved, *expected)):
+            if not isinstance(error, (NonFiniteError, NotSaved, WorkerError, *expected)):
                 raise
             return together.fail(error, 1)
 

@@ -4,18 +4,24 @@ Numbers come from counter-based Philox generators, whose key is the seed and who
 position has a stream of its own, and none is replayed to reach another. No worker, rank or device has a say.
 """
 
-from collections.abc import Iterable, Iterator
+import errno
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from accelerate.utils import recursively_apply
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from moa_train.torch_internals import WorkerLoader
+from moa_train.torch_internals import MORE_SHARED_MEMORY, WorkerError, WorkerLoader
 
 Batch = TypeVar("Batch")
 
 ORDER, SAMPLE = 0, 1  # what a generator is for; the two never share a stream
+
+SHARED_MEMORY = "/dev/shm"
 
 
 def philox_key(seed: int, purpose: int) -> np.ndarray:
@@ -85,7 +91,7 @@ def batch_loader(dataset: Dataset[Batch], batches: Iterable[Any], workers: int) 
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=to_main_process,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # its own, so that beginning an epoch leaves the run's generator alone
@@ -98,16 +104,49 @@ def end_workers(batches: Iterable[Any]) -> None:
         batches.end_workers()
 
 
-def worker_died(error: Exception) -> Exception | None:
+def worker_died(error: Exception) -> WorkerError | None:
     """Return what to tell instead of an error of torch's about a loader's worker that something has killed."""
     if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in str(error):
         return None
     reason = str(error).partition("\n")[0]
-    return RuntimeError(
+    return WorkerError(
         f"a process that reads the data has ended ({reason}), mostly for want of memory, its own or /dev/shm's: use "
-        "fewer data.workers, or give them more. The same command continues"
+        f"fewer data.workers, give them more memory, or {MORE_SHARED_MEMORY}. The same command continues"
     )
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def to_main_process(batch: Any, augment: Callable[[Any], Any] | None = None) -> Any:
+    """Return a batch with its tensors in shared memory, if this is a loader's worker; for a `collate_fn`.
+
+    The queue's feeder thread would put them there, and lose a batch that does not fit while the main process waits.
+
+    Args:
+        batch: Tensors in any nesting of tuples, lists and dicts.
+        augment: Makes of it the batch that is sent.
+
+    Raises:
+        WorkerError: there is too little shared memory.
+    """
+    batch = batch if augment is None else augment(batch)
+    worker = get_worker_info()
+    if worker is None:
+        return batch
+    try:
+        return recursively_apply(Tensor.share_memory_, batch)
+    except RuntimeError as error:
+        if not any(f"({number})" in str(error) for number in (errno.ENOSPC, errno.ENOMEM)):
+            raise
+        raise WorkerError(
+            f"data.workers is {worker.num_workers}, and a batch of one does not fit into shared memory{_free()}: "
+            f"{MORE_SHARED_MEMORY}, or use fewer data.workers (0: none) or a smaller micro-batch. The same command "
+            "continues"
+        ) from error
+
+
+def _free() -> str:
+    """Return e.g. " (/dev/shm: 3 of 64 MiB free)", "" where there is no such folder."""
+    try:
+        usage = shutil.disk_usage(SHARED_MEMORY)
+    except OSError:
+        return ""
+    return f" ({SHARED_MEMORY}: {usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB free)"

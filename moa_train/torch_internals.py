@@ -11,9 +11,16 @@ from weakref import WeakSet
 
 from torch.utils.data import DataLoader
 
-__all__ = ["WorkerLoader"]
+__all__ = ["MORE_SHARED_MEMORY", "WorkerError", "WorkerLoader"]
 
 Batch = TypeVar("Batch")
+
+
+MORE_SHARED_MEMORY = "make /dev/shm larger (docker run --shm-size=8g, or --ipc=host)"
+
+
+class WorkerError(RuntimeError):
+    """A loader's worker lacks memory, shared or its own; the message says what to change."""
 
 
 class WorkerLoader(DataLoader[Batch]):
@@ -24,7 +31,13 @@ class WorkerLoader(DataLoader[Batch]):
     """
 
     def _get_iterator(self) -> Any:
-        iterator = super()._get_iterator()
+        try:
+            iterator = super()._get_iterator()
+        except OSError as error:  # of a semaphore, which lies in shared memory, or of a new process
+            raise WorkerError(
+                f"data.workers is {self.num_workers}, and they cannot be started ({error}): {MORE_SHARED_MEMORY}, or "
+                "use fewer data.workers (0: none). The same command continues"
+            ) from error
         _ITERATORS.add(iterator)
         return iterator
 

@@ -24,10 +24,13 @@ from webdataset.shardlists import expand_urls
 
 from moa_train.config import HARMLESS, EpochSchedule, LoopConfig, OptimConfig, parse_config, require
 from moa_train.durable import write_json
+from moa_train.failures import message
 from moa_train.loop import run
+from moa_train.order import worker_died
 from moa_train.reading import read_json
 from moa_train.records import RunFolder
 from moa_train.task import Share
+from moa_train.torch_internals import WorkerError
 from moa_vision.cache import DataError
 from moa_vision.data import DataConfig
 from moa_vision.images import MODES
@@ -176,8 +179,11 @@ def probe_knn(config: ProbeConfig, encoder: TrainedEncoder, images: LabelledData
         try:
             images.note_without_image()
             features.append(extract(model, batches, images.config, total=total, bf16=loop.precision == "bf16"))
-        except DataError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except RuntimeError as error:  # DataError among them
+            reported = worker_died(error) or error
+            if not isinstance(reported, (DataError, WorkerError)):
+                raise
+            print(f"error: {message(reported)}", file=sys.stderr)
             return 1
     train, val = features
     accuracies = knn_accuracies(train, val, images.num_classes, config.knn)

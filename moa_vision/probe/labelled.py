@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from moa_train.order import to_main_process
 from moa_train.plan import Plan
 from moa_train.signals import ignore_stop_signals
 from moa_train.task import Share
@@ -135,7 +137,7 @@ class LabelledData:
         )
         loader.worker_init_fn = ignore_stop_signals
         if augment is not None:
-            loader.collate_fn = augment  # pyright: ignore[reportAttributeAccessIssue]  (torch infers its default's type)
+            loader.collate_fn = partial(to_main_process, augment=augment)  # pyright: ignore[reportAttributeAccessIssue]  (torch infers its default's type)
         if share.rank == 0:
             self.note_without_image()
         for batch in self.bad_samples.good(loader):

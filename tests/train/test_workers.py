@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from moa_train.journal import Journal
+from moa_train.order import batch_loader
 
 SCRIPT = """
 import numpy as np
@@ -87,3 +89,47 @@ def test_a_worker_whose_death_is_noticed_late_is_told_all_the_same(runs, monkeyp
     assert runs("run") == 1
     assert capsys.readouterr().err.startswith("error: a process that reads the data has ended (DataLoader worker")
     assert runs.json("run", "summary.json")["status"] == "failed"
+
+
+class Listed(Dataset):
+    """The batches of a list."""
+
+    def __init__(self, batches):
+        self.batches = list(batches)
+
+    def __getitems__(self, where):
+        return self.batches[where[0]]
+
+
+def test_a_batch_that_does_not_fit_into_shared_memory_is_reported_in_one_message(runs, monkeypatch, capsys):
+    def full(storage):  # what torch raises in Docker's 64 MB
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    def with_a_worker(task, share, plan, start_step):
+        batches = Listed(runs.toy.Batches(task.config, share, plan, start_step))
+        loader = batch_loader(batches, [[number] for number in range(len(batches.batches))], workers=1)
+        loader.timeout = 60  # a batch that is lost fails this test; without it, it would never end
+        return loader
+
+    monkeypatch.setattr(runs.toy.ToyTask, "train_batches", with_a_worker)
+    with monkeypatch.context() as patches:
+        patches.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)  # in the workers that are forked from here
+        assert runs("run") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: data.workers is 1, and a batch of one does not fit into shared memory (/dev/shm:")
+    assert "--shm-size" in error and error.count("\n") == 1
+    assert runs.json("run", "summary.json")["status"] == "failed"
+    assert runs("run") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "reported"), [("8m", "does not fit into shared"), ("4k", "cannot be started")])
+def test_small_shared_memory(size, reported):
+    mounted = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "sh"]
+    try:
+        subprocess.run([*mounted, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting takes privileges")
+    script = SCRIPT.replace("return where", "import torch; return torch.zeros(1000, 1000, 8)")
+    done = subprocess.run([*mounted, sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and "data.workers is 1, and" in done.stderr and reported in done.stderr
