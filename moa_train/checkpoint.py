@@ -279,9 +279,9 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 _STATE: dict[str, tuple[type, ...]] = {
-    **{"step": (int,), "validated": (int,), "skipped": (int,), "spikes": (int,)},
+    **{"step": (int,), "validated": (int,), "skipped": (int,), "spikes": (int,), "timed_steps": (int,)},
     **{"world_size": (int,), "global_batch": (int,)},
-    **{"wall_s": (int, float), "peak_memory_mib": (int, float)},
+    **{"wall_s": (int, float), "timed_s": (int, float), "peak_memory_mib": (int, float)},
     **{"recent_loss": (dict,), "config": (dict,), "identity": (dict, type(None))},
 }
 """Types of the values of state.json that are looked at."""

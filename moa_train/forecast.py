@@ -419,7 +419,7 @@ def assumed_rate(gpu: Gpu, utilization: float | None) -> tuple[float | None, str
 def measured_rate(
     run: Path, gpu: Gpu, muon: Sequence[Sequence[int]] = (), parallel: str = "ddp"
 ) -> tuple[float, str]:
-    """Return a device's rate in FLOP/s from the median throughput that a run recorded, and in words where it is from.
+    """Return a device's rate in FLOP/s from the mean throughput that a run recorded, and in words where it is from.
 
     That throughput is of whole steps. So the rate counts the products of whole steps, the model's and Muon's: a plan
     for as many devices comes to the recorded time again, and one for others has Muon's work as it is there. Waiting

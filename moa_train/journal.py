@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from accelerate.utils import LoggerType
 from moa_train import devices
 from moa_train.checkpoint import NotSaved
 from moa_train.config import RunConfig, as_tree, flatten
+from moa_train.durable import write_text
 from moa_train.plan import Costs, Plan, describe
 from moa_train.progress import Progress, StepTimer, duration
 from moa_train.records import RunFolder, again, describe_environment
@@ -39,6 +42,8 @@ class State:
         step: Finished optimizer steps.
         validated: The last step that was validated.
         wall_s: Seconds of training steps, waiting for data included, validation and saving not; all sessions.
+        timed_steps: Steps but for each session's warm-up (`moa_train.progress.WARMUP_STEPS`); all sessions.
+        timed_s: Their seconds.
         peak_memory_mib: The most memory that any session held.
         skipped: Steps left out because their loss or gradient was not finite.
         spikes: Steps whose loss stood out, see `moa_train.spikes`.
@@ -48,6 +53,8 @@ class State:
     step: int = 0
     validated: int = 0
     wall_s: float = 0.0
+    timed_steps: int = 0
+    timed_s: float = 0.0
     peak_memory_mib: float = 0.0
     skipped: int = 0
     spikes: int = 0
@@ -74,7 +81,7 @@ class Journal:
         self.tracking = True
         self.unwritten: set[str] = set()  # for want of space, as was said
         self.timer, self.rate_reported = StepTimer(), False
-        self.window_steps, self.window_s = 0, 0.0  # since the last row
+        self.window_steps, self.window_s = 0, 0.0  # since the last row, but for warm-up steps
 
     def open(self, optimizer: str, warnings: list[str]) -> None:
         """Write what a session begins with, drop rows of steps that will be run again, and say what will be done."""
@@ -85,7 +92,8 @@ class Journal:
             self.folder.open(tree, {**environment, "total_steps": self.plan.total_steps})
             self.folder.truncate(self.state.step, self.state.validated)
         with self._despite_trackers():
-            start_trackers(self.accelerator, tree, step=self.state.step)
+            if self.main and self.config.loop.trackers:
+                start_trackers(self.accelerator, tree, self.folder.trackers, step=self.state.step)
         self.event("begun", self.state.step, processes=self.plan.world_size, device=devices.device_name(device))
         how = self.config.loop.precision + (", compiled" if self.config.loop.compile else "")
         lines = {
@@ -115,16 +123,20 @@ class Journal:
         step, plan = self.state.step, self.plan
         self._note_spike(loss)
         batch = plan.global_batch * self.task.units_per_sample
-        self.window_s += seconds
-        self.window_steps += 1
-        self.timer.add(seconds)
+        if self.timer.add(seconds):
+            self.window_s += seconds
+            self.window_steps += 1
+            self.state.timed_s += seconds
+            self.state.timed_steps += 1
         self.progress.update(step, plan.epoch(step), loss, lr, self._rate(batch))
         if plan.due(step, self.config.loop.log_every):
-            steps_per_s = self.window_steps / self.window_s
-            mfu = self.costs.utilization(steps_per_s * plan.global_batch, plan.world_size)
-            more = self._observations()
-            row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "throughput": steps_per_s * batch, "mfu": mfu}
-            self.write("train", step, **{**row, **more})
+            speed = {"throughput": None, "mfu": None}  # while there are warm-up steps only
+            if self.window_steps:
+                steps_per_s = self.window_steps / self.window_s
+                mfu = self.costs.utilization(steps_per_s * plan.global_batch, plan.world_size)
+                speed = {"throughput": steps_per_s * batch, "mfu": mfu}
+            row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, **speed}
+            self.write("train", step, **{**row, **self._observations()})
             self.window_steps, self.window_s = 0, 0.0
 
     def _rate(self, batch: int) -> str:
@@ -237,6 +249,7 @@ class Journal:
             f"flops_per_{unit.removesuffix('s')}": flops / self.task.units_per_sample,
             "flops_total": flops * self.state.step * self.plan.global_batch,
             "wall_s": self.state.wall_s,
+            "throughput": self._throughput(),
             "peak_memory_mib": self.state.peak_memory_mib,
             "skipped_steps": self.state.skipped,
             "loss_spikes": self.state.spikes,
@@ -244,6 +257,10 @@ class Journal:
         }
         with self.despite_full_disk("summary.json"):
             self.folder.summarize(facts, self.task.best_by)
+
+    def _throughput(self) -> float | None:
+        """Return the units a second of all sessions, warm-up steps left out; None while nothing else was done."""
+        return self._units(self.state.timed_steps) / self.state.timed_s if self.state.timed_s else None
 
     def finished(self) -> bool:
         """Tell whether the run was finished by this or an earlier session."""
@@ -253,13 +270,18 @@ class Journal:
         """Say what the finished run came to."""
         if self.main:
             summary = self.folder.summary()
-            losses = (summary.get("final") or {}).items()
+            losses = (summary.get("final") or {"training loss": summary.get("train_loss")}).items()
             final = ", ".join(f"{name} {'nan' if value is None else f'{value:.4f}'}" for name, value in losses)
-            took = f"{summary.get('steps')} steps, {duration(summary.get('wall_s') or 0)} of training"
+            took = f"{summary.get('steps')} steps, {duration(self._training_s(summary))} of training"
             self.say(
                 f"finished    {took}: {final}\n"
                 f"            {self.folder.path} (delete it, or choose another name, to run again)"
             )
+
+    def _training_s(self, summary: dict[str, Any]) -> float:
+        """Return what all steps take at the run's throughput, as reports have it: without the time of a warm-up."""
+        steps, throughput = summary.get("steps"), summary.get("throughput")
+        return self._units(steps) / throughput if steps and throughput else summary.get("wall_s") or 0.0
 
     def say_stopped(self, signal: str, saved_step: int) -> None:
         """Say that the run was asked to stop, and how to continue it; the newest checkpoint is of `saved_step`."""
@@ -293,11 +315,42 @@ def end_trackers(accelerator: Accelerator) -> None:
         print(f"warning: a tracker could not write its last rows: {error}", file=sys.stderr)
 
 
-def start_trackers(accelerator: Accelerator, tree: dict[str, Any], *, step: int) -> None:
-    """Start the trackers with the configuration `tree`; rows after `step` from an earlier session are superseded."""
+def start_trackers(accelerator: Accelerator, tree: dict[str, Any], folder: Path, *, step: int) -> None:
+    """Start the trackers with the configuration `tree`; to be called on the main process.
+
+    All sessions of a run are one run for every tracker that takes an id: it is kept in `folder`, which also gets the
+    files of trackers. Rows after `step` from an earlier session are superseded where a tracker can do that.
+    """
     values = {key: value if isinstance(value, int | float) else str(value) for key, value in flatten(tree).items()}
-    options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"name": tree["name"]}}
+    folder.mkdir(parents=True, exist_ok=True)
+    options = tracker_options(tree["name"], _tracker_id(folder / "id"), folder, step=step)
     accelerator.init_trackers(PROJECT, config=values, init_kwargs=options)
+
+
+def tracker_options(name: str, run_id: str, folder: Path, *, step: int) -> dict[str, dict[str, Any]]:
+    """Return by tracker what it is started with: `run_id` (32 letters and digits), and its place in `folder`."""
+    return {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {"name": name, "id": run_id, "resume": "allow", "dir": str(folder)},
+        "swanlab": {
+            "experiment_name": name,
+            "id": run_id[:21],  # the length that it demands
+            "resume": "allow",
+            "logdir": str(folder / "swanlog"),
+        },
+        "trackio": {"name": f"{name}-{run_id[:8]}", "resume": "allow"},  # its id is the name
+        "comet_ml": {"experiment_key": run_id, "mode": "get_or_create"},
+        "dvclive": {"dir": str(folder / "dvclive"), "dvcyaml": str(folder / "dvc.yaml"), "resume": True},
+    }
+
+
+def _tracker_id(file: Path) -> str:
+    """Return the run's id for trackers, made in its first session."""
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        write_text(file, uuid.uuid4().hex + "\n")
+        return _tracker_id(file)
 
 
 def track(accelerator: Accelerator, row: dict[str, Any]) -> None:

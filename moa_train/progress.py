@@ -32,12 +32,13 @@ class StepTimer:
         self._warmup_left = WARMUP_STEPS
         self._recent_s: deque[float] = deque(maxlen=WINDOW_STEPS)
 
-    def add(self, seconds: float) -> None:
-        """Record the duration of the step that just finished."""
+    def add(self, seconds: float) -> bool:
+        """Record the duration of the step that just finished; return False for a warm-up step, which is not timed."""
         if self._warmup_left:
             self._warmup_left -= 1
-        else:
-            self._recent_s.append(seconds)
+            return False
+        self._recent_s.append(seconds)
+        return True
 
     def step_s(self) -> float | None:
         """Return the seconds that a step takes, None until enough steps were timed."""

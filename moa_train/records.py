@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -48,12 +47,14 @@ class RunFolder:
     config.yaml     the resolved configuration           env.json        versions, device, git commit, command
     metrics.jsonl   a JSON object a line, in order       summary.json    what the run came to
     events.jsonl    what happened beside, likewise       checkpoints/    see checkpoint.py
+    trackers/       files of trackers, and the run's id for them
     reconstructions/, mixing/, export/ ...  what the task draws, notes and exports
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.trackers = path / "trackers"
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
         self._summary = path / "summary.json"
@@ -177,10 +178,12 @@ class RunFolder:
         remedy = "delete it, and the run's command writes it again"
         summary = read_json(self._summary, remedy)
         final = summary.get("final") or {}
-        numbers = [summary.get("steps"), summary.get("wall_s"), *(final.values() if isinstance(final, dict) else "?")]
+        numbers = [summary.get(key) for key in ("steps", "wall_s", "throughput", "train_loss")]
+        numbers += final.values() if isinstance(final, dict) else "?"
         known = all(value is None or _is_number(value) for value in numbers)
         if not (isinstance(summary.get("status"), str) and known):
-            raise ValueError(f"{self._summary} has no usable status, steps, wall_s or final; {remedy}")
+            fields = "status, steps, wall_s, throughput, train_loss or final"
+            raise ValueError(f"{self._summary} has no usable {fields}; {remedy}")
         return summary
 
     def finished_steps(self) -> int | None:
@@ -224,17 +227,15 @@ def _is_number(value: Any) -> bool:
 
 
 def summarize_rows(rows: Iterable[Row], best_by: str) -> dict[str, Any]:
-    """Return final and best validation losses, the last training loss and the median throughput (units/s)."""
+    """Return final and best validation losses, and the last training loss."""
     rows = list(rows)
     val = [row for row in rows if row["kind"] == "val"]
     train = [row for row in rows if row["kind"] == "train"]
-    speeds = [row["throughput"] for row in train if row.get("throughput") is not None]
     best = min((row for row in val if row.get(best_by) is not None), key=lambda row: row[best_by], default=None)
     return {
         "final": _losses(val[-1]) if val else None,
         "best": {**_losses(best), "step": best["step"]} if best else None,
         "train_loss": train[-1].get("loss") if train else None,
-        "throughput": statistics.median(speeds) if speeds else None,
     }
 
 

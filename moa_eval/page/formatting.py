@@ -17,7 +17,7 @@ def loss(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference of losses: four decimals, always with a sign."""
+    """A difference of losses: four decimals, with a sign unless it is 0."""
     return UNKNOWN if not math.isfinite(value) else f"{_sign(value)}{_fixed(abs(value), 4)}"
 
 
@@ -44,7 +44,7 @@ def accuracy(value: float) -> str:
 
 
 def points(value: float) -> str:
-    """A difference of accuracies, given as a fraction, in percentage points: 0.0076 is "+0.76", 1e-17 "±0.00"."""
+    """A difference of accuracies, given as a fraction, in percentage points: 0.0076 is "+0.76", 1e-17 "0.00"."""
     return UNKNOWN if not math.isfinite(value) else f"{_sign(round(value, 4))}{_fixed(abs(value) * 100, 2)}"
 
 
@@ -144,4 +144,4 @@ def _fixed(value: float, digits: int) -> str:
 
 
 def _sign(value: float) -> str:
-    return "−" if value < 0 else "+" if value > 0 else "±"
+    return "−" if value < 0 else "+" if value > 0 else ""  # not "±", which reads as an uncertainty

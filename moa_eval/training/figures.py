@@ -1,5 +1,6 @@
 """What the figures of training runs show: losses, peak rates, what the encoders are worth, and how tokens mix."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,9 +67,11 @@ def _charts(
 
 
 def _time_axis(runs: Sequence[Run]) -> Axis:
-    longest = max(run.wall_s for run in runs)
+    longest = max((run.training_s for run in runs if not math.isnan(run.training_s)), default=0.0)
     unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60) if longest > 120 else ("seconds", 1)
-    return Axis(f"training time, {unit}", lambda run, rows: rows["wall_s"] / seconds, "~g")
+    return Axis(
+        f"training time, {unit}", lambda run, rows: rows[run.counter] / (run.throughput or math.nan) / seconds, "~g"
+    )
 
 
 def _validation(comparison: Comparison, name: str, loss: str, axis: Axis) -> Chart | None:

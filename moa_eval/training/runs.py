@@ -201,15 +201,19 @@ class Run:
         return total if math.isnan(active) or math.isnan(inner) else active - (total - inner)
 
     @property
-    def wall_s(self) -> float:
-        """Training seconds at the last recorded row of either kind; 0 before the first."""
-        return float(
-            max((rows["wall_s"][-1] for rows in (self.train, self.validation) if len(rows["step"])), default=0)
-        )
+    def training_s(self) -> float:
+        """Seconds of training so far, with every step at the run's throughput; NaN if that is unknown.
+
+        So warm-up steps, in which a session compiles and fills caches, count as any other.
+        """
+        return self.seen / (self.throughput or math.nan)
 
     @property
     def throughput(self) -> float:
-        """Median images or tokens per second: the summary's, before that the training rows'; NaN if unknown."""
+        """Images or tokens per second, each session's warm-up left out; NaN if unknown.
+
+        The mean that the summary has, before there is one the median of the training rows.
+        """
         if (recorded := self.figure("throughput")) == recorded:
             return recorded
         known = self.train["throughput"][np.isfinite(self.train["throughput"])]

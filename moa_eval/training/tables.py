@@ -30,7 +30,7 @@ _COSTS: dict[str, Callable[[Run], float]] = {  # column -> where a run keeps it
     "flops_per_unit": lambda run: run.flops_per_unit,
     "units_per_s": lambda run: run.throughput,
     "peak_memory_mib": lambda run: run.figure("peak_memory_mib"),
-    "training_time_s": lambda run: run.wall_s,
+    "training_time_s": lambda run: run.training_s,
 }
 _UNSHOWN_KEYS = ("name", "out", "resume")  # of the configuration: the table of runs names the runs
 _DIFFERENCE = ("difference", "relative", "low_95", "high_95")
@@ -96,13 +96,18 @@ def loss_rows(comparison: Comparison) -> list[Row]:
 
 
 def run_rows(comparison: Comparison) -> list[Row]:
-    """A row a run: final and best validation loss; differences are to the mean of the baseline's best arm."""
+    """A row a run: final and best validation loss; differences are to the mean of the baseline's best arm.
+
+    "is_baseline" marks the only run of a baseline, which is not compared with itself.
+    """
     rows = []
     for index, (label, run) in enumerate(zip(comparison.labels, comparison.runs, strict=True)):
         arm = comparison.arm_of(index)
         contender = comparison.contenders[comparison.contender_of(index)]
         reference = comparison.baseline_of(comparison.contender_of(index)).best
         baseline = [] if reference is None else comparison.complete(comparison.arms[reference].runs)
+        is_baseline = len(baseline) == 1 and baseline[0] is run
+        baseline = [] if is_baseline else baseline
         row: Row = {
             "run": label,
             "contender": contender.label,
@@ -110,6 +115,7 @@ def run_rows(comparison: Comparison) -> list[Row]:
             "rate": run.peak_lr,
             "seed": run.seed,
             "is_best": arm == contender.best,
+            "is_baseline": is_baseline,
             "status": run.status,
             "unit": run.unit,
             "seen": run.seen,

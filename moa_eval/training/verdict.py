@@ -78,7 +78,8 @@ def _difference(comparison: Comparison, contrast: Contrast, alternatives: int) -
     elif alternatives > 1:
         arm = f"{arm}, the nearest of {alternatives} alternatives,"
     average = "on average " if max(len(contrast.values), len(contrast.baseline)) > 1 else ""
-    size = f"{formatting.signed(centre)[1:]} ({formatting.share(contrast.relative)}) {_direction(centre)} {reference}"
+    gap = formatting.signed(abs(centre)).lstrip("+")
+    size = f"{gap} ({formatting.share(contrast.relative)}) {_direction(centre)} {reference}"
     return (
         f"{arm} is {average}{size} in validation {comparison.kind.objective}: "
         f"{formatting.loss(value)} against {formatting.loss(baseline)} "
@@ -337,7 +338,7 @@ def _probe_notes(comparison: Comparison) -> list[str]:
         method = _METHODS.get(row["method"], row["method"])
         limits = f"95 % interval {formatting.points(row['low_95'])} to {formatting.points(row['high_95'])}"
         notes.append(
-            f"{row['contender']}'s encoder is {formatting.points(gap)[1:]} points {_direction(gap)} "
+            f"{row['contender']}'s encoder is {formatting.points(abs(gap)).lstrip('+')} points {_direction(gap)} "
             f"{baseline}'s in {method} accuracy ({row['probe']}): "
             f"{formatting.accuracy(accuracy)} % against {formatting.accuracy(accuracy - gap)} % "
             f"({'one seed' if math.isnan(row['low_95']) else limits})."

@@ -264,6 +264,6 @@ def _test(comparison: ZeroShot, contrast: Contrast) -> Row:
         "interval": " to ".join(map(shown, contrast.interval)),
         "p_value": formatting.probability(contrast.p_value),
         "p_holm": formatting.probability(contrast.p_holm),
-        "detectable": shown(contrast.detectable).lstrip("+±"),
+        "detectable": shown(contrast.detectable).lstrip("+"),
         "seen": contrast.p_holm < ALPHA,
     }

@@ -57,7 +57,7 @@ def _where(comparison: ZeroShot, contrast: Contrast) -> str:
 def _difference(comparison: ZeroShot, contrast: Contrast) -> str:
     label, baseline = comparison.labels[contrast.model], comparison.labels[0]
     values = f"{formatting.accuracy(contrast.score)} against {formatting.accuracy(contrast.baseline)} %"
-    shown = formatting.points(contrast.difference)[1:]
+    shown = formatting.points(abs(contrast.difference)).lstrip("+")
     if abs(contrast.difference) < 1e-12:
         return f"{label} and {baseline} are equal on {_where(comparison, contrast)}: {values}."
     direction = "above" if contrast.difference > 0 else "below"

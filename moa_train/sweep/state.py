@@ -28,9 +28,10 @@ class Progress:
         state: "none" (nothing written yet), "begun", "finished" or "diverged" (its last loss or gradient not finite).
         step, total: Finished optimizer steps, and all; 0 while unknown.
         loss, val_loss: The newest training and validation loss.
-        throughput: Samples or tokens a second, newest.
+        throughput: Samples or tokens a second, newest; None while a session warms up.
         wall_s: Seconds of training so far.
         counter: What the throughput counts, "samples" or "tokens".
+        seen: How many of them so far.
     """
 
     state: str = "none"
@@ -41,18 +42,23 @@ class Progress:
     throughput: float | None = None
     wall_s: float = 0.0
     counter: str = "samples"
+    seen: int = 0
 
     @property
     def duration_s(self) -> float | None:
-        """Seconds of training that the whole run takes, None while unknown."""
-        return self.wall_s * self.total / self.step if self.step and self.total else None
+        """Seconds of training that the whole run takes, at the newest throughput; None while unknown."""
+        if self.step == self.total > 0:
+            return self.wall_s
+        if not (self.step and self.total and self.seen and self.throughput):
+            return None
+        return self.wall_s + max(0, self.total - self.step) * self.seen / self.step / self.throughput
 
     @property
     def left_s(self) -> float | None:
         """Seconds of training to go, None while unknown."""
         if self.state in DONE:
             return 0.0
-        return None if self.duration_s is None else max(0.0, self.duration_s - self.wall_s)
+        return None if self.duration_s is None else self.duration_s - self.wall_s
 
 
 GOING = ("waiting", "queued", "running", "elsewhere")
@@ -117,6 +123,7 @@ def observe(folder: Path) -> Progress:
         throughput=last.get("throughput"),
         counter="tokens" if "tokens" in last else "samples",
         wall_s=last.get("wall_s") or 0.0,
+        seen=last.get("tokens") or last.get("samples") or 0,
     )
 
 

@@ -298,7 +298,7 @@ def test_one_result_is_reported_alone(tmp_path, write_results):
         (formatting.accuracy, math.nan, "–"),
         (formatting.points, -0.00761, "−0.76"),
         (formatting.points, 0.0145, "+1.45"),
-        (formatting.points, -1e-18, "±0.00"),
+        (formatting.points, -1e-18, "0.00"),
         (formatting.probability, 0.2448, "0.24"),
         (formatting.probability, 0.01849, "0.018"),
         (formatting.probability, 0.00001, "< 0.0001"),

@@ -29,8 +29,8 @@ def test_a_run_is_what_its_files_say(make_run):
             np.testing.assert_array_equal(values, want)
     assert run.seen == 40 * 64
     assert (run.counter, run.unit, run.flops_per_unit) == ("samples", "image", 3_005_000)
-    assert run.wall_s == 20.0
     assert run.throughput == 120.0
+    assert run.training_s == 40 * 64 / 120
     assert run.figure("parameters", "mixing") == 500
     assert [image.key for image in run.reconstructions] == ["images/b", "images/a"]
     assert run.reconstructions_step == 40
@@ -116,7 +116,7 @@ def test_a_run_may_have_no_rows_and_no_images_yet(make_run):
     (folder / "metrics.jsonl").write_text("")
     shutil.rmtree(folder / "reconstructions")
     run = read_run(folder)
-    assert (run.seen, run.wall_s, run.diverged_at, run.reconstructions) == (0, 0.0, None, ())
+    assert (run.seen, run.diverged_at, run.reconstructions) == (0, None, ()) and math.isnan(run.training_s)
 
 
 def replace(name, old, new):

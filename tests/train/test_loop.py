@@ -1,11 +1,18 @@
 """What the loop computes, against plain torch; how it ends; what it leaves behind."""
 
+import inspect
 import json
 import math
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate import tracking
+from accelerate.utils import LoggerType
 
 from moa_train.signals import EXIT_STOPPED
 
@@ -132,6 +139,49 @@ def test_tensorboard(runs):
     assert written == [(row["step"], pytest.approx(row["loss"])) for row in runs.rows("run", "train")]
 
 
+def record_of_inits(monkeypatch, name, init):
+    """Put a module `name` in the place of a tracker's package; return what its `init` is called with."""
+    calls = []
+
+    def recorded(*args, **kwargs):
+        bound = inspect.signature(init).bind(*args, **kwargs).arguments
+        calls.append(bound)
+        return SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
+
+    config = SimpleNamespace(update=lambda values, allow_val_change: None)
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=recorded, config=config))
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType(name)])
+    return calls
+
+
+def wandb_init(  # 0.31
+    entity=None, project=None, dir=None, id=None, name=None, notes=None, tags=None, config=None,
+    config_exclude_keys=None, config_include_keys=None, allow_val_change=None, group=None, job_type=None, mode=None,
+    force=None, reinit=None, resume=None, resume_from=None, fork_from=None, save_code=None, tensorboard=None,
+    sync_tensorboard=None, monitor_gym=None, settings=None,
+):  # fmt: skip
+    pass
+
+
+def trackio_init(project, name=None, group=None, space_id=None, dataset_id=None, config=None, resume="never"):
+    pass
+
+
+@pytest.mark.parametrize(("tracker", "init", "key"), [("wandb", wandb_init, "id"), ("trackio", trackio_init, "name")])
+def test_all_sessions_of_a_run_are_one_run_for_its_tracker(runs, monkeypatch, tracker, init, key):
+    calls = record_of_inits(monkeypatch, tracker, init)
+    assert runs("run", loop__trackers=f"[{tracker}]", model__stop_at=6) == EXIT_STOPPED
+    assert runs("run", loop__trackers=f"[{tracker}]") == 0
+    assert runs("other", loop__trackers=f"[{tracker}]") == 0
+    first, second, other = calls
+    assert first == second and first["resume"] == "allow" and first[key] != other[key]
+    shutil.rmtree(runs.out / "other")
+    assert runs("other", loop__trackers=f"[{tracker}]") == 0
+    assert calls[-1][key] != other[key], "a folder that was deleted is another run"
+    if "dir" in first:
+        assert Path(first["dir"]).is_dir() and Path(first["dir"]).parent == runs.out / "run"
+
+
 @pytest.mark.parametrize(
     ("name", "told"), [("tensorbored", "must be among"), ("clearml", "not installed: pip install clearml")]
 )
@@ -139,6 +189,42 @@ def test_missing_tracker(runs, name, told, capsys):
     assert runs("run", loop__trackers=f'["{name}"]') == 2
     error = capsys.readouterr().err
     assert name in error and told in error
+
+
+def test_warm_up_steps_are_part_of_no_rate_and_no_time(runs, monkeypatch, capsys):
+    """The first step of each session takes a minute, as if it compiled, the others a tenth of a second."""
+    loss, began, now = runs.toy.ToyTask.loss, [], [0.0]
+
+    def timed(task, model, batch):
+        if batch[0] >= 0:
+            now[0] += 0.05 if task in began else 60.0  # two micro-batches a step
+            began.append(task)
+        return loss(task, model, batch)
+
+    monkeypatch.setattr(runs.toy.ToyTask, "loss", timed)
+    monkeypatch.setattr("moa_train.loop.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert runs("run", schedule__epochs=6, model__stop_at=14) == EXIT_STOPPED
+    assert runs("run", schedule__epochs=6) == 0
+    lines = [json.loads(line) for line in (runs.out / "run" / "metrics.jsonl").read_text().splitlines()]
+    speeds = {row["step"]: row["throughput"] for row in lines if row["kind"] == "train"}
+    assert {step for step, speed in speeds.items() if speed is None} == {*range(1, 6), *range(16, 21)}
+    assert {round(speed) for speed in speeds.values() if speed is not None} == {80}
+    summary = runs.json("run", "summary.json")
+    assert summary["throughput"] == pytest.approx(80) and summary["wall_s"] > 120
+    assert "finished    30 steps, 3 s of training: loss " in capsys.readouterr().out
+
+
+def test_without_held_out_samples_the_end_tells_the_training_loss(runs, monkeypatch, capsys):
+    build = runs.toy.ToyTask.__init__
+
+    def without(task, config):
+        build(task, config)
+        task.val_samples = 0
+
+    monkeypatch.setattr(runs.toy.ToyTask, "__init__", without)
+    assert runs("run") == 0
+    ending = f"of training: training loss {runs.rows('run', 'train')[-1]['loss']:.4f}\n"
+    assert ending in capsys.readouterr().out
 
 
 def test_bf16_autocast_keeps_float32_weights(runs):

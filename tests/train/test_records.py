@@ -22,7 +22,7 @@ def folder(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.open(TREE, {"torch": "2"})
     for step in (1, 2, 3):
-        folder.append(row("train", step, loss=1 / step, throughput=10.0 * step))
+        folder.append(row("train", step, loss=1 / step))
         folder.append(row("val", step, loss=step, loss_norm=(step - 2) ** 2))
     return folder
 
@@ -44,12 +44,11 @@ def test_summary(folder):
         "final": {"loss": 3, "loss_norm": 1},
         "best": {"loss": 2, "loss_norm": 0, "step": 2},
         "train_loss": 1 / 3,
-        "throughput": 20.0,
     }
 
 
 def test_summary_of_nothing():
-    assert summarize_rows([], "loss") == {"final": None, "best": None, "train_loss": None, "throughput": None}
+    assert summarize_rows([], "loss") == {"final": None, "best": None, "train_loss": None}
 
 
 def test_not_a_number_becomes_null(folder):

@@ -82,9 +82,9 @@ def main(arguments):
     print(f"begins at {begin}, threads {os.environ.get('OMP_NUM_THREADS')}", flush=True)
 
     def write(step, loss):
-        row = {"kind": "train", "step": step, "epoch": step / 2, "wall_s": 60.0 * step, "loss": loss}
+        row = {"kind": "train", "step": step, "epoch": step / 2, "samples": 600 * step, "wall_s": 60.0 * step}
         with metrics.open("a") as file:
-            file.write(json.dumps({**row, "grad_norm": 1.0, "throughput": 10.0}) + "\\n")
+            file.write(json.dumps({**row, "loss": loss, "grad_norm": 1.0, "throughput": 10.0}) + "\\n")
 
     def end(status):
         (config.folder / "summary.json").write_text(json.dumps({"status": status}))
@@ -512,7 +512,8 @@ def test_each_of_several_at_a_time_gets_its_part_of_the_machine(monkeypatch):
 def test_time_left():
     def job(state, step, wall_s):
         run = PlannedRun("run", Path(), {}, 0, Path("runs"))
-        return Job(run, state, Progress("begun", step=step, total=100, wall_s=wall_s))
+        speed = {"throughput": step / wall_s, "seen": step}
+        return Job(run, state, Progress("begun", step=step, total=100, wall_s=wall_s, **speed))
 
     # One took 400 s, one will take 100 s: another is taken for 250 s.
     done, half = job("finished", 100, 400.0), job("running", 50, 50.0)
@@ -532,10 +533,10 @@ def test_progress_of_a_folder(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tr')
     assert observe(tmp_path) == Progress("begun", 3000, 100, 1 / 3000, 0.4, wall_s=1500.0)
     (tmp_path / "metrics.jsonl").write_text(
-        '{"kind": "train", "step": 7, "tokens": 70, "wall_s": 10, "loss": 0.5, "throughput": 7}\n'
+        '{"kind": "train", "step": 7, "tokens": 70, "wall_s": 100, "loss": 0.5, "throughput": 7}\n'
     )
     seen = observe(tmp_path)
-    assert (seen.total, seen.duration_s, seen.left_s) == (100, 10 * 100 / 7, 10 * 93 / 7)
+    assert (seen.total, seen.duration_s, seen.left_s) == (100, 100 + 10 * 93 / 7, 10 * 93 / 7), "compilation is over"
     assert "step 7/100, loss 0.5000, speed 7 tokens/s" in one_line(
         Job(PlannedRun("r", Path(), {}, 0, Path()), progress=seen)
     )
@@ -559,7 +560,7 @@ def test_progress_of_what_the_loop_writes(runs):
 
 
 def jobs_in_all_states():
-    progress = Progress("begun", 1200, 4800, 0.61234, 0.598, 390.2, 60.0)
+    progress = Progress("begun", 1200, 4800, 0.61234, 0.598, 390.2, 60.0, seen=23_412)
     states = ["finished", "diverged", "running", "failed", *["waiting"] * 20]
     return [
         Job(
