@@ -133,7 +133,8 @@ class LoopConfig:
             is not finite; one more stops the run.
         processes: Processes that the run must have, all machines together; any other number is an error. null takes
             what the launcher says.
-        trackers: Trackers of accelerate by name, e.g. tensorboard, wandb; [] is none.
+        trackers: Trackers of accelerate by name, e.g. tensorboard, wandb; [] is none. A resumed run goes on in the
+            same W&B run; files are in the run folder, in trackers.
     """
 
     micro_batch_size: int = 64

@@ -87,6 +87,12 @@ def test_a_curve_passes_through_its_values(pair):
         np.testing.assert_allclose(points[:, axis], slope * run.validation[column] + offset, atol=0.01)
 
 
+def test_time_is_that_of_the_cost_table(pair):
+    """120 steps of 64 images at 120 images a second, though `wall_s` has the time of warm-up steps too."""
+    last = max(row["x"] for row in rows(pair[1]["validation_loss_time"], "run", "x") if row["run"] == 0)
+    assert last == pytest.approx(120 * 64 / 120, rel=1e-4) and pair[0].runs[0].validation["wall_s"][-1] == 60
+
+
 def test_the_axis_leaves_out_the_start_and_what_a_diverging_run_does(pair):
     comparison, charts = pair
     late = [own.validation["loss_norm"][own.validation["samples"] >= 0.1 * 64 * 120] for own in comparison.runs]

@@ -1,8 +1,11 @@
 import base64
 import json
+import math
+import shutil
 
 import pytest
 
+from moa_eval.page.writing import write_page
 from moa_eval.training.reading import read_run
 from moa_eval.training.report import gallery, training_section
 
@@ -99,3 +102,16 @@ def test_a_sweeps_folder_stands_for_its_runs(make_run):
     folders = [make_run("moa", encoder=MOA), make_run("swiglu")]
     section = training_section([folders[0].parent], baseline="SwiGLU", title="Sweep")
     assert (section.title, [own.label for own in section.series]) == ("Sweep", ["SwiGLU", "qd-MoA"])
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_baseline_has_no_difference_to_itself_and_a_zero_no_plus_minus(make_run, tmp_path):
+    folders = [make_run("a"), make_run("same", encoder=MOA)]
+    shutil.copy(folders[0] / "metrics.jsonl", folders[1])
+    section = training_section(folders)
+    write_page([section], tmp_path / "out", title="Two", command="")
+    page = (tmp_path / "out" / "index.html").read_text()
+    baseline, other = section.tables["runs"]
+    assert other["final_loss_norm_difference"] == 0 and "0.0000 · 0.00 %" in page
+    assert math.isnan(baseline["final_loss_norm_difference"]) and page.count("<small>baseline</small>") >= 4
+    assert "±0" not in page + (tmp_path / "out" / "summary.md").read_text()
