@@ -138,8 +138,8 @@ def to_main_process(batch: Any, augment: Callable[[Any], Any] | None = None) -> 
             raise
         raise WorkerError(
             f"data.workers is {worker.num_workers}, and a batch of one does not fit into shared memory{_free()}: "
-            f"{MORE_SHARED_MEMORY}, or use fewer data.workers (0: none) or a smaller micro-batch. The same command "
-            "continues"
+            f"{MORE_SHARED_MEMORY}, or use fewer data.workers (0: none) or a smaller "
+            "loop.micro_batch_size. The same command continues"
         ) from error
 
 
