@@ -634,6 +634,17 @@ def test_samples_without_an_image_count(run_probe, encoder_run, method, write_ta
     assert [json.loads(line)["key"] for line in file.read_text().splitlines()] == ["train-none", "val-none"]
 
 
+@pytest.mark.parametrize("method", ["knn", "finetune"])
+def test_too_little_shared_memory_is_reported_in_one_message(run_probe, monkeypatch, method, capsys):
+    def full(storage):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    assert run_probe(method, data__workers=1, knn__k="[5]") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: data.workers is 1, and a batch of one does not fit") and error.count("\n") == 1
+
+
 def test_the_limit_of_the_cache_is_the_runs_or_that_of_the_command(
     run_probe, encoder_run, tmp_path, capsys, monkeypatch
 ):
