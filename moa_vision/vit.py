@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.naflexvit import NaFlexVit, _create_naflexvit_from_classic  # timm's own way from a ViT's arguments
+from timm.models.naflexvit import NaFlexVit, _create_naflexvit_from_classic  # undocumented; seen in timm 1.0.31
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 

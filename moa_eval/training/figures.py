@@ -70,7 +70,7 @@ def _time_axis(runs: Sequence[Run]) -> Axis:
     longest = max((run.training_s for run in runs if not math.isnan(run.training_s)), default=0.0)
     unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60) if longest > 120 else ("seconds", 1)
     return Axis(
-        f"training time, {unit}", lambda run, rows: rows[run.counter] / (run.throughput or math.nan) / seconds, "~g"
+        f"training time, {unit}", lambda run, rows: rows[run.counter] / (run.throughput or math.nan) / seconds, "~f"
     )
 
 
