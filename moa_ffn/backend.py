@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moa_ffn import kernels
 from moa_ffn.spec import FFNSpec
@@ -80,7 +81,7 @@ def is_plain(linear: nn.Module | None, dtype: torch.dtype | None = None) -> bool
         type(linear) is nn.Linear
         and not has_hooks(linear)
         and "forward" not in vars(linear)  # accelerate's offloading replaces it
-        and type(linear.weight) in (Tensor, nn.Parameter)
+        and type(linear.weight) in (Tensor, nn.Parameter, FakeTensor)
         and dtype in (None, linear.weight.dtype)
     )
 

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from moa_ffn import FFN
-from moa_ffn.torch_internals import has_hooks
+from moa_ffn.backend import is_plain
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.convert import from_llama
 from moa_lm.loss import IGNORED_LABEL, linear_cross_entropy, module_cross_entropy
@@ -320,7 +320,7 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
     def _losses(self, hidden: Tensor, shift_labels: Tensor, items: int | Tensor | None) -> tuple[Tensor, Tensor]:
         """The mean loss, or its share of `items`, and each sequence's mean (B,), of hidden (B, T, D)."""
         labels = shift_labels.to(hidden.device)
-        if _is_matrix(self.lm_head):
+        if is_plain(self.lm_head) and self.lm_head.bias is None:
             found = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
         else:
             found = module_cross_entropy(hidden, self.lm_head, labels)
@@ -365,21 +365,6 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
             items = (shift_labels != IGNORED_LABEL).sum()
             extra = extra * (items / num_items_in_batch).to(extra.device)
         return lm_loss + extra.to(lm_loss.device)
-
-
-def _is_matrix(head: nn.Module) -> bool:
-    """Whether `head` computes hidden weight^T and nothing else.
-
-    Adapters, quantizers and parametrizations replace its class or weight, FSDP adds hooks, accelerate's offloading
-    replaces `forward` in the instance.
-    """
-    return (
-        type(head) is nn.Linear
-        and head.bias is None
-        and type(head.weight) in (Tensor, nn.Parameter)
-        and not has_hooks(head)
-        and "forward" not in vars(head)
-    )
 
 
 def document_positions(input_ids: Tensor, end_of_text: int) -> Tensor:

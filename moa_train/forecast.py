@@ -19,7 +19,7 @@ from moa_train.devices import Gpu, SavedBytes, bf16_peak_flops, state_bytes
 from moa_train.muon import orthogonalize_flops
 from moa_train.parallel import blocks
 from moa_train.plan import ASSUMED_UTILIZATION, LARGEST_BATCH, Plan, divisors, make_plan
-from moa_train.progress import count, duration
+from moa_train.progress import WARMUP_STEPS, count, duration
 from moa_train.reading import read_json
 from moa_train.records import RunFolder
 from moa_train.schedule import Budget
@@ -447,8 +447,8 @@ def measured_rate(
         device = str(environment["device"])
     except (OSError, ValueError, TypeError, KeyError, ArithmeticError, StopIteration) as error:
         raise ValueError(
-            f"measured is {str(run)!r}; it must be a run folder with summary.json and env.json in which a training "
-            f"row was logged ({error!r})"
+            f"measured is {str(run)!r}; it must be a run folder with summary.json and env.json, of more than the "
+            f"{WARMUP_STEPS} steps of warm-up, which are not timed ({error!r})"
         ) from error
     told = f"a run folder whose summary.json has a throughput above 0, at most {LARGEST_RATE:.0e} FLOP/s a device"
     require("measured", str(run), 0 < rate <= LARGEST_RATE, told)

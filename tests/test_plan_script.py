@@ -86,7 +86,7 @@ def test_a_masked_autoencoder_that_really_trains(tmp_path, planned):
     model = {"encoder": "vit_tiny_patch16_qdmoa", "img_size": 16, "encoder_args": SMALL_ENCODER}
     model |= {"decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 2}
     data = {"train": str(tmp_path / "images.tar"), "workers": 0, "cache_dir": str(tmp_path / "cache")}
-    file = write_config(tmp_path, {"model": model, "data": data, "schedule": {"epochs": 2}})
+    file = write_config(tmp_path, {"model": model, "data": data, "schedule": {"epochs": 4}})
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train_mae(["--config", str(file)]) == 0
     workload, found = planned(file, "--measured", str(tmp_path / "run"))
@@ -127,7 +127,7 @@ def test_a_language_model_that_really_trains(size, algorithm, fields, tmp_path, 
         "model": {"size": size, "ffn": "qdmoa", "args": args},
         "data": {"train": str(tmp_path / "set/train"), "sequence_length": 16},
         "optim": {"algorithm": algorithm},
-        "schedule": {"tokens": 512},
+        "schedule": {"tokens": 1024},
     }
     file = write_config(tmp_path, tree)
     AcceleratorState._reset_state(reset_partial_state=True)
