@@ -28,7 +28,8 @@ def test_the_fit_is_scipys(pairs):
     tolerance = {"rel": 1e-6, "abs": 1e-7}
     assert slope == pytest.approx(expected.slope, **tolerance)
     assert intercept == pytest.approx(expected.intercept, **tolerance)
-    assert error == pytest.approx(expected.stderr, **tolerance)
+    deviation = 0.0 if len({*y}) == 1 else expected.stderr  # of a constant, scipy 1.16 gives NaN
+    assert error == pytest.approx(deviation, **tolerance)
 
 
 @pytest.fixture

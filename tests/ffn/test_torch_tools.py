@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning",
     "ignore:.*torch.jit:FutureWarning",
     "ignore:The TorchScript type system:UserWarning",  # of every torch.fx.GraphModule
+    "ignore:The given buffer is not writable:UserWarning",  # torch.export.load of torch 2.11
 )
 
 DIM, HIDDEN = 8, 16

@@ -146,7 +146,7 @@ def record_of_inits(monkeypatch, name, init):
     def recorded(*args, **kwargs):
         bound = inspect.signature(init).bind(*args, **kwargs).arguments
         calls.append(bound)
-        return SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
+        return SimpleNamespace(log=lambda *args, **kwargs: None, finish=lambda: None)
 
     config = SimpleNamespace(update=lambda values, allow_val_change: None)
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=recorded, config=config))
