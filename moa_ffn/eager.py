@@ -98,15 +98,12 @@ def _blend(values: list[Tensor], coef: Tensor | None) -> Tensor:
 
 def _dot(xs: Iterable[Tensor], ys: Iterable[Tensor]) -> Tensor:
     """sum_k xs_k ys_k, each (..., H) or (..., 1)."""
-    total = None
-    for x, y in zip(xs, ys, strict=True):
-        if total is None:
-            total = x * y
-        elif is_transformed(total):
-            total = torch.addcmul(total, x, y)
-        else:  # in place of the temporary
-            total = total.addcmul_(x, y)
-    assert total is not None
+    pairs = zip(xs, ys, strict=True)
+    x, y = next(pairs)
+    total = x * y
+    add = torch.addcmul if is_transformed(total) else Tensor.addcmul_  # in place of the temporary
+    for x, y in pairs:
+        total = add(total, x, y)
     return total
 
 
@@ -114,8 +111,9 @@ def _vjp(grads: Iterable[Tensor], x: Tensor, names: Names) -> Tensor:
     """sum_k grads_k sigma_k'(x), each (..., H); the grads are temporaries, the sum overwrites the first."""
     terms = (ACTIVATIONS[name].vjp(grad, x) for name, grad in zip(names, grads, strict=True))
     total = next(terms)
+    add = torch.add if is_transformed(total) else Tensor.add_
     for term in terms:
-        total = total + term if is_transformed(total) else total.add_(term)
+        total = add(total, term)
     return total
 
 
