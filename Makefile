@@ -16,7 +16,7 @@ PYTEST := -m pytest -n auto --dist worksteal
 # Beside the locked versions a library's own deprecation is reported, not a failure.
 TOLERANT := -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
 
-.PHONY: help demo demo-lm test test-slow test-lowest test-latest check bench lock clean
+.PHONY: help demo demo-lm test test-slow test-lowest test-latest check docs bench lock clean
 help:
 	@echo "make demo        pre-train SwiGLU and qd-MoA masked autoencoders on photographs and compare them (minutes, CPU)"
 	@echo "make demo-lm     pre-train SwiGLU and qd-MoA language models, evaluate both with lm_eval, compare them (minutes, CPU)"
@@ -24,7 +24,8 @@ help:
 	@echo "make test-slow   slow tests: kills, two processes, compilation, fuzzing, installation (less than an hour, CPU)"
 	@echo "make test-lowest fast tests with the lowest versions of pyproject.toml, in .venv-lowest"
 	@echo "make test-latest fast tests with the newest versions, in .venv-latest"
-	@echo "make check       ruff and pyright"
+	@echo "make check       ruff, pyright and make docs"
+	@echo "make docs        the documentation with the API reference, into site/"
 	@echo "make bench       benchmarks of this machine"
 	@echo "make lock        renew requirements.lock"
 	@echo "Options: PYTHON=python3.12 chooses the interpreter, TORCH=cpu (or cu128, ...; needs uv) a build of torch."
@@ -96,6 +97,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	@$(MAKE) --no-print-directory docs
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)
 	$(BIN)/python scripts/benchmark.py all
@@ -105,4 +110,4 @@ lock: $(READY)
 		--no-emit-index-url --custom-compile-command "make lock" --output-file $(LOCK) pyproject.toml
 
 clean:
-	rm -rf .venv .venv-lowest .venv-latest runs reports data/photographs data/tales .pytest_cache .ruff_cache .hypothesis
+	rm -rf site .venv .venv-lowest .venv-latest runs reports data/photographs data/tales .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """What a run takes on devices that are not there: memory, time, communication, what is read and what is saved.
 
-Arithmetic on a `Workload`, which a half (vision, language) makes without weights or data. docs/scaling.md has the
+Arithmetic on a `Workload`, which a half (vision, language) makes without weights or data. docs/planning.md has the
 formulas with their sources, and what they leave out.
 """
 

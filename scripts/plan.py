@@ -4,7 +4,7 @@
     python scripts/plan.py --config configs/lm/moe_2b_qdmoa.yaml --gpu h100 --gpus 1,8,64,512 --parallel fsdp2
     python scripts/plan.py --help
 
-Neither data nor weights are needed. Formulas and what they leave out: docs/scaling.md.
+Neither data nor weights are needed. Formulas and what they leave out: docs/planning.md.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build_parser(*, files: bool = True) -> argparse.ArgumentParser:
         usage="%(prog)s --config FILE [--gpus N[,N...]] [--gpu NAME] [options] [--KEY.SUBKEY VALUE ...]",
         description="Tell what a run takes on devices that are not there. Neither data nor weights are needed.",
         epilog="Several --config are layered, and any key can be set, as in training: --loop.micro_batch_size 32; "
-        f"all keys: {VISION.name} --help, {LANGUAGE.name} --help. Formulas and what they leave out: docs/scaling.md.",
+        f"all keys: {VISION.name} --help, {LANGUAGE.name} --help. Formulas and their limits: docs/planning.md.",
         allow_abbrev=False,
     )
     if files:
@@ -107,7 +107,7 @@ def build_parser(*, files: bool = True) -> argparse.ArgumentParser:
     )
     form = parser.add_argument_group("output").add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="everything, for programs")
-    form.add_argument("--markdown", action="store_true", help="the table of several --gpus, as in docs/scaling.md")
+    form.add_argument("--markdown", action="store_true", help="the table of several --gpus, as in docs/planning.md")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""scripts/plan.py against runs that really train, torch's own counters, and the tables in docs/scaling.md."""
+"""scripts/plan.py against runs that really train, torch's own counters, and the tables in docs/planning.md."""
 
 import importlib
 import json
@@ -257,7 +257,7 @@ def commands():
 
 
 def text():
-    return (ROOT / "docs/scaling.md").read_text()
+    return (ROOT / "docs/planning.md").read_text()
 
 
 @pytest.mark.slow
@@ -417,4 +417,4 @@ def test_help(capsys):
         plan.main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert "--gpus" in shown and "rtx-4090" in shown and "docs/scaling.md" in shown
+    assert "--gpus" in shown and "rtx-4090" in shown and "docs/planning.md" in shown

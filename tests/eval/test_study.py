@@ -181,10 +181,11 @@ def test_the_summary_holds_what_the_run_folders_say(make_run, tmp_path):
         assert row["kind"] == "val" and f"{row['loss_norm']:.4f}" in text and f"{row['loss_pixel']:.4f}" in text
 
 
-def test_the_readmes_results_are_the_studies():
-    """Each table of README.md below a comment "results of FILE" is what `--table FILE` prints."""
-    readme = (SCRIPTS.parent / "README.md").read_text()
-    found = re.findall(r"<!-- results of (\S+) -->\n((?:\|.*\n)+)", readme)
-    assert found and readme.count("<!-- results of") == len(found)
+def test_results_in_the_documentation_are_the_studies():
+    """Each table below a comment "results of FILE" is what `--table FILE` prints."""
+    root = SCRIPTS.parent
+    text = "".join(page.read_text() for page in (root / "README.md", *sorted(root.glob("docs/**/*.md"))))
+    found = re.findall(r"<!-- results of (\S+) -->\n((?:\|.*\n)+)", text)
+    assert found and text.count("<!-- results of") == len(found)
     for path, table in found:
         assert table == results_markdown(SCRIPTS.parent / path)
