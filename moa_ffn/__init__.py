@@ -1,7 +1,7 @@
 """Mixture of Activations: one feedforward layer for the whole family of arXiv:2605.26647."""
 
 from moa_ffn.activations import ACTIVATIONS, Activation, register_activation
-from moa_ffn.backend import BACKENDS
+from moa_ffn.backends import BACKENDS
 from moa_ffn.layers import FFN
 from moa_ffn.mixing import Coefficients, mixing_coefficients, mixture
 from moa_ffn.spec import GATES, VARIANTS, FFNSpec

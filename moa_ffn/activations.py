@@ -23,8 +23,8 @@ class Activation:
         backward: (grad, x) -> grad * sigma'(x). Give it where torch has one kernel for the product; otherwise it
             follows from `derivative`.
         kernel: value and derivative for the GPU kernels, as text: expressions in x of numbers, operators and the
-            functions of `moa_ffn.kernels.source.VOCABULARY`, finite at 0. Without it the activation runs in plain
-            torch only.
+            functions of `moa_ffn.backends.triton.source.VOCABULARY`, finite at 0. Without it the activation runs in
+            plain torch only.
     """
 
     name: str

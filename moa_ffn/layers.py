@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from moa_ffn import blocks, packed
 from moa_ffn.activations import ACTIVATIONS, resolve_activations
-from moa_ffn.backend import BACKENDS, is_plain, select_backend
+from moa_ffn.backends import BACKENDS, cpu, is_plain, select_backend
+from moa_ffn.backends.triton import layer as triton_layer
 from moa_ffn.mixing import Coefficients, mixing_coefficients, mixture
 from moa_ffn.spec import DEFAULT_GATE_ACTIVATIONS, DEFAULT_UP_ACTIVATIONS, FFNSpec
 
@@ -163,7 +163,7 @@ class FFN(nn.Module):
             return self._by_blocks(x)
         if backend == "triton" and self._can_pack():
             linears = [linear for linear in (self.gate_proj, self.up_proj, self.mix_proj) if linear is not None]
-            return packed.ffn(x, linears, self.mix_coef, self.down_proj, self.spec)
+            return triton_layer.ffn(x, linears, self.mix_coef, self.down_proj, self.spec)
         a = self.gate_proj(x)
         b = None if self.up_proj is None else self.up_proj(x)
         hidden = mixture(a, b, self._mix(x), self.spec, "auto" if self.backend == "auto" else backend)
@@ -190,8 +190,8 @@ class FFN(nn.Module):
     def _by_blocks(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         up_weights = (None, None) if up is None else (up.weight, up.bias)
-        inputs = blocks.Inputs(x, *self.coefficients(x), gate.weight, gate.bias, *up_weights, down.weight, down.bias)
-        return blocks.ffn(inputs, self.spec.gate_dictionary, self.spec.up_dictionary)
+        inputs = cpu.Inputs(x, *self.coefficients(x), gate.weight, gate.bias, *up_weights, down.weight, down.bias)
+        return cpu.ffn(inputs, self.spec.gate_dictionary, self.spec.up_dictionary)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles in this layer's place: the plain operations of its settings."""

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moa_ffn import compiled, eager, kernels
-from moa_ffn.backend import select_backend
-from moa_ffn.reference import gate_function
+from moa_ffn.backends import compiled, eager, select_backend, triton
+from moa_ffn.backends.reference import gate_function
 from moa_ffn.spec import FFNSpec
 from moa_ffn.torch_internals import is_transformed
 
@@ -64,7 +63,7 @@ def mixture(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec, back
     """
     backend = select_backend(backend, a, spec)
     if backend == "triton":
-        return kernels.mixture(a, b, mix, spec)
+        return triton.mixture(a, b, mix, spec)
     if mix is not None and spec.learned_constant and not is_transformed(a):
         mix = mix.expand(*a.shape[:-1], -1)
     coefficients = Coefficients() if mix is None else mixing_coefficients(spec, mix).map(lambda c: c.type_as(a))

@@ -152,29 +152,29 @@ def choose_method(method: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     if method == "loop":
         return "loop"
-    obstacle = None
+    reason = None
     for name in METHODS[1:-1] if method == "auto" else [method]:
-        obstacle = _obstacle(name, device, dtype)
-        if obstacle is None:
+        reason = _unavailable_reason(name, device, dtype)
+        if reason is None:
             return name
     if method != "auto":
         raise ValueError(
-            f"expert_dispatch={method!r} cannot run with {dtype} on {device.type}: {obstacle}; "
+            f"expert_dispatch={method!r} cannot run with {dtype} on {device.type}: {reason}; "
             "allowed here: 'auto' (which takes one that can) or 'loop'"
         )
-    _say_once(f"experts are computed in a loop, without grouped products ({dtype} on {device.type}: {obstacle})")
+    _say_once(f"experts are computed in a loop, without grouped products ({dtype} on {device.type}: {reason})")
     return "loop"
 
 
-def _obstacle(method: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _unavailable_reason(method: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a method cannot run, or None."""
     if method == "blocks":
-        return expert_blocks.obstacle(device, dtype)
-    return _grouped_obstacle(device.type, device.index, dtype)
+        return expert_blocks.unavailable_reason(device, dtype)
+    return _grouped_unavailable_reason(device.type, device.index, dtype)
 
 
 @torch.compiler.assume_constant_result
-def _grouped_obstacle(device: str, index: int | None, dtype: torch.dtype) -> str | None:
+def _grouped_unavailable_reason(device: str, index: int | None, dtype: torch.dtype) -> str | None:
     """Why grouped products cannot run, or None; found by trying one of two groups, gradients too."""
     return _tried(device, index, dtype)
 
@@ -275,7 +275,7 @@ class _Combine(torch.autograd.Function):
         total = out[first[0]] * first[1]
         for choice, weight in others:
             total = total + out[choice] * weight
-        return total if total.dtype == out.dtype else total.to(out.dtype)  # see `moa_ffn.eager._add_product`
+        return total if total.dtype == out.dtype else total.to(out.dtype)  # see `moa_ffn.backends.eager._add_product`
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

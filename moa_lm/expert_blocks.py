@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 DTYPES = (torch.float32, torch.float64)
 
 
-def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these operators cannot run, or None."""
     if device.type == "cpu" and dtype in DTYPES:
         return None

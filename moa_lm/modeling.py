@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from moa_ffn import FFN
-from moa_ffn.backend import is_plain
+from moa_ffn.backends import is_plain
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.convert import from_llama
 from moa_lm.loss import IGNORED_LABEL, linear_cross_entropy, module_cross_entropy

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_ffn import FFN
-from moa_ffn.spread import mixing_row
+from moa_ffn.mixing_stats import mixing_row
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.modeling import MoALlamaForCausalLM
 from moa_lm.moe import Experts, MoE
@@ -51,7 +51,7 @@ def watch(model: MoALlamaForCausalLM, input_ids: Tensor, position_ids: Tensor | 
         position_ids: (B, T), of `document_positions` where documents are masked.
 
     Returns:
-        Mixing rows: see `moa_ffn.spread.mixing_row`.
+        Mixing rows: see `moa_ffn.mixing_stats.mixing_row`.
         Expert rows: layer, load (each expert's share of the assignments), entropy (mean of the router's softmax, in
         nats) and max_entropy, balance_loss (1 is perfect balance), assignments (k for each token) and dropped (those
         that reached no expert).

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from moa_ffn import FFN
-from moa_ffn.spread import mixing_row
+from moa_ffn.mixing_stats import mixing_row
 from moa_train.durable import write_bytes, write_json
 from moa_vision.mae import MAE
 

@@ -16,10 +16,11 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from moa_ffn import BACKENDS, FFN, VARIANTS, reference
+from moa_ffn import BACKENDS, FFN, VARIANTS
+from moa_ffn.backends import reference
 
 from . import mixture
-from .liger import liger_obstacle, silu_mul
+from .liger import liger_unavailable_reason, silu_mul
 from .measure import Case, device_seconds, measure
 from .options import add_common, add_modes, add_sized, add_variants, in_mode, with_baselines
 from .table import memory, rate, report, time_ratio, times
@@ -101,10 +102,10 @@ def layer_implementations(args: argparse.Namespace) -> list[str]:
     Raises:
         ValueError: Liger was asked for and cannot run. (A backend says so itself.)
     """
-    obstacle = liger_obstacle(args.device)
-    if args.implementations and "liger" in args.implementations and obstacle:
-        raise ValueError(f"--implementations liger: {obstacle}")
-    asked = args.implementations or ["naive", *([] if obstacle else ["liger"])]
+    reason = liger_unavailable_reason(args.device)
+    if args.implementations and "liger" in args.implementations and reason:
+        raise ValueError(f"--implementations liger: {reason}")
+    asked = args.implementations or ["naive", *([] if reason else ["liger"])]
     return list(dict.fromkeys(["auto", *(name for name in asked if name in (*BACKENDS, *PEERS))]))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def liger_obstacle(device: torch.device) -> str | None:
+def liger_unavailable_reason(device: torch.device) -> str | None:
     """Why it cannot run, or None."""
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger_kernel is not installed"

@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moa_ffn import Coefficients, FFNSpec, compiled, eager, mixing_coefficients, reference
+from moa_ffn import Coefficients, FFNSpec, mixing_coefficients
+from moa_ffn.backends import compiled, eager, reference
 
-from .liger import liger_obstacle, silu_mul
+from .liger import liger_unavailable_reason, silu_mul
 from .measure import MIB, Case, device_seconds, measure
 from .options import in_mode
 from .table import note, rate, report, time_ratio, times
@@ -62,7 +63,7 @@ def build(name: str, spec: FFNSpec) -> Mixture:
         case "naive":
             return Mixture(lambda a, b, mix: reference.mixture(a, b, coefficient_matrix(spec, a, mix), f, g))
         case "triton":
-            kernels = importlib.import_module("moa_ffn.kernels")
+            kernels = importlib.import_module("moa_ffn.backends.triton")
             return Mixture(
                 lambda a, b, mix: kernels.mixture(a, b, mix, spec),
                 lambda a, b, mix, grad: kernels.mixture_backward(grad, a, b, mix, spec, with_output=True),
@@ -76,19 +77,18 @@ def hidden_width(dim: int, variant: str) -> int:
     return dim * 8 // 3 if FFNSpec(variant).type_two else dim * 4
 
 
-def obstacle(name: str, spec: FFNSpec, a: Tensor) -> str | None:
+def unavailable_reason(name: str, spec: FFNSpec, a: Tensor) -> str | None:
     """Why an implementation cannot compute the mixture for a (N, H), or None."""
     match name:
         case "cpu":
-            return (
-                compiled.obstacle() if a.device.type == "cpu" else f"it compiles for a CPU, not for {a.device.type}"
-            )
+            on_cpu = a.device.type == "cpu"
+            return compiled.unavailable_reason() if on_cpu else f"it compiles for a CPU, not for {a.device.type}"
         case "triton":
-            if importlib.util.find_spec("moa_ffn.kernels") is None:
-                return "this version has no moa_ffn.kernels"
-            return importlib.import_module("moa_ffn.kernels").obstacle(a, spec)
+            if importlib.util.find_spec("moa_ffn.backends.triton") is None:
+                return "this version has no moa_ffn.backends.triton"
+            return importlib.import_module("moa_ffn.backends.triton").unavailable_reason(a, spec)
         case "liger":
-            return liger_obstacle(a.device)
+            return liger_unavailable_reason(a.device)
         case _:
             return None
 
@@ -140,7 +140,7 @@ def chosen(args: argparse.Namespace, spec: FFNSpec, dtype: torch.dtype) -> list[
     for name in args.implementations or IMPLEMENTATIONS:
         if name not in IMPLEMENTATIONS or (name == "liger" and spec.variant != "swiglu"):
             continue
-        reason = obstacle(name, spec, a)
+        reason = unavailable_reason(name, spec, a)
         if reason and args.implementations:
             raise ValueError(f"--implementations {name}: {reason}")
         able += [] if reason else [name]

@@ -5,7 +5,8 @@ import argparse
 import pytest
 import torch
 
-from moa_ffn import VARIANTS, FFNSpec, reference
+from moa_ffn import VARIANTS, FFNSpec
+from moa_ffn.backends import reference
 from moa_lm import MoALlamaForCausalLM
 
 CPU, TOKENS, HIDDEN = torch.device("cpu"), 5, 8
@@ -123,7 +124,7 @@ def test_layers_with_experts_are_of_one_size(part):
 def test_mixtures_of_a_gpu_are_the_reference(part, name):
     mixture, spec = part("mixture"), FFNSpec("swiglu")
     a, b, mix = mixture.operands(spec, TOKENS, HIDDEN, torch.device("cuda"), torch.float32)
-    if reason := mixture.obstacle(name, spec, a):
+    if reason := mixture.unavailable_reason(name, spec, a):
         pytest.skip(reason)
     expected = torch.nn.functional.silu(a) * b
     torch.testing.assert_close(mixture.build(name, spec).forward(a, b, mix), expected)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import moa_ffn
-from moa_ffn import FFN, FFNSpec, blocks, compiled
-from moa_ffn.reference import mixture
+from moa_ffn import FFN, FFNSpec
+from moa_ffn.backends import compiled, cpu
+from moa_ffn.backends.reference import mixture
 
 ENOUGH = 2**10  # tokens, with a hidden width of 2**6 or more
 
@@ -18,9 +19,9 @@ ENOUGH = 2**10  # tokens, with a hidden width of 2**6 or more
 def compiling(monkeypatch):
     """Compilation switched on; without a compiler the test is skipped."""
     monkeypatch.delenv(compiled.SWITCH)
-    obstacle = compiled.obstacle()
-    if obstacle is not None:
-        pytest.skip(obstacle)
+    reason = compiled.unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def make(variant: str, hidden: int, **settings) -> FFN:
@@ -57,7 +58,7 @@ def relative_rms(actual, expected):
     ],
 )
 def test_equals_the_written_out_formula_at_every_size(compiling, variant, settings, monkeypatch):
-    monkeypatch.setattr(blocks, "HIDDEN_ELEMENTS", 2**17)  # several blocks of tokens
+    monkeypatch.setattr(cpu, "HIDDEN_ELEMENTS", 2**17)  # several blocks of tokens
     for hidden, tokens in ((2**6, ENOUGH), (67, 5 * ENOUGH + 1)):
         ffn = make(variant, hidden, **settings)
         x = torch.randn(tokens, ffn.dim)
@@ -79,7 +80,7 @@ def test_is_compiled_once_for_all_sizes(compiling):
 
 def test_few_tokens_are_not_worth_a_compilation(monkeypatch):
     monkeypatch.delenv(compiled.SWITCH)
-    monkeypatch.setattr(compiled, "obstacle", lambda: pytest.fail("asked whether it could compile"))
+    monkeypatch.setattr(compiled, "unavailable_reason", lambda: pytest.fail("asked whether it could compile"))
     ffn = make("qdmoa", 64)
     assert FFN.choose_backend(ffn, torch.randn(ENOUGH - 1, 24)) == "cpu"
     ffn(torch.randn(ENOUGH - 1, 24)).sum().backward()

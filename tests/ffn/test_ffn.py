@@ -19,11 +19,10 @@ from moa_ffn import (
     Coefficients,
     FFNSpec,
     activations,
-    blocks,
-    eager,
     register_activation,
 )
-from moa_ffn.reference import mixture
+from moa_ffn.backends import cpu, eager
+from moa_ffn.backends.reference import mixture
 
 DIM, HIDDEN = 6, 10
 TOKEN_VARIANTS = [v for v in VARIANTS if FFNSpec(v).token_adaptive]
@@ -88,7 +87,7 @@ def test_second_derivatives(variant, backend):
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_equals_the_written_out_formula(variant, shape, size, backend, monkeypatch):
     monkeypatch.setattr(eager, "BLOCK_ELEMENTS", size // 2)
-    monkeypatch.setattr(blocks, "HIDDEN_ELEMENTS", size)
+    monkeypatch.setattr(cpu, "HIDDEN_ELEMENTS", size)
     ffn = make(variant, backend=backend)
     x = torch.randn(*shape, DIM, dtype=torch.float64, requires_grad=True)
     results = []

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moa_ffn import ACTIVATIONS, GATES, VARIANTS, Activation, FFNSpec, activations, kernels, register_activation
-from moa_ffn.kernels import build, operators
-from moa_ffn.kernels.source import Mixture
-from moa_ffn.reference import gate_function, mixture
+from moa_ffn import ACTIVATIONS, GATES, VARIANTS, Activation, FFNSpec, activations, register_activation
+from moa_ffn.backends import triton as kernels
+from moa_ffn.backends.reference import gate_function, mixture
+from moa_ffn.backends.triton import build, operators
+from moa_ffn.backends.triton.source import Mixture
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 3e-3}
 COLUMNS = 37
@@ -353,7 +354,7 @@ def test_second_derivatives_are_refused(device):
 def test_an_activation_of_the_users_own(device, monkeypatch):
     for table in ("ACTIVATIONS", "_BY_ABBREVIATION"):
         monkeypatch.setattr(activations, table, dict(getattr(activations, table)))
-    for module in (kernels.source, __import__("sys").modules["moa_ffn.reference"]):
+    for module in (kernels.source, __import__("sys").modules["moa_ffn.backends.reference"]):
         monkeypatch.setattr(module, "ACTIVATIONS", activations.ACTIVATIONS)
     monkeypatch.setattr("moa_ffn.spec.ACTIVATIONS", activations.ACTIVATIONS)
     register_activation(
@@ -403,7 +404,7 @@ class Layer(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         product = self.up(x)
-        if (reason := kernels.obstacle(product, self.spec)) is not None:
+        if (reason := kernels.unavailable_reason(product, self.spec)) is not None:
             raise ValueError(reason)
         parts = product.split((5, 5, self.spec.num_coefficients), dim=-1)
         return self.down(kernels.mixture(*parts, self.spec) + kernels.packed_mixture(product, None, 5, self.spec))
@@ -517,14 +518,14 @@ def test_obstacles(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     spec, x = FFNSpec("qdmoa"), torch.zeros(2, 3)
-    assert "GPU" in str(kernels.obstacle(x, spec))
+    assert "GPU" in str(kernels.unavailable_reason(x, spec))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels.obstacle(x, spec) is None
-    assert "not torch.float64" in str(kernels.obstacle(x.double(), spec))
+    assert kernels.unavailable_reason(x, spec) is None
+    assert "not torch.float64" in str(kernels.unavailable_reason(x.double(), spec))
     with pytest.raises(ValueError, match=r"float32, bfloat16, float16, not torch\.float64"):
         kernels.mixture(x.double(), x.double(), torch.zeros(2, 6).double(), spec)
     monkeypatch.setattr(build, "installed", lambda: False)
-    assert "not installed" in str(kernels.obstacle(x, spec))
+    assert "not installed" in str(kernels.unavailable_reason(x, spec))
 
 
 def test_old_gpus_are_named(monkeypatch):
@@ -532,7 +533,7 @@ def test_old_gpus_are_named(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for capability, named in [((7, 5), True), ((8, 0), False), ((12, 0), False)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert ("8.0" in str(kernels._obstacle("cuda", 0, torch.float32, "silu"))) == named
+        assert ("8.0" in str(kernels._unavailable_reason("cuda", 0, torch.float32, "silu"))) == named
 
 
 @pytest.mark.parametrize(
@@ -546,7 +547,7 @@ def test_old_gpus_are_named(monkeypatch):
 )
 def test_activations_without_kernels_are_named(kernel, message, monkeypatch):
     entry = Activation("sine", "sin", torch.sin, torch.cos, kernel=kernel)
-    for module in ("moa_ffn.activations", "moa_ffn.kernels.source", "moa_ffn.spec"):
+    for module in ("moa_ffn.activations", "moa_ffn.backends.triton.source", "moa_ffn.spec"):
         monkeypatch.setattr(f"{module}.ACTIVATIONS", {**ACTIVATIONS, "sine": entry})
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     spec = FFNSpec("moa", gate_activations=("silu", "sine"))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from moa_ffn import FFN, VARIANTS, kernels, mixture
-from moa_ffn.packed import ALIGNMENT, project
+from moa_ffn import FFN, VARIANTS, mixture
+from moa_ffn.backends import triton as kernels
+from moa_ffn.backends.triton.layer import ALIGNMENT, project
 
 pytest.importorskip("triton")
 DIM, HIDDEN, TOKENS = 12, 18, 5
@@ -138,6 +139,6 @@ def test_a_dtype_that_kernels_lack_is_refused_by_name_and_left_by_auto():
 
 def test_the_interpreter_is_never_chosen_by_itself():
     ffn = make("qdmoa")
-    assert kernels.obstacle(tokens(TOKENS), ffn.spec) is None
+    assert kernels.unavailable_reason(tokens(TOKENS), ffn.spec) is None
     ffn.backend = "auto"
     assert ffn.choose_backend(tokens(TOKENS)) == ("triton" if DEVICE.type == "cuda" else "cpu")

@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moa_ffn import FFN, VARIANTS, compiled
+from moa_ffn import FFN, VARIANTS
+from moa_ffn.backends import compiled
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning",
@@ -209,7 +210,7 @@ def test_modes_get_plain_operations_and_the_compiled_ones_stay(tool, warm, monke
     """The first call in a mode must not decide that nothing can be compiled; a later one must not meet the region."""
     monkeypatch.delenv(compiled.SWITCH)
     compiled._tried.cache_clear()
-    if compiled.obstacle() is not None:
+    if compiled.unavailable_reason() is not None:
         pytest.skip("no C++ compiler")
     if not warm:
         compiled._tried.cache_clear()
@@ -219,7 +220,7 @@ def test_modes_get_plain_operations_and_the_compiled_ones_stay(tool, warm, monke
     out = tool(ffn, x)
     if len(out):
         torch.testing.assert_close(out, ffn(x) if expected is None else expected, rtol=1e-4, atol=1e-5)
-    assert compiled.obstacle() is None
+    assert compiled.unavailable_reason() is None
     assert ffn.choose_backend(x) == "cpu"
 
 

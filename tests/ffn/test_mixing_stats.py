@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moa_ffn.spread import mixing_row
+from moa_ffn.mixing_stats import mixing_row
 
 
 def test_row_is_numpy_s():

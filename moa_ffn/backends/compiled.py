@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_ffn import eager
-from moa_ffn.eager import Names
+from moa_ffn.backends import eager
+from moa_ffn.backends.eager import Names
 from moa_ffn.torch_internals import import_inductor, is_intercepted
 
 _logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ MIN_ELEMENTS = 2**16
 """Elements of a from which a compiled region is worth its call; fewer are left to eager operations."""
 
 
-def obstacle() -> str | None:
+def unavailable_reason() -> str | None:
     """Why nothing can be compiled for the CPU here, or None. The first call tries it: some seconds."""
     if os.environ.get(SWITCH, "1") == "0":
         return f"{SWITCH}=0 is set"
@@ -114,7 +114,7 @@ class _Mixture(torch.autograd.Function):
 
 
 def _pays(a: Tensor) -> bool:
-    return a.numel() >= MIN_ELEMENTS and not is_intercepted(a) and obstacle() is None
+    return a.numel() >= MIN_ELEMENTS and not is_intercepted(a) and unavailable_reason() is None
 
 
 def _run(formula: Callable[..., Any], tensors: tuple[Tensor | None, ...], **settings: Any) -> Any:

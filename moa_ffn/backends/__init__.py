@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from moa_ffn import kernels
+from moa_ffn.backends import triton
 from moa_ffn.spec import FFNSpec
 from moa_ffn.torch_internals import has_hooks, is_intercepted, is_transformed
 
@@ -59,7 +59,7 @@ def unavailable_reason(
     if is_transformed(x) and not torch.compiler.is_compiling():
         return "the layer is being traced or transformed (torch.fx, torch.jit, torch.func, forward-mode AD)"
     if backend == "triton":
-        return kernels.obstacle(x, spec)
+        return triton.unavailable_reason(x, spec)
     if torch.compiler.is_compiling():
         return "the layer is being compiled, where the plain form is the one that fuses"
     if is_intercepted(x):

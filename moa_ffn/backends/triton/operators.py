@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_ffn.kernels import build
-from moa_ffn.kernels.source import Mixture
+from moa_ffn.backends.triton import build
+from moa_ffn.backends.triton.source import Mixture
 
 
 @torch.library.custom_op("moa_ffn::mixture", mutates_args=())

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_ffn.kernels import source
-from moa_ffn.kernels.source import Mixture
+from moa_ffn.backends.triton import source
+from moa_ffn.backends.triton.source import Mixture
 
 WARP, MAX_WARPS = 32, 4
 
@@ -92,7 +92,7 @@ def kernel(text: str, interpreted: bool) -> Any:
     import triton
     import triton.language as tl
 
-    from moa_ffn.kernels import functions
+    from moa_ffn.backends.triton import functions
 
     name = text.removeprefix("def ").partition("(")[0]
     file = f"<{name} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"

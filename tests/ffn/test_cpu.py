@@ -5,15 +5,16 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
-from moa_ffn import FFN, VARIANTS, blocks
+from moa_ffn import FFN, VARIANTS
+from moa_ffn.backends import cpu
 
 X = torch.randn(5, 8, requires_grad=True)
 
 
 def spied(monkeypatch) -> list[str]:
     calls = []
-    real = blocks.ffn
-    monkeypatch.setattr(blocks, "ffn", lambda *arguments: calls.append("blocks") or real(*arguments))
+    real = cpu.ffn
+    monkeypatch.setattr(cpu, "ffn", lambda *arguments: calls.append("blocks") or real(*arguments))
     return calls
 
 
@@ -79,15 +80,15 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_same(variant, frozen):
         x = torch.randn(5, 8).requires_grad_(frozen != "x")
         ffn(x).sin().sum().backward()
         results.append([x.grad, *(parameter.grad for parameter in ffn.parameters())])
-    for eager, cpu in zip(*results, strict=True):
-        assert (eager is None) == (cpu is None)
-        if eager is not None:
-            torch.testing.assert_close(cpu, eager)
+    for expected, actual in zip(*results, strict=True):
+        assert (expected is None) == (actual is None)
+        if expected is not None:
+            torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_inference_equals_training(variant, monkeypatch):
-    monkeypatch.setattr(blocks, "HIDDEN_ELEMENTS", 3 * 16)
+    monkeypatch.setattr(cpu, "HIDDEN_ELEMENTS", 3 * 16)
     ffn = FFN(8, 16, variant)
     with torch.inference_mode():
         inferred = ffn(X)

@@ -4,6 +4,7 @@
     functions.py  device functions that Triton does not have
     build.py      text -> kernels, block sizes, launch
     operators.py  operators of torch, with fake and autograd registrations
+    layer.py      the whole layer: one matrix product, the mixture, down_proj
 
 Both read and write each element once. The nonlinearity of the mixing gate and its derivative are inside; arithmetic
 is in float32; the backward computes the activations again from a, b and mix, the only tensors saved. Importing this
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moa_ffn.kernels import build, operators, source
+from moa_ffn.backends.triton import build, operators, source
 from moa_ffn.spec import FFNSpec
 from moa_ffn.torch_internals import constant_in_graphs
 
@@ -27,9 +28,9 @@ __all__ = [
     "PackedGradients",
     "mixture",
     "mixture_backward",
-    "obstacle",
     "packed_mixture",
     "packed_mixture_backward",
+    "unavailable_reason",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,14 +59,14 @@ class PackedGradients(NamedTuple):
     output: Tensor | None
 
 
-def obstacle(a: Tensor, spec: FFNSpec) -> str | None:
+def unavailable_reason(a: Tensor, spec: FFNSpec) -> str | None:
     """Why the kernels cannot compute this mixture for `a`, or None."""
     names = dict.fromkeys([*spec.gate_dictionary, *spec.up_dictionary])
-    return _obstacle(a.device.type, a.device.index, a.dtype, ",".join(names))
+    return _unavailable_reason(a.device.type, a.device.index, a.dtype, ",".join(names))
 
 
 @constant_in_graphs  # looking for modules and devices cannot be traced
-def _obstacle(device: str, index: int | None, dtype: torch.dtype, names: str) -> str | None:
+def _unavailable_reason(device: str, index: int | None, dtype: torch.dtype, names: str) -> str | None:
     if dtype not in DTYPES:
         return f"kernels compute {', '.join(str(t).removeprefix('torch.') for t in DTYPES)}, not {dtype}"
     for name in names.split(","):
@@ -102,7 +103,7 @@ def mixture(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec) -> T
         (..., H) in a's dtype, contiguous.
 
     Raises:
-        ValueError: the kernels cannot run (see `obstacle`), or a tensor does not fit.
+        ValueError: the kernels cannot run (see `unavailable_reason`), or a tensor does not fit.
         RuntimeError: in a second differentiation.
     """
     _check(a, b, mix, spec)
@@ -219,7 +220,7 @@ def _check_packed(projected: Tensor, mix: Tensor | None, hidden_dim: int, spec: 
 
 
 def _check_runs(x: Tensor, spec: FFNSpec) -> None:
-    reason = obstacle(x, spec)
+    reason = unavailable_reason(x, spec)
     if reason is not None:
         raise ValueError(reason)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_ffn import kernels
+from moa_ffn.backends import triton as kernels
 from moa_ffn.spec import FFNSpec
 
 ALIGNMENT = 16
@@ -22,7 +22,7 @@ and fast products ask for them."""
 
 
 def ffn(x: Tensor, projections: Sequence[nn.Linear], mix: Tensor | None, down: nn.Linear, spec: FFNSpec) -> Tensor:
-    """down(mixture) of x (..., D), where the kernels can run (`kernels.obstacle`).
+    """down(mixture) of x (..., D), where the kernels can run (`triton.unavailable_reason`).
 
     Args:
         x: (..., D).

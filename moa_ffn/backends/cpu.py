@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moa_ffn import compiled, eager
-from moa_ffn.eager import Names
+from moa_ffn.backends import compiled, eager
+from moa_ffn.backends.eager import Names
 from moa_ffn.torch_internals import is_transformed
 
 HIDDEN_ELEMENTS = 2**22
