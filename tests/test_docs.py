@@ -106,6 +106,7 @@ def start(words: list[str], monkeypatch) -> None:
         assert not end.code, f"{name} ended with {end.code}"
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # of runpy, where another test was first
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_accepted(command, parsers, monkeypatch):
     accept(shlex.split(command), monkeypatch)
