@@ -172,7 +172,7 @@ def decode_image(data: np.ndarray, channels: int | None = 3) -> Tensor:
 
 
 def is_array(data: bytes, channels: int | None = 3) -> bool:
-    """Whether `read_array` has to read the encoded `data` to give so many channels; see `decode_image`."""
+    """Return whether `data` must be read by `read_array` to get `channels`; arguments as `decode_image`."""
     if data.startswith(npy.MAGIC_PREFIX) or channels not in (None, *MODES):
         return True
     if not data.startswith(_TIFF_MAGICS):

@@ -1,4 +1,4 @@
-"""Choice of the backend: the one decision what computes a layer or a bare mixture."""
+"""Backend selection for a layer or a bare mixture."""
 
 import logging
 from collections.abc import Sequence

@@ -492,7 +492,7 @@ moa_eval.__main__.main()
 
 @pytest.fixture
 def run(checkpoints, tmp_path, offline):
-    """Run lm-eval's command line in so many processes; returns it when it is over, and each process's note."""
+    """Run lm-eval's command line on several processes; return the finished process and the note of each rank."""
     (tmp_path / "process.py").write_text(PROCESS)
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
     settings |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_DATASETS_CACHE": str(tmp_path / "cache")}

@@ -129,7 +129,7 @@ def test_small_shared_memory(size, reported):
     try:
         subprocess.run([*mounted, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting takes privileges")
+        pytest.skip("mounting a small /dev/shm needs privileges; the test above simulates it")
     script = SCRIPT.replace("return where", "import torch; return torch.zeros(1000, 1000, 8)")
     done = subprocess.run([*mounted, sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "data.workers is 1, and" in done.stderr and reported in done.stderr
