@@ -36,9 +36,7 @@ class Activation:
 
     def vjp(self, grad: Tensor, x: Tensor) -> Tensor:
         """Vector-Jacobian product grad * sigma'(x), same shape as `x`."""
-        if (
-            self.backward is None or torch.is_grad_enabled()
-        ):  # torch's backward kernels have no derivative of their own
+        if self.backward is None or torch.is_grad_enabled():  # torch's backward kernels have no derivative of their own
             return grad * self.derivative(x)
         return self.backward(grad, x)
 

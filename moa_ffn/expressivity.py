@@ -46,7 +46,14 @@ class Witness:
 
 def _ffn(variant: str, f: tuple[str, ...] = _TABLE, g: tuple[str, ...] = _TABLE) -> FFN:
     return FFN(
-        2, WIDTH, variant, gate="tanh", gate_activations=f, up_activations=g, dtype=torch.float64, mix_init_std=1.0
+        2,
+        WIDTH,
+        variant,
+        mixing_gate="tanh",
+        gate_activations=f,
+        up_activations=g,
+        dtype=torch.float64,
+        mix_init_std=1.0,
     )
 
 

@@ -22,7 +22,7 @@ class FFN(nn.Module):
         dim: width of the input and output.
         hidden_dim: width H of the hidden layer.
         variant: one of `moa_ffn.VARIANTS`.
-        gate, gate_activations, up_activations, mixed_branch, mix_bias: see `FFNSpec`. A dictionary
+        mixing_gate, gate_activations, up_activations, mixed_branch, mix_bias: see `FFNSpec`. A dictionary
             may be a sequence or text such as "g,s,r2"; None takes the default one.
         bias: bias on gate_proj, up_proj and down_proj. Default False, as in the formulas and in Llama.
         mix_init_std: standard deviation of the normal initialization of the mixing vectors u_k (open in the paper).
@@ -49,7 +49,7 @@ class FFN(nn.Module):
         hidden_dim: int,
         variant: str = "qdmoa",
         *,
-        gate: str = "sigmoid",
+        mixing_gate: str = "sigmoid",
         gate_activations: str | Iterable[str] | None = None,
         up_activations: str | Iterable[str] | None = None,
         bias: bool = False,
@@ -71,7 +71,7 @@ class FFN(nn.Module):
             raise ValueError(f"mix_init_std={mix_init_std} must not be negative")
         self.spec = FFNSpec(
             variant,
-            gate,
+            mixing_gate,
             resolve_activations(gate_activations or DEFAULT_GATE_ACTIVATIONS, "gate_activations"),
             resolve_activations(up_activations or DEFAULT_UP_ACTIVATIONS, "up_activations"),
             mixed_branch,

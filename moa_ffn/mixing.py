@@ -30,7 +30,7 @@ class Coefficients(NamedTuple):
 def mixing_coefficients(spec: FFNSpec, flat: Tensor) -> Coefficients:
     """The coefficients (..., num_coefficients) of a mixture in factored form; logits of MoA go through the gate."""
     k1, k2 = len(spec.gate_dictionary), len(spec.up_dictionary)
-    nonlinearity = partial(gate_function, gate=spec.gate) if spec.token_adaptive else lambda factor: factor
+    nonlinearity = partial(gate_function, gate=spec.mixing_gate) if spec.token_adaptive else lambda factor: factor
     match spec.form:
         case "gate":
             return Coefficients(gate=nonlinearity(flat))

@@ -57,21 +57,22 @@ class FFNSpec:
 
     Args:
         variant: one of `VARIANTS`.
-        gate: nonlinearity of the token's mixing coefficients: sigmoid, tanh or softmax (over each mixed branch, over
-            all pairs for the quadratic form). The paper finds sigmoid best. Unused by fixed and LA variants.
+        mixing_gate: nonlinearity of the token's mixing coefficients: sigmoid, tanh or softmax (over each mixed
+            branch, over all pairs for the quadratic form). The paper finds sigmoid best. Fixed and LA variants do
+            not use it.
         gate_activations: dictionary of the gate branch, names or abbreviations. The paper leaves the final choice
             open; default gelu, silu, relu2.
         up_activations: dictionary of the up branch; default identity, tanh. Unused by Type-I.
         mixed_branch: which branch the one-sided variants mix (open in the paper); default "gate". The other stays as
             in SwiGLU: silu on the gate branch, identity on the up branch.
-        mix_bias: bias on the mixing logits (open; the definition pi_k = gate(u_k . x) has none). Default False.
+        mix_bias: bias on the mixing logits (open; the definition pi_k = mixing_gate(u_k . x) has none). Default False.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names it.
     """
 
     variant: str = "qdmoa"
-    gate: str = "sigmoid"
+    mixing_gate: str = "sigmoid"
     gate_activations: tuple[str, ...] = DEFAULT_GATE_ACTIVATIONS
     up_activations: tuple[str, ...] = DEFAULT_UP_ACTIVATIONS
     mixed_branch: str = "gate"
@@ -79,7 +80,7 @@ class FFNSpec:
 
     def __post_init__(self) -> None:
         _require("variant", self.variant, VARIANTS)
-        _require("gate", self.gate, GATES)
+        _require("mixing_gate", self.mixing_gate, GATES)
         _require("mixed_branch", self.mixed_branch, BRANCHES)
         for field in ("gate_activations", "up_activations"):
             object.__setattr__(self, field, resolve_activations(getattr(self, field), field))
@@ -149,5 +150,5 @@ class FFNSpec:
     def __str__(self) -> str:
         parts = [self.variant, f"f={','.join(self.gate_dictionary)}"]
         parts += [f"g={','.join(self.up_dictionary)}"] if self.type_two else []
-        parts += [f"mixing={self.gate}"] if self.token_adaptive else []
+        parts += [f"mixing_gate={self.mixing_gate}"] if self.token_adaptive else []
         return ", ".join(parts)

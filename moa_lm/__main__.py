@@ -17,7 +17,7 @@ from moa_ffn import VARIANTS
 from moa_lm.encode import load_tokenizer
 from moa_lm.modeling import MoALlamaForCausalLM
 from moa_lm.sizes import SIZES, TABLE_VARIANTS, count_parameters, named_config
-from moa_train.durable import new_folder
+from moa_train.atomic_io import new_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
             action="append",
             default=[],
             metavar="FIELD=VALUE",
-            help="a field of the configuration, such as ffn_gate=tanh; may be given several times",
+            help="a field of the configuration, such as ffn_mixing_gate=tanh; may be given several times",
         )
     return parser
 
@@ -196,7 +196,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
-            raise UserError(f"--set {pair}: must be FIELD=VALUE, such as ffn_gate=tanh")
+            raise UserError(f"--set {pair}: must be FIELD=VALUE, such as ffn_mixing_gate=tanh")
         try:
             settings[name] = json.loads(text)
         except json.JSONDecodeError:

@@ -19,7 +19,7 @@ LARGEST, MOST_LAYERS = 2**20, 2**12
 """Upper limits of sizes and of layers, far beyond any model. A damaged config.json may ask for more: for tensors
 whose bytes torch cannot count, for a billion layers, which take memory and hours even without their weights."""
 
-_SPEC_FIELDS = ("gate", "gate_activations", "up_activations", "mixed_branch", "mix_bias")
+_SPEC_FIELDS = ("mixing_gate", "gate_activations", "up_activations", "mixed_branch", "mix_bias")
 _LAYER_FIELDS = ("mix_init_std", "coef_init", "backend")
 FFN_FIELDS: tuple[str, ...] = tuple(f"ffn_{name}" for name in ("variant", *_SPEC_FIELDS, *_LAYER_FIELDS))
 """Fields that set the layer; each is `moa_ffn.FFN`'s argument of the same name without `ffn_`."""
@@ -52,7 +52,7 @@ class MoALlamaConfig(LlamaConfig):
 
     Args:
         ffn_variant: one of `moa_ffn.VARIANTS`; "swiglu" is the Llama baseline. Default "qdmoa".
-        ffn_gate, ffn_mixed_branch, ffn_mix_bias: see `moa_ffn.FFNSpec`.
+        ffn_mixing_gate, ffn_mixed_branch, ffn_mix_bias: see `moa_ffn.FFNSpec`.
         ffn_gate_activations, ffn_up_activations: dictionaries, a sequence of names or text such as "g,s,r2". None
             takes the default one. Stored as a list of full names, so that config.json says what was computed.
         ffn_mix_init_std, ffn_coef_init, ffn_backend: see `moa_ffn.FFN`.
@@ -83,7 +83,7 @@ class MoALlamaConfig(LlamaConfig):
     ]
 
     ffn_variant: str = "qdmoa"
-    ffn_gate: str = "sigmoid"
+    ffn_mixing_gate: str = "sigmoid"
     ffn_gate_activations: list[str] | tuple[str, ...] | str | None = None
     ffn_up_activations: list[str] | tuple[str, ...] | str | None = None
     ffn_mixed_branch: str = "gate"
@@ -169,9 +169,7 @@ class MoALlamaConfig(LlamaConfig):
 
     def _check_experts(self) -> None:
         for field in ("num_experts", "num_shared_experts"):
-            _require(
-                _is_count(getattr(self, field), 0), field, getattr(self, field), f"an integer from 0 to {LARGEST}"
-            )
+            _require(_is_count(getattr(self, field), 0), field, getattr(self, field), f"an integer from 0 to {LARGEST}")
         for field, allowed in (("expert_mixing", EXPERT_MIXINGS), ("expert_dispatch", METHODS)):
             _require(getattr(self, field) in allowed, field, getattr(self, field), f"one of {', '.join(allowed)}")
         for field in ("router_aux_loss_coef", "router_z_loss_coef"):

@@ -86,7 +86,7 @@ def converted_config(source: PreTrainedConfig, variant: str, **overrides: Any) -
     Args:
         source: configuration of one of the architectures in `ACCEPTED`.
         variant: a Type-II member of `moa_ffn.VARIANTS`.
-        overrides: fields to set, such as ffn_gate; those that change the shape of a weight are not allowed.
+        overrides: fields to set, such as ffn_mixing_gate; those that change the shape of a weight are not allowed.
 
     Raises:
         ValueError: the source cannot be taken over, or a setting is not allowed.

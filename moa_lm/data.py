@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moa_train.config import require
+from moa_train.data_order import ORDER, StepBatches, batch_loader, generator, philox_key
 from moa_train.open_files import OpenFiles, open_to_read
-from moa_train.order import ORDER, StepBatches, batch_loader, generator, philox_key
 
 MANIFEST = "manifest.json"
 FORMAT = "moa-tokens-1"
@@ -201,9 +201,7 @@ class TokenShards:
             raise TokenDataError(f"{path} has {size} bytes instead of {shard['bytes']}; {_remedy(self.folder)}")
 
     def _opened(self, path: Path, shard: int) -> int:
-        file, self._begins[shard] = open_tokens(
-            path, self.manifest["dtype"], self.manifest["shards"][shard]["tokens"]
-        )
+        file, self._begins[shard] = open_tokens(path, self.manifest["dtype"], self.manifest["shards"][shard]["tokens"])
         return file
 
 
@@ -280,9 +278,7 @@ def _check_manifest(manifest: Any) -> None:
 
 
 def _remedy(folder: Path) -> str:
-    return (
-        f"run the scripts/make_tokens.py command that made {folder} again (it keeps what is whole), or copy it anew"
-    )
+    return f"run the scripts/make_tokens.py command that made {folder} again (it keeps what is whole), or copy it anew"
 
 
 def _dtype_code(name: str) -> str:

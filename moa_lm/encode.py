@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from moa_lm.convert import existing_source
 from moa_lm.data import DTYPES
 from moa_lm.documents import Text
-from moa_train.durable import new_folder, write_json
+from moa_train.atomic_io import new_folder, write_json
 from moa_train.reading import read_json
 from moa_train.signals import end_with_parent, ignore_stop_signals
 

@@ -213,7 +213,7 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
         Args:
             source: a folder or hub name with config.json and safetensors, or a model, which is copied.
             variant: a Type-II variant. Type-I has no up branch to take the up_proj.
-            settings: fields of `MoALlamaConfig` that shape no weight (ffn_gate, ffn_gate_activations, ...), and of
+            settings: fields of `MoALlamaConfig` that shape no weight (ffn_mixing_gate, ffn_mix_init_std, ...), and of
                 `from_pretrained`'s arguments dtype (default: the source's), device_map, max_memory, offload_folder,
                 attn_implementation, revision, token, cache_dir, local_files_only.
 

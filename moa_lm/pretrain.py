@@ -1,4 +1,4 @@
-"""Language-model pre-training: configuration, the task that `moa_train.loop` runs, and the main."""
+"""Language-model pre-training: configuration, the task that `moa_train.trainer` runs, and the main."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from transformers.utils import logging
 from moa_lm.check import tokenizer_problems
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.data import TokenBatch, TokenDataConfig, TokenDataError, TokenShards, train_loader, val_loader
+from moa_lm.diagnostics import save_experts, save_mixing, watch
 from moa_lm.encode import load_tokenizer
 from moa_lm.flops import forward_flops
 from moa_lm.groups import hidden_matrices, no_weight_decay
@@ -36,16 +37,15 @@ from moa_lm.modeling import (
 )
 from moa_lm.sizes import SIZES, count_parameters, named_config
 from moa_lm.token_shards import TokenSettings, make_tokens
-from moa_lm.watch import save_experts, save_mixing, watch
-from moa_train.config import HARMLESS, RunConfig, ScheduleConfig, parse_config, require
-from moa_train.loop import check, run
+from moa_train.config import RESUME_MUTABLE_KEYS, RunConfig, ScheduleConfig, parse_config, require
 from moa_train.plan import Plan
 from moa_train.progress import count
 from moa_train.schedule import Budget
 from moa_train.signals import ignore_stop_signals
-from moa_train.task import WEIGHT, Share
+from moa_train.task import WEIGHT, DataParallelRank
+from moa_train.trainer import check, run
 
-LM_HARMLESS = {"data.workers", "model.gradient_checkpointing"}
+LM_RESUME_MUTABLE_KEYS = {"data.workers", "model.gradient_checkpointing"}
 """Keys of a language model's run that may change when it is resumed."""
 
 VOCAB_MULTIPLE = 64
@@ -72,7 +72,7 @@ class ModelConfig:
     Args:
         size: A named size, see `python -m moa_lm sizes`.
         ffn: Variant of the FFN.
-        args: Any other field of MoALlamaConfig, e.g. {ffn_gate: tanh, num_hidden_layers: 6, expert_mixing: expert}.
+        args: Any other field of MoALlamaConfig, e.g. {ffn_mixing_gate: tanh, num_hidden_layers: 6}.
         gradient_checkpointing: Keep each layer's input only and compute the rest again in the backward pass. With
             experts, `loop.compile` then cuts its graph at each layer.
     """
@@ -191,7 +191,7 @@ class LMTask:
         tokens_per_step = self.config.schedule.batch_size * self.units_per_sample
         return self.config.schedule.budget(steps_per_epoch, tokens_per_step, self.budgeted)
 
-    def describe(self) -> dict[str, str]:
+    def startup_lines(self) -> dict[str, str]:
         """Return lines of the announcement."""
         model, shards = self.config.model, self.train_shards
         length = f"sequences of {self.units_per_sample:,} tokens"
@@ -206,7 +206,7 @@ class LMTask:
             ),
         }
 
-    def facts(self) -> dict[str, Any]:
+    def summary_fields(self) -> dict[str, Any]:
         """Return parameter counts, and what turns the loss into bits per byte, for summary.json."""
         held_out = self.val_shards or self.train_shards
         return {"parameters": self.parameters._asdict(), "bytes_per_token": held_out.bytes_per_token}
@@ -225,7 +225,7 @@ class LMTask:
         tokens = torch.arange(count * (self.units_per_sample + 1)) % vocabulary
         return TokenBatch(tokens.view(count, -1))
 
-    def train_batches(self, share: Share, plan: Plan, start_step: int) -> Iterable[TokenBatch]:
+    def train_batches(self, share: DataParallelRank, plan: Plan, start_step: int) -> Iterable[TokenBatch]:
         """Yield this process's micro-batches from `start_step` on."""
         self._observed = deque(maxlen=plan.accumulation)  # of one step
         loader = train_loader(
@@ -242,7 +242,7 @@ class LMTask:
         loader.worker_init_fn = ignore_stop_signals
         return loader
 
-    def val_batches(self, share: Share) -> Iterable[TokenBatch]:
+    def val_batches(self, share: DataParallelRank) -> Iterable[TokenBatch]:
         """Yield this process's share of the held-out windows, the same ones every time."""
         return self._held_out(share.micro_batch, share.rank, share.world_size, self.val_samples)
 
@@ -288,7 +288,7 @@ class LMTask:
         assert output.sequence_losses is not None
         return {"loss": output.sequence_losses, WEIGHT: (inputs["shift_labels"] != IGNORED_LABEL).sum(-1)}
 
-    def visualize(self, model: nn.Module, folder: Path, step: int) -> None:
+    def write_diagnostics(self, model: nn.Module, folder: Path, step: int) -> None:
         """Note how the tokens of a few held-out sequences mix, and which experts they go to.
 
         Without held-out tokens they are sequences of the training tokens, the same each time.
@@ -296,7 +296,7 @@ class LMTask:
         shards, count = self.train_shards, self.samples_per_epoch
         if self.val_shards is not None and self.val_samples:
             shards, count = self.val_shards, self.val_samples
-        shown, length = min(count, self.config.loop.visualize), self.units_per_sample
+        shown, length = min(count, self.config.loop.num_diagnostic_samples), self.units_per_sample
         assert isinstance(model, MoALlamaForCausalLM)
         spread = [number * count // shown for number in range(shown)]  # over documents of all kinds
         windows = [torch.from_numpy(shards.window(index, length).astype(np.int64)) for index in spread]
@@ -444,7 +444,7 @@ def check_config(config: LMConfig) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
-    """Train as the command line says and return the exit code of `moa_train.loop.run`; `default` is the config file
+    """Train as the command line says and return the exit code of `moa_train.trainer.run`; `default` is the config file
     read when the command line names none.
     """
     config = parse_config(
@@ -455,4 +455,9 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
         default=default,
         check=check_config,
     )
-    return run(config, partial(build_task, config), harmless=HARMLESS | LM_HARMLESS, expected=(TokenDataError,))
+    return run(
+        config,
+        partial(build_task, config),
+        mutable_keys=RESUME_MUTABLE_KEYS | LM_RESUME_MUTABLE_KEYS,
+        expected=(TokenDataError,),
+    )

@@ -80,7 +80,7 @@ def named_config(size: str, variant: str = "qdmoa", **overrides: Any) -> MoALlam
     Args:
         size: a key of `SIZES`.
         variant: one of `moa_ffn.VARIANTS`.
-        overrides: any field of `MoALlamaConfig`, such as vocab_size or ffn_gate.
+        overrides: any field of `MoALlamaConfig`, such as vocab_size or ffn_mixing_gate.
 
     Raises:
         ValueError: the size or variant is unknown, or they do not go together, or a field is not allowed.

@@ -28,8 +28,8 @@ from moa_lm.bpe import train_bpe
 from moa_lm.data import FORMAT, MANIFEST, TENSOR, TOKENIZER, TokenDataError, open_tokens, read_manifest
 from moa_lm.documents import Corpus, Reading, Skipped, Text
 from moa_lm.encode import Vocabulary, open_vocabulary, save_tokenizer, tokenized
+from moa_train.atomic_io import new_folder, write_bytes, write_json
 from moa_train.config import differing_keys
-from moa_train.durable import new_folder, write_bytes, write_json
 from moa_train.reading import read_json
 
 _PARTS = ".parts"  # what an unfinished run needs, in the folder that it writes to
@@ -430,7 +430,7 @@ def _identity(settings: TokenSettings, parts: Path, folders: list[Path], *, two_
 
 
 def _check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    if differing := differing_keys(_LATER | then, now, harmless=frozenset()):
+    if differing := differing_keys(_LATER | then, now, mutable_keys=frozenset()):
         raise ValueError(
             f"{folder} was made with other settings ({', '.join(differing)}); give those again, choose another "
             "folder, or delete that one"

@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moa_train.durable import new_folder, sync_file, write_json, write_text
-from moa_train.parallel import full, place_like
+from moa_train.atomic_io import new_folder, sync_file, write_json, write_text
+from moa_train.distributed import full, place_like
 from moa_train.reading import read_json
 from moa_train.spikes import RecentLoss
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
 from moa_train.reading import check_shape, read_yaml
-from moa_train.schedule import Budget, DecayShape
+from moa_train.schedule import Budget, DecayType
 
 Config = TypeVar("Config")
 
@@ -38,7 +38,7 @@ class OptimConfig:
             B)), the size of AdamW's usual update, so that a rate tuned for AdamW fits (arXiv:2502.16982). original:
             sqrt(max(1, A / B)).
         adamw_lr_scale: With muon, the rate of the parameters that AdamW steps, as a multiple of lr.
-        clip_grad: Largest global gradient norm; null leaves gradients as they are.
+        max_grad_norm: Largest global gradient norm; null leaves gradients as they are.
     """
 
     algorithm: Literal["adamw", "muon"] = "adamw"
@@ -50,7 +50,7 @@ class OptimConfig:
     momentum: float = 0.95
     muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     adamw_lr_scale: float = 1.0
-    clip_grad: float | None = None
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges; ValueError names the key."""
@@ -60,8 +60,8 @@ class OptimConfig:
         require("optim.weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or above")
         require("optim.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         require("optim.adamw_lr_scale", self.adamw_lr_scale, self.adamw_lr_scale > 0, "above 0")
-        clips = self.clip_grad is None or self.clip_grad > 0
-        require("optim.clip_grad", self.clip_grad, clips, "above 0, or null")
+        clips = self.max_grad_norm is None or self.max_grad_norm > 0
+        require("optim.max_grad_norm", self.max_grad_norm, clips, "above 0, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +73,13 @@ class ScheduleConfig:
         batch_size: Global batch of one optimizer step, in samples, the same on any number of devices.
         decay_fraction: Part of all steps, the last ones, over which the rate falls; before them it stays at the peak
             (warmup-stable-decay). 1 is everything after the warm-up.
-        decay_shape: How it falls: half a cosine, a line, or 1 - sqrt of the part done.
+        decay_type: How it falls: half a cosine, a line, or 1 - sqrt of the part done.
     """
 
     min_lr: float = 0.0
     batch_size: int = 64
     decay_fraction: float = 1.0
-    decay_shape: DecayShape = "cosine"
+    decay_type: DecayType = "cosine"
 
     def __post_init__(self) -> None:
         """Check the ranges; ValueError names the key."""
@@ -123,16 +123,12 @@ class LoopConfig:
         log_every: Steps between training rows in metrics.jsonl.
         val_every: Steps between validations on the held-out samples.
         val_samples: Held-out samples used in each validation; null is all of them.
-        visualize: Held-out samples (without any, a language model's training sequences) looked at closely every
-            `val_every` steps (reconstructions, mixing, expert load); 0 is none.
-        save_every: Steps between checkpoints: the most work that a crash can lose. As they are written while
-            training goes on, there is one more half-way to each, which the next one replaces.
-        keep: Checkpoints kept, newest first, without the half-way one.
-        keep_every: Steps between checkpoints that are kept for good, a multiple of save_every; null keeps none.
-        skip_nonfinite: Steps of a run, at most, that are left out, without an update, because their loss or gradient
-            is not finite; one more stops the run.
-        processes: Processes that the run must have, all machines together; any other number is an error. null takes
-            what the launcher says.
+        num_diagnostic_samples: Held-out samples (without any, a language model's training sequences) for diagnostics
+            (reconstructions, mixing, expert load) every `val_every` steps; 0 is none.
+        max_nonfinite_steps: Steps of a run that may be skipped, without an update, because their loss or gradient is
+            not finite; one more stops the run.
+        world_size: Required number of processes, all machines together; any other number is an error. null accepts
+            the launcher's.
         trackers: Trackers of accelerate by name, e.g. tensorboard, wandb; [] is none. A resumed run goes on in the
             same W&B run; files are in the run folder, in trackers.
     """
@@ -143,28 +139,45 @@ class LoopConfig:
     log_every: int = 10
     val_every: int = 500
     val_samples: int | None = None
-    visualize: int = 8
-    save_every: int = 500
-    keep: int = 2
-    keep_every: int | None = None
-    skip_nonfinite: int = 0
-    processes: int | None = None
+    num_diagnostic_samples: int = 8
+    max_nonfinite_steps: int = 0
+    world_size: int | None = None
     trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         """Check the ranges; ValueError names the key."""
-        for name in ("micro_batch_size", "log_every", "val_every", "save_every", "keep"):
+        for name in ("micro_batch_size", "log_every", "val_every"):
             require(f"loop.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or above")
-        for name in ("visualize", "skip_nonfinite"):
+        for name in ("num_diagnostic_samples", "max_nonfinite_steps"):
             require(f"loop.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or above")
-        kept = self.keep_every is None or (self.keep_every >= 1 and self.keep_every % self.save_every == 0)
-        require(
-            "loop.keep_every", self.keep_every, kept, f"a multiple of loop.save_every ({self.save_every}), or null"
-        )
-        processes = self.processes is None or self.processes >= 1
-        require("loop.processes", self.processes, processes, "1 or above, or null")
+        fixed = self.world_size is None or self.world_size >= 1
+        require("loop.world_size", self.world_size, fixed, "1 or above, or null")
         samples = self.val_samples is None or self.val_samples >= 1
         require("loop.val_samples", self.val_samples, samples, "1 or above, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints; intervals are in optimizer steps, and the last step always counts as due.
+
+    Args:
+        interval: Steps between checkpoints: the most work that a crash can lose. Checkpoints are written while
+            training continues; a temporary one half-way between two is replaced by the next.
+        keep_latest: Number of newest checkpoints to keep, without the half-way one.
+        keep_interval: Steps between checkpoints that are kept permanently, a multiple of interval; null keeps none.
+    """
+
+    interval: int = 500
+    keep_latest: int = 2
+    keep_interval: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges; ValueError names the key."""
+        for name in ("interval", "keep_latest"):
+            require(f"checkpoint.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or above")
+        kept = self.keep_interval is None or (self.keep_interval >= 1 and self.keep_interval % self.interval == 0)
+        multiple = f"a multiple of checkpoint.interval ({self.interval}), or null"
+        require("checkpoint.keep_interval", self.keep_interval, kept, multiple)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +195,7 @@ class RunConfig:
         optim: The optimizer.
         schedule: How long, in what batches, at what rate.
         loop: How the loop runs.
+        checkpoint: Checkpoints.
     """
 
     name: str = "run"
@@ -192,6 +206,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         """Check the fields; ValueError names the key."""
@@ -208,23 +223,41 @@ class RunConfig:
 
     def gentler(self) -> tuple[str, ...]:
         """Return options, each enough by itself, with which a run may go on whose loss was not finite."""
-        clip = 1.0 if self.optim.clip_grad is None else min(1.0, self.optim.clip_grad / 2)
-        return f"--optim.lr {self.optim.lr / 2:.3g}", f"--optim.clip_grad {clip:.3g}"
+        clip = 1.0 if self.optim.max_grad_norm is None else min(1.0, self.optim.max_grad_norm / 2)
+        return f"--optim.lr {self.optim.lr / 2:.3g}", f"--optim.max_grad_norm {clip:.3g}"
 
 
-HARMLESS = frozenset(
+RESUME_MUTABLE_KEYS = frozenset(
     {"out", "resume"}
-    | {f"loop.{key}" for key in ("micro_batch_size", "compile", "log_every", "val_every", "visualize")}
-    | {f"loop.{key}" for key in ("save_every", "keep", "keep_every", "skip_nonfinite", "processes", "trackers")}
+    | {f"loop.{key}" for key in ("micro_batch_size", "compile", "log_every", "val_every", "num_diagnostic_samples")}
+    | {f"loop.{key}" for key in ("max_nonfinite_steps", "world_size", "trackers")}
+    | {f"checkpoint.{key}" for key in ("interval", "keep_latest", "keep_interval")}
 )
 """Keys that may change when a run is resumed: they say how it is run and recorded, not what is trained."""
 
-STARTS_ANEW = frozenset(
+START_FROM_MUTABLE_KEYS = frozenset(
     {"name", "start_from"}
     | {f"schedule.{key}" for key in ("epochs", "warmup_epochs", "tokens", "tokens_per_parameter", "warmup_steps")}
-    | {f"schedule.{key}" for key in ("min_lr", "decay_fraction", "decay_shape")}
+    | {f"schedule.{key}" for key in ("min_lr", "decay_fraction", "decay_type")}
 )
 """Keys that may differ between a run and the one whose checkpoint it begins with."""
+
+
+RENAMED_KEYS = {
+    "loop.save_every": "checkpoint.interval",
+    "loop.keep": "checkpoint.keep_latest",
+    "loop.keep_every": "checkpoint.keep_interval",
+    "loop.processes": "loop.world_size",
+    "loop.skip_nonfinite": "loop.max_nonfinite_steps",
+    "loop.visualize": "loop.num_diagnostic_samples",
+    "optim.clip_grad": "optim.max_grad_norm",
+    "schedule.decay_shape": "schedule.decay_type",
+    "data.repeats": "data.repeated_augmentation",
+    "data.window_shards": "data.shuffle_window_shards",
+    "model.args.ffn_gate": "model.args.ffn_mixing_gate",
+    "model.encoder_args.ffn_gate": "model.encoder_args.ffn_mixing_gate",
+}
+"""Keys of configurations before 0.1.0 -> their names since. An old key is an error that names the new one."""
 
 
 def require(key: str, value: Any, allowed: bool, wanted: str) -> None:
@@ -322,10 +355,19 @@ def _check_texts(words: Sequence[str]) -> None:
             check_shape(text)
         except ValueError as error:
             raise ValueError(f"{text if len(text) < 99 else option}: {error}") from error
+        _check_renamed([option.removeprefix("--")], "the command line")
         if "--config" in (option, before) and _is_file(text):
             content = read_yaml(Path(text), "--config takes YAML files of keys with values", empty=True)
             if "config" in content:  # jsonargparse keeps the files' names under this key
                 raise ValueError(f"{text} has the key 'config', which is none of a configuration")
+            _check_renamed(flatten(content), text)
+
+
+def _check_renamed(keys: Iterable[str], source: str) -> None:
+    """Raise ValueError for a key of `RENAMED_KEYS`."""
+    for key in keys:
+        if key in RENAMED_KEYS:
+            raise ValueError(f"{source}: {key} was renamed to {RENAMED_KEYS[key]}")
 
 
 def _is_file(text: str) -> bool:
@@ -379,13 +421,15 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differing_keys(old: dict[str, Any], new: dict[str, Any], *, harmless: frozenset[str] = HARMLESS) -> list[str]:
+def differing_keys(
+    old: dict[str, Any], new: dict[str, Any], *, mutable_keys: frozenset[str] = RESUME_MUTABLE_KEYS
+) -> list[str]:
     """Return "optim.lr: 0.001 -> 0.002" for every dotted key whose value differs between two config trees."""
     before, after = flatten(old), flatten(new)
     return [
         f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
         for key in sorted(before.keys() | after.keys())
-        if key not in harmless and before.get(key, _ABSENT) != after.get(key, _ABSENT)
+        if key not in mutable_keys and before.get(key, _ABSENT) != after.get(key, _ABSENT)
     ]
 
 

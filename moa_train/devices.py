@@ -176,8 +176,7 @@ def trace_saved_bytes(model: nn.Module, loss: Callable[[int], Tensor], *, bf16: 
             for name, tensor in (*bound.named_parameters(), *bound.named_buffers())
         }
         one, two = (
-            _saved_bytes(lambda n=n: torch.func.functional_call(bound, tensors, (n,)), tensors.values())
-            for n in (1, 2)
+            _saved_bytes(lambda n=n: torch.func.functional_call(bound, tensors, (n,)), tensors.values()) for n in (1, 2)
         )
     return SavedBytes(2 * one - two, two - one)
 

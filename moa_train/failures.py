@@ -3,7 +3,7 @@
 Process 0 holds a socket to each other process and passes on who failed. A process that dies without a word is known
 by its socket, which the kernel closes at once, however the process ended; a machine that is gone is known by the
 kernel's keep-alive probes. Nothing is polled, and nobody who is only busy (compiling, reading, asleep) is taken for
-dead: a process that hangs is left to the timeout of torch's process group (`moa_train.parallel.PATIENCE`), whose
+dead: a process that hangs is left to the timeout of torch's process group (`moa_train.distributed.PATIENCE`), whose
 error ends all of them in this way too. Before `Together.watch`, while processes find each other, it is for the
 launcher to end the others.
 """
@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from moa_train.records import again
+from moa_train.run_folder import again
 from moa_train.signals import EXIT_STOPPED
 
 GRACE_S = 5.0
@@ -95,9 +95,7 @@ class Together:
         Files are whole or absent however a process ends, so nothing is cleaned up. To be called in any thread.
         """
         _end_soon(EXIT_STOPPED)  # should even telling be impossible
-        text = (
-            f"stopped     {signal}: training had not begun, and nothing is lost. The same command continues{again()}"
-        )
+        text = f"stopped     {signal}: training had not begun, and nothing is lost. The same command continues{again()}"
         code = self._settle(EXIT_STOPPED, lambda: print(text, flush=True) if self._tells() else None)
         if isinstance(self._link, _Hub):
             self._link.everyone.wait(GRACE_S)  # to those that have yet to be let in it would look like a death

@@ -16,12 +16,12 @@ from torch import nn
 
 from moa_train.config import RunConfig, require
 from moa_train.devices import Gpu, SavedBytes, bf16_peak_flops, state_bytes
+from moa_train.distributed import blocks
 from moa_train.muon import orthogonalize_flops
-from moa_train.parallel import blocks
 from moa_train.plan import ASSUMED_UTILIZATION, LARGEST_BATCH, Plan, divisors, make_plan
 from moa_train.progress import WARMUP_STEPS, count, duration
 from moa_train.reading import read_json
-from moa_train.records import RunFolder
+from moa_train.run_folder import RunFolder
 from moa_train.schedule import Budget
 
 GIB = 2**30
@@ -58,7 +58,7 @@ class States:
 def count_states(model: nn.Module, with_one_moment: Sequence[str] = ()) -> States:
     """Count `model`, on any device ("meta" too); `with_one_moment` are the parameters that Muon steps.
 
-    Blocks are those of `moa_train.parallel.blocks`, which a run gathers one at a time.
+    Blocks are those of `moa_train.distributed.blocks`, which a run gathers one at a time.
     """
 
     def size(parameters: Sequence[nn.Parameter]) -> int:
@@ -283,7 +283,9 @@ def forecast(config: RunConfig, workload: Workload, cluster: Cluster, gpus: int)
     loop = replace(config.loop, micro_batch_size=micro)
     plan = make_plan(replace(config, loop=loop), workload.samples_per_epoch, workload.budget, devices)
     compute, communication, exposed = _seconds(workload, cluster, plan)
-    kept, saves = _kept(plan, config.loop.save_every, config.loop.keep, config.loop.keep_every)
+    kept, saves = _kept(
+        plan, config.checkpoint.interval, config.checkpoint.keep_latest, config.checkpoint.keep_interval
+    )
     checkpoint = workload.states.weights + workload.states.moments
     return Forecast(
         gpus=gpus,
@@ -372,16 +374,12 @@ def _muon_seconds(workload: Workload, cluster: Cluster, devices: int) -> float |
 def _kept(plan: Plan, save_every: int, keep: int, keep_every: int | None) -> tuple[int, int]:
     """Checkpoints that lie there at the end, and how many are written in all; see `moa_train.checkpoint.save`."""
     whole = -(-plan.total_steps // save_every)  # the last step counts as due
-    halfway = (
-        -(-(plan.total_steps - save_every // 2) // save_every) if save_every > 1 else 0
-    )  # each lasts to the next
+    halfway = -(-(plan.total_steps - save_every // 2) // save_every) if save_every > 1 else 0  # each lasts to the next
     dropped = max(0, whole - keep) * save_every if keep_every else 0  # the step up to which only those for good stay
     return min(keep, whole) + (dropped // keep_every if keep_every else 0), whole + max(0, halfway)
 
 
-def _notes(
-    gpus: int, devices: int, batch: int, wanted: int, fitting: int, micro: int, held: Memory
-) -> tuple[str, ...]:
+def _notes(gpus: int, devices: int, batch: int, wanted: int, fitting: int, micro: int, held: Memory) -> tuple[str, ...]:
     """What the plan changes: `wanted` is the configured micro-batch, `fitting` splits, `micro` has memory too."""
     notes = []
     if devices < gpus:
@@ -416,9 +414,7 @@ def assumed_rate(gpu: Gpu, utilization: float | None) -> tuple[float | None, str
     return part * gpu.peak_flops, f"{part:.1%} of the bf16 peak, {how}"
 
 
-def measured_rate(
-    run: Path, gpu: Gpu, muon: Sequence[Sequence[int]] = (), parallel: str = "ddp"
-) -> tuple[float, str]:
+def measured_rate(run: Path, gpu: Gpu, muon: Sequence[Sequence[int]] = (), parallel: str = "ddp") -> tuple[float, str]:
     """Return a device's rate in FLOP/s from the mean throughput that a run recorded, and in words where it is from.
 
     That throughput is of whole steps. So the rate counts the products of whole steps, the model's and Muon's: a plan

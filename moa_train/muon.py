@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moa_train.parallel import full, local, place_like
+from moa_train.distributed import full, local, place_like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that an iteration applies to the singular values (Keller Jordan's Muon, and torch.optim.Muon)."""

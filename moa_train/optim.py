@@ -150,9 +150,7 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def _check_names(model: nn.Module, named: Mapping[str, Tensor], argument: str, names: Collection[str]) -> None:
     strangers = sorted(set(names) - named.keys())
     if strangers:
-        raise ValueError(
-            f"{argument} names {strangers}, which are not trainable parameters of {type(model).__name__}"
-        )
+        raise ValueError(f"{argument} names {strangers}, which are not trainable parameters of {type(model).__name__}")
 
 
 def _by_decay(
@@ -182,9 +180,7 @@ def _muon_and_adamw(
     for name, parameter in hidden.items():
         if parameter.ndim not in (2, 3):
             shape = f"{name!r} of shape {tuple(parameter.shape)}"
-            raise ValueError(
-                f"hidden_matrices names {shape}; allowed are matrices (A, B) and stacks of them (E, A, B)"
-            )
+            raise ValueError(f"hidden_matrices names {shape}; allowed are matrices (A, B) and stacks of them (E, A, B)")
 
     def groups(part: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
         return _by_decay(part, config.weight_decay, no_decay)

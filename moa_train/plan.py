@@ -13,7 +13,7 @@ from torch import nn
 from moa_train.config import RunConfig, require
 from moa_train.devices import bf16_peak_flops, device_name, saved_bytes_per_sample, state_bytes
 from moa_train.progress import count, duration
-from moa_train.schedule import Budget, DecayShape, lr_at
+from moa_train.schedule import Budget, DecayType, lr_at
 
 TRAINING_FLOPS_PER_FORWARD = 3
 """A backward pass costs twice the forward's matrix products."""
@@ -46,7 +46,7 @@ class Plan:
     world_size: int
     lr: float
     min_lr: float
-    decay_shape: DecayShape
+    decay_type: DecayType
 
     def lr_at(self, step: int) -> float:
         """Return the rate of the step that follows `step` finished ones; see `moa_train.schedule.lr_at`."""
@@ -57,7 +57,7 @@ class Plan:
             warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
             decay_steps=self.decay_steps,
-            shape=self.decay_shape,
+            shape=self.decay_type,
         )
 
     def is_decaying(self, step: int) -> bool:
@@ -122,7 +122,7 @@ def make_plan(config: RunConfig, samples_per_epoch: int, budget: Callable[[int],
         world_size=world_size,
         lr=config.optim.lr,
         min_lr=config.schedule.min_lr,
-        decay_shape=config.schedule.decay_shape,
+        decay_type=config.schedule.decay_type,
     )
 
 
@@ -181,7 +181,7 @@ def describe(plan: Plan, costs: Costs, *, unit: str, units_per_sample: int, step
         seconds = flops / (ASSUMED_UTILIZATION * costs.peak_flops * plan.world_size)
         time = f"{duration(seconds)} at {ASSUMED_UTILIZATION:.0%} of the bf16 peak; told again once measured"
     partly = plan.decay_steps < plan.total_steps - plan.warmup_steps
-    decay = f", {plan.decay_steps:,} of decay ({plan.decay_shape}) at the end" if partly else ""
+    decay = f", {plan.decay_steps:,} of decay ({plan.decay_type}) at the end" if partly else ""
     return {
         "steps": (
             f"{plan.total_steps:,} = {plan.epoch(plan.total_steps):.4g} epochs of {plan.steps_per_epoch:,}, "

@@ -83,9 +83,7 @@ def check_shape(text: str) -> None:
             if len(nodes) > DEEPEST + 1:
                 raise _Shape(f"it is nested more than {DEEPEST} levels deep")
             if nodes[-1] > LARGEST:
-                raise _Shape(
-                    f"it comes to more than {LARGEST:,} values, its aliases followed; write out what is meant"
-                )
+                raise _Shape(f"it comes to more than {LARGEST:,} values, its aliases followed; write out what is meant")
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, _Shape):
             raise

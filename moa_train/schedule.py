@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple, get_args
 
-DecayShape = Literal["cosine", "linear", "1-sqrt"]
-DECAY_SHAPES: tuple[str, ...] = get_args(DecayShape)
+DecayType = Literal["cosine", "linear", "1-sqrt"]
+DECAY_SHAPES: tuple[str, ...] = get_args(DecayType)
 
 
 class Budget(NamedTuple):
@@ -24,7 +24,7 @@ def lr_at(
     warmup_steps: int,
     total_steps: int,
     decay_steps: int | None = None,
-    shape: DecayShape = "cosine",
+    shape: DecayType = "cosine",
 ) -> float:
     """Return the learning rate of the optimizer step that follows `step` finished ones.
 

@@ -19,7 +19,7 @@ WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
-class Share:
+class DataParallelRank:
     """One process's part of the work: it is number `rank` of `world_size`, and each takes `micro_batch` at a time."""
 
     rank: int
@@ -57,11 +57,11 @@ class Task(Protocol):
         """Return how many optimizer steps the run takes, and its warm-up."""
         ...
 
-    def describe(self) -> dict[str, str]:
+    def startup_lines(self) -> dict[str, str]:
         """Return lines of the announcement, title to text."""
         ...
 
-    def facts(self) -> dict[str, Any]:
+    def summary_fields(self) -> dict[str, Any]:
         """Return what summary.json says of the task, e.g. "parameters" by part; asked on the main process only."""
         ...
 
@@ -73,11 +73,11 @@ class Task(Protocol):
         """Return a made-up batch of `count` samples, to measure what `loss` needs."""
         ...
 
-    def train_batches(self, share: Share, plan: Plan, start_step: int) -> Iterable[Any]:
+    def train_batches(self, share: DataParallelRank, plan: Plan, start_step: int) -> Iterable[Any]:
         """Yield this process's micro-batches, in order, for the steps from `start_step` to the plan's end."""
         ...
 
-    def val_batches(self, share: Share) -> Iterable[Any]:
+    def val_batches(self, share: DataParallelRank) -> Iterable[Any]:
         """Yield this process's share of the held-out samples; over all processes each sample comes once."""
         ...
 
@@ -92,7 +92,7 @@ class Task(Protocol):
         """
         ...
 
-    def visualize(self, model: nn.Module, folder: Path, step: int) -> None:
+    def write_diagnostics(self, model: nn.Module, folder: Path, step: int) -> None:
         """Draw what the model does on held-out samples, or what it has in their place, into the run folder `folder`.
 
         Asked on the main process only, with `model` whole: it need not be the task's own, which may be in shards.
@@ -100,7 +100,7 @@ class Task(Protocol):
         ...
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Write the trained model, in the form in which others load it, into the empty `folder`; as `visualize`."""
+        """Write the trained model, in the form that others load, into the empty `folder`; as `write_diagnostics`."""
         ...
 
 

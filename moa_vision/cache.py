@@ -22,8 +22,8 @@ from typing import IO, Any, NamedTuple, TypeVar
 from filelock import FileLock
 from fsspec.callbacks import Callback
 
-from moa_train.durable import sync_file, write_json
-from moa_vision.room import hold, make_room, release
+from moa_train.atomic_io import sync_file, write_json
+from moa_vision.cache_eviction import hold, make_room, release
 
 log = logging.getLogger(__name__)
 
@@ -280,9 +280,7 @@ def _fetch_with_patience(shard: Shard, target: Path, check: Callable[[Path], obj
             late = waited_s + STALL_S > SERIES_S  # the next attempt may stall
             if attempt + 1 == ATTEMPTS or late or not is_remote(shard.url) or _is_hopeless(error):
                 reason = f"{type(error).__name__}: {_told(error)}"
-                raise LostShard(
-                    f"cannot fetch {shard.url} (attempt {attempt + 1} of {ATTEMPTS}): {reason}"
-                ) from error
+                raise LostShard(f"cannot fetch {shard.url} (attempt {attempt + 1} of {ATTEMPTS}): {reason}") from error
             log.warning("fetching %s failed (%s); trying again in %.0f s", shard.url, _told(error), pause_s)
             time.sleep(pause_s)
 
@@ -433,9 +431,7 @@ def _is_hopeless(error: Exception) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in _HOPELESS:
         return True
-    if type(error.__cause__).__module__.startswith(
-        "aiohttp."
-    ):  # what came was no HTTP; aiohttp calls that status 400
+    if type(error.__cause__).__module__.startswith("aiohttp."):  # what came was no HTTP; aiohttp calls that status 400
         return False
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     return isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)

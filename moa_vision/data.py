@@ -1,7 +1,7 @@
 """Index -> batches: images (B, C, H, W) and mask noise; their order is a function of (seed, epoch, position).
 
 Position p of epoch e is the same pixels and the same noise whatever the numbers of workers and ranks are and wherever
-a run began; see `moa_vision.order` and `moa_train.order`.
+a run began; see `moa_vision.epoch_order` and `moa_train.data_order`.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from moa_train.order import SAMPLE, StepBatches, batch_loader, generator, philox_key
+from moa_train.data_order import SAMPLE, StepBatches, batch_loader, generator, philox_key
 from moa_vision.cache import DataError, LostShard, is_kept
+from moa_vision.epoch_order import EpochOrder
 from moa_vision.images import CROP_DRAWS, Box, ImageError, central_box, crop_into, decode_image, random_box
 from moa_vision.index import ShardIndex, ShardReader
-from moa_vision.order import EpochOrder
 from moa_vision.table import BadSample
 
 
@@ -34,8 +34,9 @@ class DataConfig:
         image_key: The image among a sample's members: of KEY.input.jpg, input.jpg; several in order of preference,
             "input.jpg;jpg". Null: jpg, png, ..., or the only member with such a suffix. Of no use to shards of
             scripts/make_shards.py.
-        window_shards: Shards whose samples are shuffled together; reading stays within this many files.
-        repeats: Crops made of one decoded image, at consecutive positions; an epoch shows 1/repeats of the images.
+        shuffle_window_shards: Shards whose samples are shuffled together; reading stays within this many files.
+        repeated_augmentation: Number of crops of each decoded image, at consecutive positions; an epoch reads
+            1/repeated_augmentation of the images.
         crop_scale: Smallest and largest area of a training crop, as a fraction of the image.
         crop_ratio: Smallest and largest width / height of a training crop before it is resized.
         hflip: Mirror half of the training crops.
@@ -54,8 +55,8 @@ class DataConfig:
     train: str
     val: str | None = None
     image_key: str | None = None
-    window_shards: int = 8
-    repeats: int = 1
+    shuffle_window_shards: int = 8
+    repeated_augmentation: int = 1
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: bool = True
@@ -71,8 +72,8 @@ class DataConfig:
         low, high = self.crop_scale
         allowed = {
             "image_key": (self.image_key is None or bool(self.image_key.strip(" .;")), "a name such as input.jpg"),
-            "window_shards": (self.window_shards >= 1, "1 or more"),
-            "repeats": (self.repeats >= 1, "1 or more"),
+            "shuffle_window_shards": (self.shuffle_window_shards >= 1, "1 or more"),
+            "repeated_augmentation": (self.repeated_augmentation >= 1, "1 or more"),
             "crop_scale": (0 < low <= high <= 1, "two fractions, 0 < smallest <= largest <= 1"),
             "crop_ratio": (0 < self.crop_ratio[0] <= self.crop_ratio[1], "two numbers, 0 < smallest <= largest"),
             "val_crop_pct": (0 < self.val_crop_pct <= 1, "a fraction, more than 0 and at most 1"),
@@ -141,14 +142,14 @@ class TrainSamples(Dataset[ImageBatch]):
         seed: int,
         channels: int = 3,
     ) -> None:
-        open_files = None if index.cache_limit is None else config.window_shards
+        open_files = None if index.cache_limit is None else config.shuffle_window_shards
         self.reader = ShardReader(index, config.max_bad_samples, open_files)
         self.config = config
         self.image_size = image_size
         self.num_patches = num_patches
         self.channels = channels
         self.key = philox_key(seed, SAMPLE)
-        self.order = EpochOrder(index.starts, seed, config.window_shards, config.repeats)
+        self.order = EpochOrder(index.starts, seed, config.shuffle_window_shards, config.repeated_augmentation)
 
     def __getitems__(self, where: Sequence[tuple[int, int]]) -> ImageBatch:
         """The batch of these epochs and positions; images that several positions share are decoded once.
@@ -158,7 +159,7 @@ class TrainSamples(Dataset[ImageBatch]):
         batch = _Builder(self.reader.index, len(where), self.image_size, self.num_patches, self.channels)
         current, image, sample = None, torch.empty(0), -1
         for epoch, position in where:
-            slot = position // self.config.repeats
+            slot = position // self.config.repeated_augmentation
             if (epoch, slot) != current:
                 current = (epoch, slot)
                 try:
@@ -307,8 +308,8 @@ def train_loader(
     dataset = TrainSamples(index, config, image_size, num_patches, seed, channels)
     if len(dataset.order) < global_batch:
         raise ValueError(
-            f"data.train has {len(dataset.order)} images an epoch (with data.repeats = {config.repeats}), fewer than "
-            f"one global batch of {global_batch}; use a smaller batch"
+            f"data.train has {len(dataset.order)} images per epoch with data.repeated_augmentation = "
+            f"{config.repeated_augmentation}, fewer than one global batch of {global_batch}; use a smaller batch"
         )
     steps = range(start_step, num_steps)
     batches = StepBatches(len(dataset.order), global_batch, micro_batch, rank, world_size, steps)
@@ -357,11 +358,11 @@ def require_cache_room(config: DataConfig, train: ShardIndex, val: ShardIndex | 
     """
     if config.cache_gib is None:
         return
-    needed = _largest(train, 2 * config.window_shards) + (_largest(val, 2) if val else 0)
+    needed = _largest(train, 2 * config.shuffle_window_shards) + (_largest(val, 2) if val else 0)
     if config.cache_gib * 2**30 < needed:
         raise ValueError(
             f"data.cache_gib is {config.cache_gib}; allowed: {needed / 2**30:.3g} or more, which two windows of "
-            f"data.window_shards = {config.window_shards} of these shards take, or null for no limit"
+            f"data.shuffle_window_shards = {config.shuffle_window_shards} of these shards take, or null for no limit"
         )
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moa_train.durable import new_folder
+from moa_train.atomic_io import new_folder
 from moa_vision.mae import BUILD_FAULTS, MAE, create_mae
 
 _RUN_ONLY = ("drop_rate", "drop_path_rate", "ffn_backend")

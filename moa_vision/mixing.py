@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moa_ffn import FFN
 from moa_ffn.mixing_stats import mixing_row
-from moa_train.durable import write_bytes, write_json
+from moa_train.atomic_io import write_bytes, write_json
 from moa_vision.mae import MAE
 
 
@@ -65,9 +65,7 @@ def mixing_maps(mae: MAE, images: Tensor, noise: Tensor) -> dict[str, Maps]:
     return found
 
 
-def save_mixing(
-    maps: dict[str, Maps], keys: Sequence[str], grid: tuple[int, int], folder: Path, *, step: int
-) -> None:
+def save_mixing(maps: dict[str, Maps], keys: Sequence[str], grid: tuple[int, int], folder: Path, *, step: int) -> None:
     """Write what `mixing_maps` found into `folder` (made if missing), each file whole or not at all.
 
     Args:

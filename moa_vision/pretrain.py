@@ -1,4 +1,4 @@
-"""Masked-autoencoder pre-training: configuration, the task that `moa_train.loop` runs, and the main."""
+"""Masked-autoencoder pre-training: configuration, the task that `moa_train.trainer` runs, and the main."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from moa_train.config import HARMLESS, EpochSchedule, RunConfig, parse_config, require
-from moa_train.loop import check, run
+from moa_train.config import RESUME_MUTABLE_KEYS, EpochSchedule, RunConfig, parse_config, require
 from moa_train.plan import Plan
 from moa_train.progress import count
 from moa_train.schedule import Budget
 from moa_train.signals import ignore_stop_signals
-from moa_train.task import Share
+from moa_train.task import DataParallelRank
+from moa_train.trainer import check, run
 from moa_vision.bad_samples import BadSamples
 from moa_vision.cache import DataError
 from moa_vision.data import DataConfig, ImageBatch, normalize, require_cache_room, train_loader, val_loader
@@ -30,7 +30,7 @@ from moa_vision.mixing import mixing_maps, save_mixing
 from moa_vision.photographs import make_photograph_shards
 from moa_vision.reconstruct import save_reconstructions
 
-DATA_HARMLESS = {"data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples"}
+DATA_RESUME_MUTABLE_KEYS = {"data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples"}
 """Keys of the data that may change when a run is resumed."""
 
 PHOTOGRAPHS = Path("data/photographs")
@@ -116,7 +116,9 @@ class MAETask:
         self.train_index = self._opened("train", self.data.train)
         self.val_index = self._opened("val", self.data.val) if self.data.val else None
         require_cache_room(self.data, self.train_index, self.val_index)
-        self.samples_per_epoch = len(self.train_index) // self.data.repeats * self.data.repeats
+        self.samples_per_epoch = (
+            len(self.train_index) // self.data.repeated_augmentation * self.data.repeated_augmentation
+        )
         held_out = len(self.val_index) if self.val_index else 0
         self.val_samples = held_out if config.loop.val_samples is None else min(held_out, config.loop.val_samples)
         self.forward_flops_per_sample = forward_flops(self.mae)
@@ -127,7 +129,7 @@ class MAETask:
         """Return the steps that the configured epochs come to."""
         return self.config.schedule.budget(steps_per_epoch)
 
-    def describe(self) -> dict[str, str]:
+    def startup_lines(self) -> dict[str, str]:
         """Return lines of the announcement."""
         mae, index = self.mae, self.train_index
         parts = [f"{name} {count(number)}" for name, number in parameter_counts(mae).items()]
@@ -138,7 +140,7 @@ class MAETask:
             "data": f"{len(index):,} images in {len(index.shards):,} shards; {self.val_samples:,} held out",
         }
 
-    def facts(self) -> dict[str, Any]:
+    def summary_fields(self) -> dict[str, Any]:
         """Return parameter counts and the number of bad samples, for summary.json."""
         return {"parameters": parameter_counts(self.mae), "bad_samples": self.bad_samples.recorded()}
 
@@ -151,7 +153,7 @@ class MAETask:
         images = torch.zeros(count, self.mae.in_chans, *self.image_size, dtype=torch.uint8)
         return Images(images, torch.linspace(0, 1, self.mae.num_patches).expand(count, -1))
 
-    def train_batches(self, share: Share, plan: Plan, start_step: int) -> Iterable[Images]:
+    def train_batches(self, share: DataParallelRank, plan: Plan, start_step: int) -> Iterable[Images]:
         """Yield this process's micro-batches from `start_step` on."""
         loader = train_loader(
             self.train_index,
@@ -173,7 +175,7 @@ class MAETask:
                 self.bad_samples.note(index.without_image())
         return self._good(loader)
 
-    def val_batches(self, share: Share) -> Iterable[Images]:
+    def val_batches(self, share: DataParallelRank) -> Iterable[Images]:
         """Yield this process's share of the held-out images; masks are fixed for each image."""
         if self._val_loader is None:
             self._val_loader = self._held_out(self.data, share, self.val_samples)
@@ -199,7 +201,7 @@ class MAETask:
         losses = self.mae.reconstruction_losses(images, model(images, batch.noise))
         return losses | {"loss": losses["loss_norm" if self.mae.norm_pix_loss else "loss_pixel"]}
 
-    def visualize(self, model: nn.Module, folder: Path, step: int) -> None:
+    def write_diagnostics(self, model: nn.Module, folder: Path, step: int) -> None:
         """Draw the same few held-out images, masked and reconstructed, each time, and note how their tokens mix."""
         if self._shown is None:
             return
@@ -227,9 +229,11 @@ class MAETask:
 
     @cached_property
     def _shown(self) -> tuple[Tensor, Tensor, list[str]] | None:
-        """The images (N, C, H, W), noise (N, L) and keys that `visualize` draws; None without held-out ones."""
-        shown = min(self.val_samples, self.config.loop.visualize)
-        for batch in self._held_out(replace(self.data, workers=0), Share(0, 1, shown), shown) if shown else ():
+        """The images (N, C, H, W), noise (N, L) and keys that `write_diagnostics` draws; None without held-out ones."""
+        shown = min(self.val_samples, self.config.loop.num_diagnostic_samples)
+        for batch in (
+            self._held_out(replace(self.data, workers=0), DataParallelRank(0, 1, shown), shown) if shown else ()
+        ):
             return batch.images, batch.noise, batch.keys
         return None
 
@@ -243,7 +247,7 @@ class MAETask:
                 f"data.{key} is {pattern!r}, data.cache_dir {self.data.cache_dir!r}: they cannot be read ({error})"
             ) from error
 
-    def _held_out(self, data: DataConfig, share: Share, limit: int) -> Iterable[ImageBatch]:
+    def _held_out(self, data: DataConfig, share: DataParallelRank, limit: int) -> Iterable[ImageBatch]:
         assert self.val_index is not None, "asked for only where val_samples is above 0"
         loader = val_loader(
             self.val_index,
@@ -319,7 +323,7 @@ def check_config(config: MAEConfig) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
-    """Train as the command line says and return the exit code of `moa_train.loop.run`; `default` is the config file
+    """Train as the command line says and return the exit code of `moa_train.trainer.run`; `default` is the config file
     read when the command line names none.
     """
     config = parse_config(
@@ -330,4 +334,9 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
         default=default,
         check=check_config,
     )
-    return run(config, partial(build_task, config), harmless=HARMLESS | DATA_HARMLESS, expected=(DataError,))
+    return run(
+        config,
+        partial(build_task, config),
+        mutable_keys=RESUME_MUTABLE_KEYS | DATA_RESUME_MUTABLE_KEYS,
+        expected=(DataError,),
+    )

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from moa_train.durable import sync_file, sync_folder, write_json
+from moa_train.atomic_io import sync_file, sync_folder, write_json
 from moa_train.progress import CountBar
 from moa_train.signals import end_with_parent
 from moa_vision.cache import DataError, file_sha256

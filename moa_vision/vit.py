@@ -3,7 +3,7 @@
 Every model is timm's own `VisionTransformer`; only its `mlp_layer` is ours, so that everything timm does with a ViT
 works here too; `use_naflex=True` or TIMM_USE_NAFLEXVIT=true gives its `NaFlexVit` instead. Beside timm's arguments,
 `ffn_*` keyword arguments set the layer (`FFN_ARGUMENTS`), for example
-`timm.create_model("vit_base_patch16_qdmoa", ffn_gate="tanh", ffn_gate_activations="g,s")`.
+`timm.create_model("vit_base_patch16_qdmoa", ffn_mixing_gate="tanh", ffn_gate_activations="g,s")`.
 """
 
 import os
@@ -31,7 +31,7 @@ SIZES: dict[str, dict[str, int]] = {
 """Widths and depths of timm's vit_*_patch16_224."""
 
 _SETTINGS = (
-    *("gate", "gate_activations", "up_activations", "mixed_branch", "mix_bias"),
+    *("mixing_gate", "gate_activations", "up_activations", "mixed_branch", "mix_bias"),
     *("mix_init_std", "coef_init", "backend"),
 )
 FFN_ARGUMENTS: tuple[str, ...] = tuple(f"ffn_{name}" for name in _SETTINGS)

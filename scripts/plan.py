@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from halves import LANGUAGE, VISION, training_script
+from task_kind import LANGUAGE, VISION, training_script
 
 from moa_train.config import RunConfig, parse_config, require
 from moa_train.devices import GPUS, SavedBytes, find_gpu, trace_saved_bytes
@@ -50,7 +50,7 @@ IMAGES_PER_CORE_S = 318.0
 """Decoded, cropped and resized by one core: 110 KB JPEGs on a 2.5 GHz Xeon (scripts/benchmarks/loader.py)."""
 
 DECODING_PART = 318 / 414
-"""Of that time, what decoding takes (414 images/s alone); data.repeats crops share it."""
+"""Of that time, what decoding takes (414 images/s alone); data.repeated_augmentation crops share it."""
 
 
 def build_parser(*, files: bool = True) -> argparse.ArgumentParser:
@@ -189,7 +189,7 @@ def vision_workload(
     def loss(samples: int) -> torch.Tensor:
         return mae(torch.zeros(samples, mae.in_chans, *size), torch.zeros(samples, mae.num_patches)).loss
 
-    repeats = config.data.repeats
+    repeats = config.data.repeated_augmentation
     return Workload(
         title=f"{config.model.encoder} at {' x '.join(map(str, size))}",
         parameters=parameter_counts(mae),

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from halves import LANGUAGE, VISION, training_script
+from task_kind import LANGUAGE, VISION, training_script
 
-from moa_train.config import HARMLESS
+from moa_train.config import RESUME_MUTABLE_KEYS
 from moa_train.sweep.command import main
 
 
@@ -32,18 +32,18 @@ def script_of(arguments: Sequence[str]) -> Path:
     return VISION
 
 
-def harmless(script: Path) -> frozenset[str]:
+def mutable_keys(script: Path) -> frozenset[str]:
     """Return the keys that may change when a run of the script is resumed."""
     if script == LANGUAGE:  # imported here, so that --help need not wait for it
-        from moa_lm.pretrain import LM_HARMLESS
+        from moa_lm.pretrain import LM_RESUME_MUTABLE_KEYS
 
-        return HARMLESS | LM_HARMLESS
-    from moa_vision.pretrain import DATA_HARMLESS
+        return RESUME_MUTABLE_KEYS | LM_RESUME_MUTABLE_KEYS
+    from moa_vision.pretrain import DATA_RESUME_MUTABLE_KEYS
 
-    return HARMLESS | DATA_HARMLESS
+    return RESUME_MUTABLE_KEYS | DATA_RESUME_MUTABLE_KEYS
 
 
 if __name__ == "__main__":
     report = [sys.executable, str(VISION.with_name("compare_runs.py"))]
     script = script_of(sys.argv[1:])
-    sys.exit(main(sys.argv[1:], script=script, report=report, harmless=partial(harmless, script)))
+    sys.exit(main(sys.argv[1:], script=script, report=report, mutable_keys=partial(mutable_keys, script)))

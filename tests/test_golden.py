@@ -24,15 +24,26 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from moa_train.config import RENAMED_KEYS
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).with_name("golden")
 
 # Key or column in the golden files -> its current name, or None if it was removed.
-RENAMED: dict[str, str | None] = {}
+RENAMED: dict[str, str | None] = {**RENAMED_KEYS, "ffn_gate": "ffn_mixing_gate"}
 # Config file in recipes.json -> arguments that give this recipe now, e.g. ["--config", "configs/lm/base.yaml", ...].
 MOVED: dict[str, list[str]] = {}
 
-SHORT = ["--loop.val_every", "2", "--loop.val_samples", "16", "--loop.visualize", "0", "--loop.trackers", "[]"]
+SHORT = [
+    "--loop.val_every",
+    "2",
+    "--loop.val_samples",
+    "16",
+    "--loop.num_diagnostic_samples",
+    "0",
+    "--loop.trackers",
+    "[]",
+]
 DEMOS = {
     "mae": ("laptop", ["--schedule.epochs", "0.4", "--schedule.warmup_epochs", "0.134"]),  # 6 steps, 2 of warm-up
     "lm": ("tales", ["--schedule.epochs", "null", "--schedule.tokens", "16384", "--schedule.warmup_steps", "2"]),
@@ -60,9 +71,9 @@ VARIANTS = ("relu2", "gelu", "la", "moa", "swiglu", "onela", "bila", "qdla", "on
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     **{variant: (variant, {}) for variant in VARIANTS},
     "onemoa, up": ("onemoa", {"mixed_branch": "up"}),
-    "bimoa, softmax": ("bimoa", {"gate": "softmax"}),
-    "qdmoa, softmax": ("qdmoa", {"gate": "softmax"}),
-    "qdmoa, tanh, biases": ("qdmoa", {"gate": "tanh", "bias": True, "mix_bias": True}),
+    "bimoa, softmax": ("bimoa", {"mixing_gate": "softmax"}),
+    "qdmoa, softmax": ("qdmoa", {"mixing_gate": "softmax"}),
+    "qdmoa, tanh, biases": ("qdmoa", {"mixing_gate": "tanh", "bias": True, "mix_bias": True}),
     "qdmoa, dictionaries": ("qdmoa", {"gate_activations": "silu,tanh", "up_activations": "identity,gelu,relu2"}),
 }
 

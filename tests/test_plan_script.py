@@ -28,7 +28,8 @@ from moa_vision.pretrain import main as train_mae
 ROOT = Path(__file__).parents[1]
 QUICK = {
     "schedule": {"batch_size": 8},
-    "loop": {"micro_batch_size": 4, "log_every": 1, "visualize": 0, "save_every": 2, "trackers": []},
+    "loop": {"micro_batch_size": 4, "log_every": 1, "num_diagnostic_samples": 0, "trackers": []},
+    "checkpoint": {"interval": 2},
 }
 SMALL_ENCODER = {"embed_dim": 96, "depth": 2, "num_heads": 2, "patch_size": 4}
 
@@ -146,9 +147,7 @@ def test_a_language_model_that_really_trains(size, algorithm, fields, tmp_path, 
         return torch.zeros(count, 16, dtype=torch.int64)
 
     part = 0.01 if size == "moe-micro" else 0  # which tokens share an expert, no fake tensor tells
-    assert workload["saved"]["per_sample"] == pytest.approx(
-        saved_bytes_per_sample(real, loss, batch), rel=part, abs=0
-    )
+    assert workload["saved"]["per_sample"] == pytest.approx(saved_bytes_per_sample(real, loss, batch), rel=part, abs=0)
 
 
 def test_what_muon_stepped_in_a_recorded_run(tmp_path):
@@ -218,9 +217,7 @@ def test_layered_configurations_are_planned(tmp_path, planned):
     assert planned(first, *words)[1]["plan"]["accumulation"] == 8
 
 
-@pytest.mark.parametrize(
-    "half", ["mae/vit_b16_qdmoa_800ep", "lm/dense_0.12b_20tpp_qdmoa"], ids=["vision", "language"]
-)
+@pytest.mark.parametrize("half", ["mae/vit_b16_qdmoa_800ep", "lm/dense_0.12b_20tpp_qdmoa"], ids=["vision", "language"])
 def test_a_wrong_key_points_to_the_script_that_lists_them(half, capsys):
     script = {"mae": "pretrain_mae.py", "lm": "pretrain_lm.py"}[half.partition("/")[0]]
     with pytest.raises(SystemExit) as stopped:
@@ -348,9 +345,7 @@ def few_images(tmp_path):
     model |= {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2}
     data = {"train": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
     schedule = {"batch_size": 2}
-    return write_config(
-        tmp_path, {"model": model, "data": data, "schedule": schedule, "loop": {"micro_batch_size": 2}}
-    )
+    return write_config(tmp_path, {"model": model, "data": data, "schedule": schedule, "loop": {"micro_batch_size": 2}})
 
 
 @pytest.mark.parametrize(
@@ -399,7 +394,7 @@ def test_repeats_beyond_the_micro_batch(few_images, planned):
     """A micro-batch of two reads its image itself, whatever the next one needs."""
     _, once = planned(few_images)
     for repeats in ("2", "6"):
-        found = planned(few_images, "--data.repeats", repeats)[1]["reading"]
+        found = planned(few_images, "--data.repeated_augmentation", repeats)[1]["reading"]
         assert found["stored_bytes"] == pytest.approx(once["reading"]["stored_bytes"] / 2)
         assert found["core_s"] == pytest.approx((318 / 414 / 2 + 1 - 318 / 414) / 318)
 

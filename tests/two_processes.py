@@ -23,8 +23,8 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
-from moa_train.loop import Trainer
-from moa_train.parallel import full
+from moa_train.distributed import full
+from moa_train.trainer import Trainer
 
 WORLD_SIZE = 2
 

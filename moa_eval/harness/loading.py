@@ -49,9 +49,7 @@ def check_folder(pretrained: str, arguments: dict[str, Any]) -> None:
     if not (path / (arguments.get("subfolder") or "") / "config.json").is_file() and not arguments.get("gguf_file"):
         adapter = (path / "adapter_config.json").is_file()
         hint = (
-            f"it is an adapter: pass pretrained=BASE,peft={pretrained}"
-            if adapter
-            else "name a transformers checkpoint"
+            f"it is an adapter: pass pretrained=BASE,peft={pretrained}" if adapter else "name a transformers checkpoint"
         )
         raise ModelError(f"{pretrained} holds no config.json: {hint}")
     _require_safetensors(path / (arguments.get("subfolder") or ""), "model")

@@ -189,9 +189,7 @@ class Comparison:
         """The best arm of every other contender against its baseline's, in one loss, where they have one."""
         pairs = [(self.contenders[own].best, self.baseline_of(own).best) for own in self.alternatives]
         return [
-            self.contrast(arm, reference, loss)
-            for arm, reference in pairs
-            if arm is not None and reference is not None
+            self.contrast(arm, reference, loss) for arm, reference in pairs if arm is not None and reference is not None
         ]
 
     def equal_rates(self, loss: str) -> list[Contrast]:

@@ -13,8 +13,8 @@ _IDENTITY = ("name", "seed", "out", "resume")
 _BOOKKEEPING = (
     "data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples", "optim.fused",
     "loop.micro_batch_size", "loop.compile",
-    "loop.log_every", "loop.val_every", "loop.visualize", "loop.save_every", "loop.keep", "loop.keep_every",
-    "loop.skip_nonfinite", "loop.processes", "loop.trackers", "model.gradient_checkpointing",
+    "loop.log_every", "loop.val_every", "loop.num_diagnostic_samples", "checkpoint.",
+    "loop.max_nonfinite_steps", "loop.world_size", "loop.trackers", "model.gradient_checkpointing",
 )  # fmt: skip
 BUDGETS = ("schedule.epochs", "schedule.steps", "schedule.tokens", "schedule.tokens_per_parameter")
 _MUST_MATCH = (

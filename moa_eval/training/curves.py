@@ -113,9 +113,7 @@ def _frame(points: Rows, title: str) -> alt.Chart:
     """The only layer with a y axis. The others follow its scale, and what lies outside is cut off."""
     fitted = alt.Chart(alt.InlineData(values=points)).transform_filter("!datum.early")
     y = alt.Y("low:Q").title(title).scale(zero=False)
-    return (
-        fitted.transform_aggregate(low="min(y)", high="max(y)").mark_rule(opacity=0).encode(y=y, y2=alt.Y2("high:Q"))
-    )
+    return fitted.transform_aggregate(low="min(y)", high="max(y)").mark_rule(opacity=0).encode(y=y, y2=alt.Y2("high:Q"))
 
 
 def _zero() -> alt.Chart:
@@ -205,9 +203,7 @@ def _rows(run: int, x: Values, y: Values, limit: int) -> Rows:
     part, at = np.cumsum(~finite), np.flatnonzero(finite)
     if len(at) > limit:
         at = at[np.unique(np.linspace(0, len(at) - 1, limit).round().astype(int))]
-    return [
-        {"run": run, "x": short(x[i]), "y": short(y[i])} | ({"part": int(part[i])} if part[i] else {}) for i in at
-    ]
+    return [{"run": run, "x": short(x[i]), "y": short(y[i])} | ({"part": int(part[i])} if part[i] else {}) for i in at]
 
 
 def _ends(comparison: Comparison, lines: Sequence[Line]) -> Rows:

@@ -96,9 +96,7 @@ def sentence(label: str, experts: Experts) -> str:
     low, high = (pick(layer.entropy for layer in layers) for pick in (min, max))
     dropped, assignments = (sum(getattr(layer, key) for layer in layers) for key in ("dropped", "assignments"))
     lost = (
-        f"{grouped(dropped)} of {grouped(assignments)} assignments were dropped"
-        if dropped
-        else "no token was dropped"
+        f"{grouped(dropped)} of {grouped(assignments)} assignments were dropped" if dropped else "no token was dropped"
     )
     return (
         f"{label}: of {total} experts in {len(layers)} {'layer' if len(layers) == 1 else 'layers'} "

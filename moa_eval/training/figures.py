@@ -76,8 +76,7 @@ def _time_axis(runs: Sequence[Run]) -> Axis:
 
 def _validation(comparison: Comparison, name: str, loss: str, axis: Axis) -> Chart | None:
     lines = [
-        Line(index, axis.values(run, run.validation), run.validation[loss])
-        for index, run in enumerate(comparison.runs)
+        Line(index, axis.values(run, run.validation), run.validation[loss]) for index, run in enumerate(comparison.runs)
     ]
     return draw_curves(comparison, name, f"Validation loss, {comparison.kind.losses[loss]}", lines, axis)
 

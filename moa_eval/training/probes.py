@@ -65,9 +65,7 @@ def unequal_probes(comparison: Comparison) -> dict[str, list[str]]:
     unequal = {}
     for name in _probe_names(comparison):
         probes = [probe for run in comparison.runs for probe in run.probes if probe.name == name]
-        keys = [
-            key for key in ("train", "val", "settings") if len({show(getattr(probe, key)) for probe in probes}) > 1
-        ]
+        keys = [key for key in ("train", "val", "settings") if len({show(getattr(probe, key)) for probe in probes}) > 1]
         if keys:
             unequal[name] = keys
     return unequal

@@ -204,9 +204,7 @@ def _read_reconstructions(index: Path) -> tuple[tuple[Reconstruction, ...], int 
     images = []
     try:
         for entry in content["images"]:
-            norm, pixel = (
-                math.nan if entry[key] is None else float(entry[key]) for key in ("loss_norm", "loss_pixel")
-            )
+            norm, pixel = (math.nan if entry[key] is None else float(entry[key]) for key in ("loss_norm", "loss_pixel"))
             tiles = (_tile(index, entry[tile], remedy) for tile in _TILES)
             images.append(Reconstruction(str(entry["key"]), norm, pixel, *tiles))
         return tuple(images), int(content["step"])

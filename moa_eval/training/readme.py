@@ -48,9 +48,7 @@ def _results_line(row: Mapping[str, str], losses: Sequence[str], *, baseline: bo
             for key in (f"final_{loss}", f"final_{loss}_sd", *(f"{loss}_{column}" for column in _COLUMNS))
         )
         spread = f" ± {formatting.deviation(sd)}" if math.isfinite(sd) else ""
-        limits = (
-            f"{formatting.signed(low)} to {formatting.signed(high)}" if math.isfinite(low) else formatting.UNKNOWN
-        )
+        limits = f"{formatting.signed(low)} to {formatting.signed(high)}" if math.isfinite(low) else formatting.UNKNOWN
         cells += [
             formatting.UNKNOWN if math.isnan(value) else formatting.loss(value) + spread,
             "baseline" if baseline else formatting.change(gap, relative),

@@ -315,9 +315,7 @@ def environment_rows(comparison: Comparison, *, packages: bool) -> list[Row]:
         texts = [show(values.get(key)) for values in shown]
         for text in dict.fromkeys(texts):
             owners = [label for label, own in zip(comparison.labels, texts, strict=True) if own == text]
-            rows.append(
-                {"key": key, "value": text, "runs": "all" if len(owners) == len(shown) else "; ".join(owners)}
-            )
+            rows.append({"key": key, "value": text, "runs": "all" if len(owners) == len(shown) else "; ".join(owners)})
     return rows
 
 

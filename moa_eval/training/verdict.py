@@ -96,8 +96,7 @@ def _over_sizes(comparison: Comparison, contrasts: Sequence[Contrast]) -> list[s
     own, baseline = by_ffn[leader], comparison.contenders[0].ffn
     below = sum(contrast.interval.mean < 0 for contrast in own)
     gaps = [
-        f"{formatting.signed(contrast.interval.mean)} ({_contender(comparison, contrast.arm).size})"
-        for contrast in own
+        f"{formatting.signed(contrast.interval.mean)} ({_contender(comparison, contrast.arm).size})" for contrast in own
     ]
     among = f", the lowest of {len(by_ffn)} alternatives on average," if len(by_ffn) > 1 else ""
     size = "size" if len(own) == 1 else "sizes"

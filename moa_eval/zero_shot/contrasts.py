@@ -227,9 +227,7 @@ def _find_baseline(evaluations: Sequence[Evaluation], labels: Sequence[str], nam
         paths = (evaluation.path, evaluation.path.parent, evaluation.given)
         if name in (label, evaluation.model) or Path(name) in paths:
             return index
-    raise NotComparableError(
-        f"baseline: no result is called {name!r}; they are called {', '.join(map(repr, labels))}"
-    )
+    raise NotComparableError(f"baseline: no result is called {name!r}; they are called {', '.join(map(repr, labels))}")
 
 
 def _differences(a: Evaluation, b: Evaluation, label_a: str, label_b: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from moa_train.records import RunFolder
+from moa_train.run_folder import RunFolder
 from moa_train.sweep.grid import PlannedRun
 from moa_train.sweep.state import DONE, Job
 
@@ -35,13 +35,13 @@ def load_main(script: Path) -> Main:
     return module.main
 
 
-def check(runs: Sequence[PlannedRun], main: Main, harmless: frozenset[str]) -> list[Job]:
+def check(runs: Sequence[PlannedRun], main: Main, mutable_keys: frozenset[str]) -> list[Job]:
     """Return a job for each run; those that are done, with the configuration of today, are marked as skipped.
 
     Args:
         runs: The runs.
         main: The training script's function.
-        harmless: Keys that may change when a run is resumed.
+        mutable_keys: Keys that may change when a run is resumed.
 
     Raises:
         ValueError: a key, type or value that cannot be, or a folder that holds another run; the message names it.
@@ -49,7 +49,7 @@ def check(runs: Sequence[PlannedRun], main: Main, harmless: frozenset[str]) -> l
     jobs = []
     for run in runs:
         tree = resolve(run, main)
-        changed = RunFolder(run.folder).check(tree, tree["resume"], harmless)
+        changed = RunFolder(run.folder).check(tree, tree["resume"], mutable_keys)
         job = Job(run)
         job.look()
         if job.progress.state in DONE and not changed:  # else the run itself is asked, with --resume force

@@ -84,9 +84,7 @@ def build_parser(script: Path) -> argparse.ArgumentParser:
         "--slurm-report-args", metavar="ARGS", help="the same for the job that reports (default: as --slurm-args)"
     )
     report = parser.add_argument_group("the report")
-    report.add_argument(
-        "--report", metavar="DIR", type=Path, help="where it goes (default: reports/NAME of the sweep)"
-    )
+    report.add_argument("--report", metavar="DIR", type=Path, help="where it goes (default: reports/NAME of the sweep)")
     report.add_argument("--title", help="its title")
     report.add_argument("--baseline", metavar="NAME", help="what it compares with (default: the first configuration)")
     report.add_argument("--no-report", action="store_true", help="end without one")
@@ -99,7 +97,7 @@ def main(
     *,
     script: Path,
     report: Sequence[str],
-    harmless: Callable[[], frozenset[str]],
+    mutable_keys: Callable[[], frozenset[str]],
 ) -> int:
     """Run, or submit, the sweep that `arguments` describe and return the exit code.
 
@@ -107,7 +105,7 @@ def main(
         arguments: The command line.
         script: The training script unless the command line names another.
         report: Command that writes a report; run folders, --out DIR and --title TITLE are added.
-        harmless: Returns the keys that may change when a run is resumed; called after the training script is loaded.
+        mutable_keys: Returns the keys that may change when a run is resumed; called after the script is loaded.
     """
     options, extra = _parse(build_parser(_relative(script)), list(arguments))
     try:
@@ -115,7 +113,7 @@ def main(
             options.config, parse_settings(options.set), parse_seeds(options.seeds), out=options.out, extra=extra
         )
         command = launch_command(options.launch, options.script)
-        jobs = check(runs, load_main(options.script), harmless())
+        jobs = check(runs, load_main(options.script), mutable_keys())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

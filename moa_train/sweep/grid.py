@@ -199,11 +199,7 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 
     return {
         key: next(
-            (
-                tail(key, n)
-                for n in range(1, 1 + key.count("."))
-                if [tail(k, n) for k in keys].count(tail(key, n)) == 1
-            ),
+            (tail(key, n) for n in range(1, 1 + key.count(".")) if [tail(k, n) for k in keys].count(tail(key, n)) == 1),
             tail(key, 0),
         )
         for key in keys

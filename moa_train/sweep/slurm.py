@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from moa_train.durable import write_json, write_text
+from moa_train.atomic_io import write_json, write_text
 from moa_train.reading import read_json
 from moa_train.signals import EXIT_STOPPED
 from moa_train.sweep.local import with_own_programs

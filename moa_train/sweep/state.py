@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_train.reading import read_json
-from moa_train.records import RunFolder, parse_row
+from moa_train.run_folder import RunFolder, parse_row
 from moa_train.sweep.grid import PlannedRun
 
 TAIL_BYTES = 1 << 16

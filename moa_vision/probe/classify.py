@@ -1,4 +1,4 @@
-"""A classifier around a trained encoder, as a task of `moa_train.loop`: the linear probe and fine-tuning of MAE."""
+"""A classifier around a trained encoder, as a task of `moa_train.trainer`: the linear probe and fine-tuning of MAE."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moa_train.optim import FUSED_DEVICES
 from moa_train.plan import TRAINING_FLOPS_PER_FORWARD, Plan
 from moa_train.progress import count
 from moa_train.schedule import Budget
-from moa_train.task import Share
+from moa_train.task import DataParallelRank
 from moa_vision.data import DataConfig, ImageBatch, normalize
 from moa_vision.probe.augment import Mixing, RandAugmented
 from moa_vision.probe.encoders import Pool, TrainedEncoder
@@ -81,7 +81,7 @@ class FinetuneConfig:
         weight_decay: For weights with two or more dimensions.
         layer_decay: Each layer learns at this multiple of the next one's rate. (ViT-L: 0.75.)
         drop_path: Largest rate of stochastic depth, which rises from block to block. (ViT-L: 0.2.)
-        clip_grad: Largest global gradient norm; null leaves gradients as they are.
+        max_grad_norm: Largest global gradient norm; null leaves gradients as they are.
         smoothing: Part of a target that is spread evenly over all classes.
         mixup: Parameter of mixup's Beta distribution; 0: none.
         cutmix: Parameter of cutmix's Beta distribution; 0: none.
@@ -100,7 +100,7 @@ class FinetuneConfig:
     weight_decay: float = 0.05
     layer_decay: float = 0.65
     drop_path: float = 0.1
-    clip_grad: float | None = None
+    max_grad_norm: float | None = None
     smoothing: float = 0.1
     mixup: float = 0.8
     cutmix: float = 1.0
@@ -160,7 +160,7 @@ class ClassifierRun(RunConfig):
     def gentler(self) -> tuple[str, ...]:
         """Return options with which a run may go on whose loss was not finite."""
         rate = f"--{self.method}.blr {self.recipe.blr / 2:.3g}"
-        return (rate, "--finetune.clip_grad 1.0") if self.method == "finetune" else (rate,)
+        return (rate, "--finetune.max_grad_norm 1.0") if self.method == "finetune" else (rate,)
 
 
 class Classifier:
@@ -183,9 +183,7 @@ class Classifier:
 
     def __init__(self, config: ClassifierRun, encoder: TrainedEncoder) -> None:
         self.config, self.encoder = config, encoder
-        self.data = LabelledData(
-            config.data, encoder.image_size, encoder.channels, config.folder / "bad_samples.jsonl"
-        )
+        self.data = LabelledData(config.data, encoder.image_size, encoder.channels, config.folder / "bad_samples.jsonl")
         self.num_classes = self.data.num_classes
         self.samples_per_epoch = len(self.data.train)
         held_out, limit = len(self.data.val), config.loop.val_samples
@@ -199,9 +197,9 @@ class Classifier:
         """Return the steps that the configured epochs come to."""
         return self.config.schedule.budget(steps_per_epoch)
 
-    def describe(self) -> dict[str, str]:
+    def startup_lines(self) -> dict[str, str]:
         """Return lines of the announcement."""
-        data, trained = self.data, self.facts()["parameters"]
+        data, trained = self.data, self.summary_fields()["parameters"]
         step = "" if self.encoder.step is None else f", step {self.encoder.step:,}"
         return {
             "encoder": f"{self.encoder.config['architecture']} of {self.encoder.folder}{step}",
@@ -212,7 +210,7 @@ class Classifier:
             ),
         }
 
-    def facts(self) -> dict[str, Any]:
+    def summary_fields(self) -> dict[str, Any]:
         """Return parameter counts and the number of bad samples, for summary.json."""
         parameters = list(self.model.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -231,11 +229,11 @@ class Classifier:
         images = torch.zeros(count, self.encoder.channels, *self.encoder.image_size, dtype=torch.uint8)
         return LabelledImages(images, torch.zeros(count, dtype=torch.int64))
 
-    def train_batches(self, share: Share, plan: Plan, start_step: int) -> Iterable[LabelledImages]:
+    def train_batches(self, share: DataParallelRank, plan: Plan, start_step: int) -> Iterable[LabelledImages]:
         """Yield this process's micro-batches from `start_step` on."""
         return self.data.augmented(share, plan, start_step, self.config.seed)
 
-    def val_batches(self, share: Share) -> Iterable[LabelledImages]:
+    def val_batches(self, share: DataParallelRank) -> Iterable[LabelledImages]:
         """Yield this process's share of the held-out images."""
         if self._held_out is None:
             self._held_out = self.data.centred(self.data.val, share, self.val_samples)
@@ -251,7 +249,7 @@ class Classifier:
             "error_top5": 1 - top.any(dim=1).float(),
         }
 
-    def visualize(self, model: nn.Module, folder: Path, step: int) -> None:
+    def write_diagnostics(self, model: nn.Module, folder: Path, step: int) -> None:
         """Draw nothing."""
 
     def _normalized(self, images: Tensor) -> Tensor:
@@ -363,7 +361,7 @@ class FinetuneTask(Classifier):
         fused = config.fused and groups[0]["params"][0].device.type in FUSED_DEVICES
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
-    def train_batches(self, share: Share, plan: Plan, start_step: int) -> Iterable[LabelledImages]:
+    def train_batches(self, share: DataParallelRank, plan: Plan, start_step: int) -> Iterable[LabelledImages]:
         """Yield this process's micro-batches from `start_step` on."""
         return self.data.augmented(share, plan, start_step, self.config.seed, self.augment)
 

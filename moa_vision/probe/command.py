@@ -22,19 +22,19 @@ import torch
 from torch import nn
 from webdataset.shardlists import expand_urls
 
-from moa_train.config import HARMLESS, EpochSchedule, LoopConfig, OptimConfig, parse_config, require
-from moa_train.durable import write_json
+from moa_train.atomic_io import write_json
+from moa_train.config import RESUME_MUTABLE_KEYS, EpochSchedule, LoopConfig, OptimConfig, parse_config, require
+from moa_train.data_order import worker_died
 from moa_train.failures import message
-from moa_train.loop import run
-from moa_train.order import worker_died
 from moa_train.reading import read_json
-from moa_train.records import RunFolder
-from moa_train.task import Share
+from moa_train.run_folder import RunFolder
+from moa_train.task import DataParallelRank
 from moa_train.torch_internals import WorkerError
+from moa_train.trainer import run
 from moa_vision.cache import DataError
 from moa_vision.data import DataConfig
 from moa_vision.images import MODES
-from moa_vision.pretrain import DATA_HARMLESS
+from moa_vision.pretrain import DATA_RESUME_MUTABLE_KEYS
 from moa_vision.probe.classify import ClassifierRun, FinetuneConfig, FinetuneTask, LinearConfig, LinearTask
 from moa_vision.probe.encoders import TrainedEncoder, find_encoders
 from moa_vision.probe.knn import KNNConfig, extract, knn_accuracies
@@ -174,7 +174,7 @@ def probe_knn(config: ProbeConfig, encoder: TrainedEncoder, images: LabelledData
     model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     features = []
     for index, limit in ((images.train, None), (images.val, loop.val_samples)):
-        batches = images.read(images.centred(index, Share(0, 1, loop.micro_batch_size), limit))
+        batches = images.read(images.centred(index, DataParallelRank(0, 1, loop.micro_batch_size), limit))
         total = len(index) if limit is None else min(limit, len(index))
         try:
             images.note_without_image()
@@ -235,7 +235,7 @@ def plan_training(method: Literal["linear", "finetune"], config: ProbeConfig, en
 
 def probe_by_training(config: ProbeConfig, encoder: TrainedEncoder, training: ClassifierRun) -> int:
     """Train a classifier in RUN/probe/METHOD, or go on with it; once finished, write the result. Return the exit
-    code of `moa_train.loop.run`.
+    code of `moa_train.trainer.run`.
     """
     sizes: dict[str, int] = {}
 
@@ -244,7 +244,7 @@ def probe_by_training(config: ProbeConfig, encoder: TrainedEncoder, training: Cl
         sizes.update(train=task.samples_per_epoch, val=task.val_samples, classes=task.num_classes)
         return task
 
-    code = run(training, build_task, harmless=HARMLESS | DATA_HARMLESS, expected=(DataError,))
+    code = run(training, build_task, mutable_keys=RESUME_MUTABLE_KEYS | DATA_RESUME_MUTABLE_KEYS, expected=(DataError,))
     if code or int(os.environ.get("RANK", "0")):
         return code
     summary = RunFolder(training.folder).summary()
@@ -271,7 +271,7 @@ def classifier_run(
     data = replace(data_config(config, encoder), crop_scale=recipe.crop_scale, hflip=recipe.hflip)
     optim = OptimConfig(lr=recipe.blr * recipe.batch_size / 256, weight_decay=recipe.weight_decay)
     if isinstance(recipe, FinetuneConfig):
-        optim = replace(optim, betas=recipe.betas, clip_grad=recipe.clip_grad)
+        optim = replace(optim, betas=recipe.betas, max_grad_norm=recipe.max_grad_norm)
         fits = encoder.channels in MODES or recipe.rand_augment is None
         allowed = f"null for images of {encoder.channels} channels, as timm transforms grey and RGB only"
         require("finetune.rand_augment", recipe.rand_augment, fits, allowed)
@@ -287,7 +287,7 @@ def classifier_run(
             min_lr=recipe.min_lr,
             batch_size=recipe.batch_size,
         ),
-        loop=replace(config.loop, visualize=0),
+        loop=replace(config.loop, num_diagnostic_samples=0),
         method=method,
         recipe=recipe,
         data=data,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from moa_train.durable import write_json
+from moa_train.atomic_io import write_json
 from moa_train.reading import read_json, read_yaml
 from moa_vision import vit
 from moa_vision.cache import file_sha256

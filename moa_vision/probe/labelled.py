@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from moa_train.order import to_main_process
+from moa_train.data_order import to_main_process
 from moa_train.plan import Plan
 from moa_train.signals import ignore_stop_signals
-from moa_train.task import Share
+from moa_train.task import DataParallelRank
 from moa_vision.bad_samples import BadSamples
 from moa_vision.data import DataConfig, ImageBatch, require_cache_room, train_loader, val_loader
 from moa_vision.index import ShardIndex, open_index
@@ -83,7 +83,7 @@ class LabelledData:
         """Note the samples that have no image, which no batch tells of. Raises DataError for too many bad samples."""
         self.bad_samples.note([*self.train.without_image(), *self.val.without_image()])
 
-    def centred(self, index: ShardIndex, share: Share, limit: int | None = None) -> Iterable[ImageBatch]:
+    def centred(self, index: ShardIndex, share: DataParallelRank, limit: int | None = None) -> Iterable[ImageBatch]:
         """Return a process's share of an index (`train` or `val`) as central crops, each sample once, for `read`.
 
         It keeps its workers and may be read again and again. `limit` samples, evenly spread, are enough where it is
@@ -110,7 +110,7 @@ class LabelledData:
 
     def augmented(
         self,
-        share: Share,
+        share: DataParallelRank,
         plan: Plan,
         start_step: int,
         seed: int,

@@ -115,14 +115,19 @@ def run(args: argparse.Namespace) -> None:
             collections.deque(DataLoader(official, BATCH, sampler=samples), maxlen=0)
 
         def ours(repeats: int) -> None:
-            config = DataConfig(train=shards, workers=0, repeats=repeats)
+            config = DataConfig(train=shards, workers=0, repeated_augmentation=repeats)
             load(index, config, (args.size, args.size), 196, args.batches)
 
         theirs = Case({"loader": "PIL, RandomResizedCrop, ToTensor, Normalize"}, recipe, items=images)
         cases = [
             theirs,
             Case({"loader": "moa_vision"}, partial(ours, 1), items=images, baseline=theirs),
-            Case({"loader": "moa_vision, repeats=4 (crops)"}, partial(ours, 4), items=images, baseline=theirs),
+            Case(
+                {"loader": "moa_vision, repeated_augmentation=4 (crops)"},
+                partial(ours, 4),
+                items=images,
+                baseline=theirs,
+            ),
         ]
         cpu = torch.device("cpu")
         measure(cases, cpu, args.rounds, memory=False)

@@ -147,9 +147,7 @@ def chosen(args: argparse.Namespace, spec: FFNSpec, dtype: torch.dtype) -> list[
     return able
 
 
-def operands(
-    spec: FFNSpec, tokens: int, hidden: int, device: torch.device, dtype: torch.dtype
-) -> list[Tensor | None]:
+def operands(spec: FFNSpec, tokens: int, hidden: int, device: torch.device, dtype: torch.dtype) -> list[Tensor | None]:
     """a (N, H), b (N, H) or None for Type-I, and logits or coefficients (N, n) or None for fixed FFNs."""
     a, b = (torch.randn(tokens, hidden, device=device, dtype=dtype) for _ in range(2))
     mix = torch.randn(tokens, spec.num_coefficients, device=device, dtype=dtype) if spec.num_coefficients else None

@@ -76,9 +76,7 @@ def add_sized(parser: argparse.ArgumentParser, flag: str, what: str, *, cpu: Any
 
 def add_layers(parser: argparse.ArgumentParser) -> None:
     """--layers."""
-    parser.add_argument(
-        "--layers", type=positive, help="blocks of every model, for a quick try (default: its size's)"
-    )
+    parser.add_argument("--layers", type=positive, help="blocks of every model, for a quick try (default: its size's)")
 
 
 def layers_remark(args: argparse.Namespace) -> str:

@@ -125,9 +125,7 @@ def steps(
     return result
 
 
-def language_model(
-    args: argparse.Namespace, variant: str
-) -> tuple[nn.Module, Callable[[Callable[..., Any]], Tensor]]:
+def language_model(args: argparse.Namespace, variant: str) -> tuple[nn.Module, Callable[[Callable[..., Any]], Tensor]]:
     """The model and its loss on random tokens, given the model's call."""
     from moa_lm import MoALlamaForCausalLM, named_config
 

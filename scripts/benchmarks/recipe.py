@@ -105,9 +105,7 @@ def run(args: argparse.Namespace) -> None:
     batches = set()
     for path in args.config:
         training = Training(path, args)
-        batches.add(
-            f"{training.batch} images of {training.image_size[0]} pixels, {precision_name(training.precision)}"
-        )
+        batches.add(f"{training.batch} images of {training.image_size[0]} pixels, {precision_name(training.precision)}")
         cases = step_cases(training, args)
         add_loader(cases[1:], training, args)
         steps += cases

@@ -54,9 +54,7 @@ def run(args: argparse.Namespace) -> None:
             told(saver, wait=wait)
             train()
 
-        settled: Callable[[], object] = partial(
-            told, saver, wait=True
-        )  # the last one's writing is no one else's time
+        settled: Callable[[], object] = partial(told, saver, wait=True)  # the last one's writing is no one else's time
         what = f"{args.steps} steps"
         cases = [Case({"what": what}, lambda _: train(), prepare=settled)]
         for place, wait in (("beside", False), ("before", True)):

@@ -40,9 +40,7 @@ def run(args: argparse.Namespace) -> None:
     def python(code: str, hook: bool) -> str:
         environment = {"MOA_STARTUP": str(int(hook)), "PYTHONPYCACHEPREFIX": folder, "PYTHONDONTWRITEBYTECODE": ""}
         command = [sys.executable, "-c", code]
-        return subprocess.run(
-            command, env=os.environ | environment, capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout
 
     cpu = torch.device("cpu")
     with TemporaryDirectory() as folder:

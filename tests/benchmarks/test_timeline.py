@@ -36,9 +36,7 @@ def split(part, mae):
 def test_parts_come_in_order_and_back(part, split):
     timeline = part("timeline")
     numbers = itertools.count()
-    marks = timeline.Timeline(
-        lambda: next(numbers), lambda readings: [b - a for a, b in itertools.pairwise(readings)]
-    )
+    marks = timeline.Timeline(lambda: next(numbers), lambda readings: [b - a for a, b in itertools.pairwise(readings)])
     order = []
     mark = marks.mark
 

@@ -41,7 +41,7 @@ def language_config(name, seed, ffn, lr):
         "data": {"train": "text/train", "val": "text/val", "sequence_length": 64, "document_mask": False},
         "schedule": {
             "tokens": None, "tokens_per_parameter": 20, "epochs": None, "warmup_steps": 4, "batch_size": 1,
-            "min_lr": 0.0, "decay_fraction": 1.0, "decay_shape": "cosine",
+            "min_lr": 0.0, "decay_fraction": 1.0, "decay_type": "cosine",
         },
     }  # fmt: skip
 

@@ -18,9 +18,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def dots(runs=(0, 1)):
     rows = [
-        {"run": run, "group": run, "label": LABELS[run], "x": x, "y": x * (run + 1)}
-        for run in runs
-        for x in (1, 2, 3)
+        {"run": run, "group": run, "label": LABELS[run], "x": x, "y": x * (run + 1)} for run in runs for x in (1, 2, 3)
     ]
     base = alt.Chart(alt.InlineData(values=rows)).encode(
         x="x:Q", y="y:Q", color=alt.Color("label:N").scale(charts.colours(LABELS))

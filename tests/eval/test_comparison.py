@@ -14,7 +14,7 @@ from moa_eval.training.comparison import NotComparableError, compare
 from moa_eval.training.configuration import config_difference, role
 from moa_eval.training.reading import read_run
 from moa_eval.training.seeds import difference
-from moa_train.config import HARMLESS
+from moa_train.config import RESUME_MUTABLE_KEYS
 
 scalars = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.5, 1.0, "x", "absent"])
 values = st.recursive(
@@ -52,9 +52,7 @@ def test_the_config_difference_is_every_leaf_that_is_not_everywhere_the_same(tre
             expected[".".join(path)] = found
     result = config_difference(trees)
     assert result.keys() == expected.keys()
-    assert {key: repr(value) for key, value in result.items()} == {
-        key: repr(value) for key, value in expected.items()
-    }
+    assert {key: repr(value) for key, value in result.items()} == {key: repr(value) for key, value in expected.items()}
 
 
 def test_the_config_difference_keeps_the_order_of_the_configuration():
@@ -137,9 +135,7 @@ def test_arms_that_differ_in_rate_are_one_contender_and_the_lowest_mean_is_its_b
         4e-3: (0.50, 0.51),
     }  # the lowest single loss is not the lowest mean
     finals = {("swiglu", 1e-3, 0): 0.5, ("swiglu", 1e-3, 1): 0.5}
-    finals |= {
-        ("qdmoa", rate, seed): final for rate, own in reversed(losses.items()) for seed, final in enumerate(own)
-    }
+    finals |= {("qdmoa", rate, seed): final for rate, own in reversed(losses.items()) for seed, final in enumerate(own)}
     comparison = compare(sweep(make_run, finals))
     assert [(own.label, own.arms, own.best, own.chosen) for own in comparison.contenders] == [
         ("SwiGLU", (0,), 0, False), ("qd-MoA", (1, 2, 3), 2, True),
@@ -211,7 +207,7 @@ def test_figures_show_the_best_arms_when_there_are_many_runs(make_run):
 
 
 def test_contenders_of_one_ffn_are_told_apart_by_what_they_set(make_run):
-    changes = [{}, {"ffn_gate": "tanh"}, {"ffn_up_activations": "id,r2"}, {"mlp_ratio": 5.0}]
+    changes = [{}, {"ffn_mixing_gate": "tanh"}, {"ffn_up_activations": "id,r2"}, {"mlp_ratio": 5.0}]
     runs = [
         read_run(
             make_run(f"r{i}_{rate}", encoder="vit_tiny_patch4_qdmoa", lr=rate, changes={"model.encoder_args": own})
@@ -249,9 +245,7 @@ def test_language_models_are_compared_in_cross_entropy(make_run):
 def test_the_interval_for_several_comparisons_has_bonferronis_level(comparisons, paired):
     rng = np.random.default_rng(comparisons)
     a, b = rng.normal(0.5, 0.02, 4), rng.normal(0.52, 0.01, 4)
-    found = difference(
-        dict(enumerate(a)), {seed + 10 * (not paired): loss for seed, loss in enumerate(b)}, comparisons
-    )
+    found = difference(dict(enumerate(a)), {seed + 10 * (not paired): loss for seed, loss in enumerate(b)}, comparisons)
     test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
     expected = test.confidence_interval(1 - 0.05 / comparisons)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
@@ -281,7 +275,7 @@ def test_labels_are_unique_even_for_the_same_run_twice(make_run):
         ("model.encoder", ["vit_base_patch16_swiglu", "vit_base_patch16_moa"], "FFN"),
         ("model.encoder", ["vit_base_patch16_swiglu", "vit_tiny_patch16_swiglu"], "size"),
         ("model.encoder", ["vit_base_patch16_swiglu", "vit_base_patch8_swiglu"], "must match"),
-        ("model.encoder_args.ffn_gate", ["tanh", "sigmoid"], "FFN"),
+        ("model.encoder_args.ffn_mixing_gate", ["tanh", "sigmoid"], "FFN"),
         ("model.encoder_args.mlp_ratio", [4.0, 5.0], "FFN"),
         ("model.ffn", ["swiglu", "qdmoa"], "FFN"),
         ("model.size", ["dense-0.12b", "dense-0.5b"], "size"),
@@ -298,7 +292,7 @@ def test_what_a_differing_key_means(key, pair, expected):
     assert role(key, pair) == expected
 
 
-@pytest.mark.parametrize("key", sorted(HARMLESS))
+@pytest.mark.parametrize("key", sorted(RESUME_MUTABLE_KEYS))
 def test_what_a_run_may_be_resumed_with_matters_to_no_comparison(key):
     assert role(key, [1, 2]) in ("identity", "bookkeeping")
 

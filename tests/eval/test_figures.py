@@ -32,9 +32,7 @@ def draw(folders):
 def pair(tmp_path_factory, write_run_into):
     """Two runs, one of which diverges."""
     root = tmp_path_factory.mktemp("pair")
-    return draw(
-        [write_run_into(root, "a", steps=120), write_run_into(root, "b", steps=120, encoder=MOA, nan_from=95)]
-    )
+    return draw([write_run_into(root, "a", steps=120), write_run_into(root, "b", steps=120, encoder=MOA, nan_from=95)])
 
 
 @pytest.fixture(scope="module")
@@ -255,9 +253,7 @@ def test_smoothing_is_the_mean_of_the_window(size):
 
 
 def test_accuracies_have_normal_intervals():
-    chart = accuracies(
-        ["x", "y"], ["a", "b"], np.array([[50.0, 60], [70, 80]]), np.array([[1.0, 2], [3, np.nan]]), "n"
-    )
+    chart = accuracies(["x", "y"], ["a", "b"], np.array([[50.0, 60], [70, 80]]), np.array([[1.0, 2], [3, np.nan]]), "n")
     found = [(row["run"], row["task"], row["accuracy"], row["low"], row["high"]) for row in rows(chart, "accuracy")]
     expected = [(0, "x", 50, 1), (1, "x", 60, 2), (0, "y", 70, 3), (1, "y", 80, 0)]
     for row, (model, task, value, error) in zip(found, expected, strict=True):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from moa_eval import study
+from moa_eval import cli
 from moa_eval.page.formatting import show
 from moa_eval.training.comparison import NotComparableError
 from moa_eval.training.reading import RunFolderError
@@ -44,7 +44,7 @@ def test_compare_runs(fuzz, fuzzing, make_run, no_figures, tmp_path, kind):
         name, content = example
         with fuzzing.replaced(folder / name, content):
             out = str(tmp_path / "out")
-            told(fuzzing, study.compare_runs, [str(folder), str(other), "--out", out], str(folder))
+            told(fuzzing, cli.compare_runs, [str(folder), str(other), "--out", out], str(folder))
 
     # Pictures are many; a page is more often wrong about numbers.
     fuzz(damage(fuzzing, folder, lambda path: 1 if path.suffix == ".png" else 4), attempt, examples=5)
@@ -58,7 +58,7 @@ def test_compare_evals(fuzz, fuzzing, write_results, no_figures, tmp_path):
         name, content = example
         with fuzzing.replaced(tmp_path / "a" / name, content):
             arguments = [str(base), str(other), "--out", str(tmp_path / "out")]
-            told(fuzzing, study.compare_evals, arguments, str(tmp_path))
+            told(fuzzing, cli.compare_evals, arguments, str(tmp_path))
 
     fuzz(damage(fuzzing, tmp_path / "a", lambda path: 4 if "results_" in path.name else 1), attempt, examples=5)
 
@@ -67,12 +67,12 @@ def test_tables(fuzz, fuzzing, make_run, no_figures, tmp_path):
     out = tmp_path / "out"
     arguments = [str(make_run("a")), str(make_run("b", encoder="vit_tiny_patch4_qdmoa")), "--out", str(out)]
     with contextlib.redirect_stdout(io.StringIO()):
-        assert study.compare_runs(arguments) == 0
+        assert cli.compare_runs(arguments) == 0
     table = out / "tables/losses.csv"
 
     def attempt(content):
         with fuzzing.replaced(table, content):
-            told(fuzzing, study.compare_runs, ["--table", str(table)], str(table))
+            told(fuzzing, cli.compare_runs, ["--table", str(table)], str(table))
 
     fuzz(fuzzing.damaged(table.read_bytes()), attempt, examples=20)
 
@@ -81,18 +81,18 @@ def test_lists_of_an_earlier_page(fuzz, fuzzing, make_run, no_figures, tmp_path)
     out = tmp_path / "out"
     arguments = [str(make_run("a")), "--out", str(out)]
     with contextlib.redirect_stdout(io.StringIO()):
-        assert study.compare_runs(arguments) == 0
+        assert cli.compare_runs(arguments) == 0
 
     def attempt(example):
         with fuzzing.replaced(out / example[0], example[1]), contextlib.redirect_stdout(io.StringIO()):
-            assert study.compare_runs(arguments) == 0
+            assert cli.compare_runs(arguments) == 0
             assert (out / "index.html").is_file()
 
     fuzz(fuzzing.damage(out, ["files.json"]), attempt, examples=4)
 
 
 def test_errors_are_those_that_commands_say():
-    assert set(study.READABLE) == {RunFolderError, ResultsError, NotComparableError, OSError}
+    assert set(cli.READABLE) == {RunFolderError, ResultsError, NotComparableError, OSError}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

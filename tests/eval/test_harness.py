@@ -132,9 +132,7 @@ def test_the_four_tasks(checkpoints, offline, name, shots):
         for theirs, ours in pairs:
             assert ours[0] == pytest.approx(theirs[0], abs=1e-4)
             assert ours[1] == theirs[1]
-        metrics = [
-            {key: value for key, value in r["results"][task].items() if key.startswith("acc")} for r in results
-        ]
+        metrics = [{key: value for key, value in r["results"][task].items() if key.startswith("acc")} for r in results]
         assert metrics[0] == metrics[1]
         assert "acc,none" in metrics[0]
 
@@ -178,9 +176,7 @@ def test_each_distinct_string_is_tokenized_once(both, monkeypatch):
         return call(self, text, *args, **kwargs)
 
     monkeypatch.setattr(type(moa.tokenizer), "__call__", count)
-    monkeypatch.setattr(
-        type(moa.tokenizer), "encode", lambda self, text, **kw: seen.append(text) or encode(self, text)
-    )
+    monkeypatch.setattr(type(moa.tokenizer), "encode", lambda self, text, **kw: seen.append(text) or encode(self, text))
     pairs = [("A man is", " sitting"), ("A man is", " standing"), ("A man is ", "up"), ("", "alone"), ("", "alone")]
     moa.loglikelihood(requests_of(pairs), disable_tqdm=True)
     assert sorted(seen) == sorted(["A man is", "A man is sitting", "A man is standing", "A man is up", "alone"])
@@ -436,9 +432,7 @@ def test_nothing_is_unpickled(name, place, checkpoints, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         for module, reader in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
             patched.setattr(module, reader, lambda *_, **__: loaded.append(1))
-        with pytest.raises(
-            ModelError, match=f"{folder} has its weights in {pickled.name}.*convert it to safetensors"
-        ):
+        with pytest.raises(ModelError, match=f"{folder} has its weights in {pickled.name}.*convert it to safetensors"):
             MoALM(str(base), device="cpu", **arguments)
         assert not loaded
     if place == "pytorch_model.bin":

@@ -59,9 +59,7 @@ def test_coefficients_that_all_vary_and_learned_constants_are_told_apart(make_ru
     edit(folder, "step_00000040.json", lambda content: content["layers"][1].update(std=[0.2, 0.3, 0.4]))
     (sentence,) = sentences("X", read_mixing(folder / "mixing"))
     assert "all 6 coefficients vary from token to token (standard deviations 0.1 to 0.4)." in sentence
-    edit(
-        folder, "step_00000040.json", lambda content: [row.update(token_adaptive=False) for row in content["layers"]]
-    )
+    edit(folder, "step_00000040.json", lambda content: [row.update(token_adaptive=False) for row in content["layers"]])
     (sentence,) = sentences("X", read_mixing(folder / "mixing"))
     assert "the coefficients are learned constants, the same for all tokens." in sentence
 

@@ -185,9 +185,7 @@ def test_one_section_writes_its_files_beside_the_page(page):
         "figures/accuracy.svg", "figures/accuracy.png", "figures/map.png",
     }  # fmt: skip
     assert "<title>One &lt;page&gt;</title>" in page.read_text()
-    assert (
-        (page.parent / "summary.md").read_text().startswith("# One <page>\n\n**Nothing can be told.**\n\n- Made by")
-    )
+    assert (page.parent / "summary.md").read_text().startswith("# One <page>\n\n**Nothing can be told.**\n\n- Made by")
 
 
 def test_several_sections_share_a_page_without_sharing_names(tmp_path):
@@ -313,9 +311,7 @@ def test_the_pointer_gets_values(browser, page):
     browser.open(page, 1400)
     mark = "document.querySelector('.plot .mark-symbol.role-mark path')"
     browser.value(f"scrollTo({{top: {mark}.getBoundingClientRect().y + scrollY - 300, behavior: 'instant'}})")
-    x, y, w, h = browser.value(
-        f"(({{x, y, width, height}}) => [x, y, width, height])({mark}.getBoundingClientRect())"
-    )
+    x, y, w, h = browser.value(f"(({{x, y, width, height}}) => [x, y, width, height])({mark}.getBoundingClientRect())")
     for step in (3, 0):
         browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + w / 2 + step, y=y + h / 2)
     browser.wait("document.querySelector('#vg-tooltip-element.visible') !== null")

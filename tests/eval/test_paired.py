@@ -31,9 +31,7 @@ def test_the_table_counts_answers():
         paired.table([0, 1], [0, 1, 1])
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(0, 1), (0, 6), (3, 9), (9, 3), (7, 7), (25, 40), (900, 1100), (0, 400)]
-)
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (0, 6), (3, 9), (9, 3), (7, 7), (25, 40), (900, 1100), (0, 400)])
 def test_mcnemar_is_the_binomial_test(first, second):
     expected = stats.binomtest(first, first + second, 0.5).pvalue
     assert paired.mcnemar(first, second) == pytest.approx(expected, rel=1e-9)

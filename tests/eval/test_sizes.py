@@ -19,7 +19,7 @@ def config(ffn, size="dense-0.12b", **args):
 
 @given(st.lists(st.sampled_from(["swiglu", "qdmoa", "gelu"]), min_size=1, max_size=6))
 def test_with_one_size_all_are_compared_with_the_first(ffns):
-    configs = [config(ffn, ffn_gate=str(index)) for index, ffn in enumerate(ffns)]
+    configs = [config(ffn, ffn_mixing_gate=str(index)) for index, ffn in enumerate(ffns)]
     assert baselines(configs) == [None] + [0] * (len(ffns) - 1)
     assert set(sizes(configs)) == {0} and size_keys(configs) == []
 
@@ -190,11 +190,11 @@ def test_a_run_begun_with_a_checkpoint_is_one_arm_whatever_the_seed_it_came_from
         ("schedule.tokens", [1000, 2000], "must match"),
         ("schedule.tokens_per_parameter", [20, 100], "must match"),
         ("schedule.decay_fraction", [0.2, 1.0], "setting"),
-        ("schedule.decay_shape", ["linear", "cosine"], "setting"),
+        ("schedule.decay_type", ["linear", "cosine"], "setting"),
         ("schedule.warmup_steps", [100, 200], "setting"),
         ("optim.algorithm", ["adamw", "muon"], "setting"),
         ("optim.muon_scale", ["original", "match_rms_adamw"], "setting"),
-        ("loop.keep_every", [None, 1000], "bookkeeping"),
+        ("checkpoint.keep_interval", [None, 1000], "bookkeeping"),
         ("start_from", [None, "runs/a/checkpoints/step_1"], "setting"),
         ("start_from", ["runs/b/checkpoints/step_1", "runs/a/checkpoints/step_1"], "identity"),
     ],

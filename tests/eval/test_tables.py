@@ -103,9 +103,7 @@ def test_rates_have_their_spread_and_what_they_lose(sweep):
     assert [(row["contender"], row["rate"]) for row in rows] == [
         ("SwiGLU", 1e-3), ("qd-MoA", 5e-4), ("qd-MoA", 1e-3), ("qd-MoA", 2e-3), ("qd-MoA", 4e-3),
     ]  # fmt: skip
-    values = {
-        row["rate"]: [last(folders["qdmoa", row["rate"], seed], "loss_norm") for seed in (0, 1)] for row in rows
-    }
+    values = {row["rate"]: [last(folders["qdmoa", row["rate"], seed], "loss_norm") for seed in (0, 1)] for row in rows}
     for row in rows[1:4]:
         own = values[row["rate"]]
         assert (row["mean"], row["sd"]) == pytest.approx((np.mean(own), np.std(own, ddof=1)), rel=1e-9)

@@ -20,8 +20,7 @@ def test_one_seed_is_not_evidence(make_run):
     a, b = (read_run(folder).validation["loss_norm"][-1] for folder in folders)
     sentences, notes = say(folders)
     assert sentences == [
-        f"qd-MoA is {a - b:.4f} ({(a - b) / a:.2%}".replace("%", " %")
-        + ") below SwiGLU in validation reconstruction "
+        f"qd-MoA is {a - b:.4f} ({(a - b) / a:.2%}".replace("%", " %") + ") below SwiGLU in validation reconstruction "
         f"loss: {b:.4f} against {a:.4f} after 2 560 images (normalized space).",
         "One seed: not evidence of a general difference.",
     ]
@@ -55,9 +54,7 @@ def test_the_side_with_one_seed_is_named(make_run):
 )
 def test_the_best_of_several_is_said_to_be_picked_and_its_interval_widened(make_run, final, words):
     runs = {
-        name: [
-            make_run(f"{name}{seed}", encoder=f"vit_tiny_patch4_{name}", seed=seed, final=own) for seed in range(3)
-        ]
+        name: [make_run(f"{name}{seed}", encoder=f"vit_tiny_patch4_{name}", seed=seed, final=own) for seed in range(3)]
         for name, own in (("swiglu", 0.5), ("qdmoa", final + 0.1), ("moa", final))
     }
     sentences, notes = say([folder for own in runs.values() for folder in own])
@@ -293,14 +290,13 @@ def last(folder):
 def test_schedules_and_optimizers_that_differ_are_named_for_whom_they_concern(make_run):
     wsd = {
         "schedule.decay_fraction": 0.2,
-        "schedule.decay_shape": "1-sqrt",
+        "schedule.decay_type": "1-sqrt",
         "start_from": "runs/x/checkpoints/step_10",
     }
     folders = [make_run("a", ffn="swiglu"), make_run("b", ffn="moa"), make_run("c", ffn="qdmoa", changes=wsd)]
     notes = say(folders)[1]
     assert (
-        "More than FFN and peak rate differs for qd-MoA "
-        "(start_from, schedule.decay_fraction and schedule.decay_shape): "
+        "More than FFN and peak rate differs for qd-MoA (start_from, schedule.decay_fraction and schedule.decay_type): "
     ) in notes
     begun = "Begun with a checkpoint of another run: qd-MoA; its rows begin there, tokens, FLOPs and time count from "
     assert f"{begun}the start of that run." in notes

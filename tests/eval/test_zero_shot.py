@@ -209,9 +209,7 @@ def test_results_of_old_releases_are_read(tmp_path, write_results):
             sample["target"] = int(sample["target"])
         path.unlink()
         (file.parent / f"pretrained__m_{task}.jsonl").write_text(json.dumps(samples, indent=2))
-    edit(
-        file, lambda content: [content.pop("n-samples"), content["config"].update(model_args="pretrained=m,dtype=x")]
-    )
+    edit(file, lambda content: [content.pop("n-samples"), content["config"].update(model_args="pretrained=m,dtype=x")])
     edit(file, lambda content: [content.pop("model_name"), content.pop("n-shot")])
     file.rename(file.with_name("results.json"))
     evaluation = read_evaluation(tmp_path / "old")

@@ -52,7 +52,7 @@ def relative_rms(actual, expected):
     [
         pytest.param("gelu", {}, marks=pytest.mark.slow),
         pytest.param("moa", {"gate_activations": "g,s,r,r2,l,t,id"}, marks=pytest.mark.slow),
-        pytest.param("bimoa", {"gate": "softmax"}, marks=pytest.mark.slow),
+        pytest.param("bimoa", {"mixing_gate": "softmax"}, marks=pytest.mark.slow),
         ("qdmoa", {}),
         pytest.param("qdla", {}, marks=pytest.mark.slow),
     ],

@@ -53,7 +53,7 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 
 MIXTURES = [
     *((variant, {}) for variant in VARIANTS),
-    *((variant, {"gate": gate}) for variant in ("moa", "onemoa", "bimoa", "qdmoa") for gate in GATES[1:]),
+    *((variant, {"mixing_gate": gate}) for variant in ("moa", "onemoa", "bimoa", "qdmoa") for gate in GATES[1:]),
     *((variant, {"mixed_branch": "up"}) for variant in ("onela", "onemoa")),
     ("qdmoa", {"mix_bias": True}),
 ]
@@ -99,9 +99,7 @@ def test_equals_the_written_out_formula(variant, shape, size, backend, monkeypat
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_lower_precision(variant, dtype, tolerance):
     # hidden wide enough that the rounding of a single term does not decide the figure
     a, b = (torch.randn(64, 128, dtype=dtype).requires_grad_() for _ in range(2))
@@ -234,7 +232,14 @@ def test_paper_budget_of_the_012b_model():
 )
 def test_any_dictionary(variant, f, g, gate, branch, hidden):
     ffn = FFN(
-        3, hidden, variant, gate=gate, gate_activations=f, up_activations=g, mixed_branch=branch, dtype=torch.float64
+        3,
+        hidden,
+        variant,
+        mixing_gate=gate,
+        gate_activations=f,
+        up_activations=g,
+        mixed_branch=branch,
+        dtype=torch.float64,
     )
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     inputs = [x, *ffn.parameters()]
@@ -284,7 +289,7 @@ def test_compiles_and_exports_whole(variant):
 @pytest.mark.parametrize("variant", ["moa", "qdmoa", "bila"])
 @pytest.mark.parametrize("gate", GATES)
 def test_autocast_keeps_bfloat16(variant, gate):
-    ffn = FFN(16, 32, variant, gate=gate)
+    ffn = FFN(16, 32, variant, mixing_gate=gate)
     x = torch.randn(8, 16)
     with torch.autocast("cpu", torch.bfloat16):
         out = ffn(x)
@@ -340,7 +345,7 @@ def test_a_user_can_add_an_activation(monkeypatch):
     ("settings", "message"),
     [
         ({"variant": "geglu"}, "variant='geglu'.*qdmoa"),
-        ({"gate": "relu"}, "gate='relu'.*softmax"),
+        ({"mixing_gate": "relu"}, "mixing_gate='relu'.*softmax"),
         ({"gate_activations": ("g", "swish")}, r"gate_activations.*'swish'.*silu \(s\)"),
         ({"up_activations": ("t", "tanh")}, "up_activations.*twice"),
         ({"mixed_branch": "down"}, "mixed_branch='down'"),

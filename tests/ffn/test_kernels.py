@@ -64,7 +64,7 @@ def written_out(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec) 
     if mix is not None:
         flat = mix.expand(*a.shape[:-1], -1)
         parts = {"gate": (k1, 0), "up": (0, k2), "separable": (k1, k2), "full": (k1 * k2, 0)}[spec.form]
-        gate = (lambda x: gate_function(x, spec.gate)) if spec.token_adaptive else (lambda x: x)
+        gate = (lambda x: gate_function(x, spec.mixing_gate)) if spec.token_adaptive else (lambda x: x)
         logits = [gate(x) if x.shape[-1] else one for x in flat.split(parts, dim=-1)]
     if spec.form == "full":
         coefficients = logits[0].unflatten(-1, (k1, k2))

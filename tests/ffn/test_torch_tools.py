@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 DIM, HIDDEN = 8, 16
 MIXTURES = [
     *((variant, {}) for variant in VARIANTS),
-    ("bimoa", {"gate": "softmax"}),
+    ("bimoa", {"mixing_gate": "softmax"}),
     ("onemoa", {"mixed_branch": "up", "mix_bias": True}),
     ("moa", {"gate_activations": "g,s,r,r2,l,t,id"}),
 ]

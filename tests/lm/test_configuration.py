@@ -56,7 +56,7 @@ dictionaries = st.lists(st.sampled_from(sorted(ACTIVATIONS)), min_size=1, unique
     fields=st.fixed_dictionaries(
         {
             "ffn_variant": st.sampled_from(VARIANTS),
-            "ffn_gate": st.sampled_from(GATES),
+            "ffn_mixing_gate": st.sampled_from(GATES),
             "ffn_gate_activations": dictionaries,
             "ffn_up_activations": dictionaries.map(tuple),
             "ffn_mixed_branch": st.sampled_from(["gate", "up"]),
@@ -85,7 +85,7 @@ def test_config_json_round_trip(fields, tmp_path_factory):
     ("fields", "words"),
     [
         ({"ffn_variant": "geglu"}, ["ffn_variant='geglu'", "swiglu", "qdmoa"]),
-        ({"ffn_gate": "relu"}, ["ffn_gate='relu'", "sigmoid, tanh, softmax"]),
+        ({"ffn_mixing_gate": "relu"}, ["ffn_mixing_gate='relu'", "sigmoid, tanh, softmax"]),
         ({"ffn_up_activations": "id,sine"}, ["ffn_up_activations", "'sine'", "leaky_relu (l)"]),
         ({"ffn_gate_activations": ["silu", "s"]}, ["ffn_gate_activations", "none twice"]),
         ({"ffn_mixed_branch": "both"}, ["ffn_mixed_branch='both'", "gate, up"]),

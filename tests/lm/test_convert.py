@@ -54,7 +54,12 @@ def test_a_model_is_copied(llama, tokens):
 def test_projections_are_kept_and_mixing_starts_by_the_layer_s_rule(variant, llama, tokens, tmp_path):
     theirs = llama()
     theirs.save_pretrained(tmp_path / "llama")
-    settings = {"ffn_mix_init_std": 3.0, "ffn_coef_init": 0.7, "ffn_gate": "tanh", "ffn_up_activations": "id,l"}
+    settings = {
+        "ffn_mix_init_std": 3.0,
+        "ffn_coef_init": 0.7,
+        "ffn_mixing_gate": "tanh",
+        "ffn_up_activations": "id,l",
+    }
     torch.manual_seed(0)
     ours = MoALlamaForCausalLM.from_llama(tmp_path / "llama", variant, **settings)
     assert ours.config.ffn_variant == variant and ours.config.ffn_up_activations == ["identity", "leaky_relu"]
@@ -139,8 +144,8 @@ def test_other_architectures_are_refused(tiny):
     [
         ({"hidden_size": 64}, "hidden_size=64: the checkpoint decides it"),
         ({"num_experts": 4}, "num_experts=4: the checkpoint decides it"),
-        ({"ffn_gates": "tanh"}, "unknown setting 'ffn_gates'; allowed: .*ffn_gate"),
-        ({"ffn_gate": "loud"}, "ffn_gate='loud' is not one of"),
+        ({"ffn_gates": "tanh"}, "unknown setting 'ffn_gates'; allowed: .*ffn_mixing_gate"),
+        ({"ffn_mixing_gate": "loud"}, "ffn_mixing_gate='loud' is not one of"),
         ({"variant": "moe"}, "variant='moe' is not one of"),
     ],
     ids=["shape", "experts", "unknown", "value", "variant"],

@@ -17,10 +17,12 @@ def create(*extra, size="dense-tiny"):
 
 def test_create_makes_a_folder_that_transformers_loads(tokenizer_folder, tmp_path, capsys):
     out = tmp_path / "new" / "model"
-    assert main(create("--tokenizer", tokenizer_folder, "--out", out, "--set", "ffn_gate=tanh", "--seed", "3")) == 0
+    assert (
+        main(create("--tokenizer", tokenizer_folder, "--out", out, "--set", "ffn_mixing_gate=tanh", "--seed", "3")) == 0
+    )
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.config.vocab_size == 128 >= len(tokenizer) == 70
-    assert (model.config.ffn_variant, model.config.ffn_gate) == ("qdmoa", "tanh")
+    assert (model.config.ffn_variant, model.config.ffn_mixing_gate) == ("qdmoa", "tanh")
     assert model.config.eos_token_id == tokenizer.eos_token_id == 0
     assert model.dtype == torch.float32
     inputs = tokenizer("w4 w5", return_tensors="pt")
@@ -91,8 +93,8 @@ def test_errors_are_one_line(llama, tokenizer_folder, tmp_path, capsys):
     tokenizer = ("--tokenizer", str(tokenizer_folder))
     cases = {
         "no such folder": create("--tokenizer", str(tmp_path / "nowhere"), *out),
-        "ffn_gate='loud'": create(*tokenizer, *out, "--set", "ffn_gate=loud"),
-        "must be FIELD=VALUE": create(*tokenizer, *out, "--set", "ffn_gate"),
+        "ffn_mixing_gate='loud'": create(*tokenizer, *out, "--set", "ffn_mixing_gate=loud"),
+        "must be FIELD=VALUE": create(*tokenizer, *out, "--set", "ffn_mixing_gate"),
         "--vocab-multiple 0": create(*tokenizer, *out, "--vocab-multiple", "0"),
         "is Type-I": ["convert", str(tmp_path / "llama"), "--ffn", "moa", *out],
         "nowhere: no such folder": ["convert", str(tmp_path / "nowhere"), "--ffn", "qdmoa", *out],

@@ -112,9 +112,7 @@ def test_generation_with_cache_is_generation_without(name, tiny, tokens):
     mask = torch.ones_like(prompt)
     mask[0, :2] = 0
     runs = [
-        model.generate(
-            prompt, attention_mask=mask, max_new_tokens=12, do_sample=False, use_cache=cache, pad_token_id=0
-        )
+        model.generate(prompt, attention_mask=mask, max_new_tokens=12, do_sample=False, use_cache=cache, pad_token_id=0)
         for cache in (True, False)
     ]
     assert torch.equal(*runs)
@@ -162,7 +160,7 @@ def test_logits_to_keep(tiny, tokens):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_saved_and_loaded_through_auto_classes(name, tiny, tokens, tmp_path):
-    model = tiny(**fields(name), ffn_gate="tanh", ffn_gate_activations="s,r", ffn_up_activations="id,l")
+    model = tiny(**fields(name), ffn_mixing_gate="tanh", ffn_gate_activations="s,r", ffn_up_activations="id,l")
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
@@ -257,8 +255,8 @@ def test_missing_mixing_is_initialized_by_the_layer_s_rule(variant, device_map, 
 
 def test_settings_given_to_from_pretrained_are_checked(tiny, tmp_path):
     tiny().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="ffn_gate='loud' is not one of"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, ffn_gate="loud")
+    with pytest.raises(ValueError, match="ffn_mixing_gate='loud' is not one of"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, ffn_mixing_gate="loud")
 
 
 def test_bad_folders_raise(tmp_path):

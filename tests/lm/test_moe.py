@@ -87,9 +87,7 @@ def one_by_one(moe: MoE, hidden: Tensor) -> Tensor:
         probabilities = torch.softmax(moe.router.weight @ x, dim=0)
         values, chosen = torch.topk(probabilities, moe.router.top_k)
         values = values / values.sum() if moe.router.normalize else values
-        parts = [
-            v * functional_call(ffn, _slices(experts, int(e)), (x,)) for v, e in zip(values, chosen, strict=True)
-        ]
+        parts = [v * functional_call(ffn, _slices(experts, int(e)), (x,)) for v, e in zip(values, chosen, strict=True)]
         shared = torch.zeros_like(x) if moe.shared_experts is None else moe.shared_experts(x)
         rows.append(torch.stack(parts).sum(0) + shared)
     return torch.stack(rows).view(hidden.shape)
@@ -101,7 +99,7 @@ def _fields(moe: MoE) -> dict:
         "hidden_size": experts.dim,
         "moe_intermediate_size": experts.hidden_dim,
         "ffn_variant": experts.spec.variant,
-        "ffn_gate": experts.spec.gate,
+        "ffn_mixing_gate": experts.spec.mixing_gate,
         "ffn_mix_bias": experts.spec.mix_bias,
         "mlp_bias": experts.gate_proj_bias is not None,
     }
@@ -145,7 +143,7 @@ def test_the_methods_agree(variant, mixing, dim, width):
 @pytest.mark.parametrize("gate", ["tanh", "softmax"])
 @pytest.mark.parametrize("mixing", MIXINGS)
 def test_other_gates(gate, mixing):
-    moe = make(torch.float64, ffn_gate=gate, expert_mixing=mixing)
+    moe = make(torch.float64, ffn_mixing_gate=gate, expert_mixing=mixing)
     hidden = tokens(2, 4, 12, dtype=torch.float64)
     torch.testing.assert_close(moe(hidden), one_by_one(moe, hidden), rtol=0, atol=1e-12)
 

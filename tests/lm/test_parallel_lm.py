@@ -32,9 +32,9 @@ SMALL = {
     "loop.micro_batch_size": 4,
     "loop.log_every": 1,
     "loop.val_every": 10,
-    "loop.save_every": 20,
+    "checkpoint.interval": 20,
     "loop.val_samples": 5,
-    "loop.visualize": 2,
+    "loop.num_diagnostic_samples": 2,
     "loop.trackers": "[]",
 }
 DENSE = {"model.args.tie_word_embeddings": "true", "model.gradient_checkpointing": "true"}

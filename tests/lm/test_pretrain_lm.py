@@ -18,7 +18,7 @@ from moa_lm.pretrain import LMConfig, LMTask, build_task, check_config, main
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.config import parse_config
 from moa_train.plan import make_plan
-from moa_train.task import Share
+from moa_train.task import DataParallelRank
 
 WORDS = ("the", "king", "had", "a", "daughter", "more", "beautiful", "than", "any", "other", "by", "the", "sea")
 SMALL = {
@@ -33,9 +33,9 @@ SMALL = {
     "loop.micro_batch_size": 4,
     "loop.log_every": 1,
     "loop.val_every": 2,
-    "loop.save_every": 2,
+    "checkpoint.interval": 2,
     "loop.val_samples": 6,
-    "loop.visualize": 2,
+    "loop.num_diagnostic_samples": 2,
     "loop.trackers": "[]",
 }
 EXPERTS = {
@@ -43,7 +43,7 @@ EXPERTS = {
     "model.args.moe_intermediate_size": 24,
     "optim.algorithm": "muon",
     "schedule.decay_fraction": 0.5,
-    "schedule.decay_shape": "1-sqrt",
+    "schedule.decay_type": "1-sqrt",
 }
 
 
@@ -53,8 +53,7 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     generator = torch.Generator().manual_seed(0)
     documents = [
-        " ".join(WORDS[i] for i in torch.randint(len(WORDS), (20,), generator=generator)) + f" {n}."
-        for n in range(200)
+        " ".join(WORDS[i] for i in torch.randint(len(WORDS), (20,), generator=generator)) + f" {n}." for n in range(200)
     ]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     make_tokens([str(folder / "text.jsonl")], folder / "set", TokenSettings(train_bpe=300, val_fraction=0.1))
@@ -151,7 +150,7 @@ def test_swiglu_is_llama_in_training_too(arguments, tmp_path):
     fields = {key: value for key, value in model.config.to_dict().items() if not key.startswith("ffn_")}
     llama = LlamaForCausalLM(LlamaConfig(**{key: fields[key] for key in fields if key != "model_type"}))
     llama.load_state_dict(model.state_dict())
-    batch = next(iter(task.train_batches(Share(0, 1, 4), plan_of(config, task), 0)))
+    batch = next(iter(task.train_batches(DataParallelRank(0, 1, 4), plan_of(config, task), 0)))
     ours = task.loss(model, batch)
     labels = batch.tokens[:, 1:].contiguous()
     theirs = llama(batch.tokens[:, :-1], shift_labels=labels, labels=labels).loss
@@ -231,7 +230,7 @@ def test_a_resumed_run_reads_what_is_left_and_nothing_before(train, stopping, mo
 def test_documents_do_not_see_each_other(arguments):
     task = build_task(parsed(arguments(data__document_mask="true", model__ffn="qdmoa")))
     end = task.train_shards.end_of_text
-    batch = next(iter(task.val_batches(Share(0, 1, 6))))
+    batch = next(iter(task.val_batches(DataParallelRank(0, 1, 6))))
     model = task.language_model.eval()
     with torch.no_grad():
         losses = task.val_losses(model, batch)["loss"]

@@ -37,8 +37,7 @@ def test_counts(size, variant):
     count = count_parameters(named_config(size, variant))
     assert (count.total, count.active) == by_hand(size, variant)
     assert (
-        count.mixing
-        == count.total - by_hand(size, "swiglu" if variant in ("onemoa", "bimoa", "qdmoa") else "relu2")[0]
+        count.mixing == count.total - by_hand(size, "swiglu" if variant in ("onemoa", "bimoa", "qdmoa") else "relu2")[0]
     )
     embeddings = VOCAB * SIZES[size].width * (1 if SIZES[size].tied else 2)
     assert count.non_embedding == count.total - embeddings

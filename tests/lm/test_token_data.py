@@ -93,9 +93,7 @@ def test_damaged_shards_are_named(tmp_path):
     path = folder / "shard-000001.safetensors"
     good = path.read_bytes()
     path.write_bytes(good[:-1])
-    with pytest.raises(
-        TokenDataError, match=rf"shard-000001.* has {len(good) - 1} bytes instead of {len(good)}; run"
-    ):
+    with pytest.raises(TokenDataError, match=rf"shard-000001.* has {len(good) - 1} bytes instead of {len(good)}; run"):
         TokenShards(folder)
     path.unlink()
     with pytest.raises(TokenDataError, match=r"shard-000001\.safetensors: No such file.*make_tokens"):
@@ -183,9 +181,7 @@ def test_epochs_are_permutations_of_their_own(tmp_path):
     one, two = flat(steps[:4]), flat(steps[4:])
     assert sorted(one) == sorted(two) == list(range(24)) and one != two and one != sorted(one)
     assert order(shards) == steps and order(shards, seed=4) != steps
-    assert [sorted(set(batch)) == sorted(batch) for batch in order(shards, global_batch=5, micro_batch=5)] == [
-        True
-    ] * 8
+    assert [sorted(set(batch)) == sorted(batch) for batch in order(shards, global_batch=5, micro_batch=5)] == [True] * 8
 
 
 def test_order_does_not_depend_on_ranks_micro_batches_workers_or_the_beginning(tmp_path):

@@ -30,9 +30,7 @@ def checkpoint(tmp_path_factory):
     """A folder as anybody's: config, weights and a tokenizer that reads letters. Two layers, 32 wide."""
     folder = tmp_path_factory.mktemp("checkpoint")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = MoALlamaConfig(
-        vocab_size=len(WORDS), max_position_embeddings=64, bos_token_id=1, eos_token_id=2, **sizes
-    )
+    config = MoALlamaConfig(vocab_size=len(WORDS), max_position_embeddings=64, bos_token_id=1, eos_token_id=2, **sizes)
     torch.manual_seed(0)
     MoALlamaForCausalLM(config).save_pretrained(folder)
     letters = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
@@ -183,9 +181,7 @@ def test_the_literal_command_line_evaluates(python, checkpoint, letters_task, tm
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     scores = [[float(answer[0][0]) for answer in row["resps"]] for row in rows]
     assert scores == [
-        pytest.approx(
-            [log_likelihood(checkpoint, row["doc"]["question"], choice) for choice in row["doc"]["choices"]]
-        )
+        pytest.approx([log_likelihood(checkpoint, row["doc"]["question"], choice) for choice in row["doc"]["choices"]])
         for row in rows
     ]
     assert len(scores) == 3

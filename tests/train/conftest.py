@@ -47,7 +47,7 @@ class Runs:
             "loop.micro_batch_size": 4,
             "loop.log_every": 1,
             "loop.val_every": 4,
-            "loop.save_every": 5,
+            "checkpoint.interval": 5,
             "loop.trackers": "[]",
         } | {key.replace("__", "."): value for key, value in changed.items()}
         return [f"--{key}={value}" for key, value in values.items()]

@@ -61,13 +61,13 @@ def test_check_may_ask_for_more_than_values(runs, capsys):
 def test_check_is_no_key_of_the_printed_configuration(parse, capsys):
     with pytest.raises(SystemExit):
         parse("--print_config")
-    assert "check" not in capsys.readouterr().out
+    assert "check:" not in capsys.readouterr().out
 
 
 def test_later_arguments_win(parse, write):
     first = write("optim: {lr: 1e-2, eps: 1e-7}\nmodel: {width: 16}\n", "1.yaml")
     second = write("optim: {lr: 2e-2}\n", "2.yaml")
-    config = parse(first, second, "--model.width", "32", "--loop.trackers=[]", "--optim.clip_grad=null")
+    config = parse(first, second, "--model.width", "32", "--loop.trackers=[]", "--optim.max_grad_norm=null")
     assert (config.optim.lr, config.optim.eps, config.model.width, config.loop.trackers) == (2e-2, 1e-7, 32, ())
 
 
@@ -95,7 +95,7 @@ def test_the_resolved_tree_reads_back_equal(parse, write):
         ("optim: {betas: [0.9]}", '"optim.betas"'),
         ("optim: {fused: 3}", '"optim.fused"'),
         ("loop: {precision: fp16}", '"loop.precision"'),
-        ("loop: {keep: 1.5}", '"loop.keep"'),
+        ("checkpoint: {keep_latest: 1.5}", '"checkpoint.keep_latest"'),
         ("seed: [1]", '"seed"'),
         ("optim: [1, 2]", "optim is [1, 2]; it must be keys with values"),
         ("optim: null", "optim is None"),
@@ -105,7 +105,8 @@ def test_the_resolved_tree_reads_back_equal(parse, write):
         ("optim: {betas: [0.9, 1.0]}", "optim.betas is (0.9, 1.0); it must be two numbers in [0, 1)"),
         ("schedule: {epochs: 2, warmup_epochs: 3}", "schedule.warmup_epochs is 3.0; it must be from 0 to"),
         ("schedule: {min_lr: 1}", "schedule.min_lr is 1.0; it must be at most optim.lr (0.001)"),
-        ("loop: {save_every: 0}", "loop.save_every is 0; it must be 1 or above"),
+        ("loop: {save_every: 10}", "loop.save_every was renamed to checkpoint.interval"),
+        ("checkpoint: {interval: 0}", "checkpoint.interval is 0; it must be 1 or above"),
         ("name: ../x", "name is '../x'"),
     ],
 )
@@ -185,5 +186,5 @@ def test_a_key_cut_short_is_an_error(parse, capsys):
 
 @pytest.mark.parametrize(("clip", "offered"), [(None, "1"), (1.0, "0.5"), (4.0, "1"), (0.1, "0.05")])
 def test_after_a_loss_that_is_no_number_something_gentler_is_offered(clip, offered):
-    options = RunConfig(optim=OptimConfig(lr=1e-3, clip_grad=clip)).gentler()
-    assert options == ("--optim.lr 0.0005", f"--optim.clip_grad {offered}")
+    options = RunConfig(optim=OptimConfig(lr=1e-3, max_grad_norm=clip)).gentler()
+    assert options == ("--optim.lr 0.0005", f"--optim.max_grad_norm {offered}")

@@ -8,7 +8,7 @@ import resource
 import pytest
 
 from moa_train import checkpoint
-from moa_train.durable import LineFile
+from moa_train.atomic_io import LineFile
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_stop_that_could_not_be_saved_is_no_stop_to_go_on_from(limited, ranks)
 @pytest.mark.slow
 def test_rows_and_trackers_that_do_not_fit(runs, limited):
     """metrics.jsonl and TensorBoard's file are full after some steps: the run goes on, and no row is cut in two."""
-    code, out = limited(4_000, schedule__epochs=8, loop__save_every=100, loop__trackers='["tensorboard"]')
+    code, out = limited(4_000, schedule__epochs=8, checkpoint__interval=100, loop__trackers='["tensorboard"]')
     assert out.count("metrics.jsonl could not be written") == 1, "told once"
     assert out.count("trackers (tensorboard) failed") == 1
     assert "step 40/40" in out and code in (0, 1), "to the end; whether the last checkpoint fits is another question"

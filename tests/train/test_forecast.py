@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moa_train import checkpoint
-from moa_train.config import EpochSchedule, LoopConfig, OptimConfig, RunConfig
+from moa_train.config import CheckpointConfig, EpochSchedule, LoopConfig, OptimConfig, RunConfig
+from moa_train.data_order import StepBatches
 from moa_train.devices import GPUS, Gpu, SavedBytes, find_gpu, saved_bytes_per_sample, trace_saved_bytes
 from moa_train.forecast import (
     GIB,
@@ -33,7 +34,6 @@ from moa_train.forecast import (
 )
 from moa_train.muon import StackedMuon, orthogonalize_flops
 from moa_train.optim import build_optimizer
-from moa_train.order import StepBatches
 from moa_train.plan import make_plan
 from moa_train.schedule import Budget
 
@@ -59,10 +59,11 @@ def workload(**changed):
     return Workload(**{**given, **changed})
 
 
-def config(batch=4096, micro=256, **loop):
+def config(batch=4096, micro=256, checkpoint=None, **loop):
     return RunConfig(
         schedule=EpochSchedule(epochs=800, warmup_epochs=40, batch_size=batch),
         loop=LoopConfig(micro_batch_size=micro, **loop),
+        checkpoint=CheckpointConfig(**(checkpoint or {})),
     )
 
 
@@ -146,9 +147,7 @@ def test_blocks_are_those_that_are_gathered():
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    batch=st.integers(1, 600), gpus=st.integers(1, 700), micro=st.integers(1, 64), gib=st.floats(0.5, 40), fsdp=...
-)
+@given(batch=st.integers(1, 600), gpus=st.integers(1, 700), micro=st.integers(1, 64), gib=st.floats(0.5, 40), fsdp=...)
 def test_a_split_is_the_largest_that_works(batch, gpus, micro, gib, fsdp: bool):
     parallel = "fsdp2" if fsdp else "ddp"
     where = cluster(Gpu("H200", gib, 450), parallel=parallel)
@@ -166,7 +165,7 @@ def test_a_split_is_the_largest_that_works(batch, gpus, micro, gib, fsdp: bool):
 
 
 def test_the_full_recipe_in_closed_form():
-    found = forecast(config(save_every=624, keep=3), workload(), cluster(), 8)
+    found = forecast(config(checkpoint={"interval": 624, "keep_latest": 3}), workload(), cluster(), 8)
     plan = found.plan
     assert (plan.total_steps, plan.accumulation, plan.micro_batch) == (249_600, 2, 256)
     assert found.compute_s == pytest.approx(4096 * 60e9 / (8 * 400e12))
@@ -225,8 +224,7 @@ def test_muon_shares_stacks_as_torch_splits_them(shapes, devices):
     assert muon_flops(shapes, devices, "ddp") == muon_flops(shapes, 1, "fsdp2") == everything
     parts = [torch.empty(shape, device="meta").chunk(devices) if len(shape) == 3 else None for shape in shapes]
     first = sum(
-        orthogonalize_flops(shape if part is None else part[0].shape)
-        for shape, part in zip(shapes, parts, strict=True)
+        orthogonalize_flops(shape if part is None else part[0].shape) for shape, part in zip(shapes, parts, strict=True)
     )
     assert muon_flops(shapes, devices, "fsdp2") == first <= everything <= devices * first
 
@@ -287,11 +285,11 @@ def test_rates():
 
 def test_a_real_run_is_foretold(runs):
     """Steps, checkpoints and, from its own recorded speed, its length."""
-    assert runs("run", loop__save_every=2, loop__keep=2, loop__keep_every=6) == 0
+    assert runs("run", checkpoint__interval=2, checkpoint__keep_latest=2, checkpoint__keep_interval=6) == 0
     toy = runs.toy
     own = toy.parse_config(
         toy.ToyConfig,
-        runs.arguments("run", loop__save_every=2, loop__keep=2, loop__keep_every=6),
+        runs.arguments("run", checkpoint__interval=2, checkpoint__keep_latest=2, checkpoint__keep_interval=6),
         program="toy",
         summary="",
     )
@@ -407,9 +405,7 @@ def test_no_number_of_devices_takes_long(fuzzing):
         lambda: forecast(config(huge), workload(), cluster(), 1),
         lambda: make_plan(config(huge), 1, max, 1),
     ):
-        with pytest.raises(
-            ValueError, match=r"schedule.batch_size is 100000000000; it must be at most 1,000,000,000"
-        ):
+        with pytest.raises(ValueError, match=r"schedule.batch_size is 100000000000; it must be at most 1,000,000,000"):
             plan()
 
 
@@ -423,7 +419,9 @@ def test_no_number_of_devices_takes_long(fuzzing):
 def test_checkpoints_that_are_kept(total, save_every, keep, times):
     every = None if times is None else times * save_every
     asked = workload(samples_per_epoch=8, budget=lambda steps: Budget(total, 0))
-    found = forecast(config(8, 8, save_every=save_every, keep=keep, keep_every=every), asked, cluster(), 1)
+    found = forecast(
+        config(8, 8, {"interval": save_every, "keep_latest": keep, "keep_interval": every}), asked, cluster(), 1
+    )
     there: list[int] = []
     saves = 0
     for step in range(1, total + 1):  # as checkpoint.save drops them

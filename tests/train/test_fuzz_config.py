@@ -53,7 +53,13 @@ VALUES = (
 
 
 ENCODER = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2.0, "norm_layer": None}
-ENCODER |= {"class_token": True, "reg_tokens": 1, "qkv_bias": True, "drop_path_rate": 0.1, "ffn_gate": "sigmoid"}
+ENCODER |= {
+    "class_token": True,
+    "reg_tokens": 1,
+    "qkv_bias": True,
+    "drop_path_rate": 0.1,
+    "ffn_mixing_gate": "sigmoid",
+}
 MODELS = {
     "mae": {"encoder": "vit_tiny_patch16_qdmoa", "img_size": [16, 24], "encoder_args": ENCODER}
     | {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "decoder_ffn": None, "mask_ratio": 0.75},
@@ -167,10 +173,7 @@ def test_what_parses_is_also_built(fuzz, fuzzing, checked, half):
 @pytest.mark.parametrize(
     ("half", "key", "value", "named"),
     [
-        *(
-            ("mae", f"model.encoder_args.{key}", 0, "encoder_args")
-            for key in ("embed_dim", "num_heads", "patch_size")
-        ),
+        *(("mae", f"model.encoder_args.{key}", 0, "encoder_args") for key in ("embed_dim", "num_heads", "patch_size")),
         ("mae", "model.encoder_args.patch_size", [8, 8, 8], "patch_size=(8, 8, 8) must be square"),
         ("mae", "model.encoder_args.norm_layer", "x", "encoder_args"),
         ("mae", "model.encoder_args.class_token", "x", "encoder_args"),

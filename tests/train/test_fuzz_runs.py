@@ -12,7 +12,7 @@ import torch
 
 from moa_train import checkpoint
 from moa_train.checkpoint import FILES, DamagedCheckpoint
-from moa_train.records import RunFolder, summarize_rows
+from moa_train.run_folder import RunFolder, summarize_rows
 from moa_train.sweep.check import check
 from moa_train.sweep.grid import PlannedRun, name_configs
 from moa_train.sweep.slurm import Cluster, SlurmError
@@ -25,7 +25,7 @@ RECORDS = ("config.yaml", "metrics.jsonl", "summary.json", "env.json")
 def finished(tmp_path_factory, make_runs):
     """A finished run of the toy, three checkpoints; to be copied, not touched."""
     runs = make_runs(tmp_path_factory.mktemp("finished"))
-    assert runs("run", loop__keep=3) == 0
+    assert runs("run", checkpoint__keep_latest=3) == 0
     return runs.out / "run"
 
 
@@ -156,7 +156,7 @@ def test_whole_runs(fuzz, fuzzing, runs, folder, how, monkeypatch):
             if name.endswith(".safetensors"):
                 seal = resealed(own / last.relative_to(folder), name.split("/")[-1], content)
                 (own / last.relative_to(folder) / "state.json").write_bytes(seal)
-            options = {"loop__keep": 3, "schedule__epochs": 4}
+            options = {"checkpoint__keep_latest": 3, "schedule__epochs": 4}
             if how == "start_from":
                 options |= {"schedule__decay_fraction": 0.1, "start_from": own / last.relative_to(folder)}
                 shutil.rmtree(folder.parent / "new", ignore_errors=True)

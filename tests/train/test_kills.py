@@ -12,7 +12,7 @@ import pytest
 from moa_train import checkpoint
 
 FORKSERVER = multiprocessing.get_context("forkserver")  # its processes begin with torch imported
-FORKSERVER.set_forkserver_preload(["moa_train.loop"])
+FORKSERVER.set_forkserver_preload(["moa_train.trainer"])
 
 SAVE_EVERY = 5
 

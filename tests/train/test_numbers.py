@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moa_train import checkpoint
-from moa_train.loop import Trainer
 from moa_train.signals import EXIT_STOPPED
 from moa_train.spikes import DEVIATIONS, MEMORY, RecentLoss
+from moa_train.trainer import Trainer
 
 
 def events(runs, name, kind=None):
@@ -23,7 +23,7 @@ def events(runs, name, kind=None):
 def test_the_samples_of_a_step_that_is_not_finite_are_noted(runs, capsys):
     assert runs("run", model__nan_at=7) == 1
     error = capsys.readouterr().err
-    assert "events.jsonl lists its samples" in error and "--loop.skip_nonfinite 1" in error
+    assert "events.jsonl lists its samples" in error and "--loop.max_nonfinite_steps 1" in error
     assert [row["kind"] for row in events(runs, "run")] == ["begun", "nonfinite", "failed"]
     (row,) = events(runs, "run", "nonfinite")
     assert (row["step"], row["loss"], row["grad_norm"], row["skipped"]) == (8, None, None, False)
@@ -50,7 +50,7 @@ def grows_beyond_numbers(runs, monkeypatch, step):
 def test_weights_that_are_not_finite_are_never_saved(runs, monkeypatch, capsys, step, newest):
     """Neither with a checkpoint that is due nor with a step that is left out: those before would be dropped."""
     grows_beyond_numbers(runs, monkeypatch, step)
-    assert runs("run", loop__skip_nonfinite=9) == 1
+    assert runs("run", loop__max_nonfinite_steps=9) == 1
     error = capsys.readouterr().err
     assert f"the weights are not finite after step {step}" in error and "--resume force --optim.lr 0.005" in error
     saved = sorted(path.name for path in (runs.out / "run" / "checkpoints").glob("step_*"))
@@ -85,9 +85,7 @@ def test_a_gradient_that_is_not_finite_stops_a_run_whose_loss_is(runs, nan_in, c
     assert f" and the gradient norm {told}, at lr" in capsys.readouterr().err
     assert_only_the_gradient_was_not(runs, "run", skipped=False)
     row = runs.rows("run", "train")[-1]
-    assert (
-        row["step"] == 8 and row["grad_norm"] is None and row["loss"] == events(runs, "run", "nonfinite")[0]["loss"]
-    )
+    assert row["step"] == 8 and row["grad_norm"] is None and row["loss"] == events(runs, "run", "nonfinite")[0]["loss"]
     assert (runs.out / "run/checkpoints/LAST").read_text() == "step_00000007\n"
     assert runs("run") == runs("unbroken") == 0, "the cause has gone"
     assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
@@ -95,24 +93,24 @@ def test_a_gradient_that_is_not_finite_stops_a_run_whose_loss_is(runs, nan_in, c
 
 @GRADIENTS
 def test_a_step_is_left_out_for_its_gradient_as_for_its_loss(runs, nan_in, capsys):
-    assert runs("gradient", model__nan_at=7, model__nan_in=nan_in, loop__skip_nonfinite=1) == 0
+    assert runs("gradient", model__nan_at=7, model__nan_in=nan_in, loop__max_nonfinite_steps=1) == 0
     assert "left out, 1 of 1" in capsys.readouterr().out
     assert_only_the_gradient_was_not(runs, "gradient", skipped=True)
-    assert runs("loss", model__nan_at=7, loop__skip_nonfinite=1) == 0
+    assert runs("loss", model__nan_at=7, loop__max_nonfinite_steps=1) == 0
     runs.assert_same("gradient", "loss")
 
 
 def test_a_step_is_left_out_for_its_loss_alone(runs):
-    assert runs("alone", model__nan_at=7, model__nan_in="loss alone", loop__skip_nonfinite=1) == 0
+    assert runs("alone", model__nan_at=7, model__nan_in="loss alone", loop__max_nonfinite_steps=1) == 0
     (row,) = events(runs, "alone", "nonfinite")
     assert row["loss"] is None and 0 < row["grad_norm"] < math.inf
-    assert runs("both", model__nan_at=7, loop__skip_nonfinite=1) == 0
+    assert runs("both", model__nan_at=7, loop__max_nonfinite_steps=1) == 0
     runs.assert_same("alone", "both")
 
 
 def test_skipping_leaves_the_step_out_and_nothing_else(runs, capsys):
     """A step whose loss is NaN, left out, equals a step that never updates: rate, order and generators go on."""
-    assert runs("run", model__nan_at=7, loop__skip_nonfinite=1) == 0
+    assert runs("run", model__nan_at=7, loop__max_nonfinite_steps=1) == 0
     assert "left out, 1 of 1" in capsys.readouterr().out
     assert [row["step"] for row in runs.rows("run", "train")] == [s for s in range(1, 16) if s != 8]
     assert runs.json("run", "summary.json")["skipped_steps"] == 1
@@ -128,11 +126,12 @@ def test_skipping_leaves_the_step_out_and_nothing_else(runs, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [7, 8], ids=["as it is skipped", "after it"])
 def test_skipping_resumes_exactly(runs, stop_at):
-    assert runs("unbroken", model__nan_at=7, model__nan_for=2, loop__skip_nonfinite=2) == 0
+    assert runs("unbroken", model__nan_at=7, model__nan_for=2, loop__max_nonfinite_steps=2) == 0
     assert (
-        runs("run", model__nan_at=7, model__nan_for=2, loop__skip_nonfinite=2, model__stop_at=stop_at) == EXIT_STOPPED
+        runs("run", model__nan_at=7, model__nan_for=2, loop__max_nonfinite_steps=2, model__stop_at=stop_at)
+        == EXIT_STOPPED
     )
-    assert runs("run", model__nan_at=7, model__nan_for=2, loop__skip_nonfinite=2) == 0
+    assert runs("run", model__nan_at=7, model__nan_for=2, loop__max_nonfinite_steps=2) == 0
     assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
     assert runs.json("run", "summary.json")["skipped_steps"] == 2
 
@@ -147,12 +146,12 @@ def test_a_state_that_could_not_be_saved_is_not_called_saved(runs, capsys, monke
 
 
 def test_one_more_than_allowed_stops_and_may_be_allowed_later(runs, capsys):
-    assert runs("run", model__nan_at=7, model__nan_for=2, loop__skip_nonfinite=1) == 1
+    assert runs("run", model__nan_at=7, model__nan_for=2, loop__max_nonfinite_steps=1) == 1
     error = capsys.readouterr().err
-    assert "step 9: the loss is nan" in error and "--loop.skip_nonfinite 2" in error
+    assert "step 9: the loss is nan" in error and "--loop.max_nonfinite_steps 2" in error
     assert (runs.out / "run" / "checkpoints" / "LAST").read_text() == "step_00000008\n"
-    assert runs("run", model__nan_at=7, model__nan_for=2, loop__skip_nonfinite=2) == 0, "a harmless key"
-    assert runs("unbroken", model__nan_at=7, model__nan_for=2, loop__skip_nonfinite=2) == 0
+    assert runs("run", model__nan_at=7, model__nan_for=2, loop__max_nonfinite_steps=2) == 0, "a mutable_keys key"
+    assert runs("unbroken", model__nan_at=7, model__nan_for=2, loop__max_nonfinite_steps=2) == 0
     assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
 
 
@@ -166,9 +165,7 @@ def test_spikes_of_a_run_are_noted_once_however_often_it_stops(runs, capsys):
     assert runs("run", **long, model__stop_at=60) == EXIT_STOPPED
     assert runs("run", **long, model__stop_at=70) == EXIT_STOPPED
     assert runs("run", **long) == 0
-    noted = [
-        [(row["step"], row["deviations"]) for row in events(runs, name, "spike")] for name in ("run", "unbroken")
-    ]
+    noted = [[(row["step"], row["deviations"]) for row in events(runs, name, "spike")] for name in ("run", "unbroken")]
     assert noted[0] == noted[1]
     spikes = [runs.json(name, "summary.json")["loss_spikes"] for name in ("run", "unbroken")]
     assert spikes == [len(noted[0])] * 2
@@ -212,6 +209,4 @@ def test_variance_is_numpys_with_the_same_weights():
     weights = np.cumprod(np.r_[1.0, np.full(399, 1 - 1 / MEMORY)])[::-1]
     mean = np.average(losses, weights=weights)
     assert recent.mean == pytest.approx(mean, rel=1e-3)
-    assert math.sqrt(recent.variance) == pytest.approx(
-        math.sqrt(np.cov(losses, aweights=weights, bias=True)), rel=0.05
-    )
+    assert math.sqrt(recent.variance) == pytest.approx(math.sqrt(np.cov(losses, aweights=weights, bias=True)), rel=0.05)

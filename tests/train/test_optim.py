@@ -39,9 +39,7 @@ def test_rate_equals_timm(warmup, total, min_lr):
 
 def test_layer_wise_rates_equal_timm():
     ours, theirs = (
-        torch.optim.SGD(
-            [{"params": [nn.Parameter(torch.zeros(1))], **extra} for extra in ({"lr_scale": 0.3}, {})], 0.5
-        )
+        torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], **extra} for extra in ({"lr_scale": 0.3}, {})], 0.5)
         for _ in range(2)
     )
     scheduler = CosineLRScheduler(theirs, 15, lr_min=0.01, warmup_t=5, warmup_prefix=True, t_in_epochs=False)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from moa_train import checkpoint
-from moa_train.records import RunFolder
+from moa_train.run_folder import RunFolder
 from moa_train.signals import EXIT_STOPPED
 
 
@@ -55,7 +55,9 @@ def test_a_validation_made_up_for_is_not_written_twice(runs, unbroken):
     assert runs("run", model__stop_in_val=4) == EXIT_STOPPED
     folder = runs.out / "run"
     at_4 = (folder / "checkpoints" / "LAST").read_text()
-    assert runs("run", model__stop_at=4, loop__keep=9) == EXIT_STOPPED  # validates step 4, then stops after 5
+    assert (
+        runs("run", model__stop_at=4, checkpoint__keep_latest=9) == EXIT_STOPPED
+    )  # validates step 4, then stops after 5
     assert at_4 == "step_00000004\n"
     newest = folder / "checkpoints" / "step_00000005"
     (newest / "model.safetensors").write_bytes(b"")  # so that the next session starts at 4 again
@@ -187,7 +189,7 @@ def test_nobody_has_the_folder_while_a_checkpoint_is_being_written(runs, monkeyp
     monkeypatch.setattr(runs.toy.ToyTask, "loss", failing)
     monkeypatch.setattr(RunFolder, "held", watched)
     with pytest.raises(ZeroDivisionError):
-        runs("run", loop__save_every=10)
+        runs("run", checkpoint__interval=10)
     assert freed == ["step_00000005"]
     assert runs.json("run", "summary.json")["status"] == "failed"
 
@@ -204,7 +206,7 @@ def test_another_configuration_is_refused(runs, capsys):
 
 def test_harmless_keys_may_change(runs, unbroken):
     runs("run", model__stop_at=6)
-    assert runs("run", loop__save_every=3, loop__keep=1, loop__log_every=2) == 0
+    assert runs("run", checkpoint__interval=3, checkpoint__keep_latest=1, loop__log_every=2) == 0
     assert runs.final("run") == runs.final(unbroken)
     assert len(list((runs.out / "run" / "checkpoints").glob("step_*"))) == 1
     assert [row["step"] for row in runs.rows("run", "train")] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 15]

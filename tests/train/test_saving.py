@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moa_train import checkpoint, durable, records
+from moa_train import atomic_io, checkpoint, run_folder
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_checkpoint_without_a_note_of_it_is_one(runs, monkeypatch, capsys):
 def test_a_folder_that_cannot_be_written_is_told_in_one_message(runs, when, monkeypatch, capsys):
     """For another reason than a full disk; what has to be noted at the end cannot be either."""
     if when == "later":
-        append, calls = durable.LineFile.append, []
+        append, calls = atomic_io.LineFile.append, []
 
         def stale(lines, line):
             calls.append(line)
@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_message(runs, when, monk
                 raise OSError(errno.ESTALE, "Stale file handle", str(lines.path))
             append(lines, line)
 
-        monkeypatch.setattr(durable.LineFile, "append", stale)
+        monkeypatch.setattr(atomic_io.LineFile, "append", stale)
     else:
         (runs.out / "run").write_text("in the way")
     assert runs("run") == 1
@@ -141,13 +141,13 @@ def test_the_lock_of_a_machine_that_is_gone_is_waited_for(runs, held, capsys, mo
         holder.kill()
         holder.wait()
 
-    monkeypatch.setattr(records, "time", SimpleNamespace(monotonic=time.monotonic, sleep=release))
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=time.monotonic, sleep=release))
     assert runs("run") == 0
     assert "waiting for elsewhere" in capsys.readouterr().err
 
 
 def test_not_for_ever(runs, held, capsys, monkeypatch):
-    monkeypatch.setattr(records, "LEASE_S", 0)
+    monkeypatch.setattr(run_folder, "LEASE_S", 0)
     held("elsewhere", 60)
     assert runs("run") == 2
     assert "process 77 on elsewhere" in capsys.readouterr().err

@@ -6,8 +6,8 @@ import pytest
 
 WSD = {
     "schedule__decay_fraction": 0.4,
-    "schedule__decay_shape": "1-sqrt",
-    "loop__save_every": 2,
+    "schedule__decay_type": "1-sqrt",
+    "checkpoint__interval": 2,
     "loop__log_every": 1,
 }
 """Of 10 steps the last 4 decay, of 20 the last 8."""
@@ -15,7 +15,7 @@ WSD = {
 
 @pytest.fixture
 def long(runs):
-    assert runs("long", schedule__epochs=4, loop__keep=1, loop__keep_every=2, **WSD) == 0
+    assert runs("long", schedule__epochs=4, checkpoint__keep_latest=1, checkpoint__keep_interval=2, **WSD) == 0
     return runs.out / "long" / "checkpoints"
 
 
@@ -25,7 +25,7 @@ def kept(checkpoints):
 
 def test_every_kth_checkpoint_is_kept(runs, long):
     assert kept(long) == [*range(2, 21, 2)]
-    assert runs("few", loop__keep=1, loop__keep_every=10) == 0
+    assert runs("few", checkpoint__keep_latest=1, checkpoint__keep_interval=10) == 0
     assert kept(runs.out / "few" / "checkpoints") == [10, 15]
 
 
@@ -76,8 +76,11 @@ def test_force_begins_all_the_same(runs, long):
 
 def test_keep_every_fits_save_every(runs, capsys):
     with pytest.raises(SystemExit):
-        runs("odd", loop__save_every=4, loop__keep_every=6)
-    assert "loop.keep_every is 6; it must be a multiple of loop.save_every (4), or null" in capsys.readouterr().err
+        runs("odd", checkpoint__interval=4, checkpoint__keep_interval=6)
+    assert (
+        "checkpoint.keep_interval is 6; it must be a multiple of checkpoint.interval (4), or null"
+        in capsys.readouterr().err
+    )
 
 
 def test_another_algorithm_cannot_take_the_optimizer_over(runs, long, capsys):

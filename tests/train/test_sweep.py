@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from moa_train.config import HARMLESS
+from moa_train.config import RESUME_MUTABLE_KEYS
 from moa_train.signals import EXIT_STOPPED
 from moa_train.sweep.board import Board, LiveBoard, one_line
 from moa_train.sweep.command import main
@@ -128,11 +128,11 @@ out.mkdir(parents=True, exist_ok=True)
 ENTRY = """
 import sys
 from pathlib import Path
-from moa_train.config import HARMLESS
+from moa_train.config import RESUME_MUTABLE_KEYS
 from moa_train.sweep.command import main
 here = Path(__file__).parent
 report = [sys.executable, str(here / "report.py")]
-sys.exit(main(sys.argv[1:], script=here / "train.py", report=report, harmless=lambda: HARMLESS))
+sys.exit(main(sys.argv[1:], script=here / "train.py", report=report, mutable_keys=lambda: RESUME_MUTABLE_KEYS))
 """
 
 
@@ -152,7 +152,7 @@ class Sweeps:
             [*self.configs(configs), *arguments],
             script=self.folder / "train.py",
             report=[sys.executable, str(self.folder / "report.py")],
-            harmless=lambda: HARMLESS,
+            mutable_keys=lambda: RESUME_MUTABLE_KEYS,
         )
 
     def configs(self, names):
@@ -476,7 +476,8 @@ def test_force_runs_a_diverged_run_again(sweeps):
     assert sweeps("--set", "trouble=diverges", configs=["one"]) == 0
     assert observe(Path("runs") / name).state == "diverged"
     assert (
-        sweeps("--set", "trouble=diverges", "--", "--resume", "force", "--optim.clip_grad", "1", configs=["one"]) == 0
+        sweeps("--set", "trouble=diverges", "--", "--resume", "force", "--optim.max_grad_norm", "1", configs=["one"])
+        == 0
     )
     assert sweeps.steps(name) == [1, 2, 3, 4]
 
@@ -741,7 +742,7 @@ def test_what_pretraining_would_refuse_is_refused_before_the_first_run(sweeps, m
     arguments = ["--config", str(ROOT / "configs/mae/laptop_swiglu.yaml"), "--set", setting, "--out", "runs"]
     extra = ["--", "--data.val=null", *(() if "data.train" in setting else ("--data.train=tiny.tar",))]
     options = {"script": ROOT / "scripts/pretrain_mae.py", "report": ["false"]}
-    assert main([*arguments, *extra], **options, harmless=lambda: HARMLESS) == 2
+    assert main([*arguments, *extra], **options, mutable_keys=lambda: RESUME_MUTABLE_KEYS) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and not Path("runs").exists()
 
@@ -787,7 +788,10 @@ def test_the_script_is_told_by_the_first_configuration(sweeps, entry, content, s
 def test_a_configuration_that_cannot_be_read_is_told_in_one_message(sweeps, entry, capsys, content):
     Path("one.yaml").write_text(content)
     arguments = ["--config", "one.yaml", "--out", "runs"]
-    assert main(arguments, script=entry.script_of(arguments), report=["false"], harmless=lambda: HARMLESS) == 2
+    assert (
+        main(arguments, script=entry.script_of(arguments), report=["false"], mutable_keys=lambda: RESUME_MUTABLE_KEYS)
+        == 2
+    )
     told = capsys.readouterr().err
     assert told.startswith("error: one.yaml cannot be read (") and told.count("\n") == 1
 
@@ -799,16 +803,21 @@ def test_pretraining(sweeps, monkeypatch, capsys):
     text = (ROOT / "configs/mae/laptop_swiglu.yaml").read_text()
     Path("mae.yaml").write_text(text)
     small = {"model.img_size": 16, "model.encoder_args.depth": 1, "model.decoder_depth": 1, "loop.trackers": "[]"}
-    small |= {"schedule.epochs": 0.14, "schedule.warmup_epochs": 0, "loop.visualize": 0, "loop.val_samples": 4}
+    small |= {
+        "schedule.epochs": 0.14,
+        "schedule.warmup_epochs": 0,
+        "loop.num_diagnostic_samples": 0,
+        "loop.val_samples": 4,
+    }
     extra = ["--", *(f"--{key}={value}" for key, value in small.items())]
     arguments = ["--config", "mae.yaml", "--set", "optim.lr=2e-3", "--out", "runs", *extra]
     options = {"script": ROOT / "scripts/pretrain_mae.py", "report": [sys.executable, "report.py"]}
-    assert main(arguments, **options, harmless=lambda: HARMLESS) == 0
+    assert main(arguments, **options, mutable_keys=lambda: RESUME_MUTABLE_KEYS) == 0
     seen = observe(Path("runs/laptop_swiglu_lr2e-3_s0"))
     assert (seen.state, seen.step, seen.total) == ("finished", 2, 2) and seen.val_loss is not None
     assert sweeps.reported()[0] == "runs/laptop_swiglu_lr2e-3_s0"
     capsys.readouterr()
-    assert main(arguments, **options, harmless=lambda: HARMLESS) == 0
+    assert main(arguments, **options, mutable_keys=lambda: RESUME_MUTABLE_KEYS) == 0
     assert "1 runs in runs, 1 of them done before" in capsys.readouterr().out
 
 

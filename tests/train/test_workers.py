@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from moa_train.journal import Journal
-from moa_train.order import batch_loader
+from moa_train.data_order import batch_loader
+from moa_train.run_logger import Journal
 
 SCRIPT = """
 import numpy as np
 from torch.utils.data import Dataset
-from moa_train.order import batch_loader
+from moa_train.data_order import batch_loader
 from moa_train.signals import ignore_stop_signals
 
 class Numbers(Dataset):

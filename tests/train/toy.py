@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from moa_train.config import HARMLESS, EpochSchedule, RunConfig, parse_config
-from moa_train.loop import run
+from moa_train.config import RESUME_MUTABLE_KEYS, EpochSchedule, RunConfig, parse_config
+from moa_train.trainer import run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +141,10 @@ class ToyTask:
     def budget(self, steps_per_epoch):
         return self.config.schedule.budget(steps_per_epoch)
 
-    def describe(self):
+    def startup_lines(self):
         return {"model": "toy"}
 
-    def facts(self):
+    def summary_fields(self):
         parameters = list(self.model.parameters())
         held_as = sorted({type(parameter).__name__ for parameter in parameters})
         return {"parameters": {"total": sum(p.numel() for p in parameters)}, "held_as": held_as}
@@ -187,7 +187,7 @@ class ToyTask:
         error = (model(x) - y).square().mean(dim=1)
         return {"loss": error, "loss_norm": error / 2}
 
-    def visualize(self, model, folder, step):
+    def write_diagnostics(self, model, folder, step):
         (folder / "reconstructions").mkdir(exist_ok=True)
         (folder / "reconstructions" / f"{step}.txt").write_text(f"{model.training}")
 
@@ -219,7 +219,7 @@ def main(arguments):
     config = parse_config(ToyConfig, arguments, program="toy", summary="A toy.")
     if config.model.kill_in:
         kill_in(config.model.kill_in, config.model.kill_call)
-    return run(config, lambda: ToyTask(config), harmless=HARMLESS | TROUBLE)
+    return run(config, lambda: ToyTask(config), mutable_keys=RESUME_MUTABLE_KEYS | TROUBLE)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parent))
 import toy
 
-from moa_train import durable, failures
-from moa_train.loop import NonFiniteError, run
+from moa_train import atomic_io, failures
 from moa_train.signals import ignore_stop_signals
+from moa_train.trainer import NonFiniteError, run
 
 AT = 3
 """The step, from 0, in which it happens."""
@@ -94,15 +94,17 @@ def prepare_trouble(trouble):
     if trouble == "SIGUSR1 in compile":
         on_compile_start(lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     if trouble == "SIGUSR1 in a checkpoint":
-        sync = durable.sync_file
-        durable.sync_file = lambda path: (os.kill(os.getpid(), signal.SIGUSR1), sync(path))
+        sync = atomic_io.sync_file
+        atomic_io.sync_file = lambda path: (os.kill(os.getpid(), signal.SIGUSR1), sync(path))
 
 
 def main(arguments):
     """Run the toy."""
     prepare_trouble(os.environ.get("TROUBLE"))
     config = toy.parse_config(toy.ToyConfig, arguments, program="toy", summary="A toy.")
-    return run(config, lambda: Troubled(config), harmless=toy.HARMLESS | toy.TROUBLE, expected=(DataError,))
+    return run(
+        config, lambda: Troubled(config), mutable_keys=toy.RESUME_MUTABLE_KEYS | toy.TROUBLE, expected=(DataError,)
+    )
 
 
 def forked(environment, arguments, stdout, stderr):

@@ -10,8 +10,8 @@ import pytest
 from filelock import FileLock
 
 from moa_vision.cache import ATTEMPTS, LostShard, Shard, local_path, open_shard
+from moa_vision.cache_eviction import hold, make_room, release
 from moa_vision.index import ShardReader, open_index
-from moa_vision.room import hold, make_room, release
 
 FORK = multiprocessing.get_context("fork")
 

@@ -19,7 +19,7 @@ from timm.data.loader import adapt_to_chs
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from moa_train.order import StepBatches
+from moa_train.data_order import StepBatches
 from moa_vision import images
 from moa_vision.data import (
     DataConfig,
@@ -29,9 +29,9 @@ from moa_vision.data import (
     train_loader,
     val_loader,
 )
+from moa_vision.epoch_order import EpochOrder
 from moa_vision.images import CROP_DRAWS, ImageError, central_box, crop_into, decode_image, random_box
 from moa_vision.index import open_index
-from moa_vision.order import EpochOrder
 from moa_vision.shards import encode_jpeg
 from moa_vision.table import IMAGE_EXTENSIONS, BadSample
 
@@ -39,7 +39,7 @@ SIZE = {"image_size": (48, 32), "num_patches": 6}
 
 
 def config(**fields):
-    return DataConfig(**{"train": "", "workers": 0, "window_shards": 2, **fields})
+    return DataConfig(**{"train": "", "workers": 0, "shuffle_window_shards": 2, **fields})
 
 
 def train(index, **arguments):
@@ -183,14 +183,17 @@ def test_repeats_share_a_decoded_image(shards, monkeypatch):
     index = open_index(str(shards))
     calls = []
     monkeypatch.setattr("moa_vision.data.decode_image", lambda *args: calls.append(1) or decode_image(*args))
-    batches = train(index, global_batch=8, micro_batch=8, num_steps=16, config={"repeats": 4})
+    batches = train(index, global_batch=8, micro_batch=8, num_steps=16, config={"repeated_augmentation": 4})
     assert len(calls) == 32  # 16 steps of 8 crops
     pixels, noise, keys = joined(batches)
     assert set(Counter(keys).values()) == {4}  # 4 epochs: every image, 4 crops of each
     assert all(len(set(keys[i : i + 4])) == 1 for i in range(0, 128, 4))
     assert len(pixels.flatten(1).unique(dim=0)) > 120 and len(noise.unique(dim=0)) == 128
-    same(train(index, global_batch=8, micro_batch=8, num_steps=16, start_step=7, config={"repeats": 4}), batches[7:])
-    split = train(index, global_batch=8, micro_batch=2, num_steps=16, config={"repeats": 4})
+    same(
+        train(index, global_batch=8, micro_batch=8, num_steps=16, start_step=7, config={"repeated_augmentation": 4}),
+        batches[7:],
+    )
+    split = train(index, global_batch=8, micro_batch=2, num_steps=16, config={"repeated_augmentation": 4})
     assert torch.equal(joined(split)[0], pixels)
 
 
@@ -648,8 +651,8 @@ def test_shard_that_shrinks_or_goes_away_is_named(shards):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("window_shards", 0),
-        ("repeats", 0),
+        ("shuffle_window_shards", 0),
+        ("repeated_augmentation", 0),
         ("crop_scale", (0.5, 0.2)),
         ("crop_ratio", (0.0, 1.0)),
         ("val_crop_pct", 1.5),
@@ -672,4 +675,4 @@ def test_impossible_batches_are_refused(shards):
     with pytest.raises(ValueError, match=r"32 images an epoch.*one global batch of 33"):
         train(index, global_batch=33, micro_batch=33)
     with pytest.raises(ValueError, match="30 images an epoch"):
-        train(index, global_batch=32, micro_batch=32, config={"repeats": 3})
+        train(index, global_batch=32, micro_batch=32, config={"repeated_augmentation": 3})

@@ -66,9 +66,7 @@ def test_pooling_and_head(exported, global_pool, num_classes):
     model, x = load(folder, global_pool=global_pool, num_classes=num_classes), images(32)
     tokens = mae.encoder.blocks(mae.encoder._pos_embed(mae.encoder.patch_embed(x)))
     pooled = tokens[:, 0] if global_pool == "token" else tokens[:, 1:].mean(dim=1)
-    torch.testing.assert_close(
-        model.forward_head(model.forward_features(x), pre_logits=True), mae.encoder.norm(pooled)
-    )
+    torch.testing.assert_close(model.forward_head(model.forward_features(x), pre_logits=True), mae.encoder.norm(pooled))
     assert model(x).shape == (2, num_classes or 32)
 
 
@@ -103,13 +101,13 @@ def test_features_only(exported):
 
 
 def test_ffn_settings_come_back(tmp_path):
-    settings = {"ffn_gate": "tanh", "ffn_gate_activations": ["r", "s"], "ffn_up_activations": "id,t,g"}
+    settings = {"ffn_mixing_gate": "tanh", "ffn_gate_activations": ["r", "s"], "ffn_up_activations": "id,t,g"}
     mae = make(**settings, ffn_mix_bias=True, drop_path_rate=0.2, proj_drop_rate=0.1, ffn_backend="eager")
     export_encoder(mae, tmp_path / "export", MEAN, STD)
     model, x = load(tmp_path / "export"), images(32)
     assert torch.equal(model.forward_features(x), mae.encoder.forward_features(x))
     for ffn in (module for module in model.modules() if isinstance(module, FFN)):
-        assert ffn.spec.gate == "tanh" and ffn.spec.mix_bias
+        assert ffn.spec.mixing_gate == "tanh" and ffn.spec.mix_bias
         assert ffn.spec.gate_activations == ("relu", "silu")
         assert ffn.spec.up_activations == ("identity", "tanh", "gelu")
     model_args = json.loads((tmp_path / "export" / "config.json").read_text())["model_args"]
@@ -126,7 +124,7 @@ def test_a_plain_timm_encoder_exports_too(tmp_path, name):
 
 @pytest.mark.parametrize("img_size", [32, (16, 48)])
 def test_the_whole_mae_comes_back(tmp_path, img_size):
-    mae = make(img_size=img_size, ffn_gate="softmax", drop_path_rate=0.1)
+    mae = make(img_size=img_size, ffn_mixing_gate="softmax", drop_path_rate=0.1)
     export_encoder(mae, tmp_path / "export", MEAN, STD)
     again = load_mae(tmp_path / "export").eval()
     height, width = mae.grid_size[0] * 8, mae.grid_size[1] * 8

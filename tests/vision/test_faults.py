@@ -44,7 +44,7 @@ def train(tmp_path, server):
             "model.decoder_heads": 2,
             "data.train": server.url,
             "data.cache_dir": tmp_path / "caches" / name,
-            "data.window_shards": 1,
+            "data.shuffle_window_shards": 1,
             "data.workers": 2,
             "schedule.epochs": 2,
             "schedule.warmup_epochs": 0,
@@ -165,9 +165,7 @@ def test_a_full_disk_is_told(server, tmp_path, monkeypatch):
         lambda: ShardReader(index).read(0),
         lambda: list(batches(index)),
     ):
-        with pytest.raises(
-            DataError, match=r"cannot keep .*No space left.*data\.cache_gib.*data\.cache_dir"
-        ) as error:
+        with pytest.raises(DataError, match=r"cannot keep .*No space left.*data\.cache_gib.*data\.cache_dir") as error:
             read()
         assert not isinstance(error.value, LostShard)
     assert not list((tmp_path / "cache" / "shards").glob("*.tmp"))
@@ -335,13 +333,13 @@ def test_a_cache_smaller_than_two_windows_is_refused(train, server, capsys):
     code, _ = train("run", data__cache_gib=1e-6, data__window_shards=2)
     error = capsys.readouterr().err
     assert code == 2
-    assert "data.cache_gib is 1e-06; allowed: " in error and "data.window_shards = 2" in error
+    assert "data.cache_gib is 1e-06; allowed: " in error and "data.shuffle_window_shards = 2" in error
     index = open_index(server.url)
     sizes = sorted(shard.size for shard in index.shards)
     just = sum(sizes[-4:]) / 2**30
-    require_cache_room(DataConfig(train="", window_shards=2, cache_gib=just), index)
+    require_cache_room(DataConfig(train="", shuffle_window_shards=2, cache_gib=just), index)
     with pytest.raises(ValueError, match=r"data\.cache_gib"):
-        require_cache_room(DataConfig(train="", window_shards=2, cache_gib=just * 0.999), index)
+        require_cache_room(DataConfig(train="", shuffle_window_shards=2, cache_gib=just * 0.999), index)
 
 
 @pytest.mark.slow

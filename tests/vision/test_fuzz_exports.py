@@ -20,7 +20,14 @@ from moa_vision.probe.encoders import find_encoder
 # torch warns of a layer without inputs before it is refused
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 
-ENCODER = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 8, "ffn_gate": "tanh", "drop_path_rate": 0.1}
+ENCODER = {
+    "embed_dim": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "patch_size": 8,
+    "ffn_mixing_gate": "tanh",
+    "drop_path_rate": 0.1,
+}
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "decoder_ffn": None, "mask_ratio": 0.75}
 
 
@@ -57,9 +64,7 @@ def test_arguments_that_name_files_are_refused(fuzzing, folder, tmp_path, monkey
     """timm takes them beside a model's own, and unpickles what they name."""
     file = tmp_path / "weights.pth"
     torch.save({}, file)
-    value = {"pretrained": True, "checkpoint_path": str(file), "cache_dir": str(tmp_path)}.get(
-        key, {"file": str(file)}
-    )
+    value = {"pretrained": True, "checkpoint_path": str(file), "cache_dir": str(tmp_path)}.get(key, {"file": str(file)})
     loaded = []
     for module, reader in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(module, reader, lambda *_, **__: loaded.append(1))

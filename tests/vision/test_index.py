@@ -211,9 +211,7 @@ def test_transfers_that_cannot_succeed_end(server, tmp_path, faults, tries, text
     with pytest.raises(DataError, match=rf"a\.tar.*{text}"):
         local_path(Shard(f"{server.url}/a.tar"), tmp_path / "cache")
     assert len(server.requests) == tries
-    assert not [
-        child for child in (tmp_path / "cache" / "shards").iterdir() if child.suffix not in (".lock", ".lost")
-    ]
+    assert not [child for child in (tmp_path / "cache" / "shards").iterdir() if child.suffix not in (".lock", ".lost")]
 
 
 def test_stalled_transfer_is_given_up(server, tmp_path, monkeypatch, caplog):

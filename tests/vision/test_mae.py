@@ -241,8 +241,8 @@ def test_encoders_that_cannot_be_masked(name, arguments, message):
     [
         ("vit_tiny_patch16_qdmao", {}, "did you mean vit_tiny_patch16_qdmoa"),
         ("vit_tiny_patch16_qdmoa", {"encoder_args": {"width": 3}}, "unknown 'width' .*embed_dim"),
-        ("vit_tiny_patch16_qdmoa", {"encoder_args": {"ffn_gates": "tanh"}}, "unknown 'ffn_gates' .*ffn_gate"),
-        ("vit_tiny_patch16_224", {"encoder_args": {"ffn_gate": "tanh"}}, "unknown 'ffn_gate'"),
+        ("vit_tiny_patch16_qdmoa", {"encoder_args": {"ffn_gates": "tanh"}}, "unknown 'ffn_gates' .*ffn_mixing_gate"),
+        ("vit_tiny_patch16_224", {"encoder_args": {"ffn_mixing_gate": "tanh"}}, "unknown 'ffn_mixing_gate'"),
         ("vit_tiny_patch16_qdmoa", {"encoder_args": {"num_heads": 5}}, "num_heads"),
         ("vit_tiny_patch16_qdmoa", {"img_size": 30}, "img_size=.30, 30. must be a multiple"),
         ("vit_tiny_patch16_qdmoa", {"mask_ratio": 1.0}, "mask_ratio=1.0 leaves 0 of 4 patches"),
@@ -294,13 +294,13 @@ def test_initialization(variant):
 
 
 def test_decoder_ffn_follows_the_encoder():
-    args = {"ffn_gate": "tanh", "ffn_gate_activations": "r,s", "ffn_mix_bias": True}
+    args = {"ffn_mixing_gate": "tanh", "ffn_gate_activations": "r,s", "ffn_mix_bias": True}
     for decoder_ffn, variant in ((None, "qdmoa"), ("bimoa", "bimoa")):
         mae = tiny_mae("qdmoa", encoder_args=args, decoder_ffn=decoder_ffn)
         for block in mae.decoder_blocks:
             spec = block.mlp.spec
             assert isinstance(block.mlp, FFN)
-            assert spec.variant == variant and spec.gate == "tanh" and spec.mix_bias
+            assert spec.variant == variant and spec.mixing_gate == "tanh" and spec.mix_bias
             assert spec.gate_activations == ("relu", "silu")
 
 

@@ -39,8 +39,8 @@ def launch(tmp_path, shards, write_tar, photos, encode, two_processes, stopping)
         "loop.micro_batch_size": 4,
         "loop.log_every": 1,
         "loop.val_every": 10,
-        "loop.save_every": 20,
-        "loop.visualize": 2,
+        "checkpoint.interval": 20,
+        "loop.num_diagnostic_samples": 2,
         "loop.trackers": "[]",
     }
     (tmp_path / "empty.yaml").write_text("seed: 0")

@@ -57,8 +57,8 @@ def arguments(tmp_path, shards, write_tar, photos, encode):
             "loop.micro_batch_size": 4,
             "loop.log_every": 1,
             "loop.val_every": 5,
-            "loop.save_every": 5,
-            "loop.visualize": 3,
+            "checkpoint.interval": 5,
+            "loop.num_diagnostic_samples": 3,
             "loop.trackers": "[]",
         } | {key.replace("__", "."): value for key, value in changed.items()}
         return [f"--{key}={value}" for key, value in values.items()]
@@ -112,9 +112,9 @@ def test_export_is_the_trained_model(train, tmp_path):
 
 
 def test_validation_is_the_mean_over_images(train, arguments, tmp_path):
-    _, folder = train(loop__micro_batch_size=2, loop__visualize=4, schedule__epochs=1)
+    _, folder = train(loop__micro_batch_size=2, loop__num_diagnostic_samples=4, schedule__epochs=1)
     mae = load_mae(folder / "export").eval()
-    config = parse_config(MAEConfig, arguments(loop__visualize=4), program="", summary="")
+    config = parse_config(MAEConfig, arguments(loop__num_diagnostic_samples=4), program="", summary="")
     shown = MAETask(config)._shown
     assert shown is not None
     images, noise, _ = shown
@@ -182,7 +182,7 @@ def test_killed_at_random_moments_with_workers(train, arguments):
     """kill -9 of the training process only, twelve times; its workers have to end by themselves."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["moa_vision.pretrain"])
-    draw, changed, survivors = random.Random(0), {"data__workers": 2, "loop__save_every": 2}, []
+    draw, changed, survivors = random.Random(0), {"data__workers": 2, "checkpoint__interval": 2}, []
     folder = Path(arguments()[1].removeprefix("--out=")) / "run"
     for _ in range(12):
         process = context.Process(target=main, args=(arguments("run", **changed),))
@@ -268,7 +268,10 @@ def test_what_cannot_work_is_told_in_one_message(train, changed, told, capsys):
 
 
 def test_a_wrong_key_is_told(arguments, capsys):
-    for argument, told in (("--model.encodr=x", "did you mean model.encoder?"), ("--data.window_shards=0", "window")):
+    for argument, told in (
+        ("--model.encodr=x", "did you mean model.encoder?"),
+        ("--data.shuffle_window_shards=0", "window"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main([*arguments(), argument])
         assert stop.value.code == 2 and told in capsys.readouterr().err
@@ -303,7 +306,7 @@ def test_no_arguments_train_on_the_photographs(tmp_path, monkeypatch, photos, ca
     monkeypatch.setattr(pretrain, "make_photograph_shards", few)
     small = yaml.safe_load((CONFIGS / "laptop_qdmoa.yaml").read_text())
     small["schedule"] |= {"epochs": 1, "batch_size": 4, "warmup_epochs": 0}
-    small["data"] |= {"repeats": 1}
+    small["data"] |= {"repeated_augmentation": 1}
     small["loop"] |= {"micro_batch_size": 4, "trackers": []}
     (tmp_path / "default.yaml").write_text(yaml.safe_dump(small))
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -346,4 +349,4 @@ def test_the_full_recipe():
     assert resolved(CONFIGS / "vit_b16_swiglu_800ep.yaml").optim.lr == 3e-4
     assert config.model.mask_ratio == 0.75 and config.model.norm_pix_loss and config.data.crop_scale == (0.2, 1.0)
     assert config.loop.precision == "bf16" and config.loop.compile and config.optim.fused
-    assert config.optim.clip_grad is None and config.schedule.min_lr == 0
+    assert config.optim.max_grad_norm is None and config.schedule.min_lr == 0

@@ -99,7 +99,7 @@ def arguments(encoder_run):
             "loop.micro_batch_size": 8,
             "loop.log_every": 1,
             "loop.val_every": 4,
-            "loop.save_every": 3,
+            "checkpoint.interval": 3,
             "loop.trackers": "[]",
         } | {key.replace("__", "."): value for key, value in changed.items()}
         return [str(encoder_run), "--method", *methods, *(f"--{key}={value}" for key, value in values.items())]
@@ -242,9 +242,7 @@ def test_nearest_neighbours_are_not_looked_for_twice(run_probe, encoder_run, mon
     assert run_probe("knn", knn__k="[5, 3]") == 0 and len(calls) == 2 * (len(changes) + 2), "another encoder"
 
 
-@pytest.mark.parametrize(
-    "text", ["[1]", "null", "[" * 100_000, "{", None], ids=["list", "null", "deep", "cut", "key"]
-)
+@pytest.mark.parametrize("text", ["[1]", "null", "[" * 100_000, "{", None], ids=["list", "null", "deep", "cut", "key"])
 def test_a_broken_result_is_found_anew(run_probe, encoder_run, text, capsys):
     assert run_probe("knn", knn__k="[5]") == 0
     expected = result(encoder_run, "knn")
@@ -622,9 +620,7 @@ def test_samples_without_an_image_count(run_probe, encoder_run, method, write_ta
     image = encode(picture(np.random.default_rng(0), 0), "PNG")
     named = {}
     for split in ("train", "val"):
-        members = [
-            (f"{split}{i:02}.{kind}", data) for i in range(16) for kind, data in (("png", image), ("cls", b"0"))
-        ]
+        members = [(f"{split}{i:02}.{kind}", data) for i in range(16) for kind, data in (("png", image), ("cls", b"0"))]
         named[split] = write_tar(tmp_path / f"odd_{split}.tar", [*members, (f"{split}-none.cls", b"0")])
     changed = named | {"knn__k": "[5]", "data__cache_dir": tmp_path / "cache"}
     assert run_probe(method, **changed, data__max_bad_samples=1) == 1
@@ -754,4 +750,4 @@ def test_the_full_recipe():
     )
     assert (tuned.layer_decay, tuned.weight_decay, tuned.drop_path, tuned.betas) == (0.65, 0.05, 0.1, (0.9, 0.999))
     assert (tuned.mixup, tuned.cutmix, tuned.smoothing, tuned.erase) == (0.8, 1.0, 0.1, 0.25)
-    assert tuned.rand_augment == "rand-m9-mstd0.5-inc1" and tuned.clip_grad is None
+    assert tuned.rand_augment == "rand-m9-mstd0.5-inc1" and tuned.max_grad_norm is None

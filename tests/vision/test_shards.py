@@ -80,9 +80,7 @@ def odd_folder(tmp_path, photos, encode):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
     alpha = photo.convert("RGBA")
-    alpha.putalpha(
-        Image.fromarray(np.uint8(np.arange(photo.width) >= photo.width // 2)[None] * 255).resize(photo.size)
-    )
+    alpha.putalpha(Image.fromarray(np.uint8(np.arange(photo.width) >= photo.width // 2)[None] * 255).resize(photo.size))
     files = {
         "plain.jpg": encode(photo),
         "grey.jpg": encode(photo.convert("L")),

@@ -96,7 +96,7 @@ def test_gelu_equals_timm_with_its_weights():
         ({"embed_dim": 96, "num_heads": 2, "mlp_ratio": 3.0}, 32, (2, 1000)),
         ({"init_values": 1e-5, "qk_norm": True, "reg_tokens": 4, "fix_init": True}, 32, (2, 1000)),
         ({"drop_path_rate": 0.5, "proj_drop_rate": 0.1, "pos_drop_rate": 0.1}, 32, (2, 1000)),
-        ({"ffn_gate": "tanh", "ffn_gate_activations": "g,s", "ffn_mix_bias": True}, 32, (2, 1000)),
+        ({"ffn_mixing_gate": "tanh", "ffn_gate_activations": "g,s", "ffn_mix_bias": True}, 32, (2, 1000)),
     ],
 )
 def test_usual_arguments(arguments, size, shape):
@@ -106,17 +106,19 @@ def test_usual_arguments(arguments, size, shape):
 
 
 def test_arguments_reach_the_ffn():
-    model = vit(ffn_gate="softmax", ffn_up_activations=["id", "t", "s"], ffn_mix_init_std=0.3, proj_drop_rate=0.2)
+    model = vit(
+        ffn_mixing_gate="softmax", ffn_up_activations=["id", "t", "s"], ffn_mix_init_std=0.3, proj_drop_rate=0.2
+    )
     for ffn in ffns(model):
-        assert ffn.spec.gate == "softmax" and ffn.spec.up_activations == ("identity", "tanh", "silu")
+        assert ffn.spec.mixing_gate == "softmax" and ffn.spec.up_activations == ("identity", "tanh", "silu")
         assert ffn.mix_init_std == 0.3 and ffn.drop.p == 0.2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ffn_gates": "tanh"}, "ffn_gates.*allowed: ffn_gate, "),
-        ({"ffn_gate": "relu"}, "gate='relu' is not one of sigmoid, tanh, softmax"),
+        ({"ffn_gates": "tanh"}, "ffn_gates.*allowed: ffn_mixing_gate, "),
+        ({"ffn_mixing_gate": "relu"}, "gate='relu' is not one of sigmoid, tanh, softmax"),
         ({"ffn_gate_activations": "gelu,swish"}, "unknown activation 'swish'"),
         ({"act_layer": "relu"}, "act_layer must be left out"),
         ({"scale_mlp_norm": True}, "scale_mlp_norm=True"),
@@ -142,7 +144,13 @@ def test_every_setting_of_the_layer_is_an_argument():
 
 
 def test_settings_of_a_layer_build_the_same_layer():
-    settings = {"gate": "tanh", "gate_activations": "g,r", "mix_init_std": 0.1, "coef_init": 0.2, "mix_bias": True}
+    settings = {
+        "mixing_gate": "tanh",
+        "gate_activations": "g,r",
+        "mix_init_std": 0.1,
+        "coef_init": 0.2,
+        "mix_bias": True,
+    }
     layer = ffns(vit(**{f"ffn_{name}": value for name, value in settings.items()}))[0]
     again = FFN(192, 512, "qdmoa", **ffn_settings(layer))
     assert again.spec == layer.spec and ffn_settings(again) == ffn_settings(layer)

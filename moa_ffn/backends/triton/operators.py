@@ -53,9 +53,7 @@ def mixture_backward(
 
 
 @torch.library.custom_op("moa_ffn::packed_mixture", mutates_args=())
-def packed_mixture(
-    projected: Tensor, mix: Tensor | None, columns: int, form: str, gate: str, f: str, g: str
-) -> Tensor:
+def packed_mixture(projected: Tensor, mix: Tensor | None, columns: int, form: str, gate: str, f: str, g: str) -> Tensor:
     """`mixture` of the columns [a | b | mix | padding] of projected (N, W); of [a | b | padding] if mix is given."""
     wanted = Mixture(form, gate, f, g)
     out = projected.new_empty(projected.shape[0], columns)

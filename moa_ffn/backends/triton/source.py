@@ -52,7 +52,7 @@ class Mixture(NamedTuple):
     @classmethod
     def of(cls, spec: FFNSpec) -> "Mixture":
         """The mixture inside an FFN of this kind."""
-        gate = spec.gate if spec.token_adaptive else "none"
+        gate = spec.mixing_gate if spec.token_adaptive else "none"
         return cls(spec.form, gate, ",".join(spec.gate_dictionary), ",".join(spec.up_dictionary))
 
     @property
@@ -175,9 +175,7 @@ def _loads(operands: Iterable[str]) -> list[str]:
 
 
 def _stores(operands: Iterable[str]) -> list[str]:
-    return [
-        f"tl.store({name}_ptr + column, {name}.to({name}_ptr.dtype.element_ty), mask=inside)" for name in operands
-    ]
+    return [f"tl.store({name}_ptr + column, {name}.to({name}_ptr.dtype.element_ty), mask=inside)" for name in operands]
 
 
 def _gate(mixture: Mixture) -> list[str]:
@@ -219,9 +217,7 @@ def _gate_backward(mixture: Mixture) -> list[str]:
         slope = slopes.get(mixture.gate, f"c{{0}} * (total{{0}} - mean{number})")
         if mixture.gate == "softmax":
             lines.append(f"mean{number} = {_blend(group, [f'total{i}' for i in group])}")
-        lines += [
-            f"tl.store(grad_mix_ptr + {i}, ({slope.format(i)}).to(grad_mix_ptr.dtype.element_ty))" for i in group
-        ]
+        lines += [f"tl.store(grad_mix_ptr + {i}, ({slope.format(i)}).to(grad_mix_ptr.dtype.element_ty))" for i in group]
     return lines
 
 

@@ -12,9 +12,9 @@ from accelerate.utils import broadcast_object_list
 
 from moa_train import checkpoint
 from moa_train.checkpoint import DamagedCheckpoint
-from moa_train.config import STARTS_ANEW, RunConfig, as_tree, differing_keys
+from moa_train.config import START_FROM_MUTABLE_KEYS, RunConfig, as_tree, differing_keys
 from moa_train.plan import Plan
-from moa_train.records import RunFolder
+from moa_train.run_folder import RunFolder
 
 
 class Origin(NamedTuple):
@@ -29,21 +29,21 @@ class Origin(NamedTuple):
     damaged: list[str]
 
 
-def choose(config: RunConfig, plan: Plan, accelerator: Accelerator, harmless: frozenset[str]) -> Origin:
+def choose(config: RunConfig, plan: Plan, accelerator: Accelerator, mutable_keys: frozenset[str]) -> Origin:
     """Look for the checkpoint to begin with; to be called by all processes.
 
     The main process looks, and all take what it found: a file system may not show them the same.
 
     Raises:
         ValueError: the run is without a checkpoint that it must have had, `start_from` names one that is damaged or
-            does not fit (`harmless` keys may differ), or this process does not see what the main one found.
+            does not fit (`mutable_keys` keys may differ), or this process does not see what the main one found.
     """
     found: list[Any] = [None]
     if accelerator.is_main_process:
         newest, damaged = checkpoint.newest_valid(RunFolder(config.folder).checkpoints)
         if newest is None and config.resume != "force":
-            _check_nothing_lost(RunFolder(config.folder), damaged, plan.total_steps, config.loop.save_every)
-        found = [(newest, newest or _start(config, plan, harmless), damaged)]
+            _check_nothing_lost(RunFolder(config.folder), damaged, plan.total_steps, config.checkpoint.interval)
+        found = [(newest, newest or _start(config, plan, mutable_keys), damaged)]
     origin = Origin(*broadcast_object_list(found)[0])
     if origin.source is not None and not origin.source.exists():
         raise ValueError(f"{origin.source} is there for the main process, but not here: all must see the same folder")
@@ -87,7 +87,7 @@ def check_fit(path: Path, config: RunConfig, identity: Mapping[str, Any] | None)
         )
 
 
-def _start(config: RunConfig, plan: Plan, harmless: frozenset[str]) -> Path | None:
+def _start(config: RunConfig, plan: Plan, mutable_keys: frozenset[str]) -> Path | None:
     """Return the other run's checkpoint to begin with, if the configuration names one and it fits."""
     if config.start_from is None:
         return None
@@ -97,14 +97,16 @@ def _start(config: RunConfig, plan: Plan, harmless: frozenset[str]) -> Path | No
     except DamagedCheckpoint as error:
         raise ValueError(f"start_from cannot be used: {error}") from error
     if config.resume != "force":
-        _check_same_run(path, state, config, harmless)
+        _check_same_run(path, state, config, mutable_keys)
         _check_phase(path, state, plan, config.schedule.decay_fraction)
     return path
 
 
-def _check_same_run(path: Path, state: Mapping[str, Any], config: RunConfig, harmless: frozenset[str]) -> None:
+def _check_same_run(path: Path, state: Mapping[str, Any], config: RunConfig, mutable_keys: frozenset[str]) -> None:
     """Raise ValueError unless this run is the one that wrote the checkpoint, but for how and when it ends."""
-    different = differing_keys(state.get("config", {}), as_tree(config), harmless=harmless | STARTS_ANEW)
+    different = differing_keys(
+        state.get("config", {}), as_tree(config), mutable_keys=mutable_keys | START_FROM_MUTABLE_KEYS
+    )
     if different:
         listed = "\n  ".join(different)
         raise ValueError(

@@ -42,9 +42,7 @@ def compare_runs(arguments: Sequence[str] | None = None) -> int:
         help="what to compare with: an FFN (swiglu), a label of the page, or a run; if repeated, each section takes "
         "the first that it has",
     )
-    parser.add_argument(
-        "--strict", action="store_true", help="refuse runs that differ in data, masks, batch or budget"
-    )
+    parser.add_argument("--strict", action="store_true", help="refuse runs that differ in data, masks, batch or budget")
     parser.add_argument(
         "--table", metavar="CSV", help="only print the results of a report's tables/losses.csv as a Markdown table"
     )
@@ -64,9 +62,7 @@ def compare_evals(arguments: Sequence[str] | None = None) -> int:
         "results file. The first is the baseline. Differences are tested over the same items.",
     )
     parser.add_argument("paths", nargs="*", metavar="RESULT", help="folder or results_*.json")
-    _add_section(
-        parser, "--section", "RESULT", zero_shot_section, "a further section of results, with its own heading"
-    )
+    _add_section(parser, "--section", "RESULT", zero_shot_section, "a further section of results, with its own heading")
     _add_section(parser, "--runs", "RUN", training_section, "a section of training runs")
     parser.add_argument(
         "--baseline",
@@ -123,9 +119,7 @@ def _write(
         title = options.title or "; ".join(section.title for section in sections)
         page = write_page(sections, options.out, title=title, command=f"scripts/{parser.prog}")
         for section in sections:
-            print(
-                " ".join(section.verdict) if len(sections) == 1 else f"{section.title}: {' '.join(section.verdict)}"
-            )
+            print(" ".join(section.verdict) if len(sections) == 1 else f"{section.title}: {' '.join(section.verdict)}")
         print(page)
 
     return _attempt(parser, write)

@@ -12,8 +12,8 @@ from torch import Tensor
 from moa_ffn import VARIANTS
 from moa_ffn.activations import ACTIVATIONS
 from moa_lm import watch as module
+from moa_lm.diagnostics import save_experts, save_mixing, watch
 from moa_lm.modeling import document_positions
-from moa_lm.watch import save_experts, save_mixing, watch
 
 EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MIXING = [variant for variant in VARIANTS if variant not in ("relu2", "gelu", "swiglu")]
@@ -185,9 +185,7 @@ def test_files(tiny, tokens, tmp_path):
     watched = watch(tiny(**EXPERTS), tokens(2, 6))
     save_mixing(watched, tmp_path / "mixing", step=120)
     save_experts(watched, tmp_path / "experts", step=120)
-    written = {
-        path.relative_to(tmp_path).as_posix(): json.loads(path.read_text()) for path in tmp_path.rglob("*.json")
-    }
+    written = {path.relative_to(tmp_path).as_posix(): json.loads(path.read_text()) for path in tmp_path.rglob("*.json")}
     assert written.keys() == {"mixing/step_00000120.json", "experts/step_00000120.json"}
     assert written["mixing/step_00000120.json"] == {"step": 120, "layers": json.loads(json.dumps(watched.mixing))}
     assert written["experts/step_00000120.json"] == {"step": 120, "layers": watched.experts}

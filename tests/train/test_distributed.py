@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from moa_train.distributed import OURS, blocks, full, local, place_like, total_norm
 from moa_train.muon import StackedMuon
-from moa_train.parallel import OURS, blocks, full, local, place_like, total_norm
 from moa_train.signals import EXIT_STOPPED
 
 CONFIGS = Path(__file__).parents[2] / "configs/accelerate"
 PLAIN = {"model__dropout": 0.0, "schedule__epochs": 4, "loop__micro_batch_size": 4}
-CLIPPED = {**PLAIN, "loop__micro_batch_size": 1, "optim__clip_grad": 0.3}
+CLIPPED = {**PLAIN, "loop__micro_batch_size": 1, "optim__max_grad_norm": 0.3}
 WAYS = {"ddp": False, "fsdp": True}
 FAULTS = {"loss": {}, "gradient": {"model__nan_in": "gradient"}}
 FAULTY = {**PLAIN, "model__nan_at": 7, "model__nan_on": 1}  # the shard with that bias is another rank's
@@ -50,7 +50,7 @@ def launched(tmp_path_factory, two_processes, make_runs):
             job("moved", False, EXIT_STOPPED, **moves, model__stop_at=9),
             job("moved", True, EXIT_STOPPED, **moves, model__stop_at=14),
             *(
-                job(f"{way}_{fault}_skipped", fsdp, **FAULTY, **where, loop__skip_nonfinite=1)
+                job(f"{way}_{fault}_skipped", fsdp, **FAULTY, **where, loop__max_nonfinite_steps=1)
                 for way, fsdp in WAYS.items()
                 for fault, where in FAULTS.items()
             ),
@@ -66,7 +66,7 @@ def launched(tmp_path_factory, two_processes, make_runs):
     assert runs("moved", **moves) == 0
     assert runs("one", **PLAIN) == 0
     assert runs("one_clipped", **CLIPPED) == 0
-    assert runs("one_skipped", **PLAIN, model__nan_at=7, loop__skip_nonfinite=1) == 0
+    assert runs("one_skipped", **PLAIN, model__nan_at=7, loop__max_nonfinite_steps=1) == 0
     return runs, result
 
 
@@ -158,9 +158,7 @@ def flat(nested):
 @pytest.mark.slow
 def test_an_impossible_split_is_refused_with_the_nearest_that_work(launched):
     runs, result = launched
-    assert (
-        "must be a multiple of 6 (2 processes x loop.micro_batch_size 3): the nearest are 6 and 12" in result.stderr
-    )
+    assert "must be a multiple of 6 (2 processes x loop.micro_batch_size 3): the nearest are 6 and 12" in result.stderr
     assert "or keep it with loop.micro_batch_size 2" in result.stderr and not (runs.out / "refused").exists()
 
 
@@ -171,11 +169,11 @@ NOBODY += ("SLURM_NTASKS", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION", *OURS)
 @pytest.mark.parametrize(
     ("environment", "processes", "told"),
     [
-        ({}, 2, "loop.processes asks for 2 processes, but there is 1"),
+        ({}, 2, "loop.world_size asks for 2 processes, but there is 1"),
         ({"WORLD_SIZE": "2"}, None, "WORLD_SIZE asks for 2 processes, but there is 1"),
         ({"WORLD_SIZE": "2"}, 1, "WORLD_SIZE asks for 2"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, None, "OMPI_COMM_WORLD_SIZE asks for 4"),
-        ({"SLURM_NTASKS": "8"}, None, "or say --loop.processes 1"),
+        ({"SLURM_NTASKS": "8"}, None, "or say --loop.world_size 1"),
         (
             {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"},
             None,
@@ -186,7 +184,7 @@ NOBODY += ("SLURM_NTASKS", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION", *OURS)
         ({"FSDP_OFFLOAD_PARAMS": "true"}, None, "FSDP_OFFLOAD_PARAMS"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, None, "it must be 1 or unset: set schedule.batch_size"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, None, "it must be no or unset: use --loop.compile true"),
-        ({}, 0, "loop.processes is 0; it must be 1 or above, or null"),
+        ({}, 0, "loop.world_size is 0; it must be 1 or above, or null"),
     ],
     ids=[
         "key",
@@ -211,7 +209,7 @@ def test_other_processes_than_asked_for_are_refused_before_anything_is_built(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(runs.toy.ToyTask, "__init__", lambda task, config: pytest.fail("the task was built"))
-    given = {} if processes is None else {"loop__processes": processes}
+    given = {} if processes is None else {"loop__world_size": processes}
     try:
         code = runs("run", **given)
     except SystemExit as exit:
@@ -227,9 +225,9 @@ def test_what_accelerates_launcher_always_sets_is_taken(runs, monkeypatch):
 
 
 def test_what_slurm_says_of_the_job_gives_way(runs, monkeypatch):
-    """To loop.processes, and to the number of tasks of the step."""
+    """To loop.world_size, and to the number of tasks of the step."""
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert runs("stated", loop__processes=1) == 0
+    assert runs("stated", loop__world_size=1) == 0
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert runs("step") == 0
 

@@ -15,7 +15,8 @@ from accelerate.utils import gather_object, send_to_device, set_seed
 from safetensors import SafetensorError
 from torch import Tensor
 
-from moa_train import checkpoint, origin, parallel
+from moa_train import checkpoint, distributed, resume
+from moa_train.atomic_io import new_folder
 from moa_train.checkpoint import (
     Generators,
     NotSaved,
@@ -26,16 +27,15 @@ from moa_train.checkpoint import (
     of_process,
     set_generators,
 )
-from moa_train.config import HARMLESS, RunConfig, as_tree
-from moa_train.durable import new_folder
+from moa_train.config import RESUME_MUTABLE_KEYS, RunConfig, as_tree
+from moa_train.data_order import worker_died
 from moa_train.failures import Together
-from moa_train.journal import Journal, State, check_trackers, end_trackers
 from moa_train.optim import build_optimizer, describe_groups, set_rate
-from moa_train.order import worker_died
 from moa_train.plan import Costs, make_plan, measure_costs
-from moa_train.records import RunFolder, RunInUse, again
+from moa_train.run_folder import RunFolder, RunInUse, again
+from moa_train.run_logger import Journal, TrainState, check_trackers, end_trackers
 from moa_train.signals import EXIT_STOPPED, StopRequests
-from moa_train.task import WEIGHT, HiddenMatrices, Identified, Named, OwnOptimizer, Share, Task, Weighted
+from moa_train.task import WEIGHT, DataParallelRank, HiddenMatrices, Identified, Named, OwnOptimizer, Task, Weighted
 from moa_train.torch_internals import WorkerError
 
 
@@ -47,7 +47,7 @@ def run(
     config: RunConfig,
     build_task: Callable[[], Task],
     *,
-    harmless: frozenset[str] = HARMLESS,
+    mutable_keys: frozenset[str] = RESUME_MUTABLE_KEYS,
     expected: tuple[type[Exception], ...] = (),
 ) -> int:
     """Train to the end of the plan, or as far as a stop request lets it; return the process's exit code.
@@ -59,20 +59,20 @@ def run(
     Args:
         config: The configuration.
         build_task: Called once the devices are known and the seed is set.
-        harmless: Keys that may change between sessions of a run.
+        mutable_keys: Keys that may change between sessions of a run.
         expected: Errors of the task whose message is enough, without a traceback.
     """
     with StopRequests() as stop, contextlib.ExitStack() as cleanup, Together() as together:
         try:
             with stop.at_once(together.stop):
                 check_trackers(config.loop.trackers)
-                accelerator = parallel.start(config.loop, config.folder / "trackers")
+                accelerator = distributed.start(config.loop, config.folder / "trackers")
                 cleanup.callback(end_trackers, accelerator)
                 together.watch(accelerator)
                 set_seed(config.seed)
                 with accelerator.local_main_process_first():
                     task = build_task()
-                trainer = Trainer(config, task, accelerator, stop, cleanup, harmless)
+                trainer = Trainer(config, task, accelerator, stop, cleanup, mutable_keys)
         except (ValueError, OSError, RunInUse, *expected) as error:
             return together.fail(error, 2)
         except (NotSaved, Unreadable) as error:
@@ -133,27 +133,29 @@ class Trainer:
         accelerator: Accelerator,
         stop: StopRequests,
         held: contextlib.ExitStack,
-        harmless: frozenset[str] = HARMLESS,
+        mutable_keys: frozenset[str] = RESUME_MUTABLE_KEYS,
     ) -> None:
         self.config, self.task, self.accelerator, self.stop = config, task, accelerator, stop
-        self.harmless = harmless
+        self.mutable_keys = mutable_keys
         self.identity = task.identity() if isinstance(task, Identified) else None
         self.weighted = task if isinstance(task, Weighted) and task.weighted else None
         self.device = accelerator.device
         self.folder = RunFolder(config.folder)
         self.changed = self._check_folder()
         self.plan = make_plan(config, task.samples_per_epoch, task.budget, accelerator.num_processes)
-        self.share = Share(accelerator.process_index, accelerator.num_processes, config.loop.micro_batch_size)
+        self.share = DataParallelRank(
+            accelerator.process_index, accelerator.num_processes, config.loop.micro_batch_size
+        )
 
         self.bare = task.model.to(self.device)
         self.costs = self._measure_costs()
-        self.spread = parallel.Spread(self.bare, accelerator, compiled=config.loop.compile)
+        self.spread = distributed.DistributedModel(self.bare, accelerator, compiled=config.loop.compile)
         self.model = self.spread.model
         self.optimizer = self._build_optimizer()
 
-        self.state, self.generators, self.begun_saving = State(), Generators(), -1
+        self.state, self.generators, self.begun_saving = TrainState(), Generators(), -1
         beside = (self.folder.metrics, self.folder.events)
-        kept = {"keep": config.loop.keep, "keep_every": config.loop.keep_every}
+        kept = {"keep": config.checkpoint.keep_latest, "keep_every": config.checkpoint.keep_interval}
         self.saver = Saver(self.folder.checkpoints, **kept, beside=beside)
         self.micro_batches: list[tuple[Tensor, list[str]]] = []  # of the step at hand: losses, names of the samples
         self._take_folder(held)
@@ -179,7 +181,7 @@ class Trainer:
         by_muon = self._hidden_matrices() if self.config.optim.algorithm == "muon" else None
         flops = self.task.forward_flops_per_sample
         costs = measure_costs(self.bare, loss, self.task.example_batch, flops, by_muon or ())
-        shards = self.plan.world_size if parallel.shards_wanted() else 1
+        shards = self.plan.world_size if distributed.shards_wanted() else 1
         return replace(costs, state_bytes=costs.state_bytes // shards)
 
     def run(self) -> int:
@@ -199,7 +201,7 @@ class Trainer:
         return 0
 
     def _check_folder(self) -> list[str]:
-        return self.folder.check(as_tree(self.config), self.config.resume, self.harmless)
+        return self.folder.check(as_tree(self.config), self.config.resume, self.mutable_keys)
 
     def _take_folder(self, held: contextlib.ExitStack) -> None:
         """Keep other processes from running this run, before its checkpoints are looked at, until `held` ends."""
@@ -229,7 +231,7 @@ class Trainer:
             begin, generators = time.perf_counter(), get_generators(self.device)
             lr = self.plan.lr_at(self.state.step)
             loss, gradients = self._accumulate(batches)
-            grad_norm = parallel.total_norm(gradients)
+            grad_norm = distributed.total_norm(gradients)
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite:
                 self._update(lr, grad_norm)
@@ -249,10 +251,10 @@ class Trainer:
         return going
 
     def _saving_is_due(self) -> bool:
-        return self.state.step % self.config.loop.save_every == 0 or self._is_halfway()
+        return self.state.step % self.config.checkpoint.interval == 0 or self._is_halfway()
 
     def _is_halfway(self) -> bool:
-        every = self.config.loop.save_every
+        every = self.config.checkpoint.interval
         return every > 1 and self.state.step % every == every // 2
 
     def _keep_up_with_saving(self) -> None:
@@ -262,7 +264,7 @@ class Trainer:
         """
         if self.accelerator.is_main_process:
             safe = max(self.saver.saved_step, self.begun_at)
-            if self.state.step - safe >= self.config.loop.save_every:
+            if self.state.step - safe >= self.config.checkpoint.interval:
                 self._tell_of_saving(wait=True)
 
     def _accumulate(self, batches: Iterator[Any]) -> tuple[Tensor, list[Tensor]]:
@@ -304,11 +306,11 @@ class Trainer:
     def _leave_out(self, loss: float, grad_norm: float, lr: float, generators: Generators) -> None:
         """Pass over a step whose loss or gradient is not finite, nothing updated, and note its samples.
 
-        Raises NonFiniteError, the state before the step saved, if that was one more than `loop.skip_nonfinite`.
+        Raises NonFiniteError, the state before the step saved, if that was one more than `loop.max_nonfinite_steps`.
         """
         self._require_finite_weights()
         step, skipped = self.state.step + 1, self.state.skipped
-        skips = skipped < self.config.loop.skip_nonfinite
+        skips = skipped < self.config.loop.max_nonfinite_steps
         values = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
         self.journal.event("nonfinite", step, **values, skipped=skips, micro_batches=self._everyones_micro_batches())
         what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, at lr {lr:.3g}"
@@ -319,12 +321,12 @@ class Trainer:
         self.optimizer.zero_grad()
         self.state.step += 1
         self.state.skipped += 1
-        allowed = self.config.loop.skip_nonfinite
-        self.journal.say(f"warning: {what}; left out, {skipped + 1} of {allowed} (loop.skip_nonfinite)")
+        allowed = self.config.loop.max_nonfinite_steps
+        self.journal.say(f"warning: {what}; left out, {skipped + 1} of {allowed} (loop.max_nonfinite_steps)")
 
     def _require_finite_weights(self) -> None:
         """Raise NonFiniteError if the weights themselves are not finite: no step mends that, and none is saved."""
-        norm = float(parallel.total_norm(parameter.detach() for parameter in self.bare.parameters()))
+        norm = float(distributed.total_norm(parameter.detach() for parameter in self.bare.parameters()))
         if math.isfinite(norm):
             return
         step = self.state.step
@@ -350,7 +352,7 @@ class Trainer:
         return gather_object(own)
 
     def _how_to_continue(self, what: str, saved: bool) -> str:
-        beside = f"--loop.skip_nonfinite {self.state.skipped + 1}"
+        beside = f"--loop.max_nonfinite_steps {self.state.skipped + 1}"
         state = f"{'is' if saved else 'could NOT be'} saved in {self.folder.checkpoints}"
         return (
             f"{what}. Nothing was updated; the state before this step {state}, and {self.folder.events} lists its "
@@ -362,8 +364,8 @@ class Trainer:
         return [f"--resume force {option}" for option in self.config.gentler()]
 
     def _update(self, lr: float, grad_norm: Tensor) -> None:
-        if self.config.optim.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.bare.parameters(), self.config.optim.clip_grad, grad_norm)
+        if self.config.optim.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.bare.parameters(), self.config.optim.max_grad_norm, grad_norm)
         set_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -381,7 +383,7 @@ class Trainer:
             losses = self._validation_losses() if self.task.val_samples else {}
             if losses is None:
                 return False
-            if self.config.loop.visualize:
+            if self.config.loop.num_diagnostic_samples:
                 self._visualize(step)
         if losses:
             self.journal.val_row(losses)
@@ -394,7 +396,7 @@ class Trainer:
         with self.spread.whole() as model:
             if model is not None:  # on the main process
                 with self.journal.despite_full_disk("a picture or a note of what the model does"):
-                    self.task.visualize(model, self.folder.path, step)
+                    self.task.write_diagnostics(model, self.folder.path, step)
 
     def _validation_losses(self) -> dict[str, float] | None:
         """Return the held-out losses, averaged over samples, all processes together; none if no sample could be used.
@@ -493,18 +495,16 @@ class Trainer:
         if failed is not None:
             newest = f"step {self.saver.saved_step}" if self.saver.saved_step >= 0 else "none yet"
             self.journal.event("not_saved", self.begun_saving, reason=str(failed))
-            self.journal.say(
-                f"warning: {failed}; the run goes on (newest checkpoint: {newest}). Make room on the disk"
-            )
+            self.journal.say(f"warning: {failed}; the run goes on (newest checkpoint: {newest}). Make room on the disk")
 
     def _resume(self) -> list[str]:
         """Take the newest valid checkpoint, if there is one; return what should be known of that."""
-        newest, source, damaged = origin.choose(self.config, self.plan, self.accelerator, self.harmless)
+        newest, source, damaged = resume.choose(self.config, self.plan, self.accelerator, self.mutable_keys)
         warnings = [f"passed over a damaged checkpoint: {message}" for message in damaged]
         if source is not None:
-            origin.check_fit(source, self.config, self.identity)
+            resume.check_fit(source, self.config, self.identity)
             saved, generators = checkpoint.load(source, self.bare, self.optimizer)
-            self.state = State.of(saved)
+            self.state = TrainState.of(saved)
             self.generators = of_process(generators, self.accelerator.process_index)
             warnings += self._other_batch(saved)
         if newest is not None:

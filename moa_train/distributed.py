@@ -64,7 +64,7 @@ def start(config: LoopConfig, trackers: Path) -> Accelerator:
     folder of the trackers.
 
     Raises:
-        ValueError: there are other processes than were asked for, by the launcher or by `loop.processes`, or the
+        ValueError: there are other processes than were asked for, by the launcher or by `loop.world_size`, or the
             launcher's configuration asks for something that no run does, or that is the run's to say.
     """
     for variable, remedy in UNSUPPORTED.items():
@@ -85,7 +85,7 @@ def start(config: LoopConfig, trackers: Path) -> Accelerator:
             project_dir=trackers,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-    _check_processes(accelerator.num_processes, config.processes)
+    _check_world_size(accelerator.num_processes, config.world_size)
     return accelerator
 
 
@@ -103,22 +103,22 @@ def _flag(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("true", "1", "yes")
 
 
-def _check_processes(found: int, processes: int | None) -> None:
+def _check_world_size(found: int, processes: int | None) -> None:
     for source, asked in _asked(processes):
         if asked != found:
             raise ValueError(
                 f"{source} asks for {asked} processes, but there {'is' if found == 1 else 'are'} {found}; "
                 "launch it with accelerate and a file of configs/accelerate, or with torchrun (on CPUs that have "
                 "accelerators beside them: with ACCELERATE_USE_CPU=true)"
-                + (", or change loop.processes" if source == "loop.processes" else "")
-                + (f", or say --loop.processes {found} if that is what you want" if source in SLURM_TASKS else "")
+                + (", or change loop.world_size" if source == "loop.world_size" else "")
+                + (f", or say --loop.world_size {found} if that is what you want" if source in SLURM_TASKS else "")
             )
     # A launcher that starts several processes by MPI only (accelerate's MULTI_CPU) sets the address, and starts one.
     launched = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and processes is None and not _first_of(WORLD_SIZES):
         raise ValueError(
             "accelerate was asked for several processes (MASTER_ADDR is set), but started one, as it does for "
-            "MULTI_CPU without MPI; launch it with configs/accelerate/cpu_2.yaml, or set loop.processes to 1 if one "
+            "MULTI_CPU without MPI; launch it with configs/accelerate/cpu_2.yaml, or set loop.world_size to 1 if one "
             "is what you want"
         )
 
@@ -127,7 +127,7 @@ def _asked(processes: int | None) -> Iterator[tuple[str, int]]:
     """Yield who asked for how many processes."""
     launcher = _first_of(WORLD_SIZES)
     if processes is not None:
-        yield "loop.processes", processes
+        yield "loop.world_size", processes
     elif launcher is None:
         launcher = _first_of(SLURM_TASKS)
     if launcher is not None:
@@ -138,7 +138,7 @@ def _first_of(variables: Iterable[str]) -> str | None:
     return next((name for name in variables if os.environ.get(name)), None)
 
 
-class Spread:
+class DistributedModel:
     """A model spread over all processes, each of which holds it whole (DDP) or a shard of each parameter (FSDP2).
 
     In shards, autocast's bf16 copies of the weights live from forward to backward, whole: 2 bytes a parameter beside

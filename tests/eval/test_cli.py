@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_eval.study import compare_runs
+from moa_eval.cli import compare_runs
 from moa_eval.training.readme import results_markdown
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

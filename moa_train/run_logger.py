@@ -18,12 +18,12 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from moa_train import devices
+from moa_train.atomic_io import write_text
 from moa_train.checkpoint import NotSaved
 from moa_train.config import RunConfig, as_tree, flatten
-from moa_train.durable import write_text
 from moa_train.plan import Costs, Plan, describe
 from moa_train.progress import Progress, StepTimer, duration
-from moa_train.records import RunFolder, again, describe_environment
+from moa_train.run_folder import RunFolder, again, describe_environment
 from moa_train.spikes import RecentLoss
 from moa_train.task import Observed, Task
 
@@ -35,7 +35,7 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass
-class State:
+class TrainState:
     """Where a run is; what a checkpoint keeps besides tensors.
 
     Attributes:
@@ -61,7 +61,7 @@ class State:
     recent_loss: RecentLoss = field(default_factory=RecentLoss)
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> State:
+    def of(cls, saved: dict[str, Any]) -> TrainState:
         """Return the state that a checkpoint's JSON holds; what it lacks is as at the start."""
         values = {key: saved[key] for key in asdict(cls()) if key in saved}
         return cls(**{**values, "recent_loss": RecentLoss(**values.get("recent_loss", {}))})
@@ -71,7 +71,7 @@ class Journal:
     """The record of one session of a run; `state` is the loop's own, read here and advanced there."""
 
     def __init__(
-        self, config: RunConfig, task: Task, plan: Plan, costs: Costs, accelerator: Accelerator, state: State
+        self, config: RunConfig, task: Task, plan: Plan, costs: Costs, accelerator: Accelerator, state: TrainState
     ) -> None:
         self.config, self.task, self.plan, self.costs = config, task, plan, costs
         self.accelerator, self.state = accelerator, state
@@ -99,7 +99,7 @@ class Journal:
         lines = {
             "run": str(self.folder.path),
             "device": f"{devices.device_name(device)} x {self.plan.world_size}, {how}",
-            **self.task.describe(),
+            **self.task.startup_lines(),
             "optimizer": optimizer,
             **describe(
                 self.plan,
@@ -253,7 +253,7 @@ class Journal:
             "peak_memory_mib": self.state.peak_memory_mib,
             "skipped_steps": self.state.skipped,
             "loss_spikes": self.state.spikes,
-            **self.task.facts(),
+            **self.task.summary_fields(),
         }
         with self.despite_full_disk("summary.json"):
             self.folder.summarize(facts, self.task.best_by)

@@ -60,7 +60,7 @@ def test_equals_plain_torch_however_the_batch_is_split(runs, micro_batch):
 
 
 def test_clipping(runs):
-    assert runs("run", optim__clip_grad=0.1, model__dropout=0.0) == 0
+    assert runs("run", optim__max_grad_norm=0.1, model__dropout=0.0) == 0
     assert runs("free", model__dropout=0.0) == 0
     norms = [row["grad_norm"] for row in runs.rows("run", "train")]
     assert norms[0] == runs.rows("free", "train")[0]["grad_norm"] > 0.1, "the norm before clipping is recorded"
@@ -202,7 +202,7 @@ def test_warm_up_steps_are_part_of_no_rate_and_no_time(runs, monkeypatch, capsys
         return loss(task, model, batch)
 
     monkeypatch.setattr(runs.toy.ToyTask, "loss", timed)
-    monkeypatch.setattr("moa_train.loop.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("moa_train.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
     assert runs("run", schedule__epochs=6, model__stop_at=14) == EXIT_STOPPED
     assert runs("run", schedule__epochs=6) == 0
     lines = [json.loads(line) for line in (runs.out / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
-from moa_train.config import HARMLESS, differing_keys, require
-from moa_train.durable import LineFile, write_json, write_text
+from moa_train.atomic_io import LineFile, write_json, write_text
+from moa_train.config import RESUME_MUTABLE_KEYS, differing_keys, require
 from moa_train.reading import read_json, read_yaml
 from moa_train.signals import LAUNCHED
 
@@ -60,12 +60,12 @@ class RunFolder:
         self._summary = path / "summary.json"
         self._metrics_lines, self._events_lines = LineFile(self.metrics), LineFile(self.events)
 
-    def check(self, tree: dict[str, Any], resume: str, harmless: frozenset[str] = HARMLESS) -> list[str]:
+    def check(self, tree: dict[str, Any], resume: str, mutable_keys: frozenset[str] = RESUME_MUTABLE_KEYS) -> list[str]:
         """Return the keys in which the folder's run differs from `tree`, if it may be continued all the same.
 
         Raises:
-            ValueError: the folder holds a run and `resume` is "never", or keys that are not harmless differ and it is
-                not "force"; the message names them.
+            ValueError: the folder holds a run and `resume` is "never", or other keys than `mutable_keys` differ and
+                it is not "force"; the message names them.
         """
         if not self.rows() and not any(self.checkpoints.glob("step_*")):
             return []
@@ -79,7 +79,7 @@ class RunFolder:
             if resume != "force":
                 raise
             return ["all keys: config.yaml cannot be read"]
-        different = differing_keys(old, tree, harmless=harmless)
+        different = differing_keys(old, tree, mutable_keys=mutable_keys)
         if different and resume != "force":
             listed = "\n  ".join(different)
             raise ValueError(

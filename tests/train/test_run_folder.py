@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from moa_train.records import RunFolder, again, summarize_rows
+from moa_train.run_folder import RunFolder, again, summarize_rows
 from moa_train.signals import LAUNCHED
 
 TREE = {"name": "run", "out": "runs", "optim": {"lr": 0.1}}

@@ -22,7 +22,7 @@ from moa_lm.configuration import MoALlamaConfig
 from moa_lm.modeling import MoALlamaForCausalLM
 from moa_lm.moe import Experts, MoE
 from moa_lm.router import expert_load, load_balancing_loss, router_entropy
-from moa_train.durable import write_json
+from moa_train.atomic_io import write_json
 
 MAX_TOKENS = 4096
 """Tokens that are looked at, at most: plenty for percentiles, and little beside a validation."""
