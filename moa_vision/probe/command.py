@@ -23,7 +23,15 @@ from torch import nn
 from webdataset.shardlists import expand_urls
 
 from moa_train.atomic_io import write_json
-from moa_train.config import RESUME_MUTABLE_KEYS, EpochSchedule, LoopConfig, OptimConfig, parse_config, require
+from moa_train.config import (
+    RESUME_MUTABLE_KEYS,
+    CheckpointConfig,
+    EpochSchedule,
+    LoopConfig,
+    OptimConfig,
+    parse_config,
+    require,
+)
 from moa_train.data_order import worker_died
 from moa_train.failures import message
 from moa_train.reading import read_json
@@ -82,6 +90,7 @@ class ProbeConfig:
         linear: The linear probe.
         finetune: Fine-tuning.
         loop: How the training loop runs; micro_batch_size, precision and val_samples are those of knn, too.
+        checkpoint: Checkpoints of the trained methods.
     """
 
     runs: Sequence[str]
@@ -96,6 +105,7 @@ class ProbeConfig:
     linear: LinearConfig = field(default_factory=LinearConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         """Check what belongs together; ValueError names the key."""
@@ -288,6 +298,7 @@ def classifier_run(
             batch_size=recipe.batch_size,
         ),
         loop=replace(config.loop, num_diagnostic_samples=0),
+        checkpoint=config.checkpoint,
         method=method,
         recipe=recipe,
         data=data,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moa_ffn import VARIANTS
 from moa_ffn.activations import ACTIVATIONS
-from moa_lm import watch as module
+from moa_lm import diagnostics as module
 from moa_lm.diagnostics import save_experts, save_mixing, watch
 from moa_lm.modeling import document_positions
 

@@ -22,7 +22,7 @@ REFUSALS = {
     "lm": {"moa_vision": "[vision]", "moa_eval.harness": "[eval]"},
     "eval": {"moa_vision": "[vision]"},
 }
-TRAINING = ("check", "data", "documents", "encode", "pretrain", "token_shards", "watch")
+TRAINING = ("check", "data", "documents", "encode", "pretrain", "diagnostics", "token_shards")
 NOT_WITHOUT = {"eval": [f"moa_lm.{module}" for module in TRAINING]}
 """Modules of the packages that need another extra as well: training, by `moa_train`."""
 

@@ -672,7 +672,7 @@ def test_impossible_batches_are_refused(shards):
         train(index, global_batch=12, micro_batch=5, world_size=2)
     with pytest.raises(ValueError, match="none"):
         train(index, global_batch=5, micro_batch=5, world_size=2)
-    with pytest.raises(ValueError, match=r"32 images an epoch.*one global batch of 33"):
+    with pytest.raises(ValueError, match=r"32 images per epoch.*one global batch of 33"):
         train(index, global_batch=33, micro_batch=33)
-    with pytest.raises(ValueError, match="30 images an epoch"):
+    with pytest.raises(ValueError, match="30 images per epoch"):
         train(index, global_batch=32, micro_batch=32, config={"repeated_augmentation": 3})
