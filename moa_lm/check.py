@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from moa_lm.data import DTYPES, MANIFEST, TOKENIZER, TokenDataError, open_tokens, read_manifest
+from moa_lm.data import DTYPES, MANIFEST, TOKENIZER, open_tokens, read_manifest
 from moa_lm.encode import open_vocabulary
 from moa_train.checks import Checked, Plan, Problem, unlisted
+from moa_train.errors import DataError
 
 _BLOCK = 2**24  # tokens that are in memory at a time
 
@@ -22,7 +23,7 @@ def plan_check(folder: Path) -> Plan:
     """Plan the check of a data set; its manifest and its tokenizer are checked here."""
     try:
         manifest = read_manifest(folder)
-    except TokenDataError as error:
+    except DataError as error:
         return Plan(str(folder), "tokens", 0, [Problem(str(folder / MANIFEST), "", str(error))], [])
     shards = manifest["shards"]
     names = [shard["name"] for shard in shards]
@@ -56,7 +57,7 @@ def check_shard(folder: Path, shard: dict[str, Any], manifest: dict[str, Any]) -
         problems.append(Problem(str(path), "", "its SHA-256 is not the manifest's"))
     try:
         problems += _token_problems(path, shard, manifest)
-    except (OSError, SafetensorError, TokenDataError) as error:
+    except (OSError, SafetensorError, DataError) as error:
         problems.append(Problem(str(path), "", str(error).removeprefix(f"{path} ")))
     return Checked(shard["tokens"], size, problems)
 

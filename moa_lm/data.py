@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from moa_train.config import require
 from moa_train.data_order import ORDER, StepBatches, batch_loader, generator, philox_key
+from moa_train.errors import DataError, require
 from moa_train.open_files import OpenFiles, open_to_read
 
 MANIFEST = "manifest.json"
@@ -39,10 +39,6 @@ _COUNTS = ("tokens", "documents", "bytes")
 _MAX_COUNT = 2**62  # a larger one is a mistake
 
 _OPEN_FILES = 64  # file descriptors that a reader keeps
-
-
-class TokenDataError(ValueError):
-    """A folder of token shards that cannot be used; the message names the file and says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +96,7 @@ class TokenShards:
         tokenizer_folder: what AutoTokenizer loads.
 
     Raises:
-        TokenDataError: if the manifest or a shard is missing, damaged or of another size than it should be.
+        DataError: if the manifest or a shard is missing, damaged or of another size than it should be.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -135,7 +131,7 @@ class TokenShards:
 
         Raises:
             IndexError: if there is no such window.
-            TokenDataError: if a shard is damaged.
+            DataError: if a shard is damaged.
         """
         if not 0 <= index < self.windows(length):
             raise IndexError(f"window {index} of {length} tokens: {self.folder} has {self.windows(length)}")
@@ -148,7 +144,7 @@ class TokenShards:
             self.read_into(rest[: last - begin], shard, begin - first)
             rest, begin, shard = rest[last - begin :], last, shard + 1
         if tokens.max() >= self.vocab_size:  # a model would fail with less to say, a GPU without a name
-            raise TokenDataError(
+            raise DataError(
                 f"window {index} of {length} tokens holds {tokens.max()}, but the vocabulary of {self.folder} has "
                 f"{self.vocab_size}; {_remedy(self.folder)}"
             )
@@ -160,7 +156,7 @@ class TokenShards:
         By reading, not by mapping: a file that has become shorter is an error here, and the end of the process there.
 
         Raises:
-            TokenDataError: if the shard cannot be read (twice) or is damaged.
+            DataError: if the shard cannot be read (twice) or is damaged.
         """
 
         def read(file: int) -> int:
@@ -170,23 +166,23 @@ class TokenShards:
         try:
             count = self._files.read(shard, lambda: self._opened(path, shard), read)
         except (OSError, SafetensorError) as error:
-            raise TokenDataError(f"{path}: {error}; {_remedy(self.folder)}") from error
+            raise DataError(f"{path}: {error}; {_remedy(self.folder)}") from error
         if count != tokens.nbytes:
-            raise TokenDataError(f"{path} has become shorter; {_remedy(self.folder)}")
+            raise DataError(f"{path} has become shorter; {_remedy(self.folder)}")
 
     def verify(self) -> None:
-        """Read all shards and compare their checksums. Raises TokenDataError naming the first that differs."""
+        """Read all shards and compare their checksums. Raises DataError naming the first that differs."""
         for shard in self.manifest["shards"]:
             path = self.folder / shard["name"]
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    raise TokenDataError(f"{path} has not the SHA-256 that {MANIFEST} lists; {_remedy(self.folder)}")
+                    raise DataError(f"{path} has not the SHA-256 that {MANIFEST} lists; {_remedy(self.folder)}")
 
     def require_same_tokenizer(self, other: TokenShards) -> None:
-        """Raise TokenDataError unless `other` was made with the same tokenizer."""
+        """Raise DataError unless `other` was made with the same tokenizer."""
         ours, theirs = (shards.manifest["tokenizer"] for shards in (self, other))
         if (ours["sha256"], self.end_of_text) != (theirs["sha256"], other.end_of_text):
-            raise TokenDataError(
+            raise DataError(
                 f"{self.folder} and {other.folder} have different tokenizers ({ours['name']}, {theirs['name']}); "
                 f"make one again with --tokenizer {self.tokenizer_folder}"
             )
@@ -196,9 +192,9 @@ class TokenShards:
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise TokenDataError(f"{path}: {error.strerror}; {_remedy(self.folder)}") from error
+            raise DataError(f"{path}: {error.strerror}; {_remedy(self.folder)}") from error
         if size != shard["bytes"]:
-            raise TokenDataError(f"{path} has {size} bytes instead of {shard['bytes']}; {_remedy(self.folder)}")
+            raise DataError(f"{path} has {size} bytes instead of {shard['bytes']}; {_remedy(self.folder)}")
 
     def _opened(self, path: Path, shard: int) -> int:
         file, self._begins[shard] = open_tokens(path, self.manifest["dtype"], self.manifest["shards"][shard]["tokens"])
@@ -213,14 +209,14 @@ def open_tokens(path: Path, dtype: str, tokens: int) -> tuple[int, int]:
 
     Raises:
         OSError, SafetensorError: if it cannot be read.
-        TokenDataError: if it holds something else.
+        DataError: if it holds something else.
     """
     with safe_open(path, framework="np") as content:
         tensors = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  (it is no dict)
         found = {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in tensors.items()}
     expected = {TENSOR: (_dtype_code(dtype), [tokens])}
     if found != expected:
-        raise TokenDataError(f"{path} holds {found} instead of {expected}; {_remedy(path.parent)}")
+        raise DataError(f"{path} holds {found} instead of {expected}; {_remedy(path.parent)}")
     file = open_to_read(path)
     return file, 8 + int.from_bytes(os.pread(file, 8, 0), "little")  # after the header and its length
 
@@ -229,7 +225,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of token shards, its fields checked.
 
     Raises:
-        TokenDataError: if there is none, or it is not one of ours; the message names the field.
+        DataError: if there is none, or it is not one of ours; the message names the field.
     """
     path = folder / MANIFEST
     try:
@@ -238,9 +234,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         inside = folder / "train"
         hint = f"; did you mean {inside}?" if (inside / MANIFEST).exists() else f"; {_remedy(folder)}"
-        raise TokenDataError(f"{path} does not exist{hint}") from error
+        raise DataError(f"{path} does not exist{hint}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise TokenDataError(f"{path} cannot be used: {error}; delete {folder} and make or copy it anew") from error
+        raise DataError(f"{path} cannot be used: {error}; delete {folder} and make or copy it anew") from error
     return manifest
 
 

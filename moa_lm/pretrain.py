@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from moa_lm.check import tokenizer_problems
 from moa_lm.configuration import MoALlamaConfig
-from moa_lm.data import TokenBatch, TokenDataConfig, TokenDataError, TokenShards, train_loader, val_loader
+from moa_lm.data import TokenBatch, TokenDataConfig, TokenShards, train_loader, val_loader
 from moa_lm.diagnostics import save_experts, save_mixing, watch
 from moa_lm.encode import load_tokenizer
 from moa_lm.flops import forward_flops
@@ -37,10 +37,10 @@ from moa_lm.modeling import (
 )
 from moa_lm.sizes import SIZES, count_parameters, named_config
 from moa_lm.token_shards import TokenSettings, make_tokens
-from moa_train.config import RESUME_MUTABLE_KEYS, RunConfig, ScheduleConfig, parse_config, require
-from moa_train.plan import Plan
+from moa_train.config import RESUME_MUTABLE_KEYS, RunConfig, ScheduleConfig, parse_config
+from moa_train.errors import DataError, require
 from moa_train.progress import count
-from moa_train.schedule import Budget
+from moa_train.schedule import Budget, Plan
 from moa_train.signals import ignore_stop_signals
 from moa_train.task import WEIGHT, DataParallelRank
 from moa_train.trainer import check, run
@@ -153,7 +153,7 @@ class LMTask:
 
     Raises:
         ValueError: the model or the data cannot be what the configuration says.
-        TokenDataError: token shards are missing, damaged, or of different tokenizers.
+        DataError: token shards are missing, damaged, or of different tokenizers.
     """
 
     unit = "tok"
@@ -399,9 +399,9 @@ def _meant(close: list[str]) -> str:
 
 
 def open_tokenizer(shards: TokenShards) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that a set of tokens was made with. Raises TokenDataError if it is not that one."""
+    """Return the tokenizer that a set of tokens was made with. Raises DataError if it is not that one."""
     for problem in tokenizer_problems(shards.tokenizer_folder, shards.manifest):
-        raise TokenDataError(f"{problem.file}: {problem.text}; copy the tokenizer, or make the tokens, again")
+        raise DataError(f"{problem.file}: {problem.text}; copy the tokenizer, or make the tokens, again")
     return load_tokenizer(shards.tokenizer_folder)
 
 
@@ -459,5 +459,4 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
         config,
         partial(build_task, config),
         mutable_keys=RESUME_MUTABLE_KEYS | LM_RESUME_MUTABLE_KEYS,
-        expected=(TokenDataError,),
     )

@@ -25,11 +25,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from moa_lm.bpe import train_bpe
-from moa_lm.data import FORMAT, MANIFEST, TENSOR, TOKENIZER, TokenDataError, open_tokens, read_manifest
+from moa_lm.data import FORMAT, MANIFEST, TENSOR, TOKENIZER, open_tokens, read_manifest
 from moa_lm.documents import Corpus, Reading, Skipped, Text
 from moa_lm.encode import Vocabulary, open_vocabulary, save_tokenizer, tokenized
 from moa_train.atomic_io import new_folder, write_bytes, write_json
 from moa_train.config import differing_keys
+from moa_train.errors import DataError
 from moa_train.reading import read_json
 
 _PARTS = ".parts"  # what an unfinished run needs, in the folder that it writes to
@@ -337,7 +338,7 @@ class SetWriter:
             os.close(open_tokens(self.folder / _name(number), self.vocabulary.dtype, record["tokens"])[0])
             with (self.folder / _name(number)).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest() == record.get("sha256")
-        except (OSError, SafetensorError, TokenDataError):
+        except (OSError, SafetensorError, DataError):
             return False
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_type_hin
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
+from moa_train.errors import require
 from moa_train.reading import check_shape, read_yaml
 from moa_train.schedule import Budget, DecayType
 
@@ -258,12 +259,6 @@ RENAMED_KEYS = {
     "model.encoder_args.ffn_gate": "model.encoder_args.ffn_mixing_gate",
 }
 """Keys of configurations before 0.1.0 -> their names since. An old key is an error that names the new one."""
-
-
-def require(key: str, value: Any, allowed: bool, wanted: str) -> None:
-    """Raise ValueError naming the key, its value and what is allowed, unless `allowed`."""
-    if not allowed:
-        raise ValueError(f"{key} is {value!r}; it must be {wanted}")
 
 
 def parse_config(

@@ -14,15 +14,16 @@ from typing import Any, Literal
 
 from torch import nn
 
-from moa_train.config import RunConfig, require
+from moa_train.config import RunConfig
 from moa_train.devices import Gpu, SavedBytes, bf16_peak_flops, state_bytes
 from moa_train.distributed import blocks
+from moa_train.errors import require
 from moa_train.muon import orthogonalize_flops
-from moa_train.plan import ASSUMED_UTILIZATION, LARGEST_BATCH, Plan, divisors, make_plan
+from moa_train.plan import ASSUMED_UTILIZATION
 from moa_train.progress import WARMUP_STEPS, count, duration
 from moa_train.reading import read_json
 from moa_train.run_folder import RunFolder
-from moa_train.schedule import Budget
+from moa_train.schedule import LARGEST_BATCH, Budget, Plan, divisors, make_plan
 
 GIB = 2**30
 

@@ -1,8 +1,7 @@
-"""What a run is going to do, in steps, batches, FLOPs, bytes and seconds, before it does it."""
+"""What a run costs: FLOPs, bytes and seconds, before it does it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -10,120 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from moa_train.config import RunConfig, require
 from moa_train.devices import bf16_peak_flops, device_name, saved_bytes_per_sample, state_bytes
 from moa_train.progress import count, duration
-from moa_train.schedule import Budget, DecayType, lr_at
+from moa_train.schedule import Plan
 
 TRAINING_FLOPS_PER_FORWARD = 3
 """A backward pass costs twice the forward's matrix products."""
 
 ASSUMED_UTILIZATION = 0.4
 """Part of the peak assumed for the time estimate before anything is measured."""
-
-LARGEST_BATCH = 10**9
-"""Samples of a global batch, far beyond any; what shares it is found in moments."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run's schedule, counted in optimizer steps.
-
-    Attributes:
-        steps_per_epoch: Whole global batches in the training set; what is left over is dropped.
-        total_steps, warmup_steps, decay_steps: Length of the run, of its warm-up, and of the fall of its rate.
-        global_batch: Samples of one optimizer step = accumulation * world_size * micro_batch.
-        accumulation: Micro-batches that one device accumulates in a step.
-    """
-
-    steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-    decay_steps: int
-    global_batch: int
-    micro_batch: int
-    accumulation: int
-    world_size: int
-    lr: float
-    min_lr: float
-    decay_type: DecayType
-
-    def lr_at(self, step: int) -> float:
-        """Return the rate of the step that follows `step` finished ones; see `moa_train.schedule.lr_at`."""
-        return lr_at(
-            step,
-            lr=self.lr,
-            min_lr=self.min_lr,
-            warmup_steps=self.warmup_steps,
-            total_steps=self.total_steps,
-            decay_steps=self.decay_steps,
-            shape=self.decay_type,
-        )
-
-    def is_decaying(self, step: int) -> bool:
-        """Tell whether the rate has begun to fall before `step` steps are finished."""
-        return step > self.total_steps - self.decay_steps
-
-    def is_stable(self, step: int) -> bool:
-        """Tell whether, after `step` steps, the warm-up is over and the rate has not begun to fall."""
-        return self.warmup_steps <= step and not self.is_decaying(step)
-
-    def epoch(self, step: int) -> float:
-        """Return the epochs that `step` finished steps come to."""
-        return step / self.steps_per_epoch
-
-    def due(self, step: int, every: int) -> bool:
-        """Tell whether something done every so many steps, and after the last one, is due after `step` steps."""
-        return step > 0 and (step % every == 0 or step == self.total_steps)
-
-
-def divisors(number: int) -> list[int]:
-    """Return the divisors of a positive number, ascending; found up to its root, so that no batch takes long."""
-    below = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*below, *(number // n for n in below)})
-
-
-def make_plan(config: RunConfig, samples_per_epoch: int, budget: Callable[[int], Budget], world_size: int) -> Plan:
-    """Count a run in steps and split the global batch; `budget` turns the steps of an epoch into those of the run.
-
-    Raises:
-        ValueError: the training set is smaller than a batch, that above `LARGEST_BATCH`, or no multiple of
-            world_size * loop.micro_batch_size; the message gives the nearest of each that work.
-    """
-    batch, micro = config.schedule.batch_size, config.loop.micro_batch_size
-    require("schedule.batch_size", batch, batch <= LARGEST_BATCH, f"at most {LARGEST_BATCH:,}")
-    at_once = world_size * micro
-    if batch % at_once:
-        below, above = batch // at_once * at_once, (batch // at_once + 1) * at_once
-        shares = divisors(batch // world_size) if batch >= world_size and batch % world_size == 0 else []
-        fitting = max((m for m in shares if m < micro), default=None)
-        shared = divisors(batch // micro) if batch >= micro and batch % micro == 0 else []  # numbers of processes
-        nearest = [*[n for n in shared if n < world_size][-1:], *[n for n in shared if n > world_size][:1]]
-        raise ValueError(
-            f"schedule.batch_size is {batch}; it must be a multiple of {at_once} ({world_size} processes x "
-            f"loop.micro_batch_size {micro}): the nearest are {f'{below} and ' if below else ''}{above}"
-            + (f", or keep it with loop.micro_batch_size {fitting}" if fitting else "")
-            + (f", or with {' or '.join(map(str, nearest))} processes" if nearest else "")
-        )
-    steps_per_epoch = samples_per_epoch // batch
-    if not steps_per_epoch:
-        raise ValueError(
-            f"schedule.batch_size is {batch}; it must be at most the training set's {samples_per_epoch} samples"
-        )
-    total_steps, warmup_steps = budget(steps_per_epoch)
-    return Plan(
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        warmup_steps=warmup_steps,
-        decay_steps=min(max(0, total_steps - warmup_steps), round(config.schedule.decay_fraction * total_steps)),
-        global_batch=batch,
-        micro_batch=micro,
-        accumulation=batch // at_once,
-        world_size=world_size,
-        lr=config.optim.lr,
-        min_lr=config.schedule.min_lr,
-        decay_type=config.schedule.decay_type,
-    )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from accelerate.utils import broadcast_object_list
 from moa_train import checkpoint
 from moa_train.checkpoint import DamagedCheckpoint
 from moa_train.config import START_FROM_MUTABLE_KEYS, RunConfig, as_tree, differing_keys
-from moa_train.plan import Plan
 from moa_train.run_folder import RunFolder
+from moa_train.schedule import Plan
 
 
 class Origin(NamedTuple):

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import yaml
 
 from moa_train.atomic_io import LineFile, write_json, write_text
-from moa_train.config import RESUME_MUTABLE_KEYS, differing_keys, require
+from moa_train.config import RESUME_MUTABLE_KEYS, differing_keys
+from moa_train.errors import require
 from moa_train.reading import read_json, read_yaml
 from moa_train.signals import LAUNCHED
 

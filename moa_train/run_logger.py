@@ -21,9 +21,10 @@ from moa_train import devices
 from moa_train.atomic_io import write_text
 from moa_train.checkpoint import NotSaved
 from moa_train.config import RunConfig, as_tree, flatten
-from moa_train.plan import Costs, Plan, describe
+from moa_train.plan import Costs, describe
 from moa_train.progress import Progress, StepTimer, duration
 from moa_train.run_folder import RunFolder, again, describe_environment
+from moa_train.schedule import Plan
 from moa_train.spikes import RecentLoss
 from moa_train.task import Observed, Task
 

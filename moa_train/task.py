@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moa_train.config import OptimConfig
-from moa_train.plan import Plan
-from moa_train.schedule import Budget
+from moa_train.schedule import Budget, Plan
 
 WEIGHT = "weight"
 """Key of `Task.val_losses` that is no loss."""

@@ -29,11 +29,13 @@ from moa_train.checkpoint import (
 )
 from moa_train.config import RESUME_MUTABLE_KEYS, RunConfig, as_tree
 from moa_train.data_order import worker_died
+from moa_train.errors import ConfigError, DataError
 from moa_train.failures import Together
 from moa_train.optim import build_optimizer, describe_groups, set_rate
-from moa_train.plan import Costs, make_plan, measure_costs
+from moa_train.plan import Costs, measure_costs
 from moa_train.run_folder import RunFolder, RunInUse, again
 from moa_train.run_logger import Journal, TrainState, check_trackers, end_trackers
+from moa_train.schedule import make_plan
 from moa_train.signals import EXIT_STOPPED, StopRequests
 from moa_train.task import WEIGHT, DataParallelRank, HiddenMatrices, Identified, Named, OwnOptimizer, Task, Weighted
 from moa_train.torch_internals import WorkerError
@@ -48,7 +50,6 @@ def run(
     build_task: Callable[[], Task],
     *,
     mutable_keys: frozenset[str] = RESUME_MUTABLE_KEYS,
-    expected: tuple[type[Exception], ...] = (),
 ) -> int:
     """Train to the end of the plan, or as far as a stop request lets it; return the process's exit code.
 
@@ -60,7 +61,6 @@ def run(
         config: The configuration.
         build_task: Called once the devices are known and the seed is set.
         mutable_keys: Keys that may change between sessions of a run.
-        expected: Errors of the task whose message is enough, without a traceback.
     """
     with StopRequests() as stop, contextlib.ExitStack() as cleanup, Together() as together:
         try:
@@ -73,7 +73,7 @@ def run(
                 with accelerator.local_main_process_first():
                     task = build_task()
                 trainer = Trainer(config, task, accelerator, stop, cleanup, mutable_keys)
-        except (ValueError, OSError, RunInUse, *expected) as error:
+        except (ValueError, OSError, RunInUse) as error:
             return together.fail(error, 2)
         except (NotSaved, Unreadable) as error:
             return together.fail(error, 1)
@@ -84,7 +84,7 @@ def run(
             error = _close_failed(trainer, error)
             if (died := worker_died(error)) is not None:
                 return together.fail(died, 1)
-            if not isinstance(error, (NonFiniteError, NotSaved, WorkerError, *expected)):
+            if not isinstance(error, (NonFiniteError, NotSaved, WorkerError, ConfigError, DataError)):
                 raise
             return together.fail(error, 1)
 

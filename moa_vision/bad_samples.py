@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from moa_train.data_order import end_workers
-from moa_vision.cache import DataError
+from moa_train.errors import DataError
 from moa_vision.data import ImageBatch
 from moa_vision.table import BadSample
 

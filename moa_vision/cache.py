@@ -23,6 +23,7 @@ from filelock import FileLock
 from fsspec.callbacks import Callback
 
 from moa_train.atomic_io import sync_file, write_json
+from moa_train.errors import DataError
 from moa_vision.cache_eviction import hold, make_room, release
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,6 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _SHARDS = "shards"  # folder in the cache folder
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _HOPELESS = {*_FULL, errno.EROFS, errno.EACCES, errno.EISDIR}
-
-
-class DataError(RuntimeError):
-    """A data set, shard or sample that cannot be used; the message names it and says what to do."""
 
 
 class LostShard(DataError):

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moa_train.checks import Checked, Plan, Problem, unlisted
+from moa_train.errors import DataError
 from moa_vision import cache
-from moa_vision.cache import DataError, Shard
+from moa_vision.cache import Shard
 from moa_vision.images import ImageError, decode_image
 from moa_vision.index import MANIFEST, parse_manifest
 from moa_vision.table import SampleTable, index_tar

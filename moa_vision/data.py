@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moa_train.data_order import SAMPLE, StepBatches, batch_loader, generator, philox_key
-from moa_vision.cache import DataError, LostShard, is_kept
+from moa_train.errors import DataError
+from moa_vision.cache import LostShard, is_kept
 from moa_vision.epoch_order import EpochOrder
 from moa_vision.images import CROP_DRAWS, Box, ImageError, central_box, crop_into, decode_image, random_box
 from moa_vision.index import ShardIndex, ShardReader

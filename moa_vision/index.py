@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from webdataset.shardlists import expand_urls
 
+from moa_train.errors import DataError
 from moa_train.open_files import OpenFiles
 from moa_train.progress import CountBar
 from moa_vision import cache
-from moa_vision.cache import DataError, LostShard, Shard
+from moa_vision.cache import LostShard, Shard
 from moa_vision.images import ImageError
 from moa_vision.table import IMAGE_EXTENSIONS, BadSample, SampleTable, index_tar
 

@@ -13,15 +13,14 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from moa_train.config import RESUME_MUTABLE_KEYS, EpochSchedule, RunConfig, parse_config, require
-from moa_train.plan import Plan
+from moa_train.config import RESUME_MUTABLE_KEYS, EpochSchedule, RunConfig, parse_config
+from moa_train.errors import DataError, require
 from moa_train.progress import count
-from moa_train.schedule import Budget
+from moa_train.schedule import Budget, Plan
 from moa_train.signals import ignore_stop_signals
 from moa_train.task import DataParallelRank
 from moa_train.trainer import check, run
 from moa_vision.bad_samples import BadSamples
-from moa_vision.cache import DataError
 from moa_vision.data import DataConfig, ImageBatch, normalize, require_cache_room, train_loader, val_loader
 from moa_vision.export import export_encoder
 from moa_vision.index import ShardIndex, open_index
@@ -338,5 +337,4 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
         config,
         partial(build_task, config),
         mutable_keys=RESUME_MUTABLE_KEYS | DATA_RESUME_MUTABLE_KEYS,
-        expected=(DataError,),
     )

@@ -24,9 +24,10 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from moa_train.atomic_io import sync_file, sync_folder, write_json
+from moa_train.errors import DataError
 from moa_train.progress import CountBar
 from moa_train.signals import end_with_parent
-from moa_vision.cache import DataError, file_sha256
+from moa_vision.cache import file_sha256
 from moa_vision.images import MODES, crop_into, is_array, is_upright, open_image, read_array, to_mode
 from moa_vision.index import MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION, parse_manifest
 from moa_vision.sources import Item, Source, open_source

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from webdataset.tariterators import base_plus_ext
 
-from moa_vision.cache import DataError
+from moa_train.errors import DataError
 from moa_vision.images import ImageError
 
 IMAGE_EXTENSIONS = (

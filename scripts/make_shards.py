@@ -14,7 +14,7 @@ import os
 import sys
 from typing import Any
 
-from moa_vision.cache import DataError
+from moa_train.errors import DataError
 from moa_vision.shards import ShardSettings, make_shards
 
 _SHOWN = 10  # skipped images that are printed; the manifest has them all

@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 import torch
 from task_kind import LANGUAGE, VISION, training_script
 
-from moa_train.config import RunConfig, parse_config, require
+from moa_train.config import RunConfig, parse_config
 from moa_train.devices import GPUS, SavedBytes, find_gpu, trace_saved_bytes
+from moa_train.errors import require
 from moa_train.forecast import (
     Cluster,
     Reading,

@@ -19,7 +19,7 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from moa_vision.cache import DataError
+from moa_train.errors import DataError
 from moa_vision.data import ImageBatch
 
 SEED_NUMBERS = 4

@@ -15,11 +15,12 @@ from timm.optim import Lars, param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moa_train.config import EpochSchedule, OptimConfig, RunConfig, require
+from moa_train.config import EpochSchedule, OptimConfig, RunConfig
+from moa_train.errors import require
 from moa_train.optim import FUSED_DEVICES
-from moa_train.plan import TRAINING_FLOPS_PER_FORWARD, Plan
+from moa_train.plan import TRAINING_FLOPS_PER_FORWARD
 from moa_train.progress import count
-from moa_train.schedule import Budget
+from moa_train.schedule import Budget, Plan
 from moa_train.task import DataParallelRank
 from moa_vision.data import DataConfig, ImageBatch, normalize
 from moa_vision.probe.augment import Mixing, RandAugmented

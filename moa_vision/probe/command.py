@@ -23,23 +23,15 @@ from torch import nn
 from webdataset.shardlists import expand_urls
 
 from moa_train.atomic_io import write_json
-from moa_train.config import (
-    RESUME_MUTABLE_KEYS,
-    CheckpointConfig,
-    EpochSchedule,
-    LoopConfig,
-    OptimConfig,
-    parse_config,
-    require,
-)
+from moa_train.config import RESUME_MUTABLE_KEYS, CheckpointConfig, EpochSchedule, LoopConfig, OptimConfig, parse_config
 from moa_train.data_order import worker_died
+from moa_train.errors import DataError, require
 from moa_train.failures import message
 from moa_train.reading import read_json
 from moa_train.run_folder import RunFolder
 from moa_train.task import DataParallelRank
 from moa_train.torch_internals import WorkerError
 from moa_train.trainer import run
-from moa_vision.cache import DataError
 from moa_vision.data import DataConfig
 from moa_vision.images import MODES
 from moa_vision.pretrain import DATA_RESUME_MUTABLE_KEYS
@@ -254,7 +246,7 @@ def probe_by_training(config: ProbeConfig, encoder: TrainedEncoder, training: Cl
         sizes.update(train=task.samples_per_epoch, val=task.val_samples, classes=task.num_classes)
         return task
 
-    code = run(training, build_task, mutable_keys=RESUME_MUTABLE_KEYS | DATA_RESUME_MUTABLE_KEYS, expected=(DataError,))
+    code = run(training, build_task, mutable_keys=RESUME_MUTABLE_KEYS | DATA_RESUME_MUTABLE_KEYS)
     if code or int(os.environ.get("RANK", "0")):
         return code
     summary = RunFolder(training.folder).summary()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_train.config import require
+from moa_train.errors import require
 from moa_train.progress import CountBar
 from moa_vision.data import DataConfig, normalize
 from moa_vision.probe.encoders import Pool

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from moa_train.data_order import to_main_process
-from moa_train.plan import Plan
+from moa_train.schedule import Plan
 from moa_train.signals import ignore_stop_signals
 from moa_train.task import DataParallelRank
 from moa_vision.bad_samples import BadSamples

@@ -12,14 +12,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moa_lm.data import TokenDataError
 from moa_lm.documents import Corpus
 from moa_lm.token_shards import SetWriter, TokenSettings, make_tokens
+from moa_train.errors import DataError
 
 TEXTS = [" ".join(f"w{1 + (i * 7 + k) % 69}" for k in range(20)) for i in range(12)]
 
 
-REFUSALS = (ValueError, TokenDataError, OSError)
+REFUSALS = (ValueError, DataError, OSError)
 
 
 def stop(*_):

@@ -21,10 +21,11 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from moa_lm import documents, encode, token_shards
 from moa_lm.bpe import END_OF_TEXT, train_bpe
-from moa_lm.data import TokenDataError, TokenShards
+from moa_lm.data import TokenShards
 from moa_lm.documents import Corpus
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.atomic_io import write_bytes
+from moa_train.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("the", "river", "Äpfel", "runs", "under", "日本語", "a", "🦉", "bridge", "of", "stones", "1984", "x = 3;")
@@ -507,7 +508,7 @@ def test_killed_run_goes_on_where_it_was(corpus, tmp_path, monkeypatch):
         run.join(600)
     assert run.exitcode == -signal.SIGKILL
     assert not list(tmp_path.glob("out/*/manifest.json")) and len(list(tmp_path.glob("out/*/*.safetensors"))) == 3
-    with pytest.raises(TokenDataError, match=r"manifest\.json does not exist; run the scripts/make_tokens\.py command"):
+    with pytest.raises(DataError, match=r"manifest\.json does not exist; run the scripts/make_tokens\.py command"):
         TokenShards(tmp_path / "out" / "train")
     lock = FileLock(tmp_path / "out" / ".parts" / "lock")
     lock.acquire(timeout=300)  # the killed run's workers end by themselves, and let go of its lock

@@ -17,7 +17,7 @@ from moa_lm.data import TokenShards
 from moa_lm.pretrain import LMConfig, LMTask, build_task, check_config, main
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.config import parse_config
-from moa_train.plan import make_plan
+from moa_train.schedule import make_plan
 from moa_train.task import DataParallelRank
 
 WORDS = ("the", "king", "had", "a", "daughter", "more", "beautiful", "than", "any", "other", "by", "the", "sea")

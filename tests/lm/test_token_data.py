@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from moa_lm.data import TokenDataConfig, TokenDataError, TokenShards, train_loader, val_loader
+from moa_lm.data import TokenDataConfig, TokenShards, train_loader, val_loader
+from moa_train.errors import DataError
 
 
 def write_set(folder, pieces, dtype=np.uint16, **fields):
@@ -93,20 +94,20 @@ def test_damaged_shards_are_named(tmp_path):
     path = folder / "shard-000001.safetensors"
     good = path.read_bytes()
     path.write_bytes(good[:-1])
-    with pytest.raises(TokenDataError, match=rf"shard-000001.* has {len(good) - 1} bytes instead of {len(good)}; run"):
+    with pytest.raises(DataError, match=rf"shard-000001.* has {len(good) - 1} bytes instead of {len(good)}; run"):
         TokenShards(folder)
     path.unlink()
-    with pytest.raises(TokenDataError, match=r"shard-000001\.safetensors: No such file.*make_tokens"):
+    with pytest.raises(DataError, match=r"shard-000001\.safetensors: No such file.*make_tokens"):
         TokenShards(folder)
     path.write_bytes(b"\xff" * len(good))
-    with pytest.raises(TokenDataError, match="shard-000001"):
+    with pytest.raises(DataError, match="shard-000001"):
         TokenShards(folder).window(8, 4)
     save_file({"tokens": np.arange(20, dtype=np.int16)}, path)
     assert path.stat().st_size == len(good)
-    with pytest.raises(TokenDataError, match=r"'I16'.* instead of .*'U16'"):
+    with pytest.raises(DataError, match=r"'I16'.* instead of .*'U16'"):
         TokenShards(folder).window(8, 4)
     path.write_bytes(good[:-1] + b"!")
-    with pytest.raises(TokenDataError, match=r"shard-000001.* has not the SHA-256"):
+    with pytest.raises(DataError, match=r"shard-000001.* has not the SHA-256"):
         TokenShards(folder).verify()
     path.write_bytes(good)
     TokenShards(folder).verify()
@@ -124,7 +125,7 @@ def test_damaged_shards_are_named(tmp_path):
 ], ids=["format", "tokens", "documents", "bytes", "dtype", "end", "tokenizer", "shards"])  # fmt: skip
 def test_damaged_manifests_are_named(tmp_path, fields, message):
     write_set(tmp_path / "set", [np.arange(30), np.arange(20)], **fields)
-    with pytest.raises(TokenDataError, match=rf"manifest\.json cannot be used: .*{message}.*delete .*set"):
+    with pytest.raises(DataError, match=rf"manifest\.json cannot be used: .*{message}.*delete .*set"):
         TokenShards(tmp_path / "set")
 
 
@@ -134,18 +135,18 @@ def test_shards_with_odd_names_are_refused(tmp_path):
     for field, value in (("name", "../x"), ("sha256", "abc"), ("tokens", 0)):
         shard = {**manifest["shards"][0], field: value}
         (folder / "manifest.json").write_text(json.dumps({**manifest, "shards": [shard]}))
-        with pytest.raises(TokenDataError, match=f'field "{field}".* is {value!r}'):
+        with pytest.raises(DataError, match=f'field "{field}".* is {value!r}'):
             TokenShards(folder)
 
 
 def test_wrong_folders_are_named(tmp_path):
     (tmp_path / "set" / "train").mkdir(parents=True)
     (tmp_path / "set" / "train" / "manifest.json").write_text("{")
-    with pytest.raises(TokenDataError, match=r"does not exist; did you mean .*set/train"):
+    with pytest.raises(DataError, match=r"does not exist; did you mean .*set/train"):
         TokenShards(tmp_path / "set")
-    with pytest.raises(TokenDataError, match="cannot be used: Expecting property name"):
+    with pytest.raises(DataError, match="cannot be used: Expecting property name"):
         TokenShards(tmp_path / "set" / "train")
-    with pytest.raises(TokenDataError, match=r"nowhere/manifest\.json does not exist; run"):
+    with pytest.raises(DataError, match=r"nowhere/manifest\.json does not exist; run"):
         TokenShards(tmp_path / "nowhere")
 
 
@@ -153,7 +154,7 @@ def test_sets_of_different_tokenizers_are_told_apart(tmp_path):
     ours = TokenShards(write_set(tmp_path / "a", [range(9)]))
     ours.require_same_tokenizer(TokenShards(write_set(tmp_path / "b", [range(5)])))
     for fields in ({"tokenizer": {"name": "other", "sha256": "1" * 64}}, {"end_of_text": 7}):
-        with pytest.raises(TokenDataError, match="have different tokenizers"):
+        with pytest.raises(DataError, match="have different tokenizers"):
             ours.require_same_tokenizer(TokenShards(write_set(tmp_path / "c", [range(5)], **fields)))
 
 

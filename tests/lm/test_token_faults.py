@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from moa_lm.data import TokenDataError, TokenShards
+from moa_lm.data import TokenShards
 from moa_lm.documents import Corpus
 from moa_lm.token_shards import TokenSettings, make_tokens
+from moa_train.errors import DataError
 from moa_train.open_files import open_to_read
 
 FUZZ = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
@@ -86,7 +87,7 @@ def test_a_token_beyond_the_vocabulary_is_named(packed):
     wrong = tokens_of(packed, 0)
     wrong[5] = 999
     relist(packed, 0, save({"tokens": wrong}))
-    with pytest.raises(TokenDataError, match=r"window 0 of 8 tokens holds 999, but the vocabulary of .* has 70"):
+    with pytest.raises(DataError, match=r"window 0 of 8 tokens holds 999, but the vocabulary of .* has 70"):
         TokenShards(packed).window(0, 8)
 
 
@@ -95,7 +96,7 @@ def test_a_shard_that_shrinks_while_it_is_open_is_named(packed):
     shards = TokenShards(packed)
     shards.window(0, 8)
     (packed / "shard-000000.safetensors").write_bytes(b"")
-    with pytest.raises(TokenDataError, match="has become shorter"):
+    with pytest.raises(DataError, match="has become shorter"):
         shards.window(1, 8)
 
 
@@ -121,7 +122,7 @@ def test_a_shard_that_fails_for_once_is_opened_again(packed, monkeypatch):
     assert np.array_equal(shards.window(0, 8), first)
     monkeypatch.setattr("moa_lm.data.open_to_read", open_to_read)
     stale |= set(range(1000))
-    with pytest.raises(TokenDataError, match=r"shard-000000.* Stale file handle; run the"):
+    with pytest.raises(DataError, match=r"shard-000000.* Stale file handle; run the"):
         shards.window(0, 8)
 
 
@@ -137,7 +138,7 @@ def read_all(folder):
         shards = TokenShards(folder)
         for window in range(min(50, shards.windows(8))):
             assert len(shards.window(window, 8)) == 9
-    except TokenDataError as error:
+    except DataError as error:
         assert str(folder) in str(error)
 
 

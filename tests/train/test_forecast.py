@@ -34,8 +34,7 @@ from moa_train.forecast import (
 )
 from moa_train.muon import StackedMuon, orthogonalize_flops
 from moa_train.optim import build_optimizer
-from moa_train.plan import make_plan
-from moa_train.schedule import Budget
+from moa_train.schedule import Budget, make_plan
 
 H200 = find_gpu("h200")
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from moa_train.config import EpochSchedule, LoopConfig, OptimConfig, RunConfig
 from moa_train.devices import bf16_peak_flops, saved_bytes_per_sample, state_bytes
-from moa_train.plan import Costs, make_plan
+from moa_train.plan import Costs
+from moa_train.schedule import make_plan
 
 
 def config(batch, micro, epochs=1.0, warmup=0.0):

@@ -40,7 +40,8 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from moa_train.config import EpochSchedule, RunConfig, as_tree, parse_config, require
+from moa_train.config import EpochSchedule, RunConfig, as_tree, parse_config
+from moa_train.errors import require
 from moa_train.signals import EXIT_STOPPED, StopRequests
 
 

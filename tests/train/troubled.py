@@ -102,9 +102,7 @@ def main(arguments):
     """Run the toy."""
     prepare_trouble(os.environ.get("TROUBLE"))
     config = toy.parse_config(toy.ToyConfig, arguments, program="toy", summary="A toy.")
-    return run(
-        config, lambda: Troubled(config), mutable_keys=toy.RESUME_MUTABLE_KEYS | toy.TROUBLE, expected=(DataError,)
-    )
+    return run(config, lambda: Troubled(config), mutable_keys=toy.RESUME_MUTABLE_KEYS | toy.TROUBLE)
 
 
 def forked(environment, arguments, stdout, stderr):

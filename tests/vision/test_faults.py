@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from moa_train.errors import DataError
 from moa_vision.bad_samples import BadSamples
-from moa_vision.cache import ATTEMPTS, DataError, LostShard, Shard, local_path
+from moa_vision.cache import ATTEMPTS, LostShard, Shard, local_path
 from moa_vision.data import DataConfig, ImageBatch, require_cache_room, train_loader
 from moa_vision.index import ShardReader, open_index
 from moa_vision.pretrain import main
@@ -330,7 +331,7 @@ def test_a_list_of_bad_samples_that_was_cut_short_is_read_and_continued(tmp_path
 
 
 def test_a_cache_smaller_than_two_windows_is_refused(train, server, capsys):
-    code, _ = train("run", data__cache_gib=1e-6, data__window_shards=2)
+    code, _ = train("run", data__cache_gib=1e-6, data__shuffle_window_shards=2)
     error = capsys.readouterr().err
     assert code == 2
     assert "data.cache_gib is 1e-06; allowed: " in error and "data.shuffle_window_shards = 2" in error

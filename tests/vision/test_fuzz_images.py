@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from moa_train.errors import DataError
 from moa_vision import images
-from moa_vision.cache import DataError
 from moa_vision.images import ImageError, decode_image
 from moa_vision.index import ShardReader, open_index, parse_manifest
 from moa_vision.shards import make_shards

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moa_train.errors import DataError
 from moa_vision import shards
-from moa_vision.cache import DataError
 from moa_vision.shards import ShardSettings, make_shards
 
 SETTINGS = ShardSettings(samples_per_shard=3)

@@ -21,8 +21,9 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moa_train.errors import DataError
 from moa_vision import cache
-from moa_vision.cache import DataError, LostShard, Shard, local_path
+from moa_vision.cache import LostShard, Shard, local_path
 from moa_vision.data import DataConfig, val_loader
 from moa_vision.images import ImageError
 from moa_vision.index import ShardReader, expand, open_index, parse_manifest, short_names

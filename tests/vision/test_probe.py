@@ -26,9 +26,9 @@ from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from moa_train.config import parse_config
+from moa_train.errors import DataError
 from moa_train.signals import EXIT_STOPPED
 from moa_vision import pretrain
-from moa_vision.cache import DataError
 from moa_vision.data import ImageBatch, normalize
 from moa_vision.export import export_encoder
 from moa_vision.mae import create_mae

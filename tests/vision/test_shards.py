@@ -22,8 +22,8 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from torchvision import datasets as torchvision_datasets
 
+from moa_train.errors import DataError
 from moa_vision import shards as shards_module
-from moa_vision.cache import DataError
 from moa_vision.images import ImageError
 from moa_vision.index import ShardReader, open_index
 from moa_vision.shards import ShardSettings, encode_jpeg, make_shards
