@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_type_hin
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
-from moa_train.errors import require
+from moa_train.errors import ConfigError, require
 from moa_train.reading import check_shape, read_yaml
 from moa_train.schedule import Budget, DecayType
 
@@ -291,12 +291,12 @@ def parse_config(
             value at fault.
     """
     plain = plain or {}
-    words = "".join(
+    positionals = "".join(
         f"{options.get('metavar', name.upper())}{' ...' if options.get('nargs') == '+' else ''} "
         for name, options in plain.items()
         if not name.startswith("-")
     )
-    usage = f"%(prog)s {words}[--config FILE] [--KEY.SUBKEY VALUE ...]"
+    usage = f"%(prog)s {positionals}[--config FILE] [--KEY.SUBKEY VALUE ...]"
     parser = ArgumentParser(prog=program, usage=usage, description=summary, exit_on_error=False, allow_abbrev=False)
     usual = "" if default is None else f" (without one: {default.name})"
     parser.add_argument("--config", action="config", help=f"YAML file; keys given after it override it{usual}")
@@ -312,8 +312,9 @@ def parse_config(
     given = any(argument.split("=")[0] == "--config" for argument in arguments)
     first = [] if given or default is None else [f"--config={default}"]
     try:
-        _check_texts([*first, *arguments])
-        namespace = _parsed(parser, [*first, *arguments])
+        words = _expand_bases([*first, *arguments])
+        _check_texts(words)
+        namespace = _parsed(parser, words)
         del namespace["config"]
         for group in {str(action.dest).partition(".")[0] for action in parser._actions if "." in str(action.dest)}:
             mapping = isinstance(namespace[group], Namespace)
@@ -331,6 +332,48 @@ def parse_config(
         print(yaml.safe_dump(as_tree(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the keys of a YAML config merged over those of its `base`: a file, or several, relative to the config.
+
+    Raises:
+        ConfigError: A file is missing, is not a YAML mapping, or is its own base.
+    """
+    return _read_over_bases(path, ())
+
+
+def _read_over_bases(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in derived:
+        raise ConfigError(f"{path}: base leads back to this file; remove the cycle")
+    tree = read_yaml(path, "--config takes YAML files of keys with values", empty=True)
+    bases = tree.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base={bases!r} must be a file name or a list of file names")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = _merge(merged, _read_over_bases(path.parent / base, (*derived, path.resolve())))
+    return _merge(merged, tree)
+
+
+def _merge(old: Any, new: Any) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: _merge(old.get(key), value) for key, value in new.items()}
+
+
+def _expand_bases(words: Sequence[str]) -> list[str]:
+    """Replace each config file that has a `base` by its merged keys as YAML text."""
+    expanded: list[str] = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        file = value if equals and option == "--config" else word if expanded[-1:] == ["--config"] else ""
+        if file and _is_file(file) and "base" in read_yaml(Path(file), "--config takes YAML files", empty=True):
+            text = yaml.safe_dump(read_config(Path(file)), sort_keys=False)
+            word = f"--config={text}" if equals else text
+        expanded.append(word)
+    return expanded
 
 
 def _parsed(parser: ArgumentParser, words: Sequence[str]) -> Namespace:

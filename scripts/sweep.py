@@ -1,6 +1,6 @@
 """Run every combination of configs, values and seeds, and report on them.
 
-    python scripts/sweep.py --config configs/mae/cifar10_vit_t_{swiglu,qdmoa}.yaml \\
+    python scripts/sweep.py --config configs/mae/laptop_{swiglu,qdmoa}.yaml \\
         --set optim.lr=3e-4,6e-4,1.2e-3,2.4e-3 --seeds 3
     python scripts/sweep.py --help
 

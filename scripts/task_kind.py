@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from moa_train.reading import read_yaml
+from moa_train.config import read_config
 
 HERE = Path(__file__).resolve().parent
 
@@ -18,7 +18,7 @@ def training_script(files: Sequence[Path]) -> Path:
     Raises:
         ValueError: a file cannot be read, or none of them describes a model.
     """
-    trees = [read_yaml(file, "--config takes YAML files of keys with values", empty=True) for file in files]
+    trees = [read_config(file) for file in files]
     models = [tree["model"] for tree in trees if isinstance(tree.get("model"), dict)]
     if not models:
         named = ", ".join(map(str, files)) or "nothing"

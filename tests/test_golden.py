@@ -33,6 +33,32 @@ GOLDEN = Path(__file__).with_name("golden")
 RENAMED: dict[str, str | None] = {**RENAMED_KEYS, "ffn_gate": "ffn_mixing_gate"}
 # Config file in recipes.json -> arguments that give this recipe now, e.g. ["--config", "configs/lm/base.yaml", ...].
 MOVED: dict[str, list[str]] = {}
+for size in ("0.12b_20tpp", "0.25b_20tpp", "0.12b_100tpp"):
+    rates = {"swiglu": "2e-3", "onemoa": "3e-3", "bimoa": "3e-3", "qdmoa": "3e-3"}
+    if size == "0.12b_100tpp":
+        rates = {"swiglu": "4e-3", "onemoa": "5e-3", "bimoa": "6e-3", "qdmoa": "5e-3"}
+    for ffn, lr in rates.items():
+        words = ["--model.ffn", ffn, "--optim.lr", lr, "--name", f"dense_{size}_{ffn}"]
+        MOVED[f"configs/lm/dense_{size}_{ffn}.yaml"] = ["--config", f"configs/lm/dense_{size}.yaml", *words]
+for size in ("0.25b", "0.5b", "1b", "2b"):
+    for ffn in ("swiglu", "onemoa", "qdmoa"):
+        words = ["--model.ffn", ffn, "--name", f"moe_{size}_{ffn}"]
+        MOVED[f"configs/lm/moe_{size}_{ffn}.yaml"] = ["--config", f"configs/lm/moe_{size}.yaml", *words]
+for file in ("lm/dense_0.12b_20tpp_qdmoa", "lm/moe_2b_qdmoa"):  # these two still exist
+    del MOVED[f"configs/{file}.yaml"]
+for old, new, *words in (
+    ("lm/dense_0.12b_ablation", "lm/dense_0.12b_20tpp"),
+    ("mae/cifar10_micro_swiglu", "mae/cifar10_micro"),
+    ("mae/cifar10_micro_swiglu_wide", "mae/cifar10_micro", "--model.encoder_args.mlp_ratio", "6"),
+    ("mae/cifar10_micro_qdmoa", "mae/cifar10_micro", "--model.encoder", "vit_tiny_patch16_qdmoa"),
+    ("mae/cifar10_vit_t_swiglu", "mae/cifar10_vit_t"),
+    ("mae/cifar10_vit_t_qdmoa", "mae/cifar10_vit_t", "--model.encoder", "vit_tiny_patch16_qdmoa"),
+    ("mae/imagenet_sample_micro_swiglu", "mae/imagenet_sample_micro"),
+    ("mae/imagenet_sample_micro_qdmoa", "mae/imagenet_sample_micro", "--model.encoder", "vit_tiny_patch16_qdmoa"),
+    ("mae/vit_s16_swiglu_1gpu", "mae/vit_s16_1gpu"),
+    ("mae/vit_s16_qdmoa_1gpu", "mae/vit_s16_1gpu", "--model.encoder", "vit_small_patch16_qdmoa", "--optim.lr", "6e-4"),
+):
+    MOVED[f"configs/{old}.yaml"] = ["--config", f"configs/{new}.yaml", *words, "--name", Path(old).name]
 
 SHORT = [
     "--loop.val_every",

@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from moa_train.reading import read_yaml
+from moa_train.config import read_config
 
 OWN_KEYS = {"name": "the sweep names its runs", "seed": "use --seeds", "out": "use --out", "config": "use --config"}
 """Keys that the sweep itself sets, and what to do instead of setting them."""
@@ -172,7 +172,7 @@ def name_configs(configs: Sequence[Path]) -> dict[Path, str]:
     """
     names = {}
     for path in configs:
-        tree = read_yaml(path, "--config takes YAML files of keys with values", empty=True)
+        tree = read_config(path)
         names[path] = str(tree.get("name") or path.stem)
     count = Counter(names.values())
     names = {path: name if count[name] == 1 else path.stem for path, name in names.items()}

@@ -721,20 +721,6 @@ def test_several_processes_take_one_trained_method(arguments, monkeypatch, capsy
         assert "in 2 processes; with a launcher it must be one of linear and finetune" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ shipped configs
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/probe").glob("*.yaml")), ids=lambda path: path.stem)
-def test_config_is_a_document(path):
-    words = ["RUN", f"--config={path}"]
-    config = parse_config(probe.ProbeConfig, words, program="", summary="", plain=probe.WORDS)
-    assert config.method
-    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert path.read_text().startswith("#")
-    for word in ("Command", "Time", "Result", "Source", f"--config configs/probe/{path.name}"):
-        assert any(word in line for line in header)
-
-
 def test_the_full_recipe():
     words = ["RUN", f"--config={ROOT / 'configs/probe/imagenet_vit_b16.yaml'}"]
     config = parse_config(probe.ProbeConfig, words, program="", summary="", plain=probe.WORDS)
