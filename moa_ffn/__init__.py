@@ -1,9 +1,12 @@
-"""Mixture of Activations: one feedforward layer for the whole family of arXiv:2605.26647."""
+"""Mixture of Activations: one feedforward layer for every variant of arXiv:2605.26647."""
+
+from __future__ import annotations
 
 from moa_ffn.activations import ACTIVATIONS, Activation, register_activation
 from moa_ffn.backends import BACKENDS
+from moa_ffn.coefficients import Coefficients, mixing_coefficients
 from moa_ffn.layers import FFN
-from moa_ffn.mixing import Coefficients, mixing_coefficients, mixture
+from moa_ffn.mixing import mixture
 from moa_ffn.spec import GATES, VARIANTS, FFNSpec
 
 __all__ = [

@@ -1,4 +1,6 @@
-"""The table of activations: one entry gives a name, the paper's abbreviation, the function and its derivative."""
+"""The table of activations: name, abbreviation, function, derivative and kernel expressions of each."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEAKY_SLOPE = 0.01
+"""Slope of leaky ReLU below 0."""
 
 
 @dataclass(frozen=True)
@@ -16,15 +19,14 @@ class Activation:
     """An elementwise activation.
 
     Args:
-        name: full name, such as `gelu`.
-        abbreviation: the paper's short name, such as `g`.
-        function: x -> sigma(x), any shape and floating dtype, elementwise.
+        name: Full name, such as `gelu`.
+        abbreviation: Short name of the paper, such as `g`.
+        function: x -> sigma(x), elementwise, any shape and floating dtype.
         derivative: x -> sigma'(x), same shape and dtype.
-        backward: (grad, x) -> grad * sigma'(x). Give it where torch has one kernel for the product; otherwise it
-            follows from `derivative`.
-        kernel: value and derivative for the GPU kernels, as text: expressions in x of numbers, operators and the
-            functions of `moa_ffn.backends.triton.source.VOCABULARY`, finite at 0. Without it the activation runs in
-            plain torch only.
+        backward: (grad, x) -> grad * sigma'(x), for activations with a fused kernel in torch. The default multiplies
+            by `derivative`.
+        kernel: Value and derivative for the GPU kernels: expressions in x of numbers, operators and the functions of
+            `moa_ffn.backends.triton.source.VOCABULARY`, finite at 0. Without it the activation runs in plain torch.
     """
 
     name: str
@@ -35,8 +37,8 @@ class Activation:
     kernel: tuple[str, str] | None = None
 
     def vjp(self, grad: Tensor, x: Tensor) -> Tensor:
-        """Vector-Jacobian product grad * sigma'(x), same shape as `x`."""
-        if self.backward is None or torch.is_grad_enabled():  # torch's backward kernels have no derivative of their own
+        """Return the vector-Jacobian product grad * sigma'(x), same shape as `x`."""
+        if self.backward is None or torch.is_grad_enabled():  # torch's backward kernels are not differentiable
             return grad * self.derivative(x)
         return self.backward(grad, x)
 
@@ -56,10 +58,10 @@ _BY_ABBREVIATION: dict[str, str] = {}
 
 
 def register_activation(activation: Activation) -> Activation:
-    """Add an activation to the table, after which every variant takes it by name or abbreviation.
+    """Add an activation to the table, so that every dictionary accepts its name or abbreviation.
 
     Raises:
-        ValueError: the name or the abbreviation is taken.
+        ValueError: The name or the abbreviation is taken.
     """
     taken = set(ACTIVATIONS) | set(_BY_ABBREVIATION)
     for label in (activation.name, activation.abbreviation):
@@ -71,23 +73,22 @@ def register_activation(activation: Activation) -> Activation:
 
 
 def resolve_activations(labels: str | Iterable[str], field: str) -> tuple[str, ...]:
-    """Full names of a dictionary given by names or abbreviations, as a sequence or as text such as "g,s,r2".
+    """Return the full names of a dictionary given by names or abbreviations, as a sequence or text ("g,s,r2").
 
     Raises:
-        ValueError: a label is unknown, repeated, or there is none. `field` names the setting in the message.
+        ValueError: A label is unknown or repeated, or there is none. The message names the setting `field`.
     """
-    if not isinstance(labels, Iterable):  # as a configuration file may have it
-        raise ValueError(f"{field}={labels!r}: must be names of activations")
-    given = [label.strip() for label in labels.split(",")] if isinstance(labels, str) else list(labels)
-    if not all(isinstance(label, str) for label in given):
-        raise ValueError(f"{field}={given!r}: must be names of activations")
+    given = labels.split(",") if isinstance(labels, str) else labels
+    if not (isinstance(given, Iterable) and all(isinstance(label, str) for label in given)):
+        raise ValueError(f"{field}={labels!r} must be names of activations")  # configuration files may have numbers
+    given = [label.strip() for label in given]
     names = tuple(_BY_ABBREVIATION.get(label, label) for label in given)
     unknown = [label for label, name in zip(given, names, strict=True) if name not in ACTIVATIONS]
     if unknown:
         known = ", ".join(f"{a.name} ({a.abbreviation})" for a in ACTIVATIONS.values())
         raise ValueError(f"{field}: unknown activation {unknown[0]!r}; known: {known}")
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"{field}={tuple(given)!r}: needs at least one activation and none twice")
+        raise ValueError(f"{field}={tuple(given)!r} must name at least one activation, and none twice")
     return names
 
 
@@ -121,7 +122,7 @@ for _activation in (
         lambda grad, x: _aten.silu_backward(grad, x),
         kernel=("x * sigmoid(x)", "sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x)))"),
     ),
-    Activation(  # where, not maximum: the kernels' maximum of 0 and NaN is 0, which would hide it
+    Activation(  # where, because the kernels' maximum(0, NaN) is 0
         "relu",
         "r",
         F.relu,

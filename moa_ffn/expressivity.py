@@ -1,9 +1,11 @@
-"""The paper's separation results as executable checks: at one width, fixed < LA < MoA (arXiv:2605.26647).
+"""The paper's separation results as executable checks: fixed < LA < MoA at one hidden unit (arXiv:2605.26647).
 
-Each witness is a function on R^2 that the stronger class represents exactly with one hidden unit. `built` sets those
-weights by hand; `fit` searches the weaker class, at the same width and with every activation of the table, by L-BFGS
-from many starting points.
+Each witness is a function on R^2 that the stronger class represents exactly with one hidden unit. `Witness.built` sets
+those weights by hand. `fit` searches the weaker class, with every activation of the table, by L-BFGS from many starting
+points.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from moa_ffn.activations import ACTIVATIONS
 from moa_ffn.layers import FFN
 
 WIDTH = 1
-"""Hidden units of the witnesses and of the classes they are compared with."""
+"""Hidden units of the witnesses and of the weaker classes."""
 
 LAMBDA = 1.5
 """Slope of the second witness, tanh(LAMBDA x1) ReLU(x2); any nonzero value separates the classes."""
@@ -28,12 +30,12 @@ class Witness:
     """A target function and the two classes it separates.
 
     Args:
-        formula: the target, as text.
+        formula: The target, as text.
         target: (N, 2) -> (N,).
-        stronger: name of the class that holds it.
-        built: the FFN with one hidden unit that equals it in output 0 and is zero in output 1.
-        weaker: name of the class that does not.
-        candidates: makes every FFN of the weaker class at the same width, one for each choice of dictionary.
+        stronger: Name of the class that contains the target.
+        built: Builds the FFN with one hidden unit whose output 0 is the target and whose output 1 is zero.
+        weaker: Name of the class that does not contain it.
+        candidates: Builds the FFNs of the weaker class at the same width, one per choice of dictionary.
     """
 
     formula: str
@@ -122,20 +124,20 @@ WITNESSES = (
 
 
 def grid(points: int = 33, radius: float = 2.0) -> Tensor:
-    """(points^2, 2) float64 inputs that cover [-radius, radius]^2."""
+    """Return (points^2, 2) float64 inputs that cover [-radius, radius]^2."""
     axis = torch.linspace(-radius, radius, points, dtype=torch.float64)
     return torch.cartesian_prod(axis, axis)
 
 
 def relative_error(ffn: FFN, witness: Witness, x: Tensor) -> float:
-    """Root mean square of (ffn(x)[:, 0] - target(x)) over that of the target; x (N, 2)."""
+    """Return the RMS of ffn(x)[:, 0] - target(x) relative to the RMS of the target, for x (N, 2)."""
     with torch.no_grad():
         target = witness.target(x)
         return ((ffn(x)[:, 0] - target).square().mean() / target.square().mean()).sqrt().item()
 
 
 def fit(candidates: list[FFN], witness: Witness, x: Tensor, *, starts: int, steps: int = 200, seed: int = 0) -> float:
-    """Smallest relative error that L-BFGS reaches over all candidates and `starts` random starting points of each."""
+    """Return the smallest relative error that L-BFGS reaches over all candidates, from `starts` random points each."""
     torch.manual_seed(seed)
     return min(_fit_once(ffn, witness, x, steps) for ffn in candidates for _ in range(starts))
 

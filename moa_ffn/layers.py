@@ -1,4 +1,6 @@
-"""FFN: the layer. Weights, initialization, mixing coefficients, choice of backend."""
+"""The feedforward layer: weights, initialization, mixing coefficients, choice of backend."""
+
+# No `from __future__ import annotations`: torch.fx copies the annotations of `forward` into TorchScript, as objects.
 
 from collections.abc import Callable, Iterable
 
@@ -8,39 +10,38 @@ from torch import Tensor, nn
 from moa_ffn.activations import ACTIVATIONS, resolve_activations
 from moa_ffn.backends import BACKENDS, cpu, is_plain, select_backend
 from moa_ffn.backends.triton import layer as triton_layer
-from moa_ffn.mixing import Coefficients, mixing_coefficients, mixture
+from moa_ffn.coefficients import Coefficients, mixing_coefficients
+from moa_ffn.mixing import mixture
 from moa_ffn.spec import DEFAULT_GATE_ACTIVATIONS, DEFAULT_UP_ACTIVATIONS, FFNSpec
 
 
 class FFN(nn.Module):
     """Feedforward layer of the MoA family: down(sum_kl C_kl(x) f_k(a) g_l(b)), a = gate_proj(x), b = up_proj(x).
 
-    Type-I variants have no up branch (b = 1). Source of the formulas: arXiv:2605.26647; its open choices are the
-    fields of `FFNSpec` and the three named below.
+    Type-I variants have no up branch (b = 1). Formulas: arXiv:2605.26647. The paper leaves open the fields of `FFNSpec`
+    and `bias`, `mix_init_std` and `coef_init`.
 
     Args:
-        dim: width of the input and output.
-        hidden_dim: width H of the hidden layer.
-        variant: one of `moa_ffn.VARIANTS`.
-        mixing_gate, gate_activations, up_activations, mixed_branch, mix_bias: see `FFNSpec`. A dictionary
-            may be a sequence or text such as "g,s,r2"; None takes the default one.
-        bias: bias on gate_proj, up_proj and down_proj. Default False, as in the formulas and in Llama.
-        mix_init_std: standard deviation of the normal initialization of the mixing vectors u_k (open in the paper).
-            Default 0.02. With 0, every sigmoid coefficient starts at 1/2 and every tanh coefficient at 0, which
-            passes no signal to the other weights at the first step.
-        coef_init: initial value of every LA coefficient (open). Default 1/2, where a sigmoid MoA starts too.
-        drop: dropout probability after the mixture and after down_proj, as in timm's Mlp.
-        backend: "eager", plain torch operations; "cpu", the whole layer by blocks of tokens, for float32 and float64
-            on a CPU without autocast, its mixture compiled by Inductor where there is a C++ compiler; "triton", fused
-            kernels on GPUs, in float32, bfloat16 and float16, differentiable once; "auto", the fastest one that can
-            run, and plain operations wherever torch traces, transforms or intercepts the layer. All agree up to
-            rounding.
+        dim: Width of the input and output.
+        hidden_dim: Width H of the hidden layer.
+        variant: One of `moa_ffn.VARIANTS`.
+        mixing_gate, gate_activations, up_activations, mixed_branch, mix_bias: See `FFNSpec`. A dictionary is a
+            sequence or text such as "g,s,r2"; None is the default one.
+        bias: Bias on gate_proj, up_proj and down_proj. Default False, as in the formulas and in Llama.
+        mix_init_std: Standard deviation of the normal initialization of the mixing vectors u_k. With 0, every sigmoid
+            coefficient starts at 1/2 and every tanh coefficient at 0, which blocks the first step's gradients.
+        coef_init: Initial value of every LA coefficient. Default 1/2, where a sigmoid MoA starts too.
+        drop: Dropout probability after the mixture and after down_proj, as in timm's Mlp.
+        backend: "eager": plain torch operations. "cpu": the whole layer by blocks of tokens, in float32 or float64 on
+            a CPU without autocast, with a mixture compiled by Inductor if a C++ compiler is installed. "triton": fused
+            GPU kernels in float32, bfloat16 or float16, differentiable once. "auto": the fastest available one, and
+            plain operations wherever torch traces, transforms or intercepts the layer. All agree up to rounding.
 
     Shape:
         input (..., dim), output (..., dim), in the parameters' dtype or autocast's.
 
     Raises:
-        ValueError: a setting has a value that is not allowed.
+        ValueError: A setting has a value that is not allowed.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class FFN(nn.Module):
     ) -> None:
         super().__init__()
         if dim < 1 or hidden_dim < 1:
-            raise ValueError(f"dim={dim}, hidden_dim={hidden_dim}: both must be at least 1")
+            raise ValueError(f"dim={dim} and hidden_dim={hidden_dim} must be at least 1")
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
         if mix_init_std < 0:
@@ -96,10 +97,10 @@ class FFN(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, linear_init: Callable[[Tensor], object] | None = None) -> None:
-        """Initialize every weight: projections by `linear_init` (default: normal of standard deviation 0.02, cut at
-        two absolute units as in timm), biases zero, mixing as its fields say.
+        """Initialize all weights: projections by `linear_init`, biases to 0, mixing by `mix_init_std` and `coef_init`.
 
-        A model's own initialization must not have the last word on this layer; timm calls this method after its own.
+        The default of `linear_init` is timm's truncated normal with standard deviation 0.02. A model must call this
+        after its own initialization; timm does.
         """
         for projection in (self.gate_proj, self.up_proj, self.down_proj):
             if projection is not None:
@@ -117,32 +118,25 @@ class FFN(nn.Module):
             nn.init.constant_(self.mix_coef, self.coef_init)
 
     def coefficients(self, x: Tensor) -> Coefficients:
-        """The token's mixing coefficients in factored form, for x (..., dim)."""
+        """Return the mixing coefficients of tokens x (..., dim) in factored form."""
         mix = self._mix(x)
         if mix is None:
             return Coefficients()
         return mixing_coefficients(self.spec, mix.expand(*x.shape[:-1], -1))
 
     def _mix(self, x: Tensor) -> Tensor | None:
-        """Logits (..., n) of MoA, coefficients (n,) of LA, None of a fixed FFN."""
+        """Return the logits (..., n) of MoA, the coefficients (n,) of LA, or None for a fixed FFN."""
         return self.mix_coef if self.mix_proj is None else self.mix_proj(x)
 
     def mixing(self, x: Tensor) -> Tensor:
-        """The coefficient matrix C(x) of each token, x (..., dim) -> (..., K1, K2); K2 is 1 for Type-I.
-
-        A fixed branch contributes the coefficient 1.
-        """
-        gate, up, pair = self.coefficients(x)
-        if pair is not None:
-            return pair
-        one = x.new_ones(*x.shape[:-1], 1)
-        return (one if gate is None else gate).unsqueeze(-1) * (one if up is None else up).unsqueeze(-2)
+        """Return the coefficient matrix C(x) (..., K1, K2) of tokens x (..., dim); K2 is 1 for Type-I."""
+        return self.coefficients(x).matrix(x)
 
     def shares(self, x: Tensor) -> Tensor:
-        """How much each term contributes to a token's sum, x (..., dim) -> (..., K1, K2), adding up to 1.
+        """Return the share (..., K1, K2) of each term in the mixture of tokens x (..., dim); shares sum to 1.
 
-        The root mean square over the hidden width of C_kl(x) f_k(a) g_l(b), divided by the sum of these over all
-        terms: unlike a coefficient, it knows how large the activations are. 0 where every term is 0.
+        A share is the RMS over the hidden width of C_kl(x) f_k(a) g_l(b), divided by the sum over all terms. Unlike a
+        coefficient, it includes the size of the activations. It is 0 if every term is 0.
         """
         a = self.gate_proj(x)
         b = None if self.up_proj is None else self.up_proj(x)
@@ -156,7 +150,7 @@ class FFN(nn.Module):
         """Apply the layer to x (..., dim).
 
         Raises:
-            ValueError: the backend was asked for by name and cannot run; the message says why.
+            ValueError: The requested backend is unavailable; the message gives the reason.
         """
         backend = self.choose_backend(x)
         if backend == "cpu":
@@ -170,10 +164,10 @@ class FFN(nn.Module):
         return self.drop(self.down_proj(self.drop(hidden)))
 
     def choose_backend(self, x: Tensor) -> str:
-        """Name of the backend that computes the layer for x (..., dim).
+        """Return the name of the backend that computes the layer for x (..., dim).
 
         Raises:
-            ValueError: the backend was asked for by name and cannot run; the message says why.
+            ValueError: The requested backend is unavailable; the message gives the reason.
         """
         linears = (self.gate_proj, self.up_proj, self.down_proj)
         return select_backend(self.backend, x, self.spec, linears, self._drops())
@@ -182,7 +176,7 @@ class FFN(nn.Module):
         return self.training and self.drop.p > 0
 
     def _can_pack(self) -> bool:
-        """Whether the projections may be taken as the matrices that they are."""
+        """Return whether the projections can be fused into one matrix product."""
         if self._drops() or not is_plain(self.gate_proj):
             return False
         return all(is_plain(p, self.gate_proj.weight.dtype) for p in (self.up_proj, self.mix_proj, self.down_proj))
@@ -190,18 +184,18 @@ class FFN(nn.Module):
     def _by_blocks(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         up_weights = (None, None) if up is None else (up.weight, up.bias)
-        inputs = cpu.Inputs(x, *self.coefficients(x), gate.weight, gate.bias, *up_weights, down.weight, down.bias)
-        return cpu.ffn(inputs, self.spec.gate_dictionary, self.spec.up_dictionary)
+        weights = cpu.Weights(gate.weight, gate.bias, *up_weights, down.weight, down.bias)
+        return cpu.ffn(x, self.coefficients(x), weights, self.spec.dictionaries)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles in this layer's place: the plain operations of its settings."""
+        """Return the plain operations of this layer, which `torch.jit.script` compiles instead of it."""
         return torch.fx.symbolic_trace(self)
 
     def mixing_parameters(self) -> int:
-        """Number of parameters that the mixture adds, counted."""
+        """Return the number of parameters that the mixture adds."""
         mixing = [self.mix_coef, *(() if self.mix_proj is None else self.mix_proj.parameters())]
         return sum(parameter.numel() for parameter in mixing if parameter is not None)
 
     def extra_repr(self) -> str:
-        """Settings shown by print(model)."""
+        """Return the settings shown by `print(model)`."""
         return str(self.spec)

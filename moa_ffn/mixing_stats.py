@@ -1,4 +1,6 @@
-"""What a layer's mixing comes to over many tokens: the row that run folders keep and reports read."""
+"""Statistics of a layer's mixing over many tokens, as run folders store and reports read them."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,28 +9,29 @@ import torch
 from torch import Tensor
 
 PERCENTILES = (0.05, 0.95)
+"""Quantiles of the coefficients that a row reports as low and high."""
 
 
 def mixing_row(
     layer: str, terms: Sequence[str], token_adaptive: bool, coefficients: Tensor, shares: Tensor
 ) -> dict[str, Any] | None:
-    """The spread of each coefficient over N tokens, and the mean share of its term, as JSON types.
+    """Return mean, spread and mean share of each coefficient over N tokens, as JSON types.
 
     Args:
-        layer: name, such as "encoder.0" or "model.3".
+        layer: Name, such as "encoder.0" or "model.3".
         terms: K names, `FFNSpec.terms`.
         token_adaptive: False for learned constants.
-        coefficients: (N, K), see `FFN.mixing`; tokens with values that are not finite are left out.
+        coefficients: (N, K), see `FFN.mixing`. Tokens with non-finite values are skipped.
         shares: (N, K), see `FFN.shares`.
 
     Returns:
-        {"layer", "coefficients" (the terms), "token_adaptive", "mean", "std", "low", "high", "share"}: K values each,
-        with `PERCENTILES` as low and high; None where no token is finite.
+        {"layer", "coefficients" (the terms), "token_adaptive", "mean", "std", "low", "high", "share"} with K values
+        each; None if no token is finite, as in a diverged run.
     """
-    known = coefficients.isfinite().all(1) & shares.isfinite().all(1)
-    if not known.any():  # weights so large that nothing is a number any more
+    finite = coefficients.isfinite().all(1) & shares.isfinite().all(1)
+    if not finite.any():
         return None
-    coefficients, shares = coefficients[known], shares[known]
+    coefficients, shares = coefficients[finite], shares[finite]
     percentiles = torch.tensor(PERCENTILES, device=coefficients.device, dtype=coefficients.dtype)
     low, high = coefficients.quantile(percentiles, dim=0).tolist()
     return {

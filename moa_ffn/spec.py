@@ -1,7 +1,9 @@
-"""FFNSpec: which mixture an FFN computes. Names such as "qdmoa" resolve here, once."""
+"""The variants of the family and `FFNSpec`, which describes one of them."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from moa_ffn.activations import ACTIVATIONS, resolve_activations
 
@@ -16,7 +18,14 @@ BRANCHES: tuple[str, ...] = get_args(Branch)
 DEFAULT_GATE_ACTIVATIONS = ("gelu", "silu", "relu2")
 DEFAULT_UP_ACTIVATIONS = ("identity", "tanh")
 SWIGLU_PAIR = ("silu", "identity")
-"""What a branch holds when it is not mixed: SwiGLU's (s, id)."""
+"""Activations of the branches that are not mixed: SwiGLU's (s, id)."""
+
+
+class Dictionaries(NamedTuple):
+    """Names of the activations of each branch: K1 of the gate branch, K2 of the up branch (none for Type-I)."""
+
+    gate: tuple[str, ...]
+    up: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -43,32 +52,26 @@ _VARIANTS = {
 VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
 
 
-def _require(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{field}={value!r} is not one of {', '.join(allowed)}")
-
-
 @dataclass(frozen=True)
 class FFNSpec:
     """One member of the family out = down(sum_kl C_kl f_k(a) g_l(b)), arXiv:2605.26647.
 
-    Fields that the variant does not use are accepted, checked and without effect, so that one configuration serves
-    a whole comparison; the properties below say what is computed.
+    Fields that the variant does not use are validated and ignored, so that one configuration serves all variants of a
+    comparison.
 
     Args:
-        variant: one of `VARIANTS`.
-        mixing_gate: nonlinearity of the token's mixing coefficients: sigmoid, tanh or softmax (over each mixed
-            branch, over all pairs for the quadratic form). The paper finds sigmoid best. Fixed and LA variants do
-            not use it.
-        gate_activations: dictionary of the gate branch, names or abbreviations. The paper leaves the final choice
-            open; default gelu, silu, relu2.
-        up_activations: dictionary of the up branch; default identity, tanh. Unused by Type-I.
-        mixed_branch: which branch the one-sided variants mix (open in the paper); default "gate". The other stays as
-            in SwiGLU: silu on the gate branch, identity on the up branch.
-        mix_bias: bias on the mixing logits (open; the definition pi_k = mixing_gate(u_k . x) has none). Default False.
+        variant: One of `VARIANTS`.
+        mixing_gate: Nonlinearity of the mixing coefficients of MoA variants: sigmoid, tanh or softmax (over each mixed
+            branch, or over all pairs). The paper finds sigmoid best.
+        gate_activations: Dictionary of the gate branch, names or abbreviations. The paper leaves it open; default
+            gelu, silu, relu2.
+        up_activations: Dictionary of the up branch of Type-II; default identity, tanh.
+        mixed_branch: The branch that the one-sided variants mix (open in the paper); default "gate". The other branch
+            is that of SwiGLU: silu on the gate branch, identity on the up branch.
+        mix_bias: Bias on the mixing logits (open in the paper, whose formula pi_k = mixing_gate(u_k . x) has none).
 
     Raises:
-        ValueError: a field has a value that is not allowed; the message names it.
+        ValueError: A field has a value that is not allowed.
     """
 
     variant: str = "qdmoa"
@@ -79,9 +82,10 @@ class FFNSpec:
     mix_bias: bool = False
 
     def __post_init__(self) -> None:
-        _require("variant", self.variant, VARIANTS)
-        _require("mixing_gate", self.mixing_gate, GATES)
-        _require("mixed_branch", self.mixed_branch, BRANCHES)
+        """Validate fields and resolve abbreviations of activations."""
+        for field, allowed in (("variant", VARIANTS), ("mixing_gate", GATES), ("mixed_branch", BRANCHES)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}")
         for field in ("gate_activations", "up_activations"):
             object.__setattr__(self, field, resolve_activations(getattr(self, field), field))
 
@@ -91,17 +95,17 @@ class FFNSpec:
 
     @property
     def type_two(self) -> bool:
-        """True when the FFN has a second (up) branch."""
+        """Whether the FFN has an up branch."""
         return self._variant.type_two
 
     @property
     def token_adaptive(self) -> bool:
-        """True for MoA: the coefficients are computed from the token."""
+        """Whether the coefficients are computed from the token (MoA)."""
         return self._variant.mixing == "token"
 
     @property
     def learned_constant(self) -> bool:
-        """True for LA: the coefficients are parameters, the same for all tokens."""
+        """Whether the coefficients are parameters shared by all tokens (LA)."""
         return self._variant.mixing == "constant"
 
     @property
@@ -114,40 +118,47 @@ class FFNSpec:
 
     @property
     def gate_dictionary(self) -> tuple[str, ...]:
-        """Activations f_k that the gate branch computes, K1 of them."""
+        """Activations f_k of the gate branch."""
         if self.form == "fixed":
             return (self._variant.fixed_activation,)
         return (SWIGLU_PAIR[0],) if self.form == "up" else self.gate_activations
 
     @property
     def up_dictionary(self) -> tuple[str, ...]:
-        """Activations g_l that the up branch computes, K2 of them; empty for Type-I, where b = 1."""
+        """Activations g_l of the up branch; empty for Type-I, where b = 1."""
         if not self.type_two:
             return ()
         return (SWIGLU_PAIR[1],) if self.form in ("fixed", "gate") else self.up_activations
 
     @property
+    def dictionaries(self) -> Dictionaries:
+        """Both dictionaries."""
+        return Dictionaries(self.gate_dictionary, self.up_dictionary)
+
+    @property
     def num_coefficients(self) -> int:
-        """Free mixing coefficients of a token: 0, K1, K2, K1 + K2 or K1 * K2."""
+        """Number of free mixing coefficients per token: 0, K1, K2, K1 + K2 or K1 * K2."""
         k1, k2 = len(self.gate_dictionary), len(self.up_dictionary)
         return {"fixed": 0, "gate": k1, "up": k2, "separable": k1 + k2, "full": k1 * k2}[self.form]
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Names of the terms f_k(a) g_l(b), row by row, such as "g·id"; of f_k(a) alone, "g", for Type-I."""
+        """Names of the terms f_k(a) g_l(b), row by row, such as "g·id" ("g" for Type-I)."""
         gate, up = (
             [ACTIVATIONS[name].abbreviation for name in names] for names in (self.gate_dictionary, self.up_dictionary)
         )
         return tuple(f"{f}·{g}" for f in gate for g in up) if self.type_two else tuple(gate)
 
     def extra_parameters(self, dim: int) -> int:
-        """Parameters beyond the fixed FFN of the same widths: num_coefficients * (dim [+ 1 with bias]) for MoA,
-        num_coefficients for LA.
+        """Return the number of parameters beyond the fixed FFN of the same widths.
+
+        It is num_coefficients * (dim [+ 1 with mix_bias]) for MoA and num_coefficients for LA.
         """
         per_coefficient = dim + self.mix_bias if self.token_adaptive else 1
         return self.num_coefficients * per_coefficient
 
     def __str__(self) -> str:
+        """Return variant, dictionaries and mixing gate, for logs and `print(model)`."""
         parts = [self.variant, f"f={','.join(self.gate_dictionary)}"]
         parts += [f"g={','.join(self.up_dictionary)}"] if self.type_two else []
         parts += [f"mixing_gate={self.mixing_gate}"] if self.token_adaptive else []

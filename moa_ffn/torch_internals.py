@@ -1,7 +1,6 @@
-"""Undocumented parts of torch that the layer depends on, each with its reason. Tested with torch 2.11 and 2.15.
+"""Undocumented parts of torch that the layer depends on, each with its reason. Tested with torch 2.11 and 2.15."""
 
-`moa_train.torch_internals` is the same for runs.
-"""
+from __future__ import annotations
 
 import importlib
 import logging
@@ -21,9 +20,9 @@ __all__ = ["constant_in_graphs", "has_hooks", "import_inductor", "is_intercepted
 def is_transformed(x: Any) -> bool:
     """Return whether only plain operations with torch's own derivative rules can be applied to `x`.
 
-    True in torch.compile and torch.export, while torch.jit traces, for a proxy of torch.fx, in the transforms of
-    torch.func (vmap, grad, jvp, ...) and in forward-mode AD. An autograd.Function of ours, `out=` and in-place
-    operations fail there or are recorded wrongly, and a decision by shape or address becomes a constant of the graph.
+    True under torch.compile, torch.export, torch.jit.trace, torch.fx (a proxy), the transforms of torch.func (vmap,
+    grad, jvp, ...) and forward-mode AD. There, an autograd.Function, `out=` and in-place operations fail or are
+    recorded wrongly, and a decision by shape becomes a constant of the graph.
     """
     return (
         torch.compiler.is_compiling()
@@ -36,10 +35,10 @@ def is_transformed(x: Any) -> bool:
 
 
 def is_intercepted(x: Any) -> bool:
-    """Return whether other code than torch's own sees each operation on `x`: compiled regions would hide them.
+    """Return whether code outside torch observes each operation on `x`, which compiled regions would hide.
 
-    Beside `is_transformed`: tensor subclasses (fake tensors, DTensor), dispatch modes (FlopCounterMode,
-    FakeTensorMode, make_fx, memory trackers) and function modes, but for that of `torch.set_default_device`.
+    True for `is_transformed`, tensor subclasses (fake tensors, DTensor), dispatch modes (FlopCounterMode,
+    FakeTensorMode, make_fx, memory trackers) and function modes other than that of `torch.set_default_device`.
     """
     return (
         is_transformed(x)
@@ -50,28 +49,22 @@ def is_intercepted(x: Any) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether calling `module` does more than its `forward`.
-
-    torch has no public question for it; hooks live in these four dictionaries.
-    """
+    """Return whether `module` has hooks. torch has no public query; hooks are stored in these four dictionaries."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 
 
 def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a function whose result `torch.compile` takes as a constant.
+    """Mark a function whose result torch.compile treats as a constant.
 
-    `torch.compiler.assume_constant_result` sets the same attribute, but importing it imports the whole compiler.
+    `torch.compiler.assume_constant_result` sets the same attribute, but imports the whole compiler.
     """
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
 
 
 def import_inductor() -> None:
-    """Import what Inductor needs to compile for the CPU, without its warning about CUDA.
-
-    `torch.utils.cpp_extension` warns where there is a CUDA toolkit and no GPU, which does not matter here.
-    """
+    """Import Inductor's CPU compiler without its warning on machines with a CUDA toolkit and no GPU."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,6 @@
-"""Backend selection for a layer or a bare mixture."""
+"""Backends of the layer and the choice between them."""
+
+from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ _logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "triton", "cpu", "eager")
 
 CPU_DTYPES = (torch.float32, torch.float64)
-"""Half precision would be rounded at every block of tokens."""
+"""Dtypes of the CPU backend. Half precision would be rounded once per block of tokens."""
 
 
 def select_backend(
@@ -26,20 +28,20 @@ def select_backend(
     """Return the name of the backend that computes `spec`.
 
     Args:
-        backend: one of `BACKENDS`. "auto" takes the fastest available one; plain torch operations ("eager") in
-            exported programs, which then run without this package, and in every tracer, transform and mode.
+        backend: One of `BACKENDS`. "auto" selects the fastest available one, and plain torch operations ("eager") in
+            exported programs, which then run without this package, and under tracers, transforms and modes.
         x: (..., D) input of a layer, or (..., H) branch of a bare mixture.
-        spec: the mixture.
-        linears: the layer's projections; empty for a bare mixture.
-        dropout: dropout acts inside the layer.
+        spec: The mixture.
+        linears: The layer's projections; empty for a bare mixture.
+        dropout: Whether dropout is active inside the layer.
 
     Raises:
-        ValueError: the backend was named and is unavailable; the message says why.
+        ValueError: The requested backend is unavailable; the message gives the reason.
     """
     if backend != "auto":
         reason = unavailable_reason(backend, x, spec, linears, dropout)
         if reason is not None:
-            raise ValueError(f"backend={backend!r} cannot run: {reason}; backend='auto' takes one that can")
+            raise ValueError(f"backend={backend!r} cannot run: {reason}; use backend='auto'")
         return backend
     if is_transformed(x) and (torch.compiler.is_exporting() or not torch.compiler.is_compiling()):
         return "eager"
@@ -53,7 +55,7 @@ def select_backend(
 def unavailable_reason(
     backend: str, x: Tensor, spec: FFNSpec, linears: Sequence[nn.Module | None] = (), dropout: bool = False
 ) -> str | None:
-    """Return why `backend` cannot compute `spec`, or None; arguments as `select_backend`."""
+    """Return why `backend` cannot compute `spec`, or None. Arguments as for `select_backend`."""
     if backend == "eager":
         return None
     if is_transformed(x) and not torch.compiler.is_compiling():
@@ -61,21 +63,22 @@ def unavailable_reason(
     if backend == "triton":
         return triton.unavailable_reason(x, spec)
     if torch.compiler.is_compiling():
-        return "the layer is being compiled, where the plain form is the one that fuses"
+        return "under torch.compile the plain operations fuse better"
     if is_intercepted(x):
         return f"x is a {type(x).__name__}, or a torch dispatch or function mode is active"
     if x.device.type != "cpu" or x.dtype not in CPU_DTYPES or torch.is_autocast_enabled("cpu"):
-        return f"it computes float32 and float64 on a CPU without autocast, not {x.dtype} on {x.device.type}"
+        return f"it needs float32 or float64 on a CPU without autocast, not {x.dtype} on {x.device.type}"
     if dropout:
-        return "dropout acts inside the layer"
+        return "dropout is active inside the layer"
     if not all(is_plain(linear, x.dtype) for linear in linears):
-        return f"a projection is not a plain nn.Linear of {x.dtype} without hooks and with an ordinary weight"
+        return f"a projection is not a plain nn.Linear of {x.dtype} without hooks"
     return None
 
 
 def is_plain(linear: nn.Module | None, dtype: torch.dtype | None = None) -> bool:
-    """Return whether `linear` is nothing but its weight (of `dtype`, if given) and its bias, or absent, so that a
-    backend may compute with these.
+    """Return whether `linear` is absent or a linear map by its weight (of `dtype`, if given) and bias alone.
+
+    A backend may then use weight and bias directly.
     """
     return linear is None or (
         type(linear) is nn.Linear

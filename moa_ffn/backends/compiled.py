@@ -1,8 +1,10 @@
-"""The mixture's forward and backward as regions that Inductor compiles to C++, for callers who compile nothing.
+"""The mixture's forward and backward compiled to C++ by Inductor, for callers that do not use torch.compile.
 
-The formulas are eager.py's; compiled, each of them is one pass over the tensors. A region serves every number of
-tokens and every width, takes seconds to compile once for a dictionary, and lies in Inductor's cache on disk then.
+Compiled, the formulas of eager.py are one pass over the tensors. Each pair of dictionaries is compiled once for all
+numbers of tokens and widths, in some seconds; Inductor caches the result on disk.
 """
+
+from __future__ import annotations
 
 import logging
 import os
@@ -15,20 +17,22 @@ import torch
 from torch import Tensor
 
 from moa_ffn.backends import eager
-from moa_ffn.backends.eager import Names
+from moa_ffn.backends.eager import Gradients
+from moa_ffn.coefficients import Coefficients
+from moa_ffn.spec import Dictionaries
 from moa_ffn.torch_internals import import_inductor, is_intercepted
 
 _logger = logging.getLogger(__name__)
 
 SWITCH = "MOA_FFN_COMPILE"
-"""Environment variable; "0" keeps the package from compiling anything."""
+"""Environment variable; "0" disables compilation in this package."""
 
 MIN_ELEMENTS = 2**16
-"""Elements of a from which a compiled region is worth its call; fewer are left to eager operations."""
+"""Elements of a below which eager operations are faster than the call of a compiled region."""
 
 
 def unavailable_reason() -> str | None:
-    """Why nothing can be compiled for the CPU here, or None. The first call tries it: some seconds."""
+    """Return why Inductor cannot compile for this CPU, or None. The first call compiles a test, in some seconds."""
     if os.environ.get(SWITCH, "1") == "0":
         return f"{SWITCH}=0 is set"
     return _tried()
@@ -40,96 +44,58 @@ def _tried() -> str | None:
         import_inductor()
         with torch.no_grad():
             torch.compile(torch.relu, fullgraph=True, dynamic=True)(torch.zeros(32))
-    except Exception as error:  # whatever a missing or broken compiler leads to
+    except Exception as error:  # a missing or broken compiler raises errors of many types
         reason = f"torch's Inductor cannot compile for this CPU ({str(error).strip().splitlines()[0]})"
-        _logger.warning("mixtures are not fused: %s; a C++ compiler such as g++ makes them faster", reason)
+        _logger.warning("mixtures are not fused: %s; install a C++ compiler such as g++ to speed them up", reason)
         return reason
     return None
 
 
-def forward(
-    a: Tensor,
-    b: Tensor | None,
-    gate_coef: Tensor | None,
-    up_coef: Tensor | None,
-    pair_coef: Tensor | None,
-    f: Names,
-    g: Names,
-) -> Tensor:
-    """`eager.forward` for a (N, H), in one pass where that is faster and there is a compiler."""
+def forward(a: Tensor, b: Tensor | None, coefficients: Coefficients, dictionaries: Dictionaries) -> Tensor:
+    """Return `eager.forward` for a (N, H), compiled where that is faster and possible."""
     if not _pays(a):
-        return eager.forward(a, b, gate_coef, up_coef, pair_coef, f, g)
-    return _run(eager.forward_formula, (a, b, gate_coef, up_coef, pair_coef), f=f, g=g)[0]
+        return eager.forward(a, b, coefficients, dictionaries)
+    return _run(eager.flat_forward, a, b, *coefficients, dictionaries=dictionaries)[0]
 
 
 def backward(
-    a: Tensor,
-    b: Tensor | None,
-    gate_coef: Tensor | None,
-    up_coef: Tensor | None,
-    pair_coef: Tensor | None,
     grad: Tensor,
-    f: Names,
-    g: Names,
-    with_output: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """`eager.backward` for a (N, H), as `forward`."""
-    if not _pays(grad):
-        return eager.backward(a, b, gate_coef, up_coef, pair_coef, grad, f, g, with_output)
-    tensors = (a, b, gate_coef, up_coef, pair_coef, grad)
-    return _run(eager.backward_formula, tensors, f=f, g=g, with_output=with_output)
-
-
-def mixture(
     a: Tensor,
     b: Tensor | None,
-    gate_coef: Tensor | None,
-    up_coef: Tensor | None,
-    pair_coef: Tensor | None,
-    f: Names,
-    g: Names,
-) -> Tensor:
-    """`eager.mixture`, differentiable; any leading shape in place of N."""
-    tensors = (a, b, gate_coef, up_coef, pair_coef)
-    rows = (None if t is None else t.reshape(-1, *t.shape[a.ndim - 1 :]) for t in tensors)
-    return _Mixture.apply(*rows, f, g).view(a.shape)
+    coefficients: Coefficients,
+    dictionaries: Dictionaries,
+    with_output: bool = False,
+) -> Gradients:
+    """Return `eager.backward` for a (N, H), compiled where that is faster and possible."""
+    if torch.is_grad_enabled() or not _pays(grad):  # a compiled region has no backward
+        return eager.backward(grad, a, b, coefficients, dictionaries, with_output)
+    settings = {"dictionaries": dictionaries, "with_output": with_output}
+    return eager.unflatten(_run(eager.flat_backward, grad, a, b, *coefficients, **settings))
 
 
-class _Mixture(torch.autograd.Function):
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        a, *_ = arguments
-        out = forward(*arguments)
-        return out.clone() if out is a else out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.f, ctx.g = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        differentiate = eager.backward if torch.is_grad_enabled() else backward  # regions cannot be differentiated
-        return (*differentiate(*ctx.saved_tensors, *grads, f=ctx.f, g=ctx.g), None, None)
+def mixture(a: Tensor, b: Tensor | None, coefficients: Coefficients, dictionaries: Dictionaries) -> Tensor:
+    """Return `eager.mixture`, differentiable, for any leading shape."""
+    rows = (None if t is None else t.reshape(-1, *t.shape[a.ndim - 1 :]) for t in (a, b, *coefficients))
+    return eager.MixtureFunction.apply(*rows, dictionaries, forward, backward).view(a.shape)
 
 
 def _pays(a: Tensor) -> bool:
     return a.numel() >= MIN_ELEMENTS and not is_intercepted(a) and unavailable_reason() is None
 
 
-def _run(formula: Callable[..., Any], tensors: tuple[Tensor | None, ...], **settings: Any) -> Any:
-    a, *_ = tensors
-    assert a is not None
-    region = _compiled(formula, a.dtype, torch.get_num_threads(), torch.is_inference_mode_enabled(), **settings)
-    return region(*(None if t is None else t.detach() for t in tensors))  # no autograd history to specialize on
+def _run(formula: Callable[..., Any], *tensors: Any, **settings: Any) -> Any:
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    region = _compiled(formula, tensors[0].dtype, threads, inference, **settings)
+    return region(*(None if t is None else t.detach() for t in tensors))  # no autograd state to specialize on
 
 
 @lru_cache(None)
 def _compiled(
     formula: Callable[..., Any], dtype: torch.dtype, threads: int, inference: bool, **settings: Any
 ) -> Callable[..., Any]:
-    """A region of its own for all that torch.compile would specialize on, so that its limit of recompilations, which
-    counts for a code object, is never met.
+    """Return a compiled region for one combination of everything that torch.compile specializes on.
+
+    Each region has a code object of its own because torch.compile limits recompilations per code object.
     """
 
     def region(*tensors: Tensor | None) -> Any:

@@ -1,11 +1,13 @@
-"""The CPU backend: the whole layer, projections included, for one block of tokens after the other.
+"""The CPU backend: the whole layer, projections included, by blocks of tokens.
 
-Saved for the backward are x, a, b and the coefficients. The hidden activation and its gradient exist for one block at
-a time, so that they stay in the caches and their memory is reused; the plain form keeps the activation of every token
-for the gradient of down_proj, and asks the system for fresh pages in every call.
+Saved for the backward are x, a, b and the coefficients. The hidden activation and its gradient exist for one block at a
+time, so they stay in the caches and their memory is reused. Plain torch saves the hidden activation of every token for
+the gradient of down_proj.
 
-Shapes: N tokens, D width, H hidden width; coefficients as in eager.py.
+Shapes: N tokens, D width, H hidden width.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -16,100 +18,74 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moa_ffn.backends import compiled, eager
-from moa_ffn.backends.eager import Names
+from moa_ffn.coefficients import Coefficients
+from moa_ffn.spec import Dictionaries
 from moa_ffn.torch_internals import is_transformed
 
 HIDDEN_ELEMENTS = 2**22
-"""Elements of a or b in one block: 16 MiB in float32. Large enough for matrix products at full rate, small enough for
-glibc's allocator to keep the memory (it returns pieces of 32 MiB and more to the system at once)."""
+"""Elements of a or b in one block, 16 MiB in float32: large enough for matrix products at full rate, small enough for
+glibc's allocator to keep the memory (it returns allocations of 32 MiB and more to the system)."""
+
+
+class Weights(NamedTuple):
+    """Projections: gate and up (H, D), down (D, H), each with its bias or None. Type-I has no up."""
+
+    gate: Tensor
+    gate_bias: Tensor | None
+    up: Tensor | None
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
 
 
 class Inputs(NamedTuple):
-    """Everything that has a gradient. x (N, D); coefficients gate (N, K1), up (N, K2), pair (N, K1, K2), None where
-    the form has none; weights w_gate and w_up (H, D), w_down (D, H) with their biases; no w_up for Type-I.
-    """
+    """Everything that has a gradient: x (N, D), coefficients of N tokens, weights."""
 
     x: Tensor
-    gate: Tensor | None
-    up: Tensor | None
-    pair: Tensor | None
-    w_gate: Tensor
-    b_gate: Tensor | None
-    w_up: Tensor | None
-    b_up: Tensor | None
-    w_down: Tensor
-    b_down: Tensor | None
+    coefficients: Coefficients
+    weights: Weights
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return all tensors in one tuple, as autograd needs them."""
+        return self.x, *self.coefficients, *self.weights
+
+    @classmethod
+    def unflatten(cls, tensors: Sequence[Any]) -> Inputs:
+        """Return the inputs that `flat` flattened."""
+        x, gate, up, pair, *weights = tensors
+        return cls(x, Coefficients(gate, up, pair), Weights(*weights))
 
 
-PER_TOKEN = 4
-"""The first fields of `Inputs` hold one row a token; the others are sums over tokens in the backward."""
-
-
-def ffn(inputs: Inputs, f: Names, g: Names) -> Tensor:
-    """down(sum_kl C_kl f_k(a) g_l(b)) with a = gate(x), b = up(x).
+def ffn(x: Tensor, coefficients: Coefficients, weights: Weights, dictionaries: Dictionaries) -> Tensor:
+    """Return down(sum_kl C_kl f_k(gate(x)) g_l(up(x))).
 
     Args:
-        inputs: with any leading shape in place of N, float32 or float64 on a CPU.
-        f, g: names of the activations of the gate and of the up branch.
+        x: (..., D), float32 or float64 on a CPU.
+        coefficients: Factors of C with x's leading shape.
+        weights: The projections.
+        dictionaries: Names of the activations f_k and g_l.
 
     Returns:
         (..., D) in x's dtype.
     """
-    x = inputs.x
-    per_token: list[Any] = [t if t is None else t.reshape(-1, *t.shape[x.ndim - 1 :]) for t in inputs[:PER_TOKEN]]
-    flat = Inputs._make([*per_token, *inputs[PER_TOKEN:]])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat):
-        out, *_ = _BlockwiseFFN.apply(*flat, f, g)
+    rows = coefficients.map(lambda c: c.reshape(-1, *c.shape[x.ndim - 1 :]))
+    inputs = Inputs(x.reshape(-1, x.shape[-1]), rows, weights)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.flat()):
+        out, *_ = _BlockwiseFFN.apply(*inputs.flat(), dictionaries)
     else:
-        out, *_ = _forward(flat, f, g, keep=False)
+        out, *_ = _forward(inputs, dictionaries, keep=False)
     return out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-def _blocks(tokens: int, hidden: int) -> list[slice]:
-    """Blocks of equal length with at most HIDDEN_ELEMENTS each, or of one token."""
-    count = max(1, math.ceil(tokens * hidden / HIDDEN_ELEMENTS))
-    size = max(1, math.ceil(tokens / count))
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-
-
-def _rows(rows: slice, *tensors: Tensor | None) -> list[Any]:
-    return [None if t is None else t[rows] for t in tensors]
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
-
-
-def _forward(inputs: Inputs, f: Names, g: Names, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output (N, D), and a and b: (N, H) if kept, else of the last block."""
-    x, w_gate, w_up = inputs.x, inputs.w_gate, inputs.w_up
-    blocks = _blocks(len(x), len(w_gate))
-    kept = len(x) if keep or not blocks else blocks[0].stop
-    a = x.new_empty(kept, len(w_gate))
-    b = None if w_up is None else torch.empty_like(a)
-    out = x.new_empty(len(x), len(inputs.w_down))
-    for block in blocks:
-        place = block if keep else slice(block.stop - block.start)
-        _linear(x[block], w_gate, inputs.b_gate, a[place])
-        if b is not None and w_up is not None:
-            _linear(x[block], w_up, inputs.b_up, b[place])
-        hidden = compiled.forward(*_rows(place, a, b), *_rows(block, *inputs[1:PER_TOKEN]), f=f, g=g)
-        _linear(hidden, inputs.w_down, inputs.b_down, out[block])
-    return out, a, b
 
 
 class _BlockwiseFFN(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        *inputs, f, g = arguments
-        return _forward(Inputs(*inputs), f, g, keep=True)
+        *inputs, dictionaries = arguments
+        return _forward(Inputs.unflatten(inputs), dictionaries, keep=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        *tensors, ctx.f, ctx.g = inputs
+        *tensors, ctx.dictionaries = inputs
         _, a, b = output
         ctx.mark_non_differentiable(*(t for t in (a, b) if t is not None))
         ctx.set_materialize_grads(False)
@@ -119,76 +95,110 @@ class _BlockwiseFFN(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         *saved, a, b = ctx.saved_tensors
-        inputs, needed = Inputs(*saved), ctx.needs_input_grad[: len(saved)]
         if grad is None:
-            return (None,) * (len(saved) + 2)
+            return (None,) * (len(saved) + 1)
+        inputs, needed = Inputs.unflatten(saved), ctx.needs_input_grad[: len(saved)]
         if torch.is_grad_enabled() or is_transformed(grad):
-            return (*_differentiable_backward(inputs, needed, grad, ctx.f, ctx.g), None, None)
-        return (*_backward(inputs, needed, a, b, grad, ctx.f, ctx.g), None, None)
+            return *_differentiable_backward(grad, inputs, needed, ctx.dictionaries), None
+        total = _gradient_buffers(inputs, needed)
+        _backward(grad, inputs, a, b, ctx.dictionaries, total)
+        return *total.flat(), None
+
+
+def _forward(inputs: Inputs, dictionaries: Dictionaries, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the output (N, D), and a and b: (N, H) if `keep`, else buffers of one block."""
+    x, coefficients, weights = inputs
+    blocks = _blocks(len(x), len(weights.gate))
+    kept = len(x) if keep or not blocks else blocks[0].stop
+    a = x.new_empty(kept, len(weights.gate))
+    b = None if weights.up is None else torch.empty_like(a)
+    out = x.new_empty(len(x), len(weights.down))
+    for block in blocks:
+        place = block if keep else slice(block.stop - block.start)
+        _linear(x[block], weights.gate, weights.gate_bias, a[place])
+        if b is not None and weights.up is not None:
+            _linear(x[block], weights.up, weights.up_bias, b[place])
+        rows = coefficients.map(lambda c, block=block: c[block])
+        hidden = compiled.forward(a[place], None if b is None else b[place], rows, dictionaries)
+        _linear(hidden, weights.down, weights.down_bias, out[block])
+    return out, a, b
+
+
+def _gradient_buffers(inputs: Inputs, needed: Sequence[bool]) -> Inputs:
+    """Return uninitialized gradients, zero without tokens; None where a gradient is not needed."""
+    new = torch.empty_like if len(inputs.x) else torch.zeros_like
+    flat = zip(inputs.flat(), needed, strict=True)
+    return Inputs.unflatten([new(t) if need and t is not None else None for t, need in flat])
 
 
 def _backward(
-    inputs: Inputs,
-    needed: Sequence[bool],
-    a: Tensor,
-    b: Tensor | None,
-    grad: Tensor,
-    f: Names,
-    g: Names,
-) -> Inputs:
-    """Gradients of `inputs`; None where it is not needed."""
-    new = torch.empty_like if len(a) else torch.zeros_like
-    candidates: Any = zip(needed, inputs, strict=True)
-    total: Any = Inputs._make(new(t) if need and t is not None else None for need, t in candidates)
+    grad: Tensor, inputs: Inputs, a: Tensor, b: Tensor | None, dictionaries: Dictionaries, total: Inputs
+) -> None:
+    """Write the gradients of `inputs` into `total`."""
+    weights, total_weights = inputs.weights, total.weights
     for block in _blocks(*a.shape):
         x, grad_out, first = inputs.x[block], grad[block], block.start == 0
-        parts = _rows(block, a, b, *inputs[1:PER_TOKEN])
-        results: Any = compiled.backward(*parts, grad=grad_out @ inputs.w_down, f=f, g=g, with_output=True)
-        grad_a, grad_b, *grad_coefs, hidden = results
-        if total.w_down is not None:
-            _accumulate(total.w_down, grad_out.t(), hidden, first)
-        for whole, part in zip(total[1:PER_TOKEN], grad_coefs, strict=True):
-            if whole is not None:
+        rows = inputs.coefficients.map(lambda c, block=block: c[block])
+        b_rows = None if b is None else b[block]
+        found = compiled.backward(grad_out @ weights.down, a[block], b_rows, rows, dictionaries, with_output=True)
+        if total_weights.down is not None and found.output is not None:
+            _accumulate(total_weights.down, grad_out.t(), found.output, first)
+        for whole, part in zip(total.coefficients, found.coefficients, strict=True):
+            if whole is not None and part is not None:
                 whole[block] = part
-        _linear_backward(total.w_gate, total.b_gate, grad_a, x, first)
-        _linear_backward(total.w_up, total.b_up, grad_b, x, first)
+        _linear_backward(total_weights.gate, total_weights.gate_bias, found.a, x, first)
+        if found.b is not None:
+            _linear_backward(total_weights.up, total_weights.up_bias, found.b, x, first)
         if total.x is not None:
-            _accumulate(total.x[block], grad_a, inputs.w_gate, True)
-            if inputs.w_up is not None:
-                _accumulate(total.x[block], grad_b, inputs.w_up, False)
-    if total.b_down is not None:
-        torch.sum(grad, 0, out=total.b_down)
-    return total
+            _accumulate(total.x[block], found.a, weights.gate, True)
+            if found.b is not None and weights.up is not None:
+                _accumulate(total.x[block], found.b, weights.up, False)
+    if total_weights.down_bias is not None:
+        torch.sum(grad, 0, out=total_weights.down_bias)
+
+
+def _differentiable_backward(
+    grad: Tensor, inputs: Inputs, needed: Sequence[bool], dictionaries: Dictionaries
+) -> list[Tensor | None]:
+    """Return the same gradients by autograd on plain operations, for higher derivatives and batched `grad` (vmap)."""
+    create_graph = torch.is_grad_enabled()
+    weights = inputs.weights
+    with torch.enable_grad():
+        a = F.linear(inputs.x, weights.gate, weights.gate_bias)
+        b = None if weights.up is None else F.linear(inputs.x, weights.up, weights.up_bias)
+        hidden = eager.mixture(a, b, inputs.coefficients, dictionaries)
+        out = F.linear(hidden, weights.down, weights.down_bias)
+    wanted = [need and t is not None for t, need in zip(inputs.flat(), needed, strict=True)]
+    leaves = [t for t, want in zip(inputs.flat(), wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(out, leaves, grad, create_graph=create_graph))
+    return [next(found) if want else None for want in wanted]
+
+
+def _blocks(tokens: int, hidden: int) -> list[slice]:
+    """Return blocks of equal length, each of at most HIDDEN_ELEMENTS or of one token."""
+    count = max(1, math.ceil(tokens * hidden / HIDDEN_ELEMENTS))
+    size = max(1, math.ceil(tokens / count))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _linear_backward(weight: Tensor | None, bias: Tensor | None, grad: Tensor, x: Tensor, first: bool) -> None:
+    """Add one block's gradients of a projection to the totals `weight` and `bias`."""
+    if weight is not None:
+        _accumulate(weight, grad.t(), x, first)
+    if bias is not None:
+        bias.copy_(grad.sum(0)) if first else bias.add_(grad.sum(0))
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """total += left @ right, or total = left @ right for the first term of a sum."""
+    """Add left @ right to `total`, or overwrite it with the first term of a sum."""
     if first:
         torch.mm(left, right, out=total)
     else:
         torch.addmm(total, left, right, out=total)
-
-
-def _linear_backward(
-    w_total: Tensor | None, b_total: Tensor | None, grad: Tensor | None, x: Tensor, first: bool
-) -> None:
-    if grad is None:
-        return
-    if w_total is not None:
-        _accumulate(w_total, grad.t(), x, first)
-    if b_total is not None:
-        b_total.copy_(grad.sum(0)) if first else b_total.add_(grad.sum(0))
-
-
-def _differentiable_backward(
-    inputs: Inputs, needed: Sequence[bool], grad: Tensor, f: Names, g: Names
-) -> list[Tensor | None]:
-    """The same gradients by autograd on the plain form: for higher derivatives, and for batches of `grad` (vmap)."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        a = F.linear(inputs.x, inputs.w_gate, inputs.b_gate)
-        b = None if inputs.w_up is None else F.linear(inputs.x, inputs.w_up, inputs.b_up)
-        out = F.linear(eager.mixture(a, b, *inputs[1:PER_TOKEN], f=f, g=g), inputs.w_down, inputs.b_down)
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
-    return [next(found) if need and t is not None else None for t, need in zip(inputs, needed, strict=True)]

@@ -1,40 +1,38 @@
-"""The formulas of the paper, written out: the ground truth of tests and the naive side of benchmarks.
+"""The formula of the paper, written out: the ground truth of tests and the naive side of benchmarks."""
 
-Shapes: a, b (..., H); coefficients C (..., K1, K2), broadcastable over the token dimensions; result (..., H).
-"""
+from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moa_ffn.activations import ACTIVATIONS
+from moa_ffn.spec import Dictionaries
+
+if TYPE_CHECKING:
+    from moa_ffn.layers import FFN
 
 
-def mixture(a: Tensor, b: Tensor | None, coefficients: Tensor, f: Sequence[str], g: Sequence[str]) -> Tensor:
-    """sum_kl C_kl f_k(a) g_l(b), the one formula of the family (arXiv:2605.26647); Type-I has b = None and K2 = 1.
-
-    It stores all K1 * K2 terms, as a naive implementation does.
+def mixture(a: Tensor, b: Tensor | None, matrix: Tensor, dictionaries: Dictionaries) -> Tensor:
+    """Return sum_kl C_kl f_k(a) g_l(b) (arXiv:2605.26647), with all K1 * K2 terms in memory.
 
     Args:
         a: (..., H) gate branch.
-        b: (..., H) up branch, or None.
-        coefficients: (..., K1, K2).
-        f: names of the K1 activations of the gate branch.
-        g: names of the K2 activations of the up branch; empty when b is None.
+        b: (..., H) up branch, or None for Type-I, where K2 = 1.
+        matrix: (..., K1, K2) coefficients C, broadcastable over tokens.
+        dictionaries: Names of the activations f_k and g_l.
     """
-    rows = torch.stack([ACTIVATIONS[name].function(a) for name in f], dim=-2)  # (..., K1, H)
-    columns = torch.ones_like(a).unsqueeze(-2) if b is None else _stack(b, g)  # (..., K2, H)
+    rows = torch.stack([ACTIVATIONS[name].function(a) for name in dictionaries.gate], dim=-2)  # (..., K1, H)
+    if b is None:
+        columns = torch.ones_like(a).unsqueeze(-2)
+    else:
+        columns = torch.stack([ACTIVATIONS[name].function(b) for name in dictionaries.up], dim=-2)  # (..., K2, H)
     terms = rows.unsqueeze(-2) * columns.unsqueeze(-3)  # (..., K1, K2, H)
-    return (coefficients.unsqueeze(-1) * terms).sum(dim=(-3, -2))
+    return (matrix.unsqueeze(-1) * terms).sum(dim=(-3, -2))
 
 
-def _stack(x: Tensor, names: Sequence[str]) -> Tensor:
-    return torch.stack([ACTIVATIONS[name].function(x) for name in names], dim=-2)
-
-
-def gate_function(logits: Tensor, gate: str) -> Tensor:
-    """Mixing coefficients from logits (..., K): sigmoid or tanh elementwise, softmax over the last dimension."""
-    if gate == "softmax":
-        return logits.softmax(dim=-1)
-    return logits.sigmoid() if gate == "sigmoid" else logits.tanh()
+def ffn(layer: FFN, x: Tensor) -> Tensor:
+    """Return what `layer` computes for x (..., D), by `mixture`."""
+    b = None if layer.up_proj is None else layer.up_proj(x)
+    return layer.down_proj(mixture(layer.gate_proj(x), b, layer.mixing(x), layer.spec.dictionaries))

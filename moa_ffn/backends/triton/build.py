@@ -1,7 +1,9 @@
-"""Mixture -> kernels, compiled or interpreted, and how they are launched.
+"""Kernels from their source text, compiled or interpreted, and their launch.
 
 Triton is imported here and in functions.py, when the first kernel is built.
 """
+
+from __future__ import annotations
 
 import hashlib
 import importlib.util
@@ -18,31 +20,32 @@ from moa_ffn.backends.triton import source
 from moa_ffn.backends.triton.source import Mixture
 
 WARP, MAX_WARPS = 32, 4
+"""Threads of a warp, and the most warps of a program."""
 
 VECTOR_BYTES = 16
-"""What one thread loads at once in the forward."""
+"""Bytes that one thread loads at once in the forward."""
 
 BACKWARD_ELEMENTS = 4
-"""Elements of a row that one thread holds in the backward, where each has a dozen values and the sums below."""
+"""Elements of a row per thread in the backward, where each element needs a dozen values and the sums below."""
 
 SUMS = 32
-"""Running sums that one thread holds, its elements times the coefficients; more would not fit its registers."""
+"""Running sums per thread (elements times coefficients); more would spill from its registers."""
 
 FULL_GRID_ROWS = 2048
-"""With fewer rows than this, a GPU has idle processors unless the forward shares out the columns of a row."""
+"""With fewer rows than this, the forward splits the columns of a row among programs to fill the GPU."""
 
 MAX_SHARES = 65535
-"""Programs that a grid can have in its second dimension (CUDA); rows stand in the first, which takes 2^31 - 1."""
+"""CUDA's limit of a grid's second dimension. Rows are the first, which allows 2^31 - 1."""
 
 
 def interpreting() -> bool:
-    """True when kernels run in Triton's interpreter, on any device, as TRITON_INTERPRET in the environment asks."""
+    """Return whether TRITON_INTERPRET selects Triton's interpreter, which runs kernels on any device."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @cache
 def installed() -> bool:
-    """True when Triton can be imported."""
+    """Return whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -63,8 +66,9 @@ def backward(mixture: Mixture, operands: Mapping[str, Tensor]) -> None:
 
 
 def block_shape(columns: int, elements: int) -> tuple[int, int]:
-    """Block length and warps of a program whose threads hold up to so many elements each: powers of two, as Triton
-    wants them, and no more warps than a row has use for.
+    """Return block length and warps of a program with up to `elements` per thread.
+
+    Both are powers of two, as Triton requires, with no more warps than a row can use.
     """
     warp_block = WARP << (elements.bit_length() - 1)
     warps = 1
@@ -78,17 +82,16 @@ def _launch(text: str, grid: tuple[int, ...], operands: Mapping[str, Tensor], bl
     if 0 in grid:
         return
     pointers = {f"{name}_ptr": tensor for name, tensor in operands.items()}
-    # coefficients that all tokens share are one row, read by every program
+    # coefficients shared by all tokens are one row, read by every program
     strides = {f"{name}_stride": tensor.stride(0) if tensor.ndim == 2 else 0 for name, tensor in operands.items()}
-    # Products and sums fuse, whatever the default of Triton's version is.
-    settings = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+    settings = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}  # the default depends on Triton's version
     with torch.cuda.device_of(a):
         kernel(text, interpreting())[grid](**pointers, **strides, columns=a.shape[1], **settings)
 
 
 @cache
 def kernel(text: str, interpreted: bool) -> Any:
-    """The kernel of this text. `interpreted` is what Triton reads from the environment itself: a key of the cache."""
+    """Return the kernel of this source text. `interpreted` is part of the cache key: Triton reads the environment."""
     import triton
     import triton.language as tl
 
@@ -96,10 +99,10 @@ def kernel(text: str, interpreted: bool) -> Any:
 
     name = text.removeprefix("def ").partition("(")[0]
     file = f"<{name} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
-    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where Triton looks for source
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where Triton reads source
     plain = (functions.add, functions.sigmoid, functions.tanh, functions.normal)
     helpers: dict[str, Any] = {f.__name__: f if interpreted else triton.jit(f) for f in plain}
-    if interpreted:  # plain functions will do there, and are quicker; so is a sum that it knows
+    if interpreted:  # undecorated helpers and a known sum are faster there
         helpers["add"] = tl.standard._sum_combine
     namespace = {"__name__": __name__, "tl": tl, **helpers}
     exec(compile(text, file, "exec"), namespace)

@@ -1,24 +1,25 @@
-"""Device functions of the generated kernels, for what Triton's own functions do not offer.
+"""Device functions of the generated kernels that Triton lacks. Importing this imports Triton.
 
-Imported where kernels are built, since it needs Triton. The functions stand undecorated here; build.py decorates
-them, compiled or interpreted, as the kernels that call them. They call Triton's builtins alone: a function of
-Triton's standard library, such as `tl.sum`, stays compiled or interpreted as it was when Triton was first imported.
+build.py decorates the functions, compiled or interpreted like the kernels that call them. They call Triton builtins
+only: functions of its standard library, such as `tl.sum`, remain compiled or interpreted as of Triton's first import.
 
-x is in float32 throughout; results have its accuracy. A mixture computes several of these for every element that it
-reads, so instructions count: `exp2` and `rsqrt` are one instruction of the GPU each, where `exp` and a division are
-five, for subnormal numbers that do not occur here. The reciprocal of y >= 1 is therefore rsqrt(y)^2.
+x and results are in float32. A mixture evaluates several of these per element, so instructions matter: `exp2` and
+`rsqrt` are one GPU instruction each, `exp` and a division five (for subnormal numbers, which do not occur here). The
+reciprocal of y >= 1 is therefore rsqrt(y)^2.
 """
+
+from __future__ import annotations
 
 import triton.language as tl
 
 
 def add(left: tl.tensor, right: tl.tensor) -> tl.tensor:
-    """The sum, for `tl.reduce`."""
+    """Return the sum, for `tl.reduce`."""
     return left + right
 
 
 def sigmoid(x: tl.tensor) -> tl.tensor:
-    """1 / (1 + exp(-x)); the exponential of |x| cannot overflow."""
+    """Return 1 / (1 + exp(-x)) by way of exp(-|x|), which cannot overflow."""
     decay = tl.exp2(-1.4426950408889634 * tl.abs(x))
     root = tl.rsqrt(1.0 + decay)
     right = root * root
@@ -26,10 +27,9 @@ def sigmoid(x: tl.tensor) -> tl.tensor:
 
 
 def tanh(x: tl.tensor) -> tl.tensor:
-    """tanh(x) = sign(x) (1 - exp(-2|x|)) / (1 + exp(-2|x|)); near 0, where that cancels, an odd polynomial.
+    """Return tanh(x) = sign(x) (1 - exp(-2|x|)) / (1 + exp(-2|x|)), or an odd polynomial near 0 to avoid cancellation.
 
-    The polynomial and its range are those of Cephes' tanhf (Moshier, single/tanhf.c). Triton's own tanh does not run
-    in the interpreter.
+    Polynomial and range: Cephes' tanhf (Moshier, single/tanhf.c). Triton's own tanh does not run in the interpreter.
     """
     size = tl.abs(x)
     decay = tl.exp2(-2.8853900817779268 * size)
@@ -45,10 +45,10 @@ def tanh(x: tl.tensor) -> tl.tensor:
 
 
 def normal(x: tl.tensor) -> tl.tensor:
-    """Distribution function of the standard normal distribution, (1 + erf(x / sqrt(2))) / 2.
+    """Return the standard normal distribution function (1 + erf(x / sqrt(2))) / 2.
 
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26, which is within 1.5e-7 of erf. The lower tail
-    is no difference of numbers near 1, and the exponential serves the density as well.
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26, within 1.5e-7 of erf. The lower tail
+    avoids a difference of numbers near 1, and the compiler shares the exponential with the density.
     """
     root = tl.rsqrt(1.0 + 0.23164189 * tl.abs(x))
     t = root * root

@@ -1,10 +1,13 @@
 """The GPU backend: gate, up and mixing vectors in one matrix product, the mixture by fused kernels, then down_proj.
 
-Saved for the backward are x and that product; the kernels compute the activated tensor again for the gradient of
-down_proj, where the plain form keeps it.
+Saved for the backward are x and that product. The kernels recompute the hidden activation for the gradient of
+down_proj, which plain torch saves.
 
-Shapes: N tokens, D width, H hidden width, n mixing coefficients, W = H, 2 H or 2 H + n and padding.
+Shapes: N tokens, D width, H hidden width, n mixing coefficients, W columns of the product: H, 2 H or 2 H + n, and
+padding.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,23 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_ffn.backends import triton as kernels
+from moa_ffn.backends.triton import operators
+from moa_ffn.backends.triton.source import Mixture
 from moa_ffn.spec import FFNSpec
 
 ALIGNMENT = 16
-"""The product's columns are padded to a multiple of it: Triton vectorizes loads from rows that begin at such,
-and fast products ask for them."""
+"""The product's columns are padded to a multiple of this, which vectorized loads and fast matrix products require."""
 
 
 def ffn(x: Tensor, projections: Sequence[nn.Linear], mix: Tensor | None, down: nn.Linear, spec: FFNSpec) -> Tensor:
-    """down(mixture) of x (..., D), where the kernels can run (`triton.unavailable_reason`).
+    """Return down(mixture) where the kernels are available (`triton.unavailable_reason`).
 
     Args:
         x: (..., D).
-        projections: of the gate branch, for Type-II of the up branch, for MoA the mixing vectors: plain linear maps.
-        mix: (n,) constant coefficients of LA variants, else None.
-        down: the last projection, plain.
-        spec: which mixture.
+        projections: Plain linear maps: gate, for Type-II up, for MoA the mixing vectors.
+        mix: (n,) coefficients of LA variants, else None.
+        down: The last projection, plain.
+        spec: The mixture.
 
     Returns:
         (..., D) in x's dtype or autocast's.
@@ -38,12 +41,12 @@ def ffn(x: Tensor, projections: Sequence[nn.Linear], mix: Tensor | None, down: n
     flat = product.reshape(-1, product.shape[-1])
     weight = down.weight.to(product.dtype)
     bias = None if down.bias is None else down.bias.to(product.dtype)
-    out = _Down.apply(flat, mix, weight, bias, down.in_features, spec)
+    out = _Down.apply(flat, mix, weight, bias, Mixture.of(spec).key)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def project(x: Tensor, projections: Sequence[nn.Linear]) -> Tensor:
-    """Several linear maps of x (..., D) in one product (..., W), side by side; the padding's columns are zero."""
+    """Return several linear maps of x (..., D) as one product (..., W), side by side, zero in the padding."""
     widths = [projection.out_features for projection in projections]
     padding = -sum(widths) % ALIGNMENT
     weights = [projection.weight for projection in projections]
@@ -58,23 +61,26 @@ class _Down(torch.autograd.Function):
     """down(mixture) of the product (N, W), in the weights' dtype."""
 
     @staticmethod
-    def forward(
-        product: Tensor, mix: Tensor | None, weight: Tensor, bias: Tensor | None, hidden_dim: int, spec: FFNSpec
-    ) -> Tensor:
-        return F.linear(kernels.packed_mixture(product, mix, hidden_dim, spec), weight, bias)
+    def forward(product: Tensor, mix: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+        return F.linear(operators.packed_mixture(product, mix, weight.shape[1], kind), weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        product, mix, weight, _, ctx.hidden_dim, ctx.spec = inputs
+        product, mix, weight, _, ctx.kind = inputs
         ctx.save_for_backward(product, mix, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         product, mix, weight = ctx.saved_tensors
-        *_, weight_needed, bias_needed, _, _ = ctx.needs_input_grad
-        found = kernels.packed_mixture_backward(
-            grad @ weight, product, mix, ctx.hidden_dim, ctx.spec, with_output=weight_needed
+        *_, weight_needed, bias_needed, _ = ctx.needs_input_grad
+        grad_product, grad_mix, hidden = operators.packed_mixture_backward(
+            grad @ weight, product, mix, weight.shape[1], weight_needed, ctx.kind
         )
-        grad_weight = grad.t() @ found.output if found.output is not None else None
-        return found.projected, found.mix, grad_weight, grad.sum(0) if bias_needed else None, None, None
+        return (
+            grad_product,
+            None if mix is None else grad_mix,
+            grad.t() @ hidden if weight_needed else None,
+            grad.sum(0) if bias_needed else None,
+            None,
+        )

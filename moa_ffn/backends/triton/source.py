@@ -1,8 +1,7 @@
-"""Mixture -> the text of its Triton kernels.
+"""Source text of the Triton kernels of a mixture.
 
-A kernel is straight-line code for one form, one gate and one pair of dictionaries: nothing is looked up at run time,
-and what occurs twice is computed once by the compiler. The forward of qd-MoA with f = (silu, relu) and g = (identity,
-tanh) reads, in its heart,
+A kernel is straight-line code for one form, one mixing gate and one pair of dictionaries. The core of the forward of
+qd-MoA with f = (silu, relu) and g = (identity, tanh) is
 
     f0 = a * sigmoid(a)
     f1 = tl.where(a < 0.0, 0.0, a)
@@ -12,10 +11,12 @@ tanh) reads, in its heart,
     v1 = c2 * g0 + c3 * g1
     out = f0 * v0 + f1 * v1
 
-and `print(forward(mixture))` shows the whole. One program computes one row, the token's; the token's coefficients are
-scalars. In the backward, it adds up their gradients over the row's columns in a fixed order and writes them once: no
-atomics, the same bits in every run. Row offsets are computed in 64 bits, columns in 32.
+and `print(forward(mixture))` shows all of it. One program computes one row (token), whose coefficients are scalars. The
+backward sums their gradients over the row's columns in a fixed order and writes them once, without atomics, so results
+are deterministic. Row offsets are 64-bit, columns 32-bit.
 """
+
+from __future__ import annotations
 
 import ast
 import textwrap
@@ -33,15 +34,15 @@ VOCABULARY = {
     },
     **{name: name for name in ("sigmoid", "tanh", "normal")},
 }
-"""Functions that `Activation.kernel` may call, and their names in kernels: Triton's, and those of functions.py."""
+"""Functions that `Activation.kernel` may call, and their names in kernels: Triton's, or those of functions.py."""
 
 
 class Mixture(NamedTuple):
-    """What a kernel computes: sum_kl C_kl f_k(a) g_l(b). Strings alone, since they are arguments of an operator.
+    """The mixture that a kernel computes, sum_kl C_kl f_k(a) g_l(b).
 
-    form: shape of the coefficient matrix, a `moa_ffn.spec.Form`.
-    gate: nonlinearity of the mixing logits, or "none" where the coefficients are constants or there are none.
-    f, g: names of the activations of the gate and of the up branch, separated by commas; g is empty for Type-I.
+    form: Shape of the coefficient matrix, a `moa_ffn.spec.Form`.
+    gate: Nonlinearity of the mixing logits, or "none" for constant or no coefficients.
+    f, g: Names of the activations of the gate and up branches, separated by commas; g is empty for Type-I.
     """
 
     form: str
@@ -50,45 +51,55 @@ class Mixture(NamedTuple):
     g: str
 
     @classmethod
-    def of(cls, spec: FFNSpec) -> "Mixture":
-        """The mixture inside an FFN of this kind."""
+    def of(cls, spec: FFNSpec) -> Mixture:
+        """Return the mixture of an FFN."""
         gate = spec.mixing_gate if spec.token_adaptive else "none"
         return cls(spec.form, gate, ",".join(spec.gate_dictionary), ",".join(spec.up_dictionary))
 
+    @classmethod
+    def parse(cls, key: str) -> Mixture:
+        """Return the mixture with this `key`."""
+        return cls(*key.split(";"))
+
+    @property
+    def key(self) -> str:
+        """The fields as one string, the form in which torch operators accept them."""
+        return ";".join(self)
+
     @property
     def type_two(self) -> bool:
-        """True when there is an up branch."""
+        """Whether there is an up branch."""
         return self.g != ""
 
     @property
     def gate_coefficients(self) -> list[int]:
-        """Where the coefficients of the gate branch stand in a row of `mix`; none if it is not mixed by itself."""
+        """Indices of the gate branch's coefficients in a row of `mix`."""
         return list(range(len(self.f.split(",")))) if self.form in ("gate", "separable") else []
 
     @property
     def up_coefficients(self) -> list[int]:
-        """Where the coefficients of the up branch stand."""
+        """Indices of the up branch's coefficients."""
         first = len(self.gate_coefficients)
         return list(range(first, first + len(self.g.split(",")))) if self.form in ("up", "separable") else []
 
     @property
     def pair_coefficients(self) -> list[list[int]]:
-        """Where the coefficients C_kl of the full form stand: K1 rows of K2."""
+        """Indices of the coefficients C_kl of the full form, K1 rows of K2."""
         k1, k2 = len(self.f.split(",")), len(self.g.split(","))
         return [[k * k2 + l for l in range(k2)] for k in range(k1)] if self.form == "full" else []  # noqa: E741
 
     @property
     def coefficients(self) -> int:
-        """Coefficients of a token."""
+        """Number of coefficients per token."""
         return len(self.gate_coefficients) + len(self.up_coefficients) + sum(map(len, self.pair_coefficients))
 
 
 @cache
 def expressions(name: str, variable: str) -> tuple[str, str]:
-    """Value and derivative of an activation at `variable`, as kernels write them.
+    """Return value and derivative of an activation at `variable`, as kernel source.
 
     Raises:
-        ValueError: the activation has no kernel expressions, or they use what kernels do not have.
+        ValueError: The activation has no kernel expressions, or they use unsupported names.
     """
     texts = ACTIVATIONS[name].kernel
     if texts is None:
@@ -116,7 +127,7 @@ def _translate(name: str, text: str, variable: str) -> str:
 
 @cache
 def forward(mixture: Mixture) -> str:
-    """Text of `moa_forward`: a, b, mix -> out. Grid (rows, n), where the n programs of a row share its columns."""
+    """Return the source of `moa_forward`: a, b, mix -> out. Grid (rows, n); n programs share the columns of a row."""
     branches, coefficients = _operands(mixture)
     outs = ["out"]
     lines = [
@@ -130,7 +141,7 @@ def forward(mixture: Mixture) -> str:
 
 @cache
 def backward(mixture: Mixture, with_output: bool) -> str:
-    """Text of `moa_backward`: grad, a, b, mix -> grad_a, grad_b, grad_mix, and `out` if wanted. Grid (rows,)."""
+    """Return the source of `moa_backward`: grad, a, b, mix -> grad_a, grad_b, grad_mix [, out]. Grid (rows,)."""
     branches, coefficients = _operands(mixture)
     outs = [f"grad_{branch}" for branch in branches] + (["out"] if with_output else [])
     grad_mix = [f"grad_{name}" for name in coefficients]
@@ -164,7 +175,7 @@ def _indent(lines: Iterable[str]) -> list[str]:
 
 
 def _rows(operands: Iterable[str]) -> list[str]:
-    """Every pointer moved to this program's row, in 64 bits: a tensor may have 2^31 elements and more."""
+    """Move every pointer to this program's row, in 64 bits: a tensor may exceed 2^31 elements."""
     moves = [f"{operand}_ptr += row * {operand}_stride" for operand in operands]
     return ["row = tl.program_id(0).to(tl.int64)", *moves]
 
@@ -179,7 +190,7 @@ def _stores(operands: Iterable[str]) -> list[str]:
 
 
 def _gate(mixture: Mixture) -> list[str]:
-    """The token's coefficients c0, c1, ... from its logits."""
+    """Compute the token's coefficients c0, c1, ... from its logits."""
     count = mixture.coefficients
     loads = [f"c{i} = tl.load(mix_ptr + {i}).to(tl.float32)" for i in range(count)]
     if mixture.gate == "softmax":
@@ -188,7 +199,7 @@ def _gate(mixture: Mixture) -> list[str]:
 
 
 def _groups(mixture: Mixture) -> list[list[int]]:
-    """Coefficients that one softmax normalizes: those of a branch, or all pairs."""
+    """Return the groups of coefficients that one softmax normalizes: those of a branch, or all pairs."""
     pairs = [index for row in mixture.pair_coefficients for index in row]
     return [group for group in (mixture.gate_coefficients, mixture.up_coefficients, pairs) if group]
 
@@ -206,7 +217,7 @@ def _softmax(number: int, group: Sequence[int]) -> list[str]:
 
 
 def _gate_backward(mixture: Mixture) -> list[str]:
-    """Gradients of the logits from total0, total1, ..., those of the coefficients, stored."""
+    """Store the gradients of the logits, from the coefficients' gradients total0, total1, ..."""
     slopes = {
         "none": "total{0}",
         "sigmoid": "total{0} * c{0} * (1.0 - c{0})",
@@ -222,7 +233,7 @@ def _gate_backward(mixture: Mixture) -> list[str]:
 
 
 def _activations(mixture: Mixture, slopes: bool = False) -> list[str]:
-    """Values f0, f1, ... and g0, g1, ..., and derivatives df0, ... if wanted."""
+    """Compute values f0, f1, ..., g0, g1, ... and, with `slopes`, derivatives df0, ..."""
     lines = []
     for letter, variable, names in (("f", "a", mixture.f), ("g", "b", mixture.g)):
         for index, name in enumerate(names.split(",") if names else []):
@@ -237,7 +248,7 @@ def _sum(terms: Iterable[str]) -> str:
 
 
 def _blend(coefficients: Sequence[int], values: Sequence[str]) -> str:
-    """sum_k c_k values_k; the one value of a branch that is not mixed."""
+    """Write sum_k c_k values_k, or the one value of a fixed branch."""
     if not coefficients:
         (value,) = values
         return value
@@ -249,7 +260,7 @@ def _values(letter: str, names: str) -> list[str]:
 
 
 def _output(mixture: Mixture) -> list[str]:
-    """`out` and, on the way, the blends: u of the gate branch and v of the up branch, or v_k = sum_l C_kl g_l(b)."""
+    """Compute `out` from the blends u of the gate branch and v of the up branch, or v_k = sum_l C_kl g_l(b)."""
     f, g = _values("f", mixture.f), _values("g", mixture.g)
     if mixture.form == "full":
         blends = [f"v{k} = {_blend(row, g)}" for k, row in enumerate(mixture.pair_coefficients)]
@@ -260,7 +271,7 @@ def _output(mixture: Mixture) -> list[str]:
 
 
 def _gradients(mixture: Mixture) -> list[str]:
-    """grad_a and grad_b, and the coefficients' gradients added to total0, total1, ..."""
+    """Compute grad_a and grad_b, and add the coefficients' gradients to total0, total1, ..."""
     f, g = _values("f", mixture.f), _values("g", mixture.g)
     if mixture.form == "full":
         return _full_gradients(mixture.pair_coefficients, f, g)

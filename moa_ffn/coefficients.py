@@ -1,0 +1,58 @@
+"""Mixing coefficients in factored form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moa_ffn.spec import FFNSpec
+
+
+class Coefficients(NamedTuple):
+    """Factors of the coefficient matrix C (..., K1, K2): `pair`, or the outer product of `gate` and `up`.
+
+    gate (..., K1), up (..., K2), pair (..., K1, K2). A factor that the variant does not have is None.
+    """
+
+    gate: Tensor | None = None
+    up: Tensor | None = None
+    pair: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Coefficients:
+        """Return the factors with `function` applied to each."""
+        return Coefficients(*(None if factor is None else function(factor) for factor in self))
+
+    def matrix(self, like: Tensor) -> Tensor:
+        """Return C (..., K1, K2) for tokens `like` (..., D); the factor of a fixed branch is 1."""
+        if self.pair is not None:
+            return self.pair
+        one = like.new_ones(*like.shape[:-1], 1)
+        gate, up = (one if factor is None else factor for factor in (self.gate, self.up))
+        return gate.unsqueeze(-1) * up.unsqueeze(-2)
+
+
+def gate_function(logits: Tensor, gate: str) -> Tensor:
+    """Return mixing coefficients for logits (..., K): sigmoid or tanh elementwise, or softmax over K."""
+    if gate == "softmax":
+        return logits.softmax(dim=-1)
+    return logits.sigmoid() if gate == "sigmoid" else logits.tanh()
+
+
+def mixing_coefficients(spec: FFNSpec, mix: Tensor) -> Coefficients:
+    """Return the factored coefficients for `mix` (..., n): logits of MoA variants, coefficients of LA variants."""
+    k1, k2 = len(spec.gate_dictionary), len(spec.up_dictionary)
+    nonlinearity = partial(gate_function, gate=spec.mixing_gate) if spec.token_adaptive else lambda factor: factor
+    match spec.form:
+        case "gate":
+            return Coefficients(gate=nonlinearity(mix))
+        case "up":
+            return Coefficients(up=nonlinearity(mix))
+        case "separable":
+            return Coefficients(gate=nonlinearity(mix.narrow(-1, 0, k1)), up=nonlinearity(mix.narrow(-1, k1, k2)))
+        case "full":
+            return Coefficients(pair=nonlinearity(mix).unflatten(-1, (k1, k2)))
+        case _:
+            return Coefficients()
