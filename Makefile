@@ -103,7 +103,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)
-	$(BIN)/python scripts/benchmark.py all
+	$(BIN)/python -m benchmarks all
 
 lock: $(READY)
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --generate-hashes --no-annotate \

@@ -10,7 +10,7 @@ then on the modules named in `HOOKS`, as soon as they have been executed, are fo
 
 It loads nothing by itself and never raises: what fails is a RuntimeWarning. `MOA_STARTUP=0` in the environment turns
 it off. Its cost at each start of Python is a fraction of a millisecond: `python -X importtime -c pass 2>&1 | grep
-moa_startup` shows the import in microseconds, `scripts/benchmark.py startup` measures the whole line.
+moa_startup` shows the import in microseconds, `python -m benchmarks startup` measures the whole line.
 """
 
 import os

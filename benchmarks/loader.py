@@ -1,7 +1,9 @@
 """Images/s of one core from shards to batches, against the official recipe (PIL, ToTensor, Normalize).
 
-One process with one thread; ours also with four crops an image. Without --shards it takes the demo's photographs.
+One process with one thread; ours also with four crops per image. The default shards hold the demo's photographs.
 """
+
+from __future__ import annotations
 
 import argparse
 import collections
@@ -20,37 +22,31 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.options import add_number
+from benchmarks.tables import rate, report, speed_ratio, times
+from benchmarks.timing import Case, measure
 from moa_vision.data import DataConfig, train_loader
 from moa_vision.index import ShardIndex, ShardReader, open_index
 from moa_vision.photographs import TRAIN, VAL, photograph_file
 from moa_vision.shards import ShardSettings, make_shards
 
-from .measure import Case, measure
-from .options import add_out, positive
-from .table import rate, report, speed_ratio, times
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    parser.add_argument("--rounds", type=positive, default=5, help="measured rounds (default: %(default)s)")
-    parser.add_argument("--size", type=positive, default=224, help="pixels of a crop's side (default: %(default)s)")
-    add_loading(parser)
-    add_out(parser)
-
-
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Options of what is loaded, for all benchmarks that load."""
-    parser.add_argument("--shards", help="shards (default: the demo's photographs, short side 256)")
-    parser.add_argument(
-        "--batches", type=positive, default=8, help="batches of 64 images a round (default: %(default)s)"
-    )
-
-
 BATCH = 64
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    add_number(parser, "--size", 224, "pixels of a crop's side")
+    add_loading(parser)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add the options of benchmarks that load images."""
+    parser.add_argument("--shards", help="shards (default: the demo's photographs, short side 256)")
+    add_number(parser, "--batches", 8, f"batches of {BATCH} images a round")
+
+
 class OfficialRecipe(Dataset[Tensor]):
-    """Images of facebookresearch/mae: PIL, RandomResizedCrop bicubic, flip, ToTensor, Normalize."""
+    """Training images of facebookresearch/mae: PIL, bicubic RandomResizedCrop, flip, ToTensor, Normalize."""
 
     def __init__(self, reader: ShardReader, config: DataConfig, size: int) -> None:
         from torchvision import transforms
@@ -67,15 +63,17 @@ class OfficialRecipe(Dataset[Tensor]):
         )
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.reader.index)
 
     def __getitem__(self, sample: int) -> Any:
+        """Return a crop (3, H, W)."""
         image = Image.open(io.BytesIO(self.reader.read(sample).tobytes())).convert("RGB")
         return self.transform(image)
 
 
 def photographs_of_short_side_256(folder: Path) -> str:
-    """Shards of the demo's photographs, where no others are given."""
+    """Pack the demo's photographs; return the folder of the shards."""
     (folder / "in").mkdir()
     for copy, name in product(range(8), TRAIN + VAL):  # so that they fill a batch
         shutil.copy(photograph_file(name), folder / "in" / f"{copy}-{Path(name).name}")
@@ -85,7 +83,7 @@ def photographs_of_short_side_256(folder: Path) -> str:
 
 @contextmanager
 def one_core(shards: str | None) -> Iterator[tuple[str, ShardIndex]]:
-    """The shards, the given ones or photographs, and their index; torch has one thread meanwhile."""
+    """Yield the given shards, or photographs, and their index, with torch limited to one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -97,7 +95,7 @@ def one_core(shards: str | None) -> Iterator[tuple[str, ShardIndex]]:
 
 
 def load(index: ShardIndex, config: DataConfig, image_size: tuple[int, int], num_patches: int, batches: int) -> None:
-    """Our loader in this process, to the end."""
+    """Run our loader in this process to its end."""
     step = {"global_batch": BATCH, "micro_batch": BATCH, "num_steps": batches}
     loader = train_loader(index, config, image_size=image_size, num_patches=num_patches, seed=0, **step)
     collections.deque(loader, maxlen=0)

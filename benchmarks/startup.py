@@ -1,4 +1,6 @@
-"""What the line in Python's start-up (moa_startup) adds: alone, and to whole starts with it and without."""
+"""The cost of moa_startup's line in Python's start-up: alone, and of whole starts with and without it."""
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -10,11 +12,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from .measure import Case, measure
-from .options import add_out, positive
-from .table import rate, report, time_ratio, times
+from benchmarks.tables import rate, report, time_ratio, times
+from benchmarks.timing import Case, measure
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 HOOK_LINE = """
 import sys, time, moa_startup
@@ -28,9 +29,7 @@ for _ in range({repeats}):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    parser.add_argument("--rounds", type=positive, default=5, help="a tenth of the starts (default: %(default)s)")
-    add_out(parser)
+    """Add no options: --rounds is a tenth of the starts."""
 
 
 def run(args: argparse.Namespace) -> None:

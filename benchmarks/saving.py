@@ -1,10 +1,11 @@
-"""What a checkpoint costs training: steps beside which one is written, against the same steps alone.
+"""The cost of checkpoints in training: steps during which one is written, against the same steps alone.
 
-MAE ViT-B/16 with AdamW: weights and two moments, with checksums and synced to the disk, in the folder --folder.
+MAE ViT-B/16 with AdamW: weights and two moments, with checksums, synced to the disk of --folder.
 """
 
+from __future__ import annotations
+
 import argparse
-from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -12,23 +13,21 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from benchmarks.models import adamw, autocast, precision_name, train_step
+from benchmarks.options import add_number
+from benchmarks.tables import report, time_ratio, times
+from benchmarks.timing import Case, measure
 from moa_train import checkpoint
 from moa_train.checkpoint import Saver, Snapshot
 from moa_vision.mae import create_mae
 
-from .measure import Case, measure
-from .options import add_common, positive
-from .table import report, time_ratio, times
-from .training import adamw, autocast, precision_name, train_step
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    add_common(parser)
-    parser.add_argument("--batch", type=positive, default=32, help="images a step (default: %(default)s)")
-    parser.add_argument("--steps", type=positive, default=4, help="steps between checkpoints (default: %(default)s)")
-    parser.add_argument("--layers", type=positive, default=12, help="blocks of the encoder (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where checkpoints go for the while (default: the temporary one)")
+    """Add the options of this benchmark."""
+    add_number(parser, "--batch", 32, "images a step")
+    add_number(parser, "--steps", 4, "steps between checkpoints")
+    add_number(parser, "--layers", 12, "blocks of the encoder")
+    parser.add_argument("--folder", type=Path, help="parent folder of the checkpoints (default: the temporary one)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,41 +36,40 @@ def run(args: argparse.Namespace) -> None:
     images = torch.randn(args.batch, 3, 224, 224, device=args.device)
     optimizer, precision, steps = adamw(model), autocast(args.device), count(1)
     step = partial(train_step, lambda: model(images).loss, optimizer, precision)
-    step()  # from here on there are moments
+    step()  # creates the moments
 
     def train() -> None:
         for _ in range(args.steps):
             step()
 
-    def copied() -> Snapshot:
+    def copy() -> Snapshot:
         return checkpoint.snapshot(model, optimizer, {})
 
     with TemporaryDirectory(dir=args.folder) as folder:
         saver = Saver(Path(folder), keep=1, keep_every=None)
 
         def saving(*, wait: bool) -> None:
-            saver.begin({"step": next(steps)}, copied())
-            told(saver, wait=wait)
+            saver.begin({"step": next(steps)}, copy())
+            raise_failure(saver, wait=wait)
             train()
 
-        settled: Callable[[], object] = partial(told, saver, wait=True)  # the last one's writing is no one else's time
+        settled = partial(raise_failure, saver, wait=True)  # waits, so that no write reaches into the next run
         what = f"{args.steps} steps"
         cases = [Case({"what": what}, lambda _: train(), prepare=settled)]
-        for place, wait in (("beside", False), ("before", True)):
-            labels = {"what": f"{what}, a checkpoint written {place} them"}
+        for when, wait in (("during", False), ("before", True)):
+            labels = {"what": f"{what}, a checkpoint written {when} them"}
             cases.append(Case(labels, lambda _, wait=wait: saving(wait=wait), prepare=settled, baseline=cases[0]))
-        cases.append(
-            Case({"what": "the copy to the CPU alone"}, lambda _: copied(), prepare=settled, baseline=cases[0])
-        )
+        labels = {"what": "the copy to the CPU alone"}
+        cases.append(Case(labels, lambda _: copy(), prepare=settled, baseline=cases[0]))
         measure(cases, args.device, args.rounds, memory=False)
-        told(saver, wait=True)
+        raise_failure(saver, wait=True)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors")) / 1e6
     remark = f"batch {args.batch}, {precision_name(precision)}, a checkpoint of {size:,.0f} MB"
     report("saving: MAE ViT-B/16, qd-MoA", cases, [*times(), *time_ratio()], args.device, args.out, remark)
 
 
-def told(saver: Saver, *, wait: bool) -> None:
-    """Raise what went wrong with the last checkpoint."""
+def raise_failure(saver: Saver, *, wait: bool) -> None:
+    """Raise the error of the last checkpoint, if any."""
     error = saver.outcome(wait=wait)
     if error is not None:
         raise error

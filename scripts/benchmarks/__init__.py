@@ -1,1 +1,0 @@
-"""The benchmarks behind scripts/benchmark.py, one subject a file."""
