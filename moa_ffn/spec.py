@@ -28,26 +28,26 @@ class Dictionaries(NamedTuple):
     up: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Variant:
+class _Variant(NamedTuple):
     type_two: bool
     mixing: Literal["fixed", "constant", "token"]
-    mixed: Literal["none", "gate", "one", "both", "pairs"] = "none"
+    form: Literal["fixed", "gate", "one", "separable", "full"]
+    """As `Form`; "one" is "gate" or "up", according to `FFNSpec.mixed_branch`."""
     fixed_activation: str = "silu"
 
 
 _VARIANTS = {
-    "relu2": _Variant(False, "fixed", fixed_activation="relu2"),
-    "gelu": _Variant(False, "fixed", fixed_activation="gelu"),
+    "relu2": _Variant(False, "fixed", "fixed", "relu2"),
+    "gelu": _Variant(False, "fixed", "fixed", "gelu"),
     "la": _Variant(False, "constant", "gate"),
     "moa": _Variant(False, "token", "gate"),
-    "swiglu": _Variant(True, "fixed"),
+    "swiglu": _Variant(True, "fixed", "fixed"),
     "onela": _Variant(True, "constant", "one"),
-    "bila": _Variant(True, "constant", "both"),
-    "qdla": _Variant(True, "constant", "pairs"),
+    "bila": _Variant(True, "constant", "separable"),
+    "qdla": _Variant(True, "constant", "full"),
     "onemoa": _Variant(True, "token", "one"),
-    "bimoa": _Variant(True, "token", "both"),
-    "qdmoa": _Variant(True, "token", "pairs"),
+    "bimoa": _Variant(True, "token", "separable"),
+    "qdmoa": _Variant(True, "token", "full"),
 }
 VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
 
@@ -111,10 +111,10 @@ class FFNSpec:
     @property
     def form(self) -> Form:
         """Shape of the coefficient matrix."""
-        forms: dict[str, Form] = {"none": "fixed", "gate": "gate", "both": "separable", "pairs": "full"}
-        if self._variant.mixed == "one":
+        form = self._variant.form
+        if form == "one":
             return "gate" if self.mixed_branch == "gate" else "up"
-        return forms[self._variant.mixed]
+        return form
 
     @property
     def gate_dictionary(self) -> tuple[str, ...]:
