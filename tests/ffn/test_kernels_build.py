@@ -1,11 +1,13 @@
-"""Kernel source text, and its compilation by Triton for a GPU on a machine without one."""
+"""Kernel source text, its compilation for a GPU on a machine without one, availability and argument checks."""
 
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from moa_ffn import FFNSpec
+from moa_ffn import ACTIVATIONS, Activation, FFNSpec
+from moa_ffn.backends import triton as kernels
 from moa_ffn.backends.triton import build, source
 from moa_ffn.backends.triton.source import Mixture
 
@@ -75,3 +77,67 @@ def test_kernels_compile_for_a_gpu(variant, gate, dtype, monkeypatch, tmp_path):
         assert compiled.asm["cubin"][:4] == b"\x7fELF"
         offsets = [line for line in compiled.asm["ttir"].splitlines() if "arith.muli" in line and "_ptr" in line]
         assert offsets and all(": i64" in line for line in offsets)
+
+
+def test_unavailable_reason(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    spec, x = FFNSpec("qdmoa"), torch.zeros(2, 3)
+    assert "GPU" in str(kernels.unavailable_reason(x, spec))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.unavailable_reason(x, spec) is None
+    with pytest.raises(ValueError, match=r"float32, bfloat16, float16, not torch\.float64"):
+        kernels.mixture(x.double(), x.double(), torch.zeros(2, 6).double(), spec)
+    monkeypatch.setattr(build, "installed", lambda: False)
+    assert "not installed" in str(kernels.unavailable_reason(x, spec))
+
+
+@pytest.mark.parametrize(("capability", "available"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_compute_capability(capability, available, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    reason = kernels._unavailable_reason("cuda", 0, torch.float32, "silu")
+    assert (reason is None) == available and (available or "8.0" in str(reason))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (None, "'sine' has no kernel expressions"),
+        (("sin(x)", "gamma(x)"), r"'sine'.*'gamma\(x\)' uses 'gamma', not x.*sigmoid"),
+        (("tl.sin(x)", "cos(x)"), "'sine'.*uses 'tl.sin'"),
+        (("sin(x", "cos(x)"), r"'sine'.*'sin\(x'"),
+    ],
+)
+def test_wrong_kernel_expressions(kernel, message, monkeypatch):
+    entry = Activation("sine", "sin", torch.sin, torch.cos, kernel=kernel)
+    for module in ("moa_ffn.activations", "moa_ffn.backends.triton.source", "moa_ffn.spec"):
+        monkeypatch.setattr(f"{module}.ACTIVATIONS", {**ACTIVATIONS, "sine": entry})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match=message):
+        kernels.mixture(torch.zeros(2, 3), None, torch.zeros(2, 2), FFNSpec("moa", gate_activations=("silu", "sine")))
+
+
+@pytest.mark.parametrize(
+    ("variant", "changed", "message"),
+    [
+        ("qdmoa", {"b": None}, "b must be given for qdmoa"),
+        ("moa", {"b": torch.zeros(2, 3)}, "b must be None for moa"),
+        ("swiglu", {"mix": torch.zeros(2, 1)}, "mix must be None for swiglu"),
+        ("qdmoa", {"b": torch.zeros(2, 4)}, r"b has shape \(2, 4\); it must be \(2, 3\)"),
+        ("qdmoa", {"b": torch.zeros(2, 3).half()}, "b is torch.float16 on cpu; it must be torch.float32"),
+        ("qdmoa", {"mix": torch.zeros(6)}, r"mix has shape \(6,\); it must be \(2, 6\)"),
+        ("qdla", {"mix": torch.zeros(5)}, r"mix has shape \(5,\); it must be \(6,\)"),
+        ("qdmoa", {"mix": torch.zeros(2, 6).double()}, "mix is torch.float64.*torch.bfloat16"),
+    ],
+)
+def test_wrong_tensors(variant, changed, message, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spec, shape = FFNSpec(variant), (2, 3)
+    mix = torch.zeros(*(() if spec.learned_constant else (2,)), spec.num_coefficients)
+    b = torch.zeros(shape) if spec.type_two else None
+    tensors = {"a": torch.zeros(shape), "b": b, "mix": mix if spec.num_coefficients else None}
+    with pytest.raises(ValueError, match=message):
+        kernels.mixture(**{**tensors, **changed}, spec=spec)
