@@ -73,7 +73,7 @@ def other_baseline(variant: str, model: str) -> bool:
 
 
 def measured_group(args: argparse.Namespace, model: str, variants: list[str]) -> list[Case]:
-    """Measure the variants of one type, the baseline first, in every mode; their models share the memory."""
+    """Measure the variants of one type, the baseline first, in every mode, with all models in memory."""
     build = language_step if model == "lm" else autoencoder_step
     items = args.batch * args.sequence if model == "lm" else args.images
     cases: list[Case] = []

@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> None:
     """Measure and report."""
     config = parse_config(MAEConfig, [f"--config={args.config}"], program="benchmarks recipe", summary="")
     gpu = args.device.type == "cuda"
-    half = gpu and config.loop.precision == "bf16"
+    bf16 = gpu and config.loop.precision == "bf16"
     batch = args.batch or (config.loop.micro_batch_size if gpu else CPU_BATCH)
     mae = build_mae(config.model).to(args.device).train()
-    optimizer, precision = build_optimizer(mae, config.optim, mae.no_weight_decay()), autocast(args.device, half)
+    optimizer, precision = build_optimizer(mae, config.optim, mae.no_weight_decay()), autocast(args.device, bf16)
     rows, columns = mae.grid_size
     image_size = (rows * mae.patch_size, columns * mae.patch_size)
     images = torch.randint(256, (batch, mae.in_chans, *image_size), dtype=torch.uint8, device=args.device)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     def step(call: Callable[..., MAEOutput]) -> None:
         train_step(lambda: call(normalized(), noise).loss, optimizer, precision)
 
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = torch.bfloat16 if bf16 else torch.float32
     labels = {"recipe": "large matrix product", "mode": str(dtype)[6:]}
     product = product_case(args.device, dtype, labels, args.product_size)
     flops, held = TRAINING_FLOPS_PER_FORWARD * forward_flops(mae) * batch, partial(held_bytes, mae, optimizer)
