@@ -92,10 +92,10 @@ def sentences(template: str, comparison: Comparison) -> list[str]:
         missing=[task.label for name, task in ZERO_SHOT.items() if name not in runs[0].tasks],
         shots={task_label(name): task.shots for name, task in runs[0].tasks.items() if task.shots},
         settings={
-            "Model types": [run.config.get("model") for run in runs],
-            "Dtypes": [run.config.get("model_dtype") for run in runs],
-            "Context lengths": [run.content.get("max_length") for run in runs],
-            "lm-eval versions": [run.content.get("lm_eval_version") for run in runs],
+            "Model types": [show(run.config.get("model")) for run in runs],
+            "Dtypes": [show(run.config.get("model_dtype")) for run in runs],
+            "Context lengths": [show(run.content.get("max_length")) for run in runs],
+            "lm-eval versions": [show(run.content.get("lm_eval_version")) for run in runs],
         },
     )
     return [line for line in text.splitlines() if line.strip()]
