@@ -102,10 +102,13 @@ class MoALM(HFLM):
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         with one_line(f"read the config of {pretrained}"):
             super()._get_config(pretrained, **kwargs)
-        is_remote = kwargs.get("trust_remote_code") and "AutoModelForCausalLM" in getattr(self.config, "auto_map", {})
-        if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_remote:
-            kind = getattr(self.config, "model_type", "unknown")
-            raise ModelError(f"{pretrained} is of type {kind!r}, not a causal language model: try --model hf")
+        config = self.config
+        is_remote = kwargs.get("trust_remote_code") and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "is_encoder_decoder", False)
+        if not is_causal and not is_remote:
+            raise ModelError(
+                f"{pretrained} is of type {config.model_type!r}, not a causal language model: try --model hf"
+            )
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
         source = tokenizer if isinstance(tokenizer, str) and tokenizer else self._name

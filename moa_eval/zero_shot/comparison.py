@@ -234,8 +234,7 @@ def check_comparable(models: Sequence[Model]) -> None:
         raise DataError(f"{repeated}: given {files.count(repeated)} times; give each result once")
     for other in models[1:]:
         if reasons := list(_differences(models[0], other)):
-            shown = "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
-            raise DataError(f"not comparable: {shown}")
+            raise DataError(f"not comparable: {'; '.join(reasons)}")
 
 
 def _find(models: Sequence[Model], name: str) -> Model:

@@ -24,12 +24,12 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import save_file
 from tokenizers import decoders, pre_tokenizers, processors, trainers
 from transformers import (
+    BartConfig,
     BloomConfig,
     BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    T5Config,
     ViTConfig,
 )
 
@@ -301,7 +301,10 @@ FAULTS = {  # fault -> how to make it in a good checkpoint, or arguments; the me
         "cannot read the config of .*foo",
     ),
     "vit": (lambda folder: ViTConfig().save_pretrained(folder), "of type 'vit', not a causal language model"),
-    "t5": (lambda folder: T5Config().save_pretrained(folder), "of type 't5', not a causal language model"),
+    "encoder-decoder": (  # which transformers lists among the causal models, too
+        lambda folder: BartConfig().save_pretrained(folder),
+        "of type 'bart', not a causal language model",
+    ),
     "no tokenizer": (
         lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
         "cannot load a tokenizer from .*tokenizer=NAME_OR_DIR",

@@ -282,12 +282,6 @@ def test_different_items_are_not_comparable(tmp_path, write_results, change, wor
         compare(*files)
 
 
-def test_long_lists_of_differences_are_cut(tmp_path, write_results):
-    files = [write_results(tmp_path / "x", "m/a"), write_results(tmp_path / "y", "m/b", shots=5, limit=7)]
-    with pytest.raises(DataError, match=r"; openbookqa: 0 shots in a, 5 in b; and 1 more$"):
-        compare(*files)
-
-
 def test_repeated_results_are_refused(tmp_path, write_results):
     file = write_results(tmp_path, "m/a")
     with pytest.raises(DataError, match="given 2 times"):
