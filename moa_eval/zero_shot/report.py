@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moa_eval.page import formatting
@@ -73,7 +74,7 @@ def sentences(template: str, comparison: Comparison) -> list[str]:
     environment = Environment(
         loader=PackageLoader("moa_eval.page"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    for function in (formatting.accuracy, formatting.points, formatting.grouped, formatting.probability, show):
+    for function in (formatting.accuracy, formatting.points, formatting.grouped, formatting.probability):
         environment.filters[function.__name__] = function
     runs = [model.evaluation for model in comparison.models]
     primary = comparison.of(comparison.primary)
@@ -128,13 +129,9 @@ def score_rows(comparison: Comparison) -> list[Row]:
 
 def settings_rows(comparison: Comparison) -> list[Row]:
     """Return how each result was produced, one column per model, without settings that no result records."""
-    settings = {model.label: _settings(model.evaluation) for model in comparison.models}
-    keys = next(iter(settings.values()))
-    return [
-        {"key": key} | {label: own[key] or "–" for label, own in settings.items()}
-        for key in keys
-        if any(own[key] for own in settings.values())
-    ]
+    settings = pd.DataFrame({model.label: _settings(model.evaluation) for model in comparison.models})
+    recorded = settings[settings.ne("").any(axis=1)].replace("", "–")
+    return recorded.rename_axis("key").reset_index().to_dict("records")
 
 
 def difference_rows(comparison: Comparison) -> list[Row]:
