@@ -6,11 +6,11 @@ import altair as alt
 import numpy as np
 from scipy import stats
 
-from moa_eval.page.charts import GRID, INK, Chart, colours, draw, shapes
+from moa_eval.page import charts
 from moa_eval.zero_shot.comparison import Comparison
 
 
-def draw_accuracies(comparison: Comparison) -> dict[str, Chart]:
+def draw(comparison: Comparison) -> dict[str, charts.Chart]:
     """Draw the headline accuracies of all models; no chart if no task has scores in [0, 1]."""
     models = comparison.models
     measures = [m for m in comparison.measures if m.headline and m.is_fraction(models)]
@@ -26,11 +26,11 @@ def draw_accuracies(comparison: Comparison) -> dict[str, Chart]:
             points.append({"run": run, "model": model.label, "task": measure.label, "accuracy": accuracy} | interval)
     data = alt.Chart(alt.InlineData(values=points))
     place = {
-        "y": alt.Y("task:N").sort(tasks).title(None).axis(labelColor=INK, labelFontSize=12),
+        "y": alt.Y("task:N").sort(tasks).title(None).axis(labelColor=charts.INK, labelFontSize=12),
         "yOffset": alt.YOffset("model:N").sort(labels).scale(domain=labels, paddingOuter=0.8),
-        "color": alt.Color("model:N").scale(colours(labels)),
+        "color": alt.Color("model:N").scale(charts.colours(labels)),
     }
-    x = alt.X("accuracy:Q").title("accuracy, %").scale(zero=False).axis(grid=True, gridColor=GRID, tickCount=6)
+    x = alt.X("accuracy:Q").title("accuracy, %").scale(zero=False).axis(grid=True, gridColor=charts.GRID, tickCount=6)
     tooltip = [
         alt.Tooltip("model:N"),
         alt.Tooltip("task:N"),
@@ -43,9 +43,9 @@ def draw_accuracies(comparison: Comparison) -> dict[str, Chart]:
             **place, x=alt.X("low:Q").scale(zero=False), x2=alt.X2("high:Q"), tooltip=tooltip
         ),
         data.mark_point(filled=True, size=45, opacity=1).encode(
-            **place, x=x, shape=alt.Shape("model:N").scale(shapes(labels)), tooltip=tooltip
+            **place, x=x, shape=alt.Shape("model:N").scale(charts.shapes(labels)), tooltip=tooltip
         ),
     ]
     height = len(tasks) * (18 + 12 * len(labels))
     title = "Accuracy, with 95 % intervals over items"
-    return {"accuracy": draw("accuracy", title, alt.layer(*layers), height=height)}
+    return {"accuracy": charts.draw("accuracy", title, alt.layer(*layers), height=height)}

@@ -18,7 +18,7 @@ from moa_eval.page.writing import Row, Section, Series
 from moa_eval.training.configuration import config_difference
 from moa_eval.zero_shot import paired
 from moa_eval.zero_shot.comparison import ZERO_SHOT, Comparison, Contrast, Measure, compare_evaluations, task_label
-from moa_eval.zero_shot.figures import draw_accuracies as draw
+from moa_eval.zero_shot.figures import draw
 from moa_eval.zero_shot.results import Evaluation, read_evaluation
 
 _ENVIRONMENT = {"torch": re.compile(r"^PyTorch version: (.+)$", re.M), "GPU": re.compile(r"^GPU 0: (.+)$", re.M)}
