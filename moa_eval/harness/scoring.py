@@ -58,7 +58,8 @@ class _Launched:
     """A batch whose results are being copied to the host, so that the next one can start before they are read."""
 
     def __init__(self, packing: Packing, result: Tensor) -> None:
-        self.packing, self.host = packing, result.to("cpu", non_blocking=result.is_cuda)
+        self.requests, self.counts = packing.requests, packing.counts
+        self.host = result.to("cpu", non_blocking=result.is_cuda)
         self.copied = None
         if result.is_cuda:
             self.copied = torch.cuda.Event()
@@ -68,8 +69,8 @@ class _Launched:
         """Wait for the results; yield one score per request."""
         if self.copied is not None:
             self.copied.synchronize()
-        parts = self.host.double().split(self.packing.counts, dim=1)
-        for request, (log_probabilities, greedy) in zip(self.packing.requests, parts, strict=True):
+        parts = self.host.double().split(self.counts, dim=1)
+        for request, (log_probabilities, greedy) in zip(self.requests, parts, strict=True):
             yield Score(request, log_probabilities.sum().item(), bool(greedy.all()))
 
 
@@ -153,6 +154,7 @@ class PrefixTreeScorer:
         except torch.OutOfMemoryError:
             if len(segments) == 1:
                 raise
+        del packing  # its masks
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # fragments of the failed attempt
         half = len(segments) // 2

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -165,12 +165,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
             folder holds the results of several models.
     """
     file, older = _find(Path(path))
-    content = _parse(file, lambda text: parse_json(_FUNCTION_ADDRESS.sub("", text)))
-    try:
-        jsonschema.validate(content, _SCHEMA)
-    except jsonschema.ValidationError as error:
-        place = ".".join(map(str, error.absolute_path)) or "content"
-        raise _error(file, f"{place} has the wrong format ({error.message[:200]})", _RERUN) from error
+    content = _read_results(file)
     tasks = {name: _read_task(file, content, name) for name in content["results"] if name in content.get("configs", {})}
     if not tasks:
         raise _error(file, "there are no results of single tasks", "run lm_eval on tasks, not only on groups")
@@ -197,11 +192,16 @@ def _find(path: Path) -> tuple[Path, int]:
     return max(dates, key=lambda file: (dates[file], file.name)), len(dates) - 1
 
 
-def _parse(path: Path, parse: Callable[[str], Any]) -> Any:
+def _read_results(file: Path) -> dict[str, Any]:
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        content = parse_json(_FUNCTION_ADDRESS.sub("", file.read_text(encoding="utf-8")))
+        jsonschema.validate(content, _SCHEMA)
     except (ValueError, RecursionError) as error:
-        raise _error(path, f"not valid JSON ({error})", _RERUN) from error
+        raise _error(file, f"not valid JSON ({error})", _RERUN) from error
+    except jsonschema.ValidationError as error:
+        place = ".".join(map(str, error.absolute_path)) or "content"
+        raise _error(file, f"{place} has the wrong format ({error.message[:200]})", _RERUN) from error
+    return content
 
 
 def _read_task(file: Path, content: Mapping[str, Any], name: str) -> TaskResult:
