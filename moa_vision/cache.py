@@ -172,7 +172,7 @@ class ShardCache:
             identity = (path.resolve(), stat.st_size, stat.st_mtime_ns)
         else:
             return path
-        return self.folder / "shards" / f"{short_hash(*identity)}-{_plain_name(shard.url)}"
+        return self.folder / "shards" / f"{short_hash(*identity)}.tar"
 
     def _raise_if_lost(self, target: Path) -> None:
         """Raise the LostShard that another process recorded since `opened_s`, if it is recent."""
@@ -255,9 +255,3 @@ def _is_permanent(error: Exception) -> bool:
     """Return whether another attempt cannot succeed."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     return isinstance(error, FileNotFoundError | PermissionError) or status in _PERMANENT_STATUS
-
-
-def _plain_name(url: str) -> str:
-    """Return the last component of `url` as a safe file name without the suffix of the compression."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", url.split("?")[0].rstrip("/").split("/")[-1])[-80:]
-    return re.sub(r"\.tgz$", ".tar", re.sub(r"\.gz$", "", name))

@@ -26,8 +26,6 @@ from moa_vision.images import ImageError, decode_image
 from moa_vision.index import ShardIndex, ShardReader
 from moa_vision.table import BadSample
 
-_UNUSABLE = (ImageError, OSError, LostShard)
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -140,20 +138,36 @@ class BatchSpec(NamedTuple):
     channels: int
 
 
-class TrainSamples(Dataset[ImageBatch]):
+class _Samples(Dataset[ImageBatch]):
+    """Decoded images of an index; with a bounded cache at most `bounded_files` shards are open, and so not evicted."""
+
+    def __init__(self, index: ShardIndex, config: DataConfig, spec: BatchSpec, bounded_files: int) -> None:
+        self.index = index
+        self.config = config
+        self.spec = spec
+        open_files = {} if index.cache.max_bytes is None else {"open_files": bounded_files}
+        self.reader = ShardReader(index, config.max_bad_samples, **open_files)
+
+    def decode(self, sample: int, bad: list[BadSample]) -> Tensor | None:
+        """Return a sample's image, or None after adding it to `bad`."""
+        try:
+            return decode_image(self.reader.read(sample), self.spec.channels)
+        except (ImageError, OSError, LostShard) as error:
+            bad.append(self.index.bad(sample, error))
+            return None
+
+
+class TrainSamples(_Samples):
     """Random crops by (epoch, position)."""
 
     def __init__(self, index: ShardIndex, config: DataConfig, spec: BatchSpec, seed: int) -> None:
-        open_files = {} if index.cache.max_bytes is None else {"open_files": config.shuffle_window_shards}
-        self.reader = ShardReader(index, config.max_bad_samples, **open_files)
-        self.config = config
-        self.spec = spec
+        super().__init__(index, config, spec, bounded_files=config.shuffle_window_shards)
         self.key = philox_key(seed, SAMPLE)
         self.order = EpochOrder(index.starts, seed, config.shuffle_window_shards, config.repeated_augmentation)
 
     def __getitems__(self, where: Sequence[tuple[int, int]]) -> ImageBatch:
         """Return the batch of these epochs and positions; crops of the same image share its decoding."""
-        batch = _BatchBuilder(self.reader.index, len(where), self.spec)
+        batch = _BatchBuilder(self.index, len(where), self.spec)
         current, image, sample = None, torch.empty(0), -1
         for epoch, position in where:
             slot = position // self.config.repeated_augmentation
@@ -172,10 +186,8 @@ class TrainSamples(Dataset[ImageBatch]):
         attempts = min(self.config.max_bad_samples + 1, self.order.slots)
         for ahead in range(attempts):
             sample = self.order.sample(epoch, slot + ahead)
-            try:
-                return decode_image(self.reader.read(sample), self.spec.channels), sample
-            except _UNUSABLE as error:
-                bad.append(self.reader.index.bad(sample, error))
+            if (image := self.decode(sample, bad)) is not None:
+                return image, sample
         shard, key, reason = bad[-1]
         raise DataError(
             f"{attempts} samples in a row are bad, the last is {key} in {shard}: {reason}. Repair these shards, then "
@@ -183,28 +195,18 @@ class TrainSamples(Dataset[ImageBatch]):
         )
 
 
-class ValSamples(Dataset[ImageBatch]):
+class ValSamples(_Samples):
     """Central crops by sample number; the noise is a function of the sample's name."""
-
-    def __init__(self, index: ShardIndex, config: DataConfig, spec: BatchSpec) -> None:
-        open_files = {} if index.cache.max_bytes is None else {"open_files": 1}
-        self.reader = ShardReader(index, config.max_bad_samples, **open_files)
-        self.config = config
-        self.spec = spec
 
     def __getitems__(self, samples: Sequence[int]) -> ImageBatch:
         """Return the batch of these samples without the bad ones; it may be empty."""
-        index = self.reader.index
-        batch = _BatchBuilder(index, len(samples), self.spec)
+        batch = _BatchBuilder(self.index, len(samples), self.spec)
         for sample in samples:
-            try:
-                image = decode_image(self.reader.read(sample), self.spec.channels)
-            except _UNUSABLE as error:
-                batch.bad.append(index.bad(sample, error))
+            if (image := self.decode(sample, batch.bad)) is None:
                 continue
             height, width = image.shape[:2]
             box = central_box(height, width, self.spec.image_size, self.config.val_crop_pct)
-            digest = hashlib.sha256(index.name(sample).encode(errors="replace")).digest()
+            digest = hashlib.sha256(self.index.name(sample).encode(errors="replace")).digest()
             stream = generator(np.frombuffer(digest[:16], np.uint64), 0, 0)
             batch.add(sample, image, box, stream, flip=False)
         return batch.finish()
@@ -327,9 +329,8 @@ def val_loader(
     count = len(index) if limit is None else min(limit, len(index))
     samples = [number * len(index) // count for number in range(rank, count, world_size)]
     batches = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
-    return batch_loader(
-        ValSamples(index, config, BatchSpec(image_size, num_patches, channels)), batches, config.workers
-    )
+    dataset = ValSamples(index, config, BatchSpec(image_size, num_patches, channels), bounded_files=1)
+    return batch_loader(dataset, batches, config.workers)
 
 
 def require_cache_room(config: DataConfig, train: ShardIndex, val: ShardIndex | None = None) -> None:

@@ -11,15 +11,16 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable
 from typing import cast
 
 import numpy as np
 import tifffile
 import torch
+import torchvision.io
 from numpy.lib import format as npy
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
+from torchvision.io import ImageReadMode
 
 from moa_train.errors import DataError
 
@@ -45,28 +46,16 @@ class ImageError(DataError):
     """Bytes that are not an image with the requested channels."""
 
 
-def _torchvision_jpeg() -> Callable[[Tensor], Tensor]:
-    from torchvision.io import ImageReadMode
-    from torchvision.io import decode_jpeg as decode
-
-    def decode_jpeg(data: Tensor) -> Tensor:
-        with warnings.catch_warnings():  # it announces its removal at every call
-            warnings.filterwarnings("ignore", message=".*capabilities of TorchVision are deprecated")
-            return cast(Tensor, decode(data, mode=ImageReadMode.RGB, apply_exif_orientation=True))
-
-    return decode_jpeg
+def _torchvision_jpeg(data: Tensor) -> Tensor:
+    with warnings.catch_warnings():  # it announces its removal at every call
+        warnings.filterwarnings("ignore", message=".*capabilities of TorchVision are deprecated")
+        return cast(Tensor, torchvision.io.decode_jpeg(data, mode=ImageReadMode.RGB, apply_exif_orientation=True))
 
 
-def _jpeg_decoder() -> Callable[[Tensor], Tensor]:
-    """Return torchcodec's decoder, or torchvision's if torchcodec is absent, too old or cannot load FFmpeg."""
-    try:
-        from torchcodec.decoders import decode_jpeg
-    except (ImportError, OSError, RuntimeError):
-        return _torchvision_jpeg()
-    return cast(Callable[[Tensor], Tensor], decode_jpeg)
-
-
-_decode_jpeg = _jpeg_decoder()
+try:
+    from torchcodec.decoders import decode_jpeg as _decode_jpeg
+except (ImportError, OSError, RuntimeError):  # too old, or FFmpeg cannot be loaded
+    _decode_jpeg = _torchvision_jpeg
 
 
 def is_upright(image: Image.Image) -> bool:
@@ -162,7 +151,7 @@ def decode_image(data: np.ndarray, channels: int | None = 3) -> Tensor:
     # The fast decoder sees only an orientation in the first APP1 segment.
     if encoded.startswith(_JPEG_MAGIC) and channels != 1 and is_upright(open_header(encoded)):
         try:
-            return _decode_jpeg(torch.from_numpy(data)).permute(1, 2, 0).contiguous()
+            return cast(Tensor, _decode_jpeg(torch.from_numpy(data))).permute(1, 2, 0).contiguous()
         except (RuntimeError, ValueError):
             pass  # PIL reads rare kinds of JPEG, and explains damage best
     try:

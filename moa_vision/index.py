@@ -137,10 +137,6 @@ class ShardReader:
         number = self.index.shard_of(sample)
         return self._files.read(number, lambda: self._open(number), lambda file: self._read(file, sample))
 
-    def close(self) -> None:
-        """Close the files; reading opens them again."""
-        self._files.close()
-
     def _read(self, file: int, sample: int) -> np.ndarray:
         offset, size = int(self.index.table.offsets[sample]), int(self.index.table.sizes[sample])
         data = bytearray(size)  # writable, so that torch uses it without a copy

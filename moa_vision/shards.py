@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,23 +107,21 @@ class PackedShard(NamedTuple):
     kept: bool
 
 
+@dataclass(frozen=True)
 class ShardWriter:
     """A writer of single shards, with the same result in any process.
 
     Args:
-        source: Reader of the images.
+        source: The images.
         folder: The data set.
         settings: See `ShardSettings`.
         finished: Entries of shards written by an earlier run, by name.
     """
 
-    def __init__(
-        self, source: Source, folder: Path, settings: ShardSettings, finished: dict[str, dict[str, Any]]
-    ) -> None:
-        self.source = source
-        self.folder = folder
-        self.settings = settings
-        self.finished = finished
+    source: Source
+    folder: Path
+    settings: ShardSettings
+    finished: dict[str, dict[str, Any]]
 
     def write(self, name: str, items: list[Item]) -> PackedShard:
         """Write the shard `name` of `items`, unless an earlier run did."""

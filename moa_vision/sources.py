@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import yaml
 from PIL import Image
@@ -21,7 +21,7 @@ from moa_train.errors import ConfigError, DataError
 from moa_train.manifest import MANIFEST
 from moa_train.progress import CountBar
 from moa_vision.cache import Shard, ShardCache, default_cache_dir, short_hash
-from moa_vision.images import FORMATS, ImageError
+from moa_vision.images import ImageError
 from moa_vision.index import load_manifest, manifest_shard
 from moa_vision.patterns import expand, short_names
 from moa_vision.table import IMAGE_EXTENSIONS, Member, image_member, scan_tar
@@ -47,19 +47,24 @@ class RawSample(NamedTuple):
     extra: dict[str, Any]
 
 
-class Source(Protocol):
-    """A set of images."""
+class Source:
+    """A set of images.
+
+    Attributes:
+        items: The images in a fixed order.
+        label_names: Names of the labels 0, 1, ...; empty if unknown.
+    """
 
     items: list[Item]
-    label_names: tuple[str, ...]
+    label_names: tuple[str, ...] = ()
 
     def read(self, item: Item) -> RawSample:
         """Read one image; any exception means that it is unreadable."""
-        ...
+        raise NotImplementedError
 
     def fingerprint(self, item: Item) -> tuple[Any, ...]:
         """Return values that change with the image, as far as is known without reading it."""
-        ...
+        return ()
 
 
 def open_source(text: str, cache_dir: str | Path | None = None, image_key: str | None = None) -> Source:
@@ -89,47 +94,40 @@ def open_source(text: str, cache_dir: str | Path | None = None, image_key: str |
     return source
 
 
-class FolderSource:
-    """Image files below a folder; the first folder below it is the class. Other files are logged and ignored."""
+class FolderSource(Source):
+    """Image files below a folder; the first folder below it is the class. Other files are counted and ignored."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        found, others = [], Counter[str]()
-        for file in _files_below(folder):
-            if _is_image(file):
-                found.append(file.relative_to(folder))
-            else:
-                others[file.suffix.lower() or "no suffix"] += 1
-        found.sort()
-        if others:
+        files = sorted(file.relative_to(folder) for file in _files_below(folder))
+        images = [file for file in files if file.suffix.lower()[1:] in IMAGE_EXTENSIONS]
+        if others := Counter(file.suffix or "no suffix" for file in files) - Counter(file.suffix for file in images):
             suffixes = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common())
             log.warning("%d files below %s are not images and are ignored: %s", others.total(), folder, suffixes)
-        classes = [file.parts[0] if len(file.parts) > 1 else None for file in found]
-        self.label_names = tuple(sorted({name for name in classes if name is not None}))
+        self.label_names = tuple(sorted({file.parts[0] for file in images if len(file.parts) > 1}))
         labels = {name: number for number, name in enumerate(self.label_names)}
-        keys = _unique_keys([str(file.with_suffix("")) for file in found])
+        keys = _unique_keys([str(file.with_suffix("")) for file in images])
         self.items = [
-            Item(key, str(file), (None if name is None else labels[name],))
-            for key, file, name in zip(keys, found, classes, strict=True)
+            Item(key, str(file), (labels.get(file.parts[0]) if len(file.parts) > 1 else None,))
+            for key, file in zip(keys, images, strict=True)
         ]
 
     def read(self, item: Item) -> RawSample:
-        """See `Source`."""
+        """Read one image and its label."""
         return RawSample((self.folder / item.name).read_bytes(), item.where[0], {})
 
     def fingerprint(self, item: Item) -> tuple[Any, ...]:
-        """See `Source`."""
+        """Return values that change with the image."""
         stat = (self.folder / item.name).stat()
         return stat.st_size, stat.st_mtime_ns
 
 
-class TarSource:
+class TarSource(Source):
     """Samples of existing shards with their labels and JSON."""
 
     def __init__(self, pattern: str, cache_dir: Path, image_key: str | None = None) -> None:
         self.image_key = image_key
         shards: list[Shard] = []
-        self.label_names: tuple[str, ...] = ()
         for name in expand(pattern, _ALLOWED):
             if name.endswith(MANIFEST):
                 manifest = load_manifest(name)
@@ -149,7 +147,7 @@ class TarSource:
         self.items = [Item(key, name, where) for key, (_, name, where) in zip(keys, rows, strict=True)]
 
     def read(self, item: Item) -> RawSample:
-        """See `Source`. Raises ImageError if the sample has no image, or a malformed label or JSON."""
+        """Read one image and its label."""
         path, members = item.where
         image = image_member(members, self.image_key)
         try:
@@ -160,13 +158,13 @@ class TarSource:
         return RawSample(_read(path, image), label, extra if isinstance(extra, dict) else {"json": extra})
 
     def fingerprint(self, item: Item) -> tuple[Any, ...]:
-        """See `Source`."""
+        """Return values that change with the image."""
         path, members = item.where
         stat = path.stat()
         return stat.st_size, stat.st_mtime_ns, sorted(members.items()), self.image_key
 
 
-class TorchvisionSource:
+class TorchvisionSource(Source):
     """A data set of torchvision.datasets that yields (image, label)."""
 
     def __init__(self, text: str) -> None:
@@ -191,16 +189,12 @@ class TorchvisionSource:
         self.items = [Item(f"{i:08d}", f"{name}[{i}]", (i,)) for i in range(len(self.data))]
 
     def read(self, item: Item) -> RawSample:
-        """See `Source`."""
+        """Read one image and its label."""
         image, label = self.data[item.where[0]]
         return RawSample(image, label if isinstance(label, int) else None, {})
 
-    def fingerprint(self, item: Item) -> tuple[Any, ...]:
-        """See `Source`."""
-        return ()
 
-
-class HubSource:
+class HubSource(Source):
     """A data set of Hugging Face `datasets`, on the Hub or in a folder.
 
     The images are column `image_key`, by default the first image column.
@@ -230,14 +224,14 @@ class HubSource:
         self.items = [Item(f"{i:08d}", f"{name}[{i}]", (i,)) for i in range(len(self.data))]
 
     def read(self, item: Item) -> RawSample:
-        """See `Source`."""
+        """Read one image and its label."""
         row = self.data[item.where[0]]
         encoded = row[self.image]
         data = encoded["bytes"] if encoded["bytes"] is not None else Path(encoded["path"]).read_bytes()
         return RawSample(data, row[self.label] if self.label else None, {})
 
     def fingerprint(self, item: Item) -> tuple[Any, ...]:
-        """See `Source`."""
+        """Return values that change with the image."""
         return (self.data._fingerprint,)
 
 
@@ -253,17 +247,6 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
         except Exception as error:  # yaml raises many types for tags
             raise ConfigError(f"source {text!r}: {key} is {value!r}, which is not valid YAML; quote it") from error
     return name, arguments
-
-
-def _is_image(file: Path) -> bool:
-    """Return whether a file is an image by its suffix or, without one, by its first bytes."""
-    if file.suffix or not file.is_file():
-        return file.suffix.lower()[1:] in IMAGE_EXTENSIONS
-    try:
-        with Image.open(file, formats=FORMATS):
-            return True
-    except Exception:  # PIL's readers raise many types
-        return False
 
 
 def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
-import torch
 from webdataset.tariterators import base_plus_ext
 
 from moa_train.errors import DataError
@@ -42,7 +41,7 @@ class BadSample(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SampleTable:
-    """Rows of N samples as arrays, which data loader workers receive in shared memory.
+    """Rows of N samples as arrays, which forked data loader workers share.
 
     Attributes:
         offsets: (N,) int64, position of the encoded image in its shard, in bytes.
@@ -104,27 +103,15 @@ class SampleTable:
         try:
             arrays = safetensors.numpy.load(data)
             problems = [BadSample(*map(str, row)) for row in json.loads(arrays.pop("problems").tobytes())]
+            table = cls(**{name: arrays[name].astype(dtype, casting="no") for name, dtype in _COLUMNS.items()})
         except Exception as error:  # safetensors raises many types
             raise DataError(f"not a sample table: {type(error).__name__}: {error}") from error
-        types = {name: (array.dtype, array.ndim) for name, array in arrays.items()}
-        if types != {name: (dtype, 1) for name, dtype in _COLUMNS.items()}:
-            raise DataError(f"not a sample table: columns {', '.join(arrays)} or their types differ")
-        table = cls(**arrays)
-        if not (table.offsets.shape == table.sizes.shape == table.labels.shape == table.key_ends.shape):
-            raise DataError("not a sample table: columns differ in length")
-        ends = np.concatenate([[0], table.key_ends])
-        if ends[-1] != len(table.key_bytes) or any((x < 0).any() for x in (np.diff(ends), table.sizes, table.offsets)):
-            raise DataError("not a sample table: negative offsets or sizes")
+        rows = {column.shape for column in (table.offsets, table.sizes, table.labels, table.key_ends)}
+        ends = np.append(0, table.key_ends)
+        negative = any((numbers < 0).any() for numbers in (np.diff(ends), table.sizes, table.offsets))
+        if rows != {(len(table),)} or negative or ends[-1] != table.key_bytes.size:
+            raise DataError("not a sample table: its columns do not fit together")
         return table, problems
-
-    def __getstate__(self) -> dict[str, torch.Tensor]:
-        # kept: a spawned process maps the tensors' shared memory only after this has returned
-        if "_shared" not in self.__dict__:
-            self.__dict__["_shared"] = {name: torch.from_numpy(getattr(self, name)) for name in _COLUMNS}
-        return self.__dict__["_shared"]
-
-    def __setstate__(self, state: dict[str, torch.Tensor]) -> None:
-        self.__dict__.update({name: column.numpy() for name, column in state.items()})
 
 
 def scan_tar(path: Path, shard: str | None = None) -> tuple[dict[str, dict[str, Member]], list[BadSample]]:

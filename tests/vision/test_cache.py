@@ -303,8 +303,3 @@ def test_a_local_shard_that_fails_once_is_opened_again(shards, tmp_path, monkeyp
     faults += [1, 1]
     with pytest.raises(OSError, match="Stale file handle"):
         ShardReader(index).read(0)
-
-
-def test_a_missing_local_shard_is_lost(tmp_path):
-    with pytest.raises(LostShard, match=r"cannot read shard .*none\.tar"):
-        ShardCache(tmp_path / "cache").open(Shard(str(tmp_path / "none.tar")))

@@ -173,19 +173,6 @@ def test_hflip_can_be_disabled(shards):
     assert 12 < count < 36  # of 48
 
 
-def test_small_images_are_enlarged(tmp_path, write_tar, encode, photos):
-    tiny = photos[0].resize((32, 32))
-    write_tar(tmp_path / "cifar.tar", [("a.jpg", encode(tiny)), ("b.png", encode(photos[1].resize((1, 1)), "PNG"))])
-    index = open_index(str(tmp_path / "cifar.tar"))
-    sizes = {"image_size": (224, 224), "num_patches": 196}
-    (batch,) = train(index, global_batch=2, micro_batch=2, num_steps=1, **sizes)
-    assert batch.images.shape == (2, 3, 224, 224) and not batch.bad
-    (batch,) = validate(index, {"val_crop_pct": 1.0}, batch_size=2, **sizes)
-    theirs = tv.resize(decode_image(np.frombuffer(encode(tiny), np.uint8).copy()).permute(2, 0, 1), [224, 224],
-                       tv.InterpolationMode.BICUBIC, antialias=True)  # fmt: skip
-    assert (batch.images[0].int() - theirs.int()).abs().max() <= 1
-
-
 def saved(array):
     buffer = io.BytesIO()
     np.save(buffer, array)

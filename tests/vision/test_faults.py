@@ -9,7 +9,6 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from moa_vision import cache
-from moa_vision.data import train_loader
 from moa_vision.index import open_index
 from moa_vision.pretrain import main
 from moa_vision.shards import ShardSettings, make_shards
@@ -90,18 +89,6 @@ def test_a_small_lost_shard_is_skipped_and_listed(train, server, tmp_path):
     assert json.loads((folder / "summary.json").read_text())["bad_samples"] == 4
 
 
-def test_a_local_shard_that_vanishes_is_skipped(train, server, tmp_path, monkeypatch):
-    shard = tmp_path / "packed" / "shard-000003.tar"
-
-    def vanish(*arguments, **options):
-        shard.unlink()
-        return train_loader(*arguments, **options)
-
-    monkeypatch.setattr("moa_vision.pretrain.train_loader", vanish)
-    code, folder = train("run", data__max_bad_samples=4, data__train=tmp_path / "packed", data__workers=0)
-    assert code == 0 and {sample["shard"] for sample in bad_samples(folder)} == {str(shard)}
-
-
 @pytest.mark.parametrize("fault", [404, pytest.param(500, marks=pytest.mark.slow)], ids=["missing", "failing"])
 def test_a_lost_shard_larger_than_the_limit_ends_the_run(train, server, capsys, fault):
     server.faults["shard-000003.tar"] = [fault] * 99
@@ -126,11 +113,6 @@ def test_samples_without_an_image_count_in_every_session(train, shards, write_ta
     code, folder = train("run", data__train=shards, data__val=tmp_path / "val.tar", data__max_bad_samples=4)
     assert code == 0, "a run continues with a higher limit"
     assert [sample["key"].split(" ")[0] for sample in bad_samples(folder)] == ["f2.jpg", "f0", "f1", "v1"]
-
-
-def test_a_cache_smaller_than_two_windows_is_a_config_error(train, capsys):
-    code, _ = train("run", data__cache_gib=1e-6, data__shuffle_window_shards=2)
-    assert code == 2 and "data.cache_gib is 1e-06; it must be at least " in capsys.readouterr().err
 
 
 @pytest.mark.slow

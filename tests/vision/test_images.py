@@ -12,7 +12,6 @@ import skimage.data
 import tifffile
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
@@ -106,11 +105,7 @@ def test_torchvision_fallback_gives_the_same_bits(photos, encode, monkeypatch):
     exif[0x0112] = 8
     files = encode(photos[0]), encode(photos[1].convert("CMYK")), encode(photos[2], exif=exif)
     expected = [decode(data) for data in files]
-    with monkeypatch.context() as patch:  # as if torchcodec were not installed
-        patch.setitem(__import__("sys").modules, "torchcodec.decoders", None)
-        fallback = images._jpeg_decoder()
-    assert fallback.__module__ == "moa_vision.images"
-    monkeypatch.setattr(images, "_decode_jpeg", fallback)
+    monkeypatch.setattr(images, "_decode_jpeg", images._torchvision_jpeg)
     assert all(np.array_equal(decode(data), pixels) for data, pixels in zip(files, expected, strict=True))
 
 
@@ -201,13 +196,6 @@ def test_mutated_images_are_decoded_or_image_errors(form, examples, mutations):
             assert pixels.ndim == 3 and pixels.shape[2] == channels and pixels.dtype in (torch.uint8, torch.float32)
 
     check()
-
-
-@given(st.binary(max_size=300), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0"]))
-@settings(max_examples=100, deadline=None)
-def test_random_bytes_are_image_errors(data, magic):
-    with pytest.raises(ImageError):
-        decode(magic + data)
 
 
 def chunk(kind, data):

@@ -98,17 +98,12 @@ def test_manifest_is_read_locally_and_remotely(packed, tmp_path, serve):
 
 @pytest.mark.parametrize(("change", "text"), [
     (lambda m: m["shards"][0].update(name="pipe:touch hacked"), "name of a file is 'pipe:touch hacked'"),
-    (lambda m: m["shards"][0].update(name="../shard-000000.tar"), "name of a file is"),
-    (lambda m: m["index"].update(name="http://host/index"), "name of a file is"),
+    (lambda m: m["index"].update(name="../index"), "name of a file is"),
     (lambda m: m["shards"].append(m["shards"][0]), "listed twice"),
-    (lambda m: m["shards"][2].update(samples="8"), "samples of shard-000002.tar is '8'"),
     (lambda m: m["shards"][2].update(samples=7), "samples is 32, but its shards add up to 31"),
-    (lambda m: m.update(bytes=-1), "bytes is -1, but its shards add up to"),
-    (lambda m: m["shards"].append({"name": "x.tar"}), "sha256 of a file is None"),
     (lambda m: m["index"].update(sha256="0" * 64), "SHA-256 of .*index.safetensors differs"),
     (lambda m: m.update(format="other"), "format is 'other', expected 'moa-images-2'"),
     (lambda m: m.update(label_names=[1]), "label_names"),
-    (lambda m: m.update(shards={}), "shards is not a list"),
 ])  # fmt: skip
 def test_inconsistent_manifests_are_rejected(packed, change, text):
     manifest = json.loads((packed / "manifest.json").read_text())
@@ -139,16 +134,6 @@ def test_local_shards_must_have_the_size_of_the_manifest(packed):
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
-
-
-def test_remote_shards_are_verified_and_lost_only_by_their_own_samples(packed, tmp_path, serve):
-    shard = bytearray((packed / "shard-000001.tar").read_bytes())
-    shard[2000] ^= 1
-    (packed / "shard-000001.tar").write_bytes(shard)
-    reader = ShardReader(open_index(serve(packed).url, tmp_path / "cache"))
-    assert len(reader.read(0))
-    with pytest.raises(LostShard, match=r"shard-000001\.tar.*SHA-256"):
-        reader.read(8)
 
 
 def test_workers_fetch_each_shard_once(packed, tmp_path, serve):

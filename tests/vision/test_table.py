@@ -5,15 +5,9 @@ from __future__ import annotations
 import gc
 import gzip
 import io
-import os
-import pickle
 import tarfile
-from multiprocessing.reduction import ForkingPickler
 
-import numpy as np
 import pytest
-import safetensors.torch
-import torch
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,14 +39,9 @@ def test_table_agrees_with_webdataset_and_tarfile(shards):
 
 
 def test_odd_members_are_skipped_and_reported(tmp_path, write_tar):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "exploded"),)
-
-    bomb = pickle.dumps(Bomb())
     path = write_tar(tmp_path / "odd.tar", [
         ("__meta__", b"x"), ("dir/a.jpg", b"A"), ("b.jpg", b"B"), ("dir/a.cls", b"7"), ("b.cls", b"seven"),
-        ("b.jpg", b"second"), ("c.json", b"{}"), ("c.pyd", bomb), ("d.pkl", bomb), ("d.png", b""), ("d.cls", b"-3"),
+        ("b.jpg", b"second"), ("c.json", b"{}"), ("c.pyd", b"pickle"), ("d.png", b""), ("d.cls", b"-3"),
         ("noextension", b""), ("E.JPEG", b"E"), ("E.cls", b"12\n"), ("\udcff.jpg", b"F"),
     ])  # fmt: skip
     table, problems = index_tar(path)
@@ -64,14 +53,6 @@ def test_odd_members_are_skipped_and_reported(tmp_path, write_tar):
         ("d", "no label"),
     ]
     assert problems[0].key.startswith("b.jpg at byte ") and "occurs more than once" in problems[0].reason
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_every_duplicate_image_is_a_problem_of_its_own(tmp_path, write_tar):
-    members = ("a.jpg", "a.cls", "a.jpg", "a.JPG", "a.cls", "a.jpg")
-    _, problems = index_tar(write_tar(tmp_path / "a.tar", [(name, b"1") for name in members]))
-    keys = [bad.key for bad in problems]
-    assert len(set(keys)) == 4 and [key.split(" ")[0] for key in keys] == ["a.jpg", "a.JPG", "a", "a.jpg"]
 
 
 def damaged_header(data):
@@ -142,15 +123,6 @@ ROWS = st.tuples(st.text(max_size=9), st.integers(0, 2**60), st.integers(0, 2**4
 def test_table_round_trips(groups):
     table = SampleTable.concatenate([SampleTable.from_rows(group) for group in groups])
     rows = [row for group in groups for row in group]
-    for same in (table, SampleTable.from_bytes(table.to_bytes())[0], pickle.loads(ForkingPickler.dumps(table))):
+    for same in (table, SampleTable.from_bytes(table.to_bytes())[0]):
         numbers = zip(same.offsets.tolist(), same.sizes.tolist(), same.labels.tolist(), strict=True)
         assert [(same.key(i), *row) for i, row in enumerate(numbers)] == rows
-        assert all(isinstance(getattr(same, name), np.ndarray) for name in SampleTable.__annotations__)
-
-
-@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float64"])
-def test_a_table_of_other_types_is_rejected(name):
-    tensors = safetensors.torch.load(SampleTable.from_rows([("a", 0, 1, 2)]).to_bytes())
-    data = safetensors.torch.save(tensors | {"offsets": torch.zeros(1, dtype=getattr(torch, name))})
-    with pytest.raises(DataError, match="not a sample table"):
-        SampleTable.from_bytes(data)
