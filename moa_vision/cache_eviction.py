@@ -36,7 +36,8 @@ def hold(path: Path) -> int:
 
 def release(file: int) -> None:
     """End `hold`, also for processes forked since."""
-    fcntl.flock(file, fcntl.LOCK_UN)
+    with suppress(OSError):  # a file system without locks, where only uncached shards can lie
+        fcntl.flock(file, fcntl.LOCK_UN)
     os.close(file)
 
 

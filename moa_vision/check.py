@@ -41,7 +41,7 @@ def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | Non
     try:
         with _fetched(index, cache_dir) as path:
             problems += _file_problems(index, path)
-            table, _ = SampleTable.from_bytes(path.read_bytes())
+            table = SampleTable.from_bytes(path.read_bytes())
     except (OSError, DataError) as error:
         problems.append(Problem(index.url, "", str(error)))
     if table is not None and len(table) != manifest["samples"]:
@@ -110,8 +110,8 @@ class ShardCheck:
         try:
             with _fetched(self.shard, self.cache_dir) as path:
                 problems += _file_problems(self.shard, path)
-                table, found = index_tar(path, self.shard.url, self.image_key)
-                problems += [self._problem(bad.key, bad.reason) for bad in found]
+                table = index_tar(path, self.shard.url, self.image_key)
+                problems += [self._problem(bad.key, bad.reason) for bad in table.problems]
                 problems += self._sample_problems(path, table)
                 return Checked(len(table), path.stat().st_size, problems)
         except (OSError, DataError) as error:

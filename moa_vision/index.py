@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from moa_train.errors import DataError
-from moa_train.manifest import MANIFEST, check_entry, file_sha256, parse_manifest
+from moa_train.errors import ConfigError, DataError
+from moa_train.manifest import MANIFEST, check_entry, parse_manifest
 from moa_train.open_files import OpenFiles
 from moa_train.progress import CountBar
 from moa_vision import cache
@@ -51,7 +50,6 @@ class ShardIndex:
         starts: (S + 1,) int64; the samples of shard s are starts[s] .. starts[s + 1] - 1.
         table: Rows of all N samples in the order of the shards.
         label_names: Names of the labels 0, 1, ...; empty if unknown.
-        problems: Problems found while indexing; samples without an image are not in the table.
         cache: Storage of remote and compressed shards.
     """
 
@@ -59,7 +57,6 @@ class ShardIndex:
     starts: np.ndarray
     table: SampleTable
     label_names: tuple[str, ...]
-    problems: tuple[BadSample, ...]
     cache: ShardCache
 
     def __len__(self) -> int:
@@ -102,10 +99,10 @@ class ShardIndex:
 
     def without_image(self) -> list[BadSample]:
         """Return the problems that are samples missing from the table."""
-        if not self.problems:
+        if not self.table.problems:
             return []
         listed = {self.bad(sample, "")[:2] for sample in range(len(self))}
-        return [problem for problem in self.problems if problem[:2] not in listed]
+        return [problem for problem in self.table.problems if problem[:2] not in listed]
 
     def bad(self, sample: int, reason: object) -> BadSample:
         """Return the record of a sample that could not be used."""
@@ -163,17 +160,6 @@ def _require_bytes(wanted: int, path: Path) -> None:
         raise DataError(f"received {size} bytes, but its samples end at byte {wanted}")
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Shards of one manifest, or one tar without a manifest."""
-
-    shards: tuple[Shard, ...]
-    counts: tuple[int, ...]
-    table: SampleTable
-    label_names: tuple[str, ...] = ()
-    problems: tuple[BadSample, ...] = ()
-
-
 def open_index(
     pattern: str,
     cache_dir: str | Path | None = None,
@@ -197,47 +183,46 @@ def open_index(
     folder = cache.default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     shard_cache = ShardCache(folder, None if cache_gib is None else int(cache_gib * 2**30))
     names = expand(pattern)
-    parts: list[_Part] = []
+    parts: list[ShardIndex] = []
     with ThreadPoolExecutor(_THREADS) as pool, CountBar(total=len(names), title="indexing", unit="shard") as bar:
         for part in pool.map(partial(_open_part, shard_cache=shard_cache, image_key=image_key), names):
             parts.append(part)
             bar.update()
-    shards = tuple(shard for part in parts for shard in part.shards)
-    problems = tuple(problem for part in parts for problem in part.problems)
-    _check_parts(pattern, shards, parts, problems)
-    return ShardIndex(
-        shards=shards,
-        starts=np.cumsum([0, *(count for part in parts for count in part.counts)], dtype=np.int64),
+    index = ShardIndex(
+        shards=tuple(shard for part in parts for shard in part.shards),
+        starts=np.cumsum([0, *(count for part in parts for count in np.diff(part.starts))], dtype=np.int64),
         table=SampleTable.concatenate([part.table for part in parts]),
         label_names=next((part.label_names for part in parts if part.label_names), ()),
-        problems=problems,
         cache=shard_cache,
     )
+    _check_index(pattern, index)
+    return index
 
 
-def _check_parts(pattern: str, shards: Sequence[Shard], parts: Sequence[_Part], problems: Sequence[BadSample]) -> None:
-    urls = [shard.url for shard in shards]
+def _check_index(pattern: str, index: ShardIndex) -> None:
+    urls, problems = [shard.url for shard in index.shards], index.table.problems
     if len(set(urls)) < len(urls):
-        raise DataError(f"{pattern!r} names shard {max(urls, key=urls.count)} twice; name each shard once")
-    if not any(len(part.table) for part in parts):
-        first = f"; the first, {problems[0].key} in {problems[0].shard}: {problems[0].reason}" if problems else ""
-        raise DataError(f"{pattern!r} has no sample with an image ({', '.join(IMAGE_EXTENSIONS)}){first}")
+        raise ConfigError(f"{pattern!r} names shard {max(urls, key=urls.count)} twice; name each shard once")
+    first = f"the first: {problems[0].key} in {problems[0].shard}: {problems[0].reason}" if problems else "it is empty"
+    if not len(index):
+        raise DataError(f"{pattern!r} has no sample with an image ({', '.join(IMAGE_EXTENSIONS)}); {first}")
     if problems:
-        log.warning("%d problems in the shards of %s, the first: %s", len(problems), pattern, problems[0])
+        log.warning("%d problems in the shards of %s, %s", len(problems), pattern, first)
 
 
-def _open_part(url: str, shard_cache: ShardCache, image_key: str | None) -> _Part:
+def _open_part(url: str, shard_cache: ShardCache, image_key: str | None) -> ShardIndex:
+    """Return the index of a manifest or of a tar without one."""
     if url.endswith(MANIFEST):
         return _open_manifest(url, shard_cache)
-    table, problems = _shard_table(Shard(url), shard_cache, image_key)
-    return _Part((Shard(url),), (len(table),), table, problems=tuple(problems))
+    table = _shard_table(Shard(url), shard_cache, image_key)
+    return ShardIndex((Shard(url),), np.array([0, len(table)]), table, (), shard_cache)
 
 
 def load_manifest(url: str) -> dict[str, Any]:
     """Read and validate a manifest of scripts/make_shards.py.
 
     Args:
-        url: Of the manifest, local or remote.
+        url: Path or URL of the manifest.
 
     Raises:
         DataError: It is missing or invalid; the message names the field.
@@ -260,18 +245,19 @@ def manifest_shard(url: str, entry: dict[str, Any]) -> Shard:
     return Shard(f"{base}/{entry['name']}", entry["bytes"], entry["sha256"])
 
 
-def _open_manifest(url: str, shard_cache: ShardCache) -> _Part:
+def _open_manifest(url: str, shard_cache: ShardCache) -> ShardIndex:
     """Read a manifest, its index, and the sizes of its local shards."""
     manifest = load_manifest(url)
     entries = manifest["shards"]
     shards = tuple(manifest_shard(url, entry) for entry in entries)
     index = manifest_shard(url, manifest["index"])
     try:
-        path = shard_cache.fetch(index)
-        if file_sha256(path) != index.sha256:
-            raise DataError(f"SHA-256 of {path} differs from the manifest")
-        table, _ = SampleTable.from_bytes(path.read_bytes())
-        counts = tuple(entry["samples"] for entry in entries)
+        with os.fdopen(shard_cache.open(index), "rb") as file:
+            content = file.read()
+        if hashlib.sha256(content).hexdigest() != index.sha256:
+            raise DataError(f"SHA-256 of {index.url} differs from the manifest")
+        table = SampleTable.from_bytes(content)
+        counts = [entry["samples"] for entry in entries]
         if sum(counts) != len(table):
             raise DataError(f"it lists {sum(counts)} samples, its index {len(table)}")
         if (table.offsets > np.repeat([entry["bytes"] for entry in entries], counts) - table.sizes).any():
@@ -282,11 +268,11 @@ def _open_manifest(url: str, shard_cache: ShardCache) -> _Part:
                     raise DataError(f"{shard.url} has {size} bytes, the manifest lists {shard.bytes}")
     except (OSError, DataError) as error:
         raise DataError(f"manifest {url}: {error}; pack or copy the data set again") from error
-    return _Part(shards, counts, table, tuple(manifest["label_names"]))
+    return ShardIndex(shards, np.cumsum([0, *counts]), table, tuple(manifest["label_names"]), shard_cache)
 
 
-def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -> tuple[SampleTable, list[BadSample]]:
-    """Return the rows of a shard from the cached index, or from its headers.
+def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -> SampleTable:
+    """Return the table of a shard from the cached index, or from its headers.
 
     A cached index belongs to the path, size and modification time of a local shard, or to the URL of a remote one.
     """
@@ -300,7 +286,7 @@ def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -
             return SampleTable.from_bytes(cached.read_bytes())
         file = shard_cache.open(shard, verify=partial(index_tar, shard=shard.url))
         try:
-            table, problems = index_tar(shard_cache.path(shard), shard.url, image_key)
+            table = index_tar(shard_cache.path(shard), shard.url, image_key)
         finally:
             release(file)
     except OSError as error:
@@ -308,8 +294,8 @@ def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         temporary = cached.with_name(f"{cached.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(table.to_bytes(problems))
+        temporary.write_bytes(table.to_bytes())
         temporary.replace(cached)
     except OSError as error:
         log.warning("the index of %s cannot be cached in %s: %s", shard.url, shard_cache.folder, error)
-    return table, problems
+    return table

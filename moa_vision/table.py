@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +49,7 @@ class SampleTable:
         labels: (N,) int32, -1 for none.
         key_ends: (N,) int64, end of each key in `key_bytes`.
         key_bytes: (K,) uint8, the concatenated keys in UTF-8.
+        problems: Problems found while the tars were indexed; samples without an image have no row.
     """
 
     offsets: np.ndarray
@@ -56,9 +57,10 @@ class SampleTable:
     labels: np.ndarray
     key_ends: np.ndarray
     key_bytes: np.ndarray
+    problems: tuple[BadSample, ...] = ()
 
     @classmethod
-    def from_rows(cls, rows: Sequence[tuple[str, int, int, int]]) -> SampleTable:
+    def from_rows(cls, rows: Sequence[tuple[str, int, int, int]], problems: Sequence[BadSample] = ()) -> SampleTable:
         """Build a table from rows of key, offset, size and label."""
         keys = [row[0].encode(errors="replace") for row in rows]
         numbers = np.array([row[1:] for row in rows], dtype=np.int64).reshape(-1, 3)
@@ -68,6 +70,7 @@ class SampleTable:
             labels=numbers[:, 2].astype(np.int32),
             key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
             key_bytes=np.frombuffer(b"".join(keys), np.uint8).copy(),
+            problems=tuple(problems),
         )
 
     @classmethod
@@ -76,7 +79,8 @@ class SampleTable:
         shifts = np.cumsum([0] + [len(table.key_bytes) for table in tables])
         ends = [table.key_ends + shift for table, shift in zip(tables, shifts[:-1], strict=True)]
         joined = {name: np.concatenate([getattr(table, name) for table in tables]) for name in _COLUMNS}
-        return cls(**{**joined, "key_ends": np.concatenate(ends)})
+        problems = tuple(problem for table in tables for problem in table.problems)
+        return cls(**{**joined, "key_ends": np.concatenate(ends)}, problems=problems)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -91,19 +95,20 @@ class SampleTable:
         columns = (column[first:last].tolist() for column in (self.offsets, self.sizes, self.labels))
         return dict(zip(map(self.key, range(first, last)), zip(*columns, strict=True), strict=True))
 
-    def to_bytes(self, problems: Iterable[BadSample] = ()) -> bytes:
-        """Return the table as a safetensors file; equal rows give equal bytes."""
+    def to_bytes(self) -> bytes:
+        """Return the table as a safetensors file; equal tables give equal bytes."""
         arrays = {name: getattr(self, name) for name in _COLUMNS}
-        arrays["problems"] = np.frombuffer(json.dumps(list(problems)).encode(), np.uint8)
+        arrays["problems"] = np.frombuffer(json.dumps(self.problems).encode(), np.uint8)
         return safetensors.numpy.save(arrays)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> tuple[SampleTable, list[BadSample]]:
+    def from_bytes(cls, data: bytes) -> SampleTable:
         """Parse the result of `to_bytes`. Raises DataError for anything else."""
         try:
             arrays = safetensors.numpy.load(data)
-            problems = [BadSample(*map(str, row)) for row in json.loads(arrays.pop("problems").tobytes())]
-            table = cls(**{name: arrays[name].astype(dtype, casting="no") for name, dtype in _COLUMNS.items()})
+            problems = tuple(BadSample(*map(str, row)) for row in json.loads(arrays["problems"].tobytes()))
+            columns = {name: arrays[name].astype(dtype, casting="no") for name, dtype in _COLUMNS.items()}
+            table = cls(**columns, problems=problems)
         except Exception as error:  # safetensors raises many types
             raise DataError(f"not a sample table: {type(error).__name__}: {error}") from error
         rows = {column.shape for column in (table.offsets, table.sizes, table.labels, table.key_ends)}
@@ -111,7 +116,7 @@ class SampleTable:
         negative = any((numbers < 0).any() for numbers in (np.diff(ends), table.sizes, table.offsets))
         if rows != {(len(table),)} or negative or ends[-1] != table.key_bytes.size:
             raise DataError("not a sample table: its columns do not fit together")
-        return table, problems
+        return table
 
 
 def scan_tar(path: Path, shard: str | None = None) -> tuple[dict[str, dict[str, Member]], list[BadSample]]:
@@ -210,10 +215,8 @@ def _is_image(extension: str) -> bool:
     return extension.rpartition(".")[2] in _IMAGE_FIELDS
 
 
-def index_tar(
-    path: Path, shard: str | None = None, image_key: str | None = None
-) -> tuple[SampleTable, list[BadSample]]:
-    """Return the rows of a plain tar's samples and the problems found.
+def index_tar(path: Path, shard: str | None = None, image_key: str | None = None) -> SampleTable:
+    """Return the table of a plain tar's samples.
 
     Args:
         path: The tar.
@@ -229,7 +232,7 @@ def index_tar(
     with path.open("rb") as file:
         for key, members in samples.items():
             try:
-                image = image_member(members, image_key)
+                offset, size = image_member(members, image_key)
             except ImageError as error:
                 problems.append(BadSample(shard, key, str(error)))
                 continue
@@ -241,5 +244,5 @@ def index_tar(
                     label = int(text)
                 else:
                     problems.append(BadSample(shard, key, f"no label: its .cls is not a whole number ({text!r})"))
-            rows.append((key, *image, label))
-    return SampleTable.from_rows(rows), problems
+            rows.append((key, offset, size, label))
+    return SampleTable.from_rows(rows, problems)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_train.errors import DataError
+from moa_train.errors import ConfigError, DataError
 from moa_vision.cache import LostShard
 from moa_vision.data import DataConfig, val_loader
 from moa_vision.images import ImageError
@@ -39,7 +39,7 @@ def test_index_of_several_tars(shards):
     index = open_index(str(shards))
     assert index.starts.tolist() == [0, 9, 13, 20, 21, 32]
     assert index.name(16) == "c/c3" and index.shards[index.shard_of(16)].url == str(shards / "c.tar")
-    assert index.table.labels.tolist() == list(range(32)) and not index.problems
+    assert index.table.labels.tolist() == list(range(32)) and not index.table.problems
 
 
 def test_cached_index_is_used_until_the_shard_changes(shards, tmp_path, monkeypatch, write_tar):
@@ -67,15 +67,15 @@ def test_lost_samples_are_listed_apart_from_other_problems(tmp_path, write_tar):
     members = [("a.jpg", b"1"), ("a.cls", b"one"), ("b.json", b"{}")]
     for _ in ("scanned", "cached"):
         index = open_index(str(write_tar(tmp_path / "a.tar", members)), tmp_path / "cache")
-        assert [bad.key for bad in index.problems] == ["a", "b"]
+        assert [bad.key for bad in index.table.problems] == ["a", "b"]
         assert [bad.key for bad in index.without_image()] == ["b"]
 
 
 def test_a_data_set_without_images_or_with_a_shard_twice_is_rejected(shards, tmp_path, write_tar):
     write_tar(tmp_path / "none.tar", [("c.json", b"{}")])
-    with pytest.raises(DataError, match=r"no sample with an image .*the first, c in .*none\.tar: no image"):
+    with pytest.raises(DataError, match=r"no sample with an image .*the first: c in .*none\.tar: no image"):
         open_index(str(tmp_path / "none.tar"))
-    with pytest.raises(DataError, match=r"names shard .*a\.tar twice"):
+    with pytest.raises(ConfigError, match=r"names shard .*a\.tar twice"):
         open_index(f"{shards}/a.tar::{shards}/*.tar")
 
 

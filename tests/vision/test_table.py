@@ -26,10 +26,10 @@ def keys_of(table):
 
 @UNCLOSED
 def test_table_agrees_with_webdataset_and_tarfile(shards):
-    table, problems = index_tar(shards / "c.tar")
+    table = index_tar(shards / "c.tar")
     theirs = list(webdataset.WebDataset(str(shards / "c.tar"), shardshuffle=False))
     data = (shards / "c.tar").read_bytes()
-    assert keys_of(table) == [sample["__key__"] for sample in theirs] and not problems
+    assert keys_of(table) == [sample["__key__"] for sample in theirs] and not table.problems
     assert table.labels.tolist() == [int(sample["cls"]) for sample in theirs]
     spans = zip(table.offsets, table.sizes, strict=True)
     assert [data[offset : offset + size] for offset, size in spans] == [sample["jpg"] for sample in theirs]
@@ -44,15 +44,15 @@ def test_odd_members_are_skipped_and_reported(tmp_path, write_tar):
         ("b.jpg", b"second"), ("c.json", b"{}"), ("c.pyd", b"pickle"), ("d.png", b""), ("d.cls", b"-3"),
         ("noextension", b""), ("E.JPEG", b"E"), ("E.cls", b"12\n"), ("\udcff.jpg", b"F"),
     ])  # fmt: skip
-    table, problems = index_tar(path)
+    table = index_tar(path)
     assert keys_of(table) == ["dir/a", "b", "d", "E", "?"]
     assert table.sizes.tolist() == [1, 1, 0, 1, 1] and table.labels.tolist() == [7, -1, -1, 12, -1]
-    assert [(bad.key, bad.reason[:8]) for bad in problems[1:]] == [
+    assert [(bad.key, bad.reason[:8]) for bad in table.problems[1:]] == [
         ("b", "no label"),
         ("c", "no image"),
         ("d", "no label"),
     ]
-    assert problems[0].key.startswith("b.jpg at byte ") and "occurs more than once" in problems[0].reason
+    assert table.problems[0].key.startswith("b.jpg at byte ") and "occurs more than once" in table.problems[0].reason
 
 
 def damaged_header(data):
@@ -80,7 +80,8 @@ def test_a_tar_cut_between_members_is_reported(shards):
     path = shards / "b.tar"
     with tarfile.open(path) as tar:
         path.write_bytes(path.read_bytes()[: tar.getmembers()[4].offset])
-    table, (problem,) = index_tar(path)
+    table = index_tar(path)
+    (problem,) = table.problems
     assert (problem.shard, problem.key) == (str(path), "(end)") and "no end marker" in problem.reason
     assert len(table) == 2
 
@@ -100,7 +101,7 @@ def test_a_tar_cut_between_members_is_reported(shards):
 def test_image_member(tmp_path, write_tar, fields, image_key, used):
     path = write_tar(tmp_path / "a.tar", [(f"dir/k.{field}", field.encode()) for field in fields])
     (theirs,) = webdataset.WebDataset(str(path), shardshuffle=False)
-    table, _ = index_tar(path, image_key=image_key)
+    table = index_tar(path, image_key=image_key)
     offset, size = int(table.offsets[0]), int(table.sizes[0])
     assert keys_of(table) == [theirs["__key__"]] and path.read_bytes()[offset : offset + size] == theirs[used]
 
@@ -123,6 +124,6 @@ ROWS = st.tuples(st.text(max_size=9), st.integers(0, 2**60), st.integers(0, 2**4
 def test_table_round_trips(groups):
     table = SampleTable.concatenate([SampleTable.from_rows(group) for group in groups])
     rows = [row for group in groups for row in group]
-    for same in (table, SampleTable.from_bytes(table.to_bytes())[0]):
+    for same in (table, SampleTable.from_bytes(table.to_bytes())):
         numbers = zip(same.offsets.tolist(), same.sizes.tolist(), same.labels.tolist(), strict=True)
         assert [(same.key(i), *row) for i, row in enumerate(numbers)] == rows
