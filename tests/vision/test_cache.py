@@ -167,22 +167,6 @@ def test_a_lost_shard_is_not_retried_by_other_readers_of_the_run(server, tmp_pat
     assert first.fetch(Shard(f"{server.url}/b.tar")).exists(), "tried again after a while"
 
 
-def test_a_killed_transfer_leaves_nothing_behind(shards, server, tmp_path):
-    server.faults["a.tar"] = ["stall"]
-    process = FORK.Process(target=ShardCache(tmp_path / "cache").fetch, args=(Shard(f"{server.url}/a.tar"),))
-    process.start()
-    end = time.monotonic() + 120
-    while not list(tmp_path.glob("cache/shards/*.tmp")) and time.monotonic() < end:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
-    assert list(tmp_path.glob("cache/shards/*.tmp"))
-    ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/b.tar"))
-    assert not list(tmp_path.glob("cache/shards/*.tmp"))
-    path = ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar"))
-    assert path.read_bytes() == (shards / "a.tar").read_bytes()
-
-
 def hammer(url, cache_dir, limit_gib, expected, seed, reads):
     """Compare samples read in random order; exit with 1 at a difference."""
     index = open_index(url, cache_dir, limit_gib)

@@ -19,7 +19,7 @@ from timm.data.loader import adapt_to_chs
 from torchvision.transforms.v2 import functional as tv
 
 from moa_train.data_order import StepBatches
-from moa_train.errors import ConfigError, DataError
+from moa_train.errors import ConfigError
 from moa_vision.crops import central_box, random_box
 from moa_vision.data import DataConfig, ImageBatch, normalize, require_cache_room, train_loader, val_loader
 from moa_vision.images import decode_image
@@ -318,13 +318,6 @@ def test_bad_samples_are_left_out_of_validation(spoiled):
     assert torch.equal(joined(batches)[0], joined(validate(whole))[0][kept])
     empty = validate(index, batch_size=1)[5]
     assert empty.images.shape == (0, 3, 48, 32) and empty.labels.dtype == torch.int64 and len(empty.bad) == 1
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_bad_samples_in_a_row_are_an_error(tmp_path, write_tar, workers):
-    index = open_index(str(write_tar(tmp_path / "none.tar", [(f"{i}.jpg", b"nothing") for i in range(4)])))
-    with pytest.raises(DataError, match=r"4 samples in a row are bad, the last is . in .*none\.tar"):
-        train(index, global_batch=2, micro_batch=2, num_steps=1, config={"workers": workers})
 
 
 # --- settings -----------------------------------------------------------------------------------------------------

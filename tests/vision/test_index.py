@@ -161,13 +161,3 @@ def test_a_shrunk_shard_is_an_image_error(shards):
     (shards / "b.tar").write_bytes(b"")
     with pytest.raises(ImageError, match="shard ends before"):
         ShardReader(index).read(9)
-
-
-def test_reader_keeps_few_files_open(tmp_path, write_tar):
-    for number in range(8):
-        write_tar(tmp_path / f"{number}.tar", [(f"{number}.jpg", bytes([number]) * 9)])
-    reader = ShardReader(open_index(str(tmp_path)), open_files=3)
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    for sample in [*range(8), *range(8)]:
-        assert reader.read(sample).tobytes() == bytes([sample]) * 9
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3

@@ -10,11 +10,9 @@ import multiprocessing
 import os
 import signal
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import webdataset
 from filelock import FileLock
@@ -172,23 +170,6 @@ def test_a_killed_run_is_resumed(folder, tmp_path, monkeypatch):
     (report,) = make_shards(str(folder), tmp_path / "out", settings)
     assert report.kept_shards == 2 and len(calls) == 14, "of the 24 the first 10 are not repeated"
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-
-
-def test_workers_end_with_a_killed_run(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "encode_image", lambda *args: time.sleep(0.2) or encode_image(*args))
-    arguments = {"args": (str(folder), tmp_path / "out", ShardSettings(samples_per_shard=5))}
-    run = FORK.Process(target=make_shards, **arguments, kwargs={"workers": 2})
-    run.start()
-    while not list(tmp_path.glob("out/.parts/*.tmp")):  # until a worker writes a shard
-        assert run.is_alive()
-        time.sleep(0.05)
-    workers = psutil.Process(run.pid).children(recursive=True)
-    run.kill()
-    run.join(600)
-    _, alive = psutil.wait_procs(workers, timeout=300)
-    for worker in alive:
-        worker.kill()
-    assert workers and not alive
 
 
 def test_a_finished_set_is_verified_and_repaired(folder, tmp_path):
