@@ -150,7 +150,7 @@ class ShardCheck:
 
 @contextmanager
 def _fetched(shard: Shard, cache_dir: Path) -> Iterator[Path]:
-    """Yield the path of the plain file; a remote one is fetched anew and deleted afterwards."""
+    """Yield the path of the plain file; a remote one is fetched and deleted afterwards."""
     if not cache.is_cached(shard.url):
         yield Path(shard.url)
         return

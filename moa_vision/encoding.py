@@ -23,10 +23,10 @@ class ShardSettings:
 
     Args:
         short_side: Larger images are reduced to this short side in pixels; None: keep sizes.
-        quality: Quality of JPEGs that are encoded anew; JPEGs that keep their size keep their bytes.
+        quality: Quality of JPEGs that are re-encoded; JPEGs that keep their size keep their bytes.
         samples_per_shard: Images of a shard, including skipped ones.
         seed: Seed of the order of the images.
-        channels: 3 and 1 write JPEGs of any image (1: grey if encoded anew). Other numbers, and images that only
+        channels: 3 and 1 write JPEGs of any image (1: grey if re-encoded). Other numbers, and images that only
             `moa_vision.images.read_array` reads, are written as .npy of (H, W, C); images with another number of
             channels are skipped.
     """
@@ -87,8 +87,8 @@ def encode_jpeg(
     Args:
         image: Encoded in one of `moa_vision.images.FORMATS`, or decoded.
         short_side: Larger images are resized to it in pixels by antialiased bicubic interpolation; None: keep sizes.
-        quality: Quality of the encoder, if the image is encoded anew.
-        channels: 3, or 1 for grey, if the image is encoded anew.
+        quality: Quality of the encoder, if the image is re-encoded.
+        channels: 3, or 1 for grey, if the image is re-encoded.
 
     Returns:
         The JPEG, and {"width", "height", "original_width", "original_height"} in pixels.

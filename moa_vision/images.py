@@ -11,6 +11,8 @@ import io
 import logging
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import numpy as np
@@ -100,10 +102,8 @@ def open_image(data: bytes) -> Image.Image:
         ImageError: PIL cannot read it.
     """
     image = open_header(data)
-    try:
+    with _image_errors():
         image.load()
-    except Exception as error:  # PIL's readers raise many types
-        raise _unreadable(error) from error
     return image
 
 
@@ -113,19 +113,24 @@ def open_header(data: bytes) -> Image.Image:
     Raises:
         ImageError: PIL cannot read it, or it has more than `MAX_PIXELS`.
     """
-    try:
+    with _image_errors():
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise ImageError(f"not an image of a supported format ({', '.join(FORMATS)})") from error
-    except Exception as error:
-        raise _unreadable(error) from error
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
     return image
 
 
-def _unreadable(error: Exception) -> ImageError:
-    return ImageError(str(error) or type(error).__name__)
+@contextmanager
+def _image_errors() -> Iterator[None]:
+    """Turn any error of an image library, which raise many types, into ImageError."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"not an image of a supported format ({', '.join(FORMATS)})") from error
+    except Exception as error:
+        raise ImageError(str(error) or type(error).__name__) from error
 
 
 def decode_image(data: np.ndarray, channels: int | None = 3) -> Tensor:
@@ -154,12 +159,8 @@ def decode_image(data: np.ndarray, channels: int | None = 3) -> Tensor:
             return cast(Tensor, _decode_jpeg(torch.from_numpy(data))).permute(1, 2, 0).contiguous()
         except (RuntimeError, ValueError):
             pass  # PIL reads rare kinds of JPEG, and explains damage best
-    try:
+    with _image_errors():  # a broken palette fails on conversion
         pixels = np.array(to_mode(open_image(encoded), channels or 3))
-    except ImageError:
-        raise
-    except Exception as error:  # a broken palette fails on conversion
-        raise _unreadable(error) from error
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None])
 
 
@@ -188,7 +189,7 @@ def read_array(data: bytes | Image.Image, channels: int | None) -> np.ndarray:
     Raises:
         ImageError: See `decode_image`; also for other dtypes and non-finite numbers.
     """
-    try:
+    with _image_errors():
         if isinstance(data, Image.Image):
             array = np.asarray(data)
         elif data.startswith(npy.MAGIC_PREFIX):
@@ -198,10 +199,6 @@ def read_array(data: bytes | Image.Image, channels: int | None) -> np.ndarray:
         else:
             image = open_image(data)
             array = np.asarray(image if is_upright(image) else ImageOps.exif_transpose(image))
-    except ImageError:
-        raise
-    except Exception as error:  # tifffile and numpy's header parser raise many types
-        raise _unreadable(error) from error
     array = np.asarray(array if array.ndim == 3 else array[..., None], array.dtype.newbyteorder("="))
     _require_shape(array.shape, channels)
     if array.dtype.kind == "f":

@@ -100,10 +100,10 @@ def make_shards(
 
 
 class PackedShard(NamedTuple):
-    """A finished shard: its manifest entry, its rows as `SampleTable.to_bytes`, and whether an earlier run wrote it."""
+    """A finished shard: its manifest entry, its rows, and whether an earlier run wrote it."""
 
     entry: dict[str, Any]
-    table: bytes
+    table: SampleTable
     kept: bool
 
 
@@ -137,7 +137,7 @@ class ShardWriter:
             temporary.replace(path)
             sync_folder(self.folder)
             write_json(self.folder / _PARTS / f"{name}.json", entry)
-        return PackedShard(entry, index_tar(path).to_bytes(), kept)
+        return PackedShard(entry, index_tar(path), kept)
 
     def _write_tar(self, path: Path, items: list[Item]) -> list[dict[str, str]]:
         """Write a tar and return the skipped images."""
@@ -185,8 +185,7 @@ def _write_set(
         skipped = [image for entry in entries for image in entry["skipped"]]
         if len(skipped) == len(items):
             raise DataError(f"none of the {len(items)} images of {name} can be used; the first: {skipped[0]}")
-        table = SampleTable.concatenate([SampleTable.from_bytes(shard.table) for shard in packed])
-        write_bytes(folder / INDEX, table.to_bytes())
+        write_bytes(folder / INDEX, SampleTable.concatenate([shard.table for shard in packed]).to_bytes())
         totals = {count: sum(entry[count] for entry in entries) for count in COUNTS}
         write_manifest(
             folder,

@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--val-fraction", type=float, default=0.0, metavar="F",
         help="fraction of the images for the validation set (default: none)")  # fmt: skip
     add("--quality", type=int, default=defaults.quality,
-        help="quality of JPEGs that are encoded anew; others keep their bytes (default: %(default)s)")  # fmt: skip
+        help="quality of JPEGs that are re-encoded; others keep their bytes (default: %(default)s)")  # fmt: skip
     add("--channels", type=int, default=defaults.channels, metavar="C",
         help="3 (RGB) and 1 (grey) write JPEGs of any image; other numbers write .npy of .npy, TIFF and PNG images "
         "with that number of channels (default: %(default)s)")  # fmt: skip

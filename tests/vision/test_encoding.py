@@ -30,7 +30,7 @@ def test_jpegs_keep_their_bytes(photos, encode, mode):
 @pytest.mark.parametrize(("mode", "form"), [
     ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("P", "GIF"), ("1", "PNG"), ("RGB", "WEBP"), ("RGB", "PNG"),
 ])  # fmt: skip
-def test_other_images_are_encoded_anew(photos, encode, mode, form):
+def test_other_images_are_reencoded(photos, encode, mode, form):
     data = encode(photos[0].convert(mode), form)
     image = Image.open(io.BytesIO(data)).convert("RGB")
     assert jpeg_of(data) == encode(image, quality=95)
