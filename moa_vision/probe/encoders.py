@@ -15,9 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from moa_train.atomic_io import write_json
+from moa_train.manifest import file_sha256
 from moa_train.reading import read_json, read_yaml
 from moa_vision import vit
-from moa_vision.cache import file_sha256
 from moa_vision.export import FAULTS, require_same_shapes
 
 _REMEDY = "give a finished run's folder or an export folder that is whole"
