@@ -1,4 +1,4 @@
-"""Steps and batches from epochs; costs against what torch itself reports."""
+"""Steps and batches from epochs; device peaks; costs against tensors that torch saves."""
 
 import re
 
@@ -37,7 +37,7 @@ def test_full_recipe(world_size):
 @pytest.mark.parametrize(
     ("batch", "micro", "world_size"), [(4096, 64, 3), (100, 7, 2), (8, 64, 1), (12, 5, 1), (96, 4, 100)]
 )
-def test_an_impossible_split_names_what_works(batch, micro, world_size):
+def test_impossible_split_names_possible_ones(batch, micro, world_size):
     with pytest.raises(ValueError, match=rf"schedule.batch_size is {batch}; it must be a multiple") as error:
         plan_of(config(batch, micro), 10_000, world_size)
     told, _, processes = str(error.value).removesuffix(" processes").partition(", or with ")
@@ -53,7 +53,7 @@ def test_an_impossible_split_names_what_works(batch, micro, world_size):
     assert processes == " or ".join(str(n) for n in around if n is not None)
 
 
-def test_a_batch_larger_than_the_data():
+def test_batch_larger_than_the_training_set():
     with pytest.raises(ValueError, match=r"batch_size is 64; it must be at most the training set's 63 samples"):
         plan_of(config(64, 64), 63, 1)
 
