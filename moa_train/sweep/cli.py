@@ -121,6 +121,8 @@ def _run(
 ) -> int:
     if options.jobs is not None and options.jobs < 1:
         raise ConfigError(f"--jobs is {options.jobs}; it must be 1 or above")
+    if options.sbatch and options.executor != "slurm":
+        raise ConfigError("--sbatch has no effect without --executor slurm; add it")
     settings, seeds = parse_settings(options.set), parse_seeds(options.seeds)
     runs = expand(options.config, settings, seeds, out=options.out, extra=extra)
     script = Path(os.path.relpath(options.script or find_script(options.config[:1])))

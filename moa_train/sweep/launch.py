@@ -244,14 +244,15 @@ def _watch(runs: Sequence[SweepRun], ids: Mapping[str, str]) -> str:
     with StopRequests() as stop, ProgressLine(runs) as progress:
         for tick in itertools.count():
             if tick % round(QUEUE_S / POLL_S) == 0:
-                queue = _read_queue()
-                for run in pending:
-                    state = queue.get(ids[run.name])
-                    run.state = "running" if state == "RUNNING" else "queued"
-                    if state is None:
-                        run.settle("failed")
-                        progress.say_ended(run)
-                pending = [run for run in pending if ids[run.name] in queue]
+                with contextlib.suppress(subprocess.CalledProcessError):  # squeue times out now and then
+                    queue = _read_queue()
+                    for run in pending:
+                        state = queue.get(ids[run.name])
+                        run.state = "running" if state == "RUNNING" else "queued"
+                        if state is None:
+                            run.settle("failed")
+                            progress.say_ended(run)
+                    pending = [run for run in pending if ids[run.name] in queue]
                 progress.show()
             if stop.received or not pending:
                 return stop.received if pending else ""

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,6 +91,8 @@ def main(arguments):
             write(step + 1, 1 / (step + 1))
             while step == 0 == first and config.trouble == "waits" and not stop.received:
                 time.sleep(0.01)
+            while config.trouble == "hangs":
+                time.sleep(1)
         end("finished")
     return 0
 
@@ -278,6 +281,7 @@ def test_invalid_settings(texts, message):
         (["--launch", "acelerate launch"], "--launch starts with 'acelerate'"),
         (["--jobs", "0"], "--jobs is 0; it must be 1 or above"),
         (["--executor", "slurm", "--sbatch", "partition"], "it must be KEY=VALUE"),
+        (["--sbatch", "partition=x"], "--sbatch has no effect without --executor slurm"),
     ],
 )
 def test_mistakes_are_reported_before_the_first_run(sweeps, capsys, arguments, message):
@@ -358,15 +362,38 @@ sys.exit(main(sys.argv[1:], report=["false"], **options))
 """
 
 
-def test_ctrl_c_of_a_terminal_lets_runs_save(sweeps):
-    """A terminal sends SIGINT to the whole foreground process group."""
-    Path("sweep.py").write_text(ENTRY_SCRIPT)
-    words = ["--config", "one.yaml", "--out", "runs", "--set", "trouble=waits", "--no-report"]
-    process = subprocess.Popen([sys.executable, "sweep.py", *words], start_new_session=True)
-    wait_for(Path("runs/one_troublewaits_s0/metrics.jsonl").exists)
+@pytest.fixture
+def terminal_sweep(sweeps):
+    """A function that starts a sweep in a process group of its own, as a terminal does, and awaits its first step."""
+
+    def start(trouble):
+        Path("sweep.py").write_text(ENTRY_SCRIPT)
+        words = ["--config", "one.yaml", "--out", "runs", "--set", f"trouble={trouble}", "--no-report"]
+        process = subprocess.Popen([sys.executable, "sweep.py", *words], start_new_session=True)
+        wait_for(Path(f"runs/one_trouble{trouble}_s0/metrics.jsonl").exists)
+        return process
+
+    return start
+
+
+def test_ctrl_c_of_a_terminal_lets_runs_save(terminal_sweep):
+    process = terminal_sweep("waits")
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(120) == EXIT_STOPPED
     assert json.loads(Path("runs/one_troublewaits_s0/summary.json").read_text()) == {"status": "stopped"}
+
+
+@pytest.mark.slow
+def test_second_ctrl_c_kills_the_runs(terminal_sweep):
+    process = terminal_sweep("hangs")
+    tree = psutil.Process(process.pid).children(recursive=True)
+    assert any("train.py" in child.cmdline() for child in tree)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(4)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(120) == EXIT_STOPPED
+    assert not psutil.wait_procs(tree, timeout=10)[1]
 
 
 def test_force_trains_a_diverged_run_again(sweeps):
