@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shlex
 import shutil
@@ -25,16 +24,13 @@ from moa_train.atomic_io import write_json
 from moa_train.errors import ConfigError
 from moa_train.reading import read_json
 from moa_train.signals import StopRequests
-from moa_train.sweep.state import ProgressLine, SweepRun
+from moa_train.sweep.state import DONE, ProgressLine, SweepRun
 
 POLL_S = 0.2
-"""Seconds between looks at local processes."""
-
-SHOW_S = 5.0
-"""Seconds between updates of the progress line."""
+"""Poll interval of processes, seconds."""
 
 QUEUE_S = 30.0
-"""Seconds between looks at the Slurm queue."""
+"""Poll interval of the Slurm queue, seconds."""
 
 SLURM_WARNING_S = 120
 """Seconds before the time limit at which Slurm signals a job, so that it saves and is requeued."""
@@ -66,7 +62,7 @@ class TrainingJob:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self.environment,
-                start_new_session=True,  # so that a launcher and its workers can be signalled together
+                start_new_session=True,  # a process group for the launcher and its workers
             )
         signal.signal(signal.SIGTERM, self._stop)
         while self._process.poll() is None:
@@ -89,7 +85,7 @@ class TrainingJob:
 
 
 def launch_command(launcher: str, script: Path) -> list[str]:
-    """Return the command that starts a training script, without its arguments.
+    """Return the command that starts a training script.
 
     Args:
         launcher: Launcher with its arguments, e.g. "accelerate launch"; "" is this Python.
@@ -119,30 +115,27 @@ def run_locally(runs: Sequence[SweepRun], command: Sequence[str], at_once: int) 
         executor = submitit.LocalExecutor(folder)
         executor.update_parameters(timeout_min=60 * 24 * 365)
         try:
-            for tick in itertools.count():
+            while active or (waiting and not stop.received):
                 while waiting and slots and not stop.received:
                     run, slot = waiting.pop(0), slots.pop(0)
                     active[_submit(executor, run, command, slot)] = run, slot
                     progress.say("started", f"{run.name} (log: {run.log})")
-                for job in [job for job in active if job.done()]:
-                    run, slot = active.pop(job)
-                    slots.append(slot)
-                    run.settle("stopped" if stopping else "failed")
-                    progress.say_ended(run)
-                if not active:
-                    return stop.received if waiting or stopping else ""
                 if stop.received and not stopping:
                     stopping = True
                     progress.say(stop.received, f"waiting for {len(active)} run(s) to save; Ctrl-C kills them")
                     for job in active:
                         os.kill(int(job.job_id), signal.SIGTERM)
-                if tick % round(SHOW_S / POLL_S) == 0:
-                    progress.show()
+                for job in [job for job in active if job.done()]:
+                    run, slot = active.pop(job)
+                    slots.append(slot)
+                    run.settle("stopped" if stopping else "failed")
+                    progress.say_ended(run)
+                progress.show()
                 time.sleep(POLL_S)
         finally:
             for job in active:
                 _kill(int(job.job_id))
-    raise AssertionError("the loop has no other end")
+    return "" if all(run.state in (*DONE, "failed") for run in runs) else stop.received
 
 
 def _submit(
@@ -171,9 +164,8 @@ def slot_environments(at_once: int, environment: Mapping[str, str]) -> list[dict
     import torch  # not at the top: every job imports this module
 
     listed = environment.get("CUDA_VISIBLE_DEVICES")
-    gpus = (
-        [str(i) for i in range(torch.cuda.device_count())] if listed is None else list(filter(None, listed.split(",")))
-    )
+    names = map(str, range(torch.cuda.device_count())) if listed is None else listed.split(",")
+    gpus = [name for name in names if name]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(max(1, cores // at_once))}
     share = max(1, len(gpus) // at_once)
@@ -241,23 +233,22 @@ def _slurm_executor(folder: Path, name: str, at_once: int, options: Mapping[str,
 def _watch(runs: Sequence[SweepRun], ids: Mapping[str, str]) -> str:
     """Show the progress of submitted runs until all have left the queue; return the stop signal, or ""."""
     pending = [run for run in runs if not run.done]
+    next_poll = 0.0
     with StopRequests() as stop, ProgressLine(runs) as progress:
-        for tick in itertools.count():
-            if tick % round(QUEUE_S / POLL_S) == 0:
+        while pending and not stop.received:
+            if time.monotonic() >= next_poll:
+                next_poll = time.monotonic() + QUEUE_S
                 with contextlib.suppress(subprocess.CalledProcessError):  # squeue times out now and then
                     queue = _read_queue()
+                    for run in [run for run in pending if ids[run.name] not in queue]:
+                        pending.remove(run)
+                        run.settle("failed")
+                        progress.say_ended(run)
                     for run in pending:
-                        state = queue.get(ids[run.name])
-                        run.state = "running" if state == "RUNNING" else "queued"
-                        if state is None:
-                            run.settle("failed")
-                            progress.say_ended(run)
-                    pending = [run for run in pending if ids[run.name] in queue]
-                progress.show()
-            if stop.received or not pending:
-                return stop.received if pending else ""
+                        run.state = "running" if queue[ids[run.name]] == "RUNNING" else "queued"
+            progress.show()
             time.sleep(POLL_S)
-    raise AssertionError("the loop has no other end")
+    return stop.received if pending else ""
 
 
 def _read_queue() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,14 @@ from rich.table import Table
 from moa_train.reading import read_json
 from moa_train.run_folder import RunFolder
 
-STATES = ("finished", "diverged", "running", "queued", "waiting", "stopped", "failed")
-"""States of a run; the first two need no further training."""
+DONE = ("finished", "diverged")
+"""States of runs that need no further training."""
+
+STATES = (*DONE, "running", "queued", "waiting", "stopped", "failed")
+"""All states of a run."""
+
+SHOW_S = 5.0
+"""Update interval of the progress line, seconds."""
 
 LOG_TAIL_LINES = 15
 """Lines of a failed run's log that are printed."""
@@ -50,7 +57,7 @@ class SweepRun:
     @property
     def done(self) -> bool:
         """Whether the run needs no further training."""
-        return self.state in STATES[:2]
+        return self.state in DONE
 
     def refresh(self) -> dict[str, Any]:
         """Read steps and losses from the run folder; return the newest training row, {} if there is none."""
@@ -86,6 +93,7 @@ class ProgressLine(Progress):
         super().__init__(*columns, disable=not sys.stdout.isatty(), speed_estimate_period=3600)
         self.runs = runs
         self.line = self.add_task(summarize(runs), total=len(runs))
+        self.next_s = 0.0
 
     def say(self, state: str, text: str) -> None:
         """Print a message above the line."""
@@ -99,9 +107,10 @@ class ProgressLine(Progress):
                 self.say("", line)
 
     def show(self) -> None:
-        """Bring the line up to date."""
-        if self.disable:
+        """Update the line, at most every `SHOW_S` seconds."""
+        if self.disable or time.monotonic() < self.next_s:
             return
+        self.next_s = time.monotonic() + SHOW_S
         for run in self.runs:
             if run.state == "running":
                 run.refresh()
