@@ -11,25 +11,30 @@ continues).
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from task_kind import HERE, LANGUAGE, training_script
 
 from moa_train.config import RESUME_MUTABLE_KEYS
 from moa_train.sweep.cli import main
+from moa_train.sweep.grid import Trainer
 
 
-def mutable_keys(script: Path) -> frozenset[str]:
-    """Return the keys that may change when a run of a training script is resumed."""
-    if script.resolve() == LANGUAGE:  # imported late, so that vision needs no transformers
+def find_trainer(files: Sequence[Path]) -> Trainer:
+    """Return the training script of config files."""
+    script = training_script(files)
+    if script == LANGUAGE:  # imported late, since either half may be absent
         from moa_lm.pretrain import LM_RESUME_MUTABLE_KEYS
+        from moa_lm.pretrain import main as train
 
-        return RESUME_MUTABLE_KEYS | LM_RESUME_MUTABLE_KEYS
+        return Trainer(script, train, RESUME_MUTABLE_KEYS | LM_RESUME_MUTABLE_KEYS)
     from moa_vision.pretrain import DATA_RESUME_MUTABLE_KEYS
+    from moa_vision.pretrain import main as train
 
-    return RESUME_MUTABLE_KEYS | DATA_RESUME_MUTABLE_KEYS
+    return Trainer(script, train, RESUME_MUTABLE_KEYS | DATA_RESUME_MUTABLE_KEYS)
 
 
 if __name__ == "__main__":
     report = [sys.executable, str(HERE / "compare_runs.py")]
-    sys.exit(main(sys.argv[1:], find_script=training_script, report=report, mutable_keys=mutable_keys))
+    sys.exit(main(sys.argv[1:], find_trainer=find_trainer, report=report))

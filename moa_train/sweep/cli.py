@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moa_train.errors import ConfigError, DataError
 from moa_train.signals import EXIT_STOPPED
-from moa_train.sweep.grid import check, expand, load_main, parse_seeds, parse_settings
+from moa_train.sweep.grid import Trainer, check, expand, parse_seeds, parse_settings
 from moa_train.sweep.launch import launch_command, run_locally, run_on_slurm
 from moa_train.sweep.state import SweepRun, print_table, summarize
 
@@ -53,7 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--seeds", default="1", metavar="N", help="number of seeds (3: 0, 1, 2) or a list (0,1,5)")
     what.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default: runs/sweep_NAME)")
-    what.add_argument("--script", type=Path, help="training script (default: that of the first config)")
     how = parser.add_argument_group("execution")
     how.add_argument("--executor", choices=("local", "slurm"), default="local", help="default: %(default)s")
     how.add_argument(
@@ -85,25 +84,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(
-    arguments: Sequence[str],
-    *,
-    find_script: Callable[[Sequence[Path]], Path],
-    report: Sequence[str],
-    mutable_keys: Callable[[Path], frozenset[str]],
-) -> int:
+def main(arguments: Sequence[str], *, find_trainer: Callable[[Sequence[Path]], Trainer], report: Sequence[str]) -> int:
     """Run the sweep of a command line and return the exit code.
 
     Args:
         arguments: The command line.
-        find_script: Returns the training script of config files.
+        find_trainer: Returns the training script of config files.
         report: Command that writes a report; run folders, --out DIR, --title and --baseline are appended.
-        mutable_keys: Returns the keys that may change when a run of a training script is resumed.
     """
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     options = build_parser().parse_args(arguments[:end])
     try:
-        return _run(options, arguments[end + 1 :], find_script, report, mutable_keys)
+        return _run(options, arguments[end + 1 :], find_trainer, report)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -115,9 +107,8 @@ def main(
 def _run(
     options: argparse.Namespace,
     extra: Sequence[str],
-    find_script: Callable[[Sequence[Path]], Path],
+    find_trainer: Callable[[Sequence[Path]], Trainer],
     report: Sequence[str],
-    mutable_keys: Callable[[Path], frozenset[str]],
 ) -> int:
     if options.jobs is not None and options.jobs < 1:
         raise ConfigError(f"--jobs is {options.jobs}; it must be 1 or above")
@@ -125,11 +116,10 @@ def _run(
         raise ConfigError("--sbatch has no effect without --executor slurm; add it")
     settings, seeds = parse_settings(options.set), parse_seeds(options.seeds)
     runs = expand(options.config, settings, seeds, out=options.out, extra=extra)
-    script = Path(os.path.relpath(options.script or find_script(options.config[:1])))
-    command = launch_command(options.launch, script)
-    training, keys = load_main(script), mutable_keys(script)
+    trainer = find_trainer(options.config[:1])
+    command = launch_command(options.launch, Path(os.path.relpath(trainer.script)))
     for run in runs:
-        check(run, training, keys)
+        check(run, trainer)
     if options.dry_run:
         for run in runs:
             print(f"{run.state:<9} {shlex.join([*command, *run.arguments])}")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import itertools
 import math
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -22,9 +20,6 @@ from moa_train.errors import ConfigError
 from moa_train.reading import read_yaml
 from moa_train.run_folder import RunFolder
 from moa_train.sweep.state import SweepRun
-
-Main = Callable[[Sequence[str]], Any]
-"""Function `main(arguments)` of a training script."""
 
 OWN_KEYS = {"name": "the sweep names its runs", "seed": "use --seeds", "out": "use --out", "config": "use --config"}
 """Keys that the sweep sets, with what to do instead of setting them."""
@@ -57,7 +52,7 @@ def _split(text: str) -> list[str]:
     try:
         items = yaml.compose(source, Loader=yaml.SafeLoader).value
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set values {text!r} are not a YAML list ({error}); quote special characters") from error
+        raise ConfigError(f"--set values {text!r} are not a YAML list; quote special characters") from error
     return [
         item.value if isinstance(item, yaml.ScalarNode) else source[item.start_mark.index : item.end_mark.index]
         for item in items
@@ -149,52 +144,36 @@ def _safe(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-") or "-"
 
 
-def load_main(script: Path) -> Main:
-    """Return the function `main(arguments)` of a training script.
+class Trainer(NamedTuple):
+    """A training script.
 
-    Raises:
-        ConfigError: The script is missing or has no such function.
+    Attributes:
+        script: Its path.
+        main: Its function, which takes the arguments and parses them by `moa_train.config.parse_config`.
+        mutable_keys: Keys of the config that may change when a run is resumed.
     """
-    spec = importlib.util.spec_from_file_location(f"swept_{script.stem}", script)
-    if spec is None or spec.loader is None or not script.is_file():
-        raise ConfigError(f"--script is {str(script)!r}; it must be a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their module
-    spec.loader.exec_module(module)
-    if not hasattr(module, "main"):
-        raise ConfigError(f"--script is {str(script)!r}, which has no function main(arguments)")
-    return module.main
+
+    script: Path
+    main: Callable[[Sequence[str]], Any]
+    mutable_keys: frozenset[str]
 
 
-def check(run: SweepRun, main: Main, mutable_keys: frozenset[str]) -> None:
+def check(run: SweepRun, trainer: Trainer) -> None:
     """Check the config, model, data and folder of a run, and set its state if it is done.
-
-    Args:
-        run: The run.
-        main: Function of the training script.
-        mutable_keys: Keys that may change when a run is resumed.
 
     Raises:
         ConfigError: The training script rejects the config, or the folder holds another run.
         DataError: A file of the run folder is damaged.
     """
-    tree = _resolve(run, main)
-    if not RunFolder(run.folder).check(tree, tree["resume"], mutable_keys):
-        run.settle("waiting")
-
-
-def _resolve(run: SweepRun, main: Main) -> dict[str, Any]:
-    """Return the whole config of a run, as the training script prints it with --check."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main([*run.arguments, "--check"])
+            code = trainer.main([*run.arguments, "--check"])
         except SystemExit as end:
             code = end.code
     if code:
         message = re.sub(r"^(\S+: )?error: ", "", err.getvalue().strip())
         raise ConfigError(f"{run.name}: {message}")
-    tree = yaml.safe_load(out.getvalue())
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{run.name}: the training script prints no config with --check")
-    return tree
+    config = yaml.safe_load(out.getvalue())
+    if not RunFolder(run.folder).check(config, config["resume"], trainer.mutable_keys):
+        run.settle("waiting")

@@ -14,7 +14,7 @@ from moa_train import checkpoint
 from moa_train.checkpoint import FILES, DamagedCheckpoint
 from moa_train.errors import ConfigError, DataError
 from moa_train.run_folder import RunFolder, summarize_rows
-from moa_train.sweep.grid import check
+from moa_train.sweep.grid import Trainer, check
 from moa_train.sweep.state import SweepRun
 
 RECORDS = ("config.yaml", "metrics.jsonl", "summary.json", "env.json")
@@ -59,16 +59,12 @@ def test_records(fuzz, fuzzing, folder):
 def test_sweep_of_a_damaged_run(fuzz, fuzzing, folder):
     tree = json.loads((folder / "checkpoints/step_00000015/state.json").read_text())["config"]
     run = SweepRun("run", folder, folder / "log", [])
+    trainer = Trainer(folder, lambda arguments: print(json.dumps(tree)), frozenset())
 
     def attempt(example):
         name, content = example
         with fuzzing.replaced(folder / name, content):
-            error = fuzzing.refusal(
-                lambda: check(run, lambda arguments: print(json.dumps(tree)), frozenset()),
-                ValueError,
-                DataError,
-                ConfigError,
-            )
+            error = fuzzing.refusal(lambda: check(run, trainer), ValueError, DataError, ConfigError)
             assert error is None or str(folder) in str(error), error
 
     fuzz(fuzzing.damage(folder, RECORDS), attempt, examples=30)

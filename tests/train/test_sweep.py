@@ -1,6 +1,6 @@
 """Sweeps: expansion into runs, checks, execution with real processes, and Slurm with imitated commands."""
 
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -24,7 +24,7 @@ from moa_train.errors import ConfigError
 from moa_train.signals import EXIT_STOPPED
 from moa_train.sweep import launch
 from moa_train.sweep.cli import main
-from moa_train.sweep.grid import check, expand, label, load_main, parse_seeds, parse_settings
+from moa_train.sweep.grid import Trainer, check, expand, label, parse_seeds, parse_settings
 from moa_train.sweep.launch import TrainingJob, slot_environments
 from moa_train.sweep.state import SweepRun
 
@@ -113,13 +113,19 @@ out.mkdir(parents=True, exist_ok=True)
 class Sweeps:
     """Sweeps of the toy script over the configs "one" and "two", in the working directory."""
 
+    def __init__(self):
+        spec = importlib.util.spec_from_file_location("toy_train", "train.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["toy_train"] = module  # dataclasses look up their module
+        spec.loader.exec_module(module)
+        self.trainer = Trainer(Path("train.py").absolute(), module.main, RESUME_MUTABLE_KEYS)
+
     def __call__(self, *arguments, configs=("one", "two")):
         """Run a sweep in this process and return its exit code."""
         return main(
             ["--config", *(f"{name}.yaml" for name in configs), "--out", "runs", *arguments],
-            find_script=lambda files: Path("train.py").absolute(),
+            find_trainer=lambda files: self.trainer,
             report=[sys.executable, "report.py"],
-            mutable_keys=lambda script: RESUME_MUTABLE_KEYS,
         )
 
     def log(self, name):
@@ -275,9 +281,6 @@ def test_invalid_settings(texts, message):
         (["--", "--schedule.epochs", "0"], "schedule.epochs is 0.0; it must be above 0"),
         (["--", "--seed=3"], "--seed after -- is not allowed: use --seeds"),
         (["--set", "optim.lr=1", "--", "--optim.lr", "2"], "it is already in --set"),
-        (["--script", "missing.py"], "--script is 'missing.py'; it must be a Python file"),
-        (["--script", "report_only.py"], "has no function main(arguments)"),
-        (["--script", "silent.py"], "prints no config with --check"),
         (["--launch", "acelerate launch"], "--launch starts with 'acelerate'"),
         (["--jobs", "0"], "--jobs is 0; it must be 1 or above"),
         (["--executor", "slurm", "--sbatch", "partition"], "it must be KEY=VALUE"),
@@ -285,8 +288,6 @@ def test_invalid_settings(texts, message):
     ],
 )
 def test_mistakes_are_reported_before_the_first_run(sweeps, capsys, arguments, message):
-    Path("report_only.py").write_text("")
-    Path("silent.py").write_text("def main(arguments): ...")
     assert sweeps(*arguments) == 2
     assert message in capsys.readouterr().err
     assert not Path("runs").exists()
@@ -296,7 +297,7 @@ def test_folder_of_another_run_is_rejected(sweeps):
     assert sweeps("--no-report", configs=["one"]) == 0
     run = expand([Path("one.yaml")], {}, (0,), out=Path("runs"), extra=["--schedule.epochs", "3"])[0]
     with pytest.raises(ValueError, match=r"(?s)one_s0 holds a run with another config.*schedule.epochs: 2.0 -> 3.0"):
-        check(run, load_main(Path("train.py")), RESUME_MUTABLE_KEYS)
+        check(run, sweeps.trainer)
 
 
 def test_dry_run_prints_states_and_commands(sweeps, capsys):
@@ -356,9 +357,11 @@ def test_stop_signal_lets_runs_save(sweeps, capsys, number):
 ENTRY_SCRIPT = """
 import sys
 from pathlib import Path
+import train
 from moa_train.sweep.cli import main
-options = {"find_script": lambda files: Path("train.py"), "mutable_keys": lambda script: frozenset()}
-sys.exit(main(sys.argv[1:], report=["false"], **options))
+from moa_train.sweep.grid import Trainer
+trainer = Trainer(Path("train.py"), train.main, frozenset())
+sys.exit(main(sys.argv[1:], find_trainer=lambda files: trainer, report=["false"]))
 """
 
 
