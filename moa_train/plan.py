@@ -69,32 +69,34 @@ def measure_costs(
 
 
 def describe(plan: Plan, costs: Costs, *, unit: str, units_per_sample: int, step: int) -> dict[str, str]:
-    """Return the startup lines of a run that follow from its plan, {title: text}."""
+    """Return the startup lines about the length and the costs of a run, {title: text}.
+
+    Args:
+        plan: The schedule.
+        costs: Costs of the run.
+        unit: Unit of the data, e.g. "tok".
+        units_per_sample: Units of a sample.
+        step: Finished optimizer steps.
+    """
     samples, activations = plan.total_steps * plan.global_batch, plan.micro_batch * costs.saved_bytes_per_sample
     flops = costs.flops_per_sample * (samples - step * plan.global_batch)
     what, of_units = (unit, f" of {units_per_sample:,} {unit}") if units_per_sample > 1 else ("sample", f" {unit}")
-    flops_per_unit = costs.flops_per_sample / units_per_sample
     time = "unknown until measured, since the bf16 peak of this device is unknown"
     if costs.peak_flops is not None:
         seconds = flops / (ASSUMED_UTILIZATION * costs.peak_flops * plan.world_size)
         time = f"{duration(seconds)} at {ASSUMED_UTILIZATION:.0%} of the bf16 peak, until measured"
     partly = plan.decay_steps < plan.total_steps - plan.warmup_steps
     decay = f", {plan.decay_steps:,} of decay ({plan.decay_type}) at the end" if partly else ""
+    resumed = f"; resuming after step {step:,}" if step else ""
     return {
-        "steps": (
-            f"{plan.total_steps:,} = {plan.epoch(plan.total_steps):.4g} epochs of {plan.steps_per_epoch:,}, "
-            f"{plan.warmup_steps:,} of warm-up{decay}; {samples * units_per_sample:,} {unit} in all"
-            + (f"; continuing after step {step:,}" if step else "")
-        ),
-        "batch": (
-            f"{plan.global_batch:,}{of_units} a step = {plan.accumulation} accumulated x {plan.world_size} device(s) "
-            f"x {plan.micro_batch}"
-        ),
-        "work": f"{count(flops_per_unit)}FLOPs a {what} in training, {count(flops)}FLOPs to do",
-        "memory": (
-            f"about {(costs.state_bytes + activations) / 2**20:,.0f} MiB a device: weights, gradients and moments "
-            f"{costs.state_bytes / 2**20:,.0f}, activations of {plan.micro_batch}{of_units} "
-            f"{activations / 2**20:,.0f}"
-        ),
+        "steps": f"{plan.total_steps:,} = {plan.epoch(plan.total_steps):.4g} epochs of {plan.steps_per_epoch:,}, "
+        f"{plan.warmup_steps:,} of warm-up{decay}; {samples * units_per_sample:,} {unit}{resumed}",
+        "batch": f"{plan.global_batch:,}{of_units} per step = {plan.accumulation} accumulated x {plan.world_size} "
+        f"device(s) x {plan.micro_batch}",
+        "work": f"{count(costs.flops_per_sample / units_per_sample)}FLOPs per {what} in training, {count(flops)}FLOPs "
+        "remaining",
+        "memory": f"about {(costs.state_bytes + activations) / 2**20:,.0f} MiB per device: weights, gradients and "
+        f"moments {costs.state_bytes / 2**20:,.0f}, activations of {plan.micro_batch}{of_units} "
+        f"{activations / 2**20:,.0f}",
         "time": time,
     }

@@ -121,7 +121,7 @@ class ProgressLine(Progress):
 def print_table(runs: Sequence[SweepRun]) -> None:
     """Print a table of all runs."""
     table = Table(box=None, pad_edge=False)
-    for title in ("run", "state", "step", "of", "loss", "validation"):
+    for title in ("run", "state", "step", "total", "loss", "validation"):
         table.add_column(title, justify="left" if title in ("run", "state") else "right", no_wrap=True)
     for run in runs:
         losses = ("" if loss is None else f"{loss:.4g}" for loss in (run.loss, run.val_loss))
