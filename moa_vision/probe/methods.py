@@ -237,8 +237,9 @@ def data_config(config: ProbeConfig, encoder: TrainedEncoder) -> DataConfig:
     given = {"train": config.train, "val": config.val, **asdict(config.data)}
     inherited = {key: encoder.data.get(key) for key, value in given.items() if value is None}
     for key, value in inherited.items():
-        if not isinstance(value, types[key] | int if types[key] == float | None else types[key]):
-            raise DataError(f"data.{key} is {value!r} in {encoder.folder}/config.yaml, expected {types[key]}")
+        allowed = types[key] | int if types[key] == float | None else types[key]
+        if not isinstance(value, allowed):
+            raise DataError(f"data.{key} is {value!r} in {encoder.folder}/config.yaml, expected {allowed}")
     values: dict[str, Any] = given | inherited
     for key in ("train", "val"):
         require(key, values[key], bool(values[key]), "labelled shards: give --train SHARDS and --val SHARDS")
