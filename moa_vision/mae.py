@@ -287,8 +287,9 @@ def _check_encoder(encoder: object) -> None:
         raise ConfigError(
             f"encoder needs an absolute position embedding and embed_dim={encoder.embed_dim} a multiple of 4"
         )
-    if not isinstance(getattr(encoder.blocks[0], "mlp", None), nn.Module):
-        raise ConfigError(f"encoder: {type(encoder.blocks[0]).__name__} has no single mlp, as timm's Block has")
+    blocks = list(encoder.blocks)
+    if not blocks or not isinstance(getattr(blocks[0], "mlp", None), nn.Module):
+        raise ConfigError("encoder needs at least one block, and blocks with one `mlp` each, as timm's Block")
     if encoder.num_prefix_tokens != encoder.has_class_token + encoder.num_reg_tokens:
         raise ConfigError("encoder: only class and register tokens are supported as prefix tokens")
     if not isinstance(encoder.patch_drop, nn.Identity):

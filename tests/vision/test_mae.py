@@ -210,7 +210,8 @@ def test_encoding_all_patches_equals_timm(name):
         ("vit_tiny_patch16_224", {"global_pool": "avg"}, "global_pool='avg' must be 'token'"),
         ("deit_tiny_distilled_patch16_224", {}, "prefix tokens"),
         ("vit_tiny_r_s16_p8_224", {}, "patch_embed must be"),
-        ("vit_small_patch16_18x2_224", {}, "ParallelThingsBlock has no single mlp"),
+        ("vit_small_patch16_18x2_224", {}, "blocks with one `mlp` each"),
+        ("vit_tiny_patch16_224", {"depth": 0}, "at least one block"),
     ],
 )
 def test_unsupported_encoders_are_rejected(name, arguments, message):
