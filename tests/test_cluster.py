@@ -181,7 +181,7 @@ def test_slurms_dry_run_prints_the_submission_and_every_process(tmp_path):
 def test_slurms_warning_leaves_time_for_the_longest_step():
     """One that waits for a stalled shard, and the checkpoint after it."""
     (warned_s,) = re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", (CLUSTER / "slurm.sh").read_text(), re.MULTILINE)
-    assert int(warned_s) >= cache.SERIES_S + 120
+    assert int(warned_s) >= cache.RETRY_LIMIT_S + 120
 
 
 @pytest.mark.slow

@@ -17,10 +17,10 @@ from moa_train.errors import ConfigError
 from moa_train.muon import orthogonalize_flops
 from moa_train.plan import ASSUMED_UTILIZATION
 from moa_vision.pretrain import MAEConfig
-from moa_vision.probe import command as probe
+from moa_vision.probe.config import PLAIN_ARGUMENTS, ProbeConfig
 
 ROOT = Path(__file__).parent.parent
-KINDS = {"lm": LMConfig, "mae": MAEConfig, "probe": probe.ProbeConfig}
+KINDS = {"lm": LMConfig, "mae": MAEConfig, "probe": ProbeConfig}
 FILES = [f"{folder}/{file.stem}" for folder in KINDS for file in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
 LM_FILES = [name for name in FILES if name.startswith("lm/")]
 
@@ -31,7 +31,7 @@ def text_of(name):
 
 def resolve(name):
     folder = name.partition("/")[0]
-    plain, words = (probe.WORDS, ["RUN"]) if folder == "probe" else ({}, [])
+    plain, words = (PLAIN_ARGUMENTS, ["RUN"]) if folder == "probe" else ({}, [])
     words = [*words, f"--config={ROOT}/configs/{name}.yaml"]
     return parse_config(KINDS[folder], words, program="", summary="", plain=plain)
 

@@ -12,11 +12,10 @@ import torch
 
 from moa_train import checkpoint
 from moa_train.checkpoint import FILES, DamagedCheckpoint
+from moa_train.errors import ConfigError, DataError
 from moa_train.run_folder import RunFolder, summarize_rows
-from moa_train.sweep.check import check
-from moa_train.sweep.grid import PlannedRun, name_configs
-from moa_train.sweep.slurm import Cluster, SlurmError
-from moa_train.sweep.state import Job, observe, time_left_s
+from moa_train.sweep.grid import Trainer, check
+from moa_train.sweep.state import SweepRun
 
 RECORDS = ("config.yaml", "metrics.jsonl", "summary.json", "env.json")
 
@@ -47,7 +46,6 @@ def test_records(fuzz, fuzzing, folder):
             "status": records.status,
             "summarize": lambda: summarize_rows(records.rows(), "loss_norm"),
             "truncate": lambda: records.truncate(10, 8),
-            "observe": lambda: [observe(folder).left_s, observe(folder).duration_s],
         }
         with fuzzing.replaced(folder / name, content):
             for reader, read in readers.items():
@@ -58,41 +56,18 @@ def test_records(fuzz, fuzzing, folder):
     fuzz(fuzzing.damage(folder, RECORDS), attempt, examples=30)
 
 
-def test_a_sweep_of_damaged_runs(fuzz, fuzzing, folder):
-    run = PlannedRun("run", folder / "config.yaml", {}, 0, folder.parent)
+def test_sweep_of_a_damaged_run(fuzz, fuzzing, folder):
     tree = json.loads((folder / "checkpoints/step_00000015/state.json").read_text())["config"]
-    resolved = json.dumps(tree)
+    run = SweepRun("run", folder, folder / "log", [])
+    trainer = Trainer(folder, lambda arguments: print(json.dumps(tree)), frozenset())
 
     def attempt(example):
         name, content = example
         with fuzzing.replaced(folder / name, content):
-            job = []
-            error = fuzzing.refusal(
-                lambda: job.extend(check([run], lambda arguments: print(resolved), frozenset())), ValueError
-            )
-            assert error is None or str(folder) in str(error), error
-            if job:
-                time_left_s(job, 1)
-            error = fuzzing.refusal(lambda: name_configs([folder / "config.yaml"]), ValueError)
+            error = fuzzing.refusal(lambda: check(run, trainer), ValueError, DataError, ConfigError)
             assert error is None or str(folder) in str(error), error
 
     fuzz(fuzzing.damage(folder, RECORDS), attempt, examples=30)
-
-
-def test_a_cluster_whose_list_of_jobs_is_damaged(fuzz, fuzzing, tmp_path, monkeypatch):
-    good = json.dumps({"12": ["a", "b"], "13": ["c"]}).encode()
-    monkeypatch.setattr("moa_train.sweep.slurm._call", lambda command: "12 0 RUNNING\n12 1 PENDING\n13 0 PENDING\n")
-    cluster = Cluster(tmp_path, "", "")
-
-    def attempt(content):
-        (tmp_path / "slurm.json").write_bytes(content)
-        jobs = [Job(PlannedRun(name, tmp_path / "c.yaml", {}, 0, tmp_path)) for name in "abc"]
-        for act in (lambda: cluster.look(jobs), lambda: cluster.submit(jobs)):
-            (tmp_path / "slurm.json").write_bytes(content)
-            error = fuzzing.refusal(act, SlurmError)
-            assert error is None or "slurm.json" in str(error)
-
-    fuzz(fuzzing.json_file(good), attempt, examples=30)
 
 
 def resealed(folder, name, content):
