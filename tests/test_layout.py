@@ -14,7 +14,7 @@ ALLOWED = {
     "moa_train": {"moa_startup"},
     "moa_vision": {"moa_ffn", "moa_train", "moa_startup"},
     "moa_lm": {"moa_ffn", "moa_train", "moa_startup"},
-    "moa_eval": {"moa_lm", "moa_startup"},
+    "moa_eval": {"moa_lm", "moa_train", "moa_startup"},
     "moa_startup": set(),
 }
 HOMES = {

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moa_eval.training.reading import parse_json
+from moa_train.errors import DataError
 
 _DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
 # In "<function doc_to_text at 0x7f...>", which the harness writes for a task's functions: another in every process.
@@ -30,7 +31,7 @@ _NOT_METRICS = ("alias", "name", "sample_len", "sample_count", "samples", "bypas
 _MEANS = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"})
 
 
-class ResultsError(ValueError):
+class ResultsError(DataError):
     """Harness output is missing, incomplete or broken; the message is one line that names the file and the remedy."""
 
 

@@ -1,4 +1,4 @@
-"""How figures are drawn: files without a browser, and their form inside a page."""
+"""Drawing of figures as files and for the page."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def lines(svg):
     ]
 
 
-def test_the_files_stand_alone(chart):
+def test_svg_and_png_are_complete_files(chart):
     with Image.open(io.BytesIO(chart.png)) as image:
         size = image.size
         corner = image.convert("RGB").getpixel((0, 0))
@@ -54,12 +54,12 @@ def test_the_files_stand_alone(chart):
     assert lines(chart.svg) == [charts.PALETTE[0][0], charts.PALETTE[1][0]]
 
 
-def test_what_only_a_pointer_brings_out_is_not_in_the_files(chart):
+def test_files_omit_the_layers_of_the_pointer(chart):
     assert len(chart.spec["layer"]) == 2
     assert "mark-symbol role-mark" not in chart.svg
 
 
-def test_hidden_runs_are_left_out_and_the_scale_follows(chart):
+def test_hidden_runs_do_not_set_the_scale(chart):
     one = charts.draw("dots", "One", dots(), hidden=[1])
     assert lines(one.svg) == [charts.PALETTE[0][0]]
     pattern = re.compile(r"Y-axis titled 'y' for a linear scale with values from [\d.]+ to ([\d.]+)")
@@ -67,20 +67,12 @@ def test_hidden_runs_are_left_out_and_the_scale_follows(chart):
     assert [float(top[1]) for top in tops] == [6, 3]
 
 
-def test_the_same_chart_gives_the_same_bytes(chart):
-    """Ids in an SVG would otherwise count on over the whole process."""
+def test_drawing_is_reproducible(chart):
     again = charts.draw("dots", chart.title, dots())
     assert (again.svg, again.png, again.spec) == (chart.svg, chart.png, chart.spec)
 
 
-def test_the_spec_carries_runs_and_its_own_data(chart):
-    (values,) = chart.spec["datasets"].values()
-    assert {row["run"] for row in values} == {0, 1}
-    assert chart.spec["width"] == "container"
-    assert [(own["name"], own["value"]) for own in chart.spec["params"]] == [("hidden", []), ("hidden_groups", [])]
-
-
-def test_inside_a_page_every_colour_is_a_variable(chart):
+def test_colours_in_the_page_are_css_variables(chart):
     for text in (charts.live(chart), charts.still(chart, "p-")):
         assert not re.search(r"#[0-9a-f]{6}\b", text), "a colour that the page cannot change"
         assert {f"var(--{token})" for token in ("ink", "muted", "paper", "series-0", "series-1")} <= set(
@@ -88,7 +80,7 @@ def test_inside_a_page_every_colour_is_a_variable(chart):
         )
 
 
-def test_the_live_chart_is_json_that_ends_no_script(chart):
+def test_live_charts_are_safe_inside_a_script_element(chart):
     text = charts.live(chart)
     assert "<" not in text
     spec = json.loads(text)
@@ -97,7 +89,7 @@ def test_the_live_chart_is_json_that_ends_no_script(chart):
     assert "title" not in spec, "the page shows the title, since Vega cannot wrap it"
 
 
-def test_the_still_chart_is_well_formed_with_ids_of_its_own(chart):
+def test_still_charts_have_unique_ids(chart):
     root = ElementTree.fromstring(charts.still(chart, "p-"))
     ids = {element.get("id") for element in root.iter() if element.get("id")}
     assert ids and all(name.startswith("p-") for name in ids)
@@ -105,7 +97,7 @@ def test_the_still_chart_is_well_formed_with_ids_of_its_own(chart):
     assert root.get("aria-label") == chart.title
 
 
-def test_the_bundle_is_one_script_that_ends_where_it_should():
+def test_the_bundle_is_safe_inside_a_script_element():
     bundle = charts.javascript()
     assert "vegaEmbed" in bundle
     assert "</script" not in bundle.lower() and "<!--" not in bundle
@@ -119,14 +111,14 @@ def luminance(colour):
 
 
 @pytest.mark.parametrize(("ground", "theme"), [("#fffefc", 0), ("#15181d", 1)])
-def test_lines_stand_out_from_the_page(ground, theme):
+def test_lines_have_enough_contrast(ground, theme):
     """WCAG 2.1, 1.4.11: graphics have a contrast of at least 3 to 1."""
     for colours in charts.PALETTE:
         low, high = sorted([luminance(ground), luminance(colours[theme])])
         assert (high + 0.05) / (low + 0.05) >= 3
 
 
-def test_positions_beyond_the_palette_begin_again():
+def test_colours_and_shapes_repeat_beyond_the_palette():
     many = [str(index) for index in range(len(charts.PALETTE) + 1)]
     colours, shapes = charts.colours(many).to_dict()["range"], charts.shapes(many).to_dict()["range"]
     assert len(set(colours[:-1])) == len(many) - 1 and colours[-1] == colours[0]

@@ -31,7 +31,7 @@ def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_the_command_prints_the_verdict_and_where_the_page_is(make_run, tmp_path, command):
+def test_compare_runs_prints_the_verdict_and_the_path_of_the_page(make_run, tmp_path, command):
     folders = [make_run("a"), make_run("b", encoder=MOA, spread=0.1)]
     code, out, err = command("compare_runs.py", *folders, "--out", tmp_path / "out", "--title", "Mine & yours")
     *verdict, page = out.splitlines()
@@ -42,7 +42,7 @@ def test_the_command_prints_the_verdict_and_where_the_page_is(make_run, tmp_path
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_same_runs_give_the_same_bytes_wherever_the_options_stand(make_run, tmp_path, command):
+def test_output_is_reproducible(make_run, tmp_path, command):
     folders = [make_run("a", probes={"knn": 0.5}), make_run("b", encoder=MOA, spread=0.1)]
     command("compare_runs.py", *folders, "--out", tmp_path / "out", "--title", "Mine")
     command("compare_runs.py", "--out", tmp_path / "again", "--title", "Mine", *folders)
@@ -72,7 +72,7 @@ def test_sections_of_runs_and_results_share_one_page_in_order(make_run, write_re
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_evaluations_come_with_a_section_of_runs(make_run, write_results, tmp_path, command):
+def test_compare_evals_can_add_a_section_of_runs(make_run, write_results, tmp_path, command):
     results = [write_results(tmp_path / name, f"m/{name}") for name in "xy"]
     code, out, _ = command(
         "compare_evals.py", *results, "--runs", "Training", make_run("c", ffn="swiglu"), "--baseline", "y",
@@ -83,7 +83,7 @@ def test_evaluations_come_with_a_section_of_runs(make_run, write_results, tmp_pa
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_readmes_table_is_printed_from_the_csv(make_run, tmp_path, command):
+def test_table_prints_losses_as_markdown(make_run, tmp_path, command):
     command("compare_runs.py", make_run("a"), make_run("b", encoder=MOA), "--out", tmp_path / "out")
     path = tmp_path / "out" / "tables" / "losses.csv"
     code, out, err = command("compare_runs.py", "--table", path)
@@ -98,7 +98,7 @@ def test_the_readmes_table_is_printed_from_the_csv(make_run, tmp_path, command):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_study_in_progress_is_reported(make_run, tmp_path):
+def test_unfinished_and_diverged_runs_are_reported(make_run, tmp_path):
     """Runs that have just begun, stopped and diverged beside finished ones."""
     folders = [make_run("a"), make_run("nan", encoder=MOA, nan_from=25, keys=("images/a",), spread=0.1)]
     folders += [make_run("cut", encoder="vit_tiny_patch4_gelu", steps=20, status="stopped")]
@@ -115,7 +115,7 @@ def test_a_study_in_progress_is_reported(make_run, tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_commands_refuse_in_one_line(make_run, write_results, tmp_path, command):
+def test_user_errors_are_one_line_with_exit_code_2(make_run, write_results, tmp_path, command):
     good, other = make_run("a"), make_run("b", changes={"data.val": "other"})
     language = make_run("lm", ffn="swiglu")
     result = write_results(tmp_path / "good", "m/good")
@@ -130,8 +130,8 @@ def test_the_commands_refuse_in_one_line(make_run, write_results, tmp_path, comm
         ("compare_runs.py", (empty, *out), "empty: neither a run folder nor a folder of run folders"),
         ("compare_runs.py", (good, other, "--strict", *out), "not comparable: data.val"),
         ("compare_runs.py", (good, good, *out), "given 2 times"),
-        ("compare_runs.py", (good, language, *out), "give each its own --section"),
-        ("compare_runs.py", (good, "--baseline", "relu", *out), "--baseline relu is none of the contenders"),
+        ("compare_runs.py", (good, language, *out), "use a --section for each kind"),
+        ("compare_runs.py", (good, "--baseline", "relu", *out), "--baseline relu matches no single method"),
         ("compare_runs.py", (good, "--evals", "Title", tmp_path / "gone", *out), "gone: no such file or folder"),
         ("compare_runs.py", (good, "--out", file), str(file)),
         ("compare_runs.py", ("--table", file), "give the losses.csv of a report"),
@@ -153,25 +153,25 @@ def test_the_commands_refuse_in_one_line(make_run, write_results, tmp_path, comm
     [
         (("--out", "out"), "give what to compare, and --out DIR"),
         (("run",), "give what to compare, and --out DIR"),
-        (("--section", "Title", "--out", "out"), "--section Title: give a title and at least one RUN"),
-        (("--evals", "Title", "--out", "out"), "--evals Title: give a title and at least one RESULT"),
+        (("--section", "Title", "--out", "out"), "--section Title: give a title and at least one path"),
+        (("--evals", "Title", "--out", "out"), "--evals Title: give a title and at least one path"),
     ],
     ids=["nothing", "no out", "no run", "no result"],
 )
-def test_a_command_that_lacks_something_says_so(command, arguments, words):
+def test_missing_arguments_are_usage_errors(command, arguments, words):
     code, _, err = command("compare_runs.py", *arguments)
     assert code == 2 and words in err
 
 
 @pytest.mark.parametrize("script", ["compare_runs.py", "compare_evals.py"])
-def test_help_names_every_option(command, script):
+def test_help_lists_the_options(command, script):
     code, out, _ = command(script, "--help")
     assert code == 0
     assert {"--out", "--title", "--section", "--baseline"} <= set(re.findall(r"--[a-z]+", out))
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_summary_holds_what_the_run_folders_say(make_run, tmp_path):
+def test_the_summary_has_the_final_losses(make_run, tmp_path):
     """From metrics.jsonl to the text of a pull request."""
     folders = [make_run("a", final=0.5), make_run("b", encoder=MOA, final=0.4)]
     compare_runs([*map(str, folders), "--out", str(tmp_path / "out")])
@@ -181,7 +181,7 @@ def test_the_summary_holds_what_the_run_folders_say(make_run, tmp_path):
         assert row["kind"] == "val" and f"{row['loss_norm']:.4f}" in text and f"{row['loss_pixel']:.4f}" in text
 
 
-def test_results_in_the_documentation_are_the_studies():
+def test_tables_in_the_documentation_are_those_of_the_studies():
     """Each table below a comment "results of FILE" is what `--table FILE` prints."""
     root = SCRIPTS.parent
     text = "".join(page.read_text() for page in (root / "README.md", *sorted(root.glob("docs/**/*.md"))))

@@ -1,4 +1,4 @@
-"""What figures of runs and of harness results show."""
+"""Content of the figures of training runs and of harness results."""
 
 import json
 import re
@@ -9,10 +9,9 @@ import pytest
 
 from moa_eval.page.charts import PALETTE
 from moa_eval.training import figures
-from moa_eval.training.comparison import compare
 from moa_eval.training.curves import smooth
-from moa_eval.training.experts import read_all as read_experts
-from moa_eval.training.mixing import read_all, sections
+from moa_eval.training.grouping import compare
+from moa_eval.training.mixing_maps import mixing_content
 from moa_eval.training.reading import read_run
 from moa_eval.training.scaling import fit_lines
 from moa_eval.zero_shot.figures import accuracies
@@ -24,8 +23,7 @@ RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
 
 def draw(folders):
     comparison = compare([read_run(folder) for folder in folders])
-    records = (read_all(comparison), read_experts(comparison), fit_lines(comparison))
-    return comparison, figures.draw_all(comparison, *records)
+    return comparison, figures.draw_all(comparison, fit_lines(comparison))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +63,7 @@ def paths(svg, kind):
     return [(path.get("stroke") or path.get("fill"), path) for group in own for path in group.iter(f"{SVG}path")]
 
 
-def test_two_runs_have_their_curves(pair):
+def test_two_runs_have_all_loss_curves(pair):
     assert list(pair[1]) == [
         "validation_loss", "validation_difference", "validation_loss_pixel", "train_loss",
         "validation_loss_flops", "validation_loss_time", "train_loss_time",
@@ -85,13 +83,7 @@ def test_a_curve_passes_through_its_values(pair):
         np.testing.assert_allclose(points[:, axis], slope * run.validation[column] + offset, atol=0.01)
 
 
-def test_time_is_that_of_the_cost_table(pair):
-    """120 steps of 64 images at 120 images a second, though `wall_s` has the time of warm-up steps too."""
-    last = max(row["x"] for row in rows(pair[1]["validation_loss_time"], "run", "x") if row["run"] == 0)
-    assert last == pytest.approx(120 * 64 / 120, rel=1e-4) and pair[0].runs[0].validation["wall_s"][-1] == 60
-
-
-def test_the_axis_leaves_out_the_start_and_what_a_diverging_run_does(pair):
+def test_the_y_axis_ignores_the_beginning_and_diverging_runs(pair):
     comparison, charts = pair
     late = [own.validation["loss_norm"][own.validation["samples"] >= 0.1 * 64 * 120] for own in comparison.runs]
     fitted = [row["y"] for row in rows(charts["validation_loss"], "run", "y") if "early" not in row]
@@ -106,7 +98,7 @@ def test_a_cross_marks_where_a_run_diverged(pair):
     assert rows(pair[1]["validation_difference"], "diverged")
 
 
-def test_differences_are_to_the_baseline_at_equal_images(pair):
+def test_differences_are_taken_at_equal_images(pair):
     comparison, charts = pair
     a, b = (run.validation["loss_norm"] for run in comparison.runs)
     found = {row["x"]: row["y"] for row in rows(charts["validation_difference"], "run", "y") if row["run"] == 1}
@@ -116,27 +108,21 @@ def test_differences_are_to_the_baseline_at_equal_images(pair):
     assert {row["run"] for row in rows(charts["validation_difference"], "y")} == {1}
 
 
-def test_flops_are_those_of_the_images_seen(pair):
-    comparison, charts = pair
-    last = [row["x"] for row in rows(charts["validation_loss_flops"], "x", "y") if row["run"] == 0][-1]
-    assert last == 64 * 120 * comparison.runs[0].summary["flops_per_sample"]
-
-
-def test_one_run_has_no_difference_and_a_run_without_rows_has_no_figure(make_run):
+def test_missing_data_gives_no_figure(make_run):
     assert "validation_difference" not in draw([make_run("a")])[1]
     folder = make_run("empty", status=None)
     (folder / "metrics.jsonl").write_text("")
     assert draw([folder])[1] == {}
 
 
-def test_a_language_model_has_its_own_words(make_run):
+def test_language_models_have_tokens_and_cross_entropy(make_run):
     charts = draw([make_run("a", ffn="swiglu"), make_run("b", ffn="qdmoa")])[1]
     assert charts["validation_loss"].title == "Validation loss, cross-entropy"
     assert "tokens seen" in charts["validation_loss"].svg and "images" not in charts["validation_loss"].svg
     assert "validation_loss_pixel" not in charts
 
 
-def test_a_run_begun_with_a_checkpoint_is_drawn_from_there_on(make_run):
+def test_a_run_started_from_a_checkpoint_is_drawn_from_there_on(make_run):
     folders = [make_run("a", ffn="swiglu", steps=60), make_run("b", ffn="qdmoa", steps=60, spread=0.1)]
     path = folders[1] / "metrics.jsonl"
     late = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] > 30]
@@ -148,25 +134,17 @@ def test_a_run_begun_with_a_checkpoint_is_drawn_from_there_on(make_run):
     assert charts["mixing_depth_1"].title.startswith("qd-MoA: coefficients over depth")
 
 
-def test_layers_of_experts_have_labels_of_their_own(make_run):
-    folder = make_run("moe", ffn="qdmoa", spread=0.1)
-    for path in (folder / "mixing").glob("step_*.json"):
-        path.write_text(path.read_text().replace('"model.1"', '"model.0.shared"'))
-    texts = [text.text for text in ElementTree.fromstring(draw([folder])[1]["mixing_depth_0"].svg).iter(f"{SVG}text")]
-    assert "0" in texts and "0.shared" in texts
-
-
-def test_runs_at_other_rates_are_off_at_first(sweep):
+def test_runs_at_other_learning_rates_are_hidden_at_first(sweep):
     comparison, charts = sweep
     hidden = next(own["value"] for own in charts["validation_loss"].spec["params"] if own["name"] == "hidden")
-    assert sorted({*hidden} | {*comparison.shown}) == [*range(16)] and len(comparison.shown) == 4
+    assert hidden == comparison.hidden and len(hidden) == 12
     assert len(paths(charts["validation_loss"].svg, "line")) == 4
 
 
-def test_the_figure_of_rates_has_every_run_once(sweep):
+def test_the_learning_rate_figure_has_every_run_once(sweep):
     comparison, charts = sweep
     seeds = rows(charts["loss_against_rate"], "seed")
-    assert [(row["rate"], row["seed"]) for row in seeds] == [(run.peak_lr, run.seed) for run in comparison.runs]
+    assert [(row["rate"], row["seed"]) for row in seeds] == [(run.learning_rate, run.seed) for run in comparison.runs]
     for row, run in zip(seeds, comparison.runs, strict=True):
         if run.diverged_at is not None:
             assert row["diverged"] and not row["inside"] and row["text"] == "diverged at step 30"
@@ -176,13 +154,13 @@ def test_the_figure_of_rates_has_every_run_once(sweep):
     assert outside == {(0, 2.4e-3), (1, 2.4e-3)}, "one bad rate must not flatten the rest"
 
 
-def test_the_figure_of_rates_rings_the_lowest_mean(sweep):
+def test_the_learning_rate_figure_marks_the_lowest_mean(sweep):
     means = rows(sweep[1]["loss_against_rate"], "best")
     assert [(row["group"], row["rate"]) for row in means if row["best"]] == [(0, 1.2e-3), (1, 6e-4)]
     assert "3e-4" in sweep[1]["loss_against_rate"].svg and "1.2e-3" in sweep[1]["loss_against_rate"].svg
 
 
-def test_an_unfinished_run_is_hollow_and_in_no_mean(make_run):
+def test_an_unfinished_run_is_marked_and_excluded_from_the_mean(make_run):
     folders = [make_run("a", lr=1e-3), make_run("b", lr=2e-3, final=0.45)]
     folders.append(make_run("c", lr=2e-3, seed=1, steps=30, status=None))
     chart = draw(folders)[1]["loss_against_rate"]
@@ -191,12 +169,7 @@ def test_an_unfinished_run_is_hollow_and_in_no_mean(make_run):
     assert [row["loss"] for row in rows(chart, "best")] == [row["loss"] for row in rows(chart, "seed")[:2]]
 
 
-def test_no_axis_begins_with_zero_thousands(pair):
-    texts = [text.text for text in ElementTree.fromstring(pair[1]["validation_loss"].svg).iter(f"{SVG}text")]
-    assert "0k" not in texts and "0" in texts
-
-
-def test_terms_have_the_colours_of_the_maps_beyond_the_palette_too(make_run):
+def test_terms_have_the_same_colours_in_figures_and_maps(make_run):
     folder = make_run("a", encoder=MOA, spread=0.1)
     terms = [f"f{index}·id" for index in range(len(PALETTE) + 3)]
     for path in (folder / "mixing").glob("step_*.json"):
@@ -207,23 +180,23 @@ def test_terms_have_the_colours_of_the_maps_beyond_the_palette_too(make_run):
         path.write_text(json.dumps(content))
     (folder / "mixing/index.json").unlink()
     comparison, charts = draw([folder])
-    (shown,) = sections(comparison, read_all(comparison))
+    (shown,) = mixing_content(comparison)
     legend = {entry["term"]: entry["colour"] for entry in shown["legend"]}
     scale = charts["mixing_depth_0"].spec["layer"][0]["encoding"]["color"]["scale"]
     assert dict(zip(scale["domain"], scale["range"], strict=True)) == legend
     assert list(legend) == terms and len(set(legend.values())) == len(terms)
 
 
-def test_probes_are_differences_to_the_mean_of_the_baseline(sweep):
+def test_probes_are_differences_to_the_baseline_mean(sweep):
     comparison, charts = sweep
     for row in rows(charts["probe"], "points"):
         expected = 100 * (comparison.runs[row["run"]].probes[0].accuracy - 0.505)
         assert row["points"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_mixing_is_drawn_for_the_best_run_of_every_mixture(sweep):
+def test_mixing_is_drawn_for_the_shown_run(sweep):
     comparison, charts = sweep
-    run = comparison.best_run(1)
+    run = comparison.methods[1].shown_run.index
     assert [name for name in charts if name.startswith("mixing")] == [f"mixing_depth_{run}", f"mixing_training_{run}"]
     depth = rows(charts[f"mixing_depth_{run}"], "term")
     assert len(depth) == 2 * 3 and all((row["low"], row["mean"], row["high"]) == (0.4, 0.5, 0.6) for row in depth)
@@ -234,7 +207,7 @@ def test_mixing_is_drawn_for_the_best_run_of_every_mixture(sweep):
     assert last["encoder.1"] == pytest.approx(0.1 * np.sqrt(2 / 3), rel=1e-5)
 
 
-def test_a_long_run_is_thinned_but_keeps_its_ends(make_run):
+def test_a_long_run_is_thinned(make_run):
     comparison, charts = draw([make_run("a", steps=2000)])
     x = [row["x"] for row in rows(charts["train_loss"], "x", "y")]
     assert len(x) < 1000 and (min(x), max(x)) == (64, 64 * 2000)
@@ -242,7 +215,7 @@ def test_a_long_run_is_thinned_but_keeps_its_ends(make_run):
 
 
 @pytest.mark.parametrize("size", [1, 49, 50, 99, 100, 333])
-def test_smoothing_is_the_mean_of_the_window(size):
+def test_smoothing_is_a_centred_moving_average(size):
     values = np.random.default_rng(size).normal(size=size)
     values[size // 2] = np.nan
     half = size // 50

@@ -7,13 +7,12 @@ import pytest
 from scipy import stats
 
 from moa_eval.page.writing import as_csv
-from moa_eval.training.comparison import compare
-from moa_eval.training.experts import read_all as read_experts
-from moa_eval.training.mixing import read_all
-from moa_eval.training.reading import RunFolderError, read_run
+from moa_eval.training.grouping import compare
+from moa_eval.training.reading import read_run
 from moa_eval.training.readme import results_markdown
 from moa_eval.training.scaling import fit_lines
 from moa_eval.training.tables import make_tables
+from moa_train.errors import DataError
 
 MOA = "vit_tiny_patch4_qdmoa"
 SPACES = ("loss_norm", "loss_pixel")
@@ -34,7 +33,7 @@ def lowest(folder, loss):
 
 def tabulate(folders):
     comparison = compare([read_run(folder) for folder in folders])
-    return make_tables(comparison, read_all(comparison), read_experts(comparison), fit_lines(comparison))
+    return make_tables(comparison, fit_lines(comparison))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def sweep(tmp_path_factory, write_run_into):
     return folders, tabulate(folders.values())
 
 
-def test_losses_are_the_best_arms_means_over_seeds(sweep):
+def test_losses_are_means_over_the_seeds_of_the_best_group(sweep):
     folders, tables = sweep
     first, second = tables["losses"]
     assert (first["contender"], first["rate"], first["rates_tried"]) == ("SwiGLU", 1e-3, 1)
@@ -78,7 +77,7 @@ def test_losses_are_the_best_arms_means_over_seeds(sweep):
     assert (second["seeds"], second["unit"], second["seen"]) == (2, "image", 2560)
 
 
-def test_every_run_has_its_own_losses(sweep):
+def test_runs_have_their_losses_and_differences_to_the_baseline_mean(sweep):
     folders, tables = sweep
     names = {row["name"]: row for row in tables["runs"]}
     assert len(names) == len(folders)
@@ -97,7 +96,7 @@ def test_every_run_has_its_own_losses(sweep):
             assert row["final_loss_pixel_relative"] == pytest.approx(value / reference - 1, abs=1e-12)
 
 
-def test_rates_have_their_spread_and_what_they_lose(sweep):
+def test_rates_have_the_spread_over_seeds_and_the_excess_over_the_best(sweep):
     folders, tables = sweep
     rows = tables["rates"]
     assert [(row["contender"], row["rate"]) for row in rows] == [
@@ -113,7 +112,7 @@ def test_rates_have_their_spread_and_what_they_lose(sweep):
     assert (rows[4]["seeds"], rows[4]["diverged"]) == (0, 2) and math.isnan(rows[4]["mean"])
 
 
-def test_tolerance_is_the_span_of_rates_as_good_as_the_best(sweep):
+def test_tolerance_is_the_span_of_rates_within_one_percent(sweep):
     first, second = sweep[1]["tolerance"]
     assert (first["edge"], first["span"], first["rates_tried"]) == ("", 1.0, 1)
     assert (second["lowest_rate"], second["highest_rate"], second["best_rate"]) == (5e-4, 4e-3, 2e-3)
@@ -121,7 +120,7 @@ def test_tolerance_is_the_span_of_rates_as_good_as_the_best(sweep):
     assert (second["edge"], second["diverged_rates"]) == ("", 1)
 
 
-def test_what_is_unfinished_is_counted_and_enters_no_loss(make_run):
+def test_unfinished_runs_are_counted_but_enter_no_loss(make_run):
     moa = {"encoder": MOA, "lr": 1e-3}
     folders = [make_run("a", lr=1e-3), make_run("b", **moa), make_run("c", encoder=MOA, lr=2e-3, final=0.6)]
     before = tabulate(folders)
@@ -142,7 +141,7 @@ def test_what_is_unfinished_is_counted_and_enters_no_loss(make_run):
     assert [row["final_loss_norm"] for row in after["losses"]] == [row["final_loss_norm"] for row in before["losses"]]
 
 
-def test_equal_rates_compare_like_with_like(sweep):
+def test_equal_rates_compare_groups_of_one_learning_rate(sweep):
     folders, tables = sweep
     norm, pixel = tables["equal_rates"]
     assert (norm["contender"], norm["baseline"], norm["rate"], norm["loss"]) == (
@@ -157,7 +156,7 @@ def test_equal_rates_compare_like_with_like(sweep):
     assert norm["low_95"] < norm["difference"] < norm["high_95"]
 
 
-def test_costs_are_medians_of_the_best_arm_and_their_ratios(sweep):
+def test_costs_are_medians_over_the_best_group_with_ratios(sweep):
     first, second = sweep[1]["costs"]
     assert (first["parameters"], second["parameters"], second["parameters_ratio"]) == (1e6, 1_006_000, 1.006)
     assert second["flops_per_unit_ratio"] == 3_060_000 / 3_000_000
@@ -179,7 +178,7 @@ def test_probes_are_compared_over_seeds(sweep):
     assert len(tables["probe_runs"]) == 4
 
 
-def test_curves_are_those_of_the_rows(sweep):
+def test_curve_tables_have_all_recorded_rows(sweep):
     folders, tables = sweep
     for kind, name, keys in (("val", "validation", SPACES), ("train", "train", ("loss", "lr"))):
         rows = tables[name]
@@ -189,22 +188,14 @@ def test_curves_are_those_of_the_rows(sweep):
             np.testing.assert_array_equal([row[key] for row in rows], [row[key] for row in expected])
 
 
-def test_the_configuration_is_shown_by_contender(make_run):
+def test_config_differences_have_a_column_per_method(make_run):
     folders = [make_run("a", lr=3e-4), make_run("b", encoder=MOA, lr=3e-4), make_run("c", encoder=MOA, lr=1.2e-3)]
     rows = tabulate(folders)["config"]
     assert [(row["key"], row["kind"]) for row in rows] == [("optim.lr", "peak rate"), ("model.encoder", "FFN")]
     assert (rows[0]["SwiGLU"], rows[0]["qd-MoA"]) == ("3e-4", "3e-4, 1.2e-3")
 
 
-@pytest.mark.parametrize("packages", [None, ["torch"]])
-def test_packages_that_are_no_mapping_are_left_out(make_run, packages):
-    folder = make_run("a")
-    environment = json.loads((folder / "env.json").read_text())
-    (folder / "env.json").write_text(json.dumps(environment | {"packages": packages}))
-    assert tabulate([folder])["packages"] == []
-
-
-def test_the_environment_is_merged_where_it_is_the_same(make_run):
+def test_equal_environment_values_share_a_row(make_run):
     folders = [make_run("a"), make_run("b", encoder=MOA), make_run("c", encoder="vit_tiny_patch4_moa")]
     path = folders[1] / "env.json"
     path.write_text(path.read_text().replace('"2.11.0"', '"2.12.0"').replace('"1.0.20"', '"1.0.21"'))
@@ -217,7 +208,7 @@ def test_the_environment_is_merged_where_it_is_the_same(make_run):
     assert "command" not in {row["key"] for row in tables["environment"]}
 
 
-def test_mixing_has_a_row_a_coefficient(make_run):
+def test_mixing_has_a_row_per_coefficient(make_run):
     rows = tabulate([make_run("a"), make_run("b", encoder=MOA, spread=0.1)])["mixing"]
     assert len(rows) == 2 * 2 * 3  # steps, layers, coefficients
     assert {row["run"] for row in rows} == {"qd-MoA"}
@@ -225,14 +216,14 @@ def test_mixing_has_a_row_a_coefficient(make_run):
     assert {row["std"] for row in rows if row["step"] == 20} == {0.05, 0.0}
 
 
-def test_a_contender_without_a_good_rate_has_unknown_losses(make_run):
+def test_a_method_without_a_best_rate_has_unknown_losses(make_run):
     folders = [make_run("a"), *(make_run(f"b{rate}", encoder=MOA, lr=rate, nan_from=5) for rate in (1e-3, 2e-3))]
     row = tabulate(folders)["losses"][1]
     assert math.isnan(row["rate"]) and math.isnan(row["final_loss_norm"]) and math.isnan(row["loss_norm_difference"])
     assert (row["seeds"], row["rates_tried"]) == (0, 2)
 
 
-def test_every_table_of_language_models_can_be_written(make_run):
+def test_all_tables_of_language_models_are_valid_csv(make_run):
     folders = [make_run("a", ffn="swiglu"), make_run("b", ffn="qdmoa", spread=0.1)]
     tables = tabulate(folders)
     assert tables["losses"][0]["unit"] == "token"
@@ -242,7 +233,7 @@ def test_every_table_of_language_models_can_be_written(make_run):
         assert len(lines) == len(rows), name
 
 
-def test_the_results_of_a_readme_are_the_tables(sweep, tmp_path):
+def test_the_readme_table_shows_the_rows_of_losses(sweep, tmp_path):
     path = tmp_path / "losses.csv"
     rows = sweep[1]["losses"]
     path.write_text(as_csv(rows))
@@ -260,9 +251,9 @@ def test_the_results_of_a_readme_are_the_tables(sweep, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", None], ids=["empty", "other", "missing"])
-def test_another_file_is_no_table_of_results(tmp_path, content):
+def test_another_file_is_not_a_table_of_losses(tmp_path, content):
     path = tmp_path / "losses.csv"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(RunFolderError, match=r"give the losses\.csv of a report"):
+    with pytest.raises(DataError, match=r"give the losses\.csv of a report"):
         results_markdown(path)

@@ -9,41 +9,37 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save_file
 
-from moa_eval.training.comparison import compare
-from moa_eval.training.mixing import overlay, read_all, read_mixing, sections, sentences
-from moa_eval.training.reading import RunFolderError, read_run
+from moa_eval.training.grouping import compare
+from moa_eval.training.mixing import read_mixing, sentences
+from moa_eval.training.mixing_maps import mixing_content, overlay
+from moa_eval.training.reading import read_run
+from moa_train.errors import DataError
 
 MOA = "vit_tiny_patch4_qdmoa"
 COLOURS = ["#ff0000", "#00ff00", "#0000ff"]
 
 
-def test_what_was_recorded_is_read(make_run):
+def test_records_are_read(make_run):
     mixing = read_mixing(make_run(encoder=MOA, spread=0.1) / "mixing")
     assert list(mixing.steps) == [20, 40]
     assert [(layer.name, layer.part, layer.terms) for layer in mixing.last] == [
         (f"encoder.{i}", "encoder", ("g·id", "s·id", "r2·id")) for i in range(2)
     ]
-    assert [layer.static for layer in mixing.last] == [[], ["g·id"]]
     np.testing.assert_allclose(mixing.maps["encoder"].shares.sum(-1), 1, atol=2e-3)
     assert (mixing.grid, mixing.keys) == ((2, 2), ("images/b", "images/a"))
-
-
-def test_a_run_without_mixing_has_none(make_run):
-    comparison = compare([read_run(make_run("a")), read_run(make_run("b", encoder=MOA, spread=0.1))])
-    assert list(read_all(comparison)) == [1]
 
 
 @pytest.mark.parametrize(
     ("spread", "words"),
     [
-        (0.1, "qd-MoA, encoder: 1 of 6 coefficients is a static blend (encoder.1 g·id)."),
-        (0.0, "qd-MoA, encoder: 6 of 6 coefficients are static blends (encoder.0 g·id, encoder.0 s·id, "),
+        (0.1, "Static blends: 1 of 6 coefficients (encoder.1 g·id)."),
+        (0.0, "Static blends: 6 of 6 coefficients (encoder.0 g·id, encoder.0 s·id, "),
     ],
     ids=["one", "all"],
-)
+)  # fmt: skip
 def test_static_blends_are_named(make_run, spread, words):
     (sentence,) = sentences("qd-MoA", read_mixing(make_run(encoder=MOA, spread=spread) / "mixing"))
-    assert sentence.startswith(words)
+    assert sentence.startswith(f"qd-MoA, encoder: {words}")
     assert sentence.endswith("Largest share: g·id in 2 of 2 layers.")
 
 
@@ -54,14 +50,14 @@ def edit(folder, name, change):
     path.write_text(json.dumps(content))
 
 
-def test_coefficients_that_all_vary_and_learned_constants_are_told_apart(make_run):
+def test_varying_and_constant_coefficients_are_distinguished(make_run):
     folder = make_run(encoder=MOA, spread=0.1)
     edit(folder, "step_00000040.json", lambda content: content["layers"][1].update(std=[0.2, 0.3, 0.4]))
     (sentence,) = sentences("X", read_mixing(folder / "mixing"))
-    assert "all 6 coefficients vary from token to token (standard deviations 0.1 to 0.4)." in sentence
+    assert "No static blend; standard deviations over tokens: 0.1 to 0.4." in sentence
     edit(folder, "step_00000040.json", lambda content: [row.update(token_adaptive=False) for row in content["layers"]])
     (sentence,) = sentences("X", read_mixing(folder / "mixing"))
-    assert "the coefficients are learned constants, the same for all tokens." in sentence
+    assert "The coefficients are learned constants." in sentence
 
 
 def retype(path, other):
@@ -85,7 +81,7 @@ FAULTS = {
         lambda f: save_file({"encoder.shares": np.zeros((1, 2), np.float16)}, f / "mixing/maps.safetensors"),
         "maps.safetensors",
     ),
-    "a type that NumPy has not": (lambda f: retype(f / "mixing/maps.safetensors", b"BF16"), "maps.safetensors"),
+    "bfloat16": (lambda f: retype(f / "mixing/maps.safetensors", b"BF16"), "maps.safetensors"),
     "integers": (lambda f: retype(f / "mixing/maps.safetensors", b"I16"), "maps.safetensors"),
     "other part": (
         lambda f: edit(f, "index.json", lambda c: c["parts"].update(decoder=c["parts"]["encoder"])),
@@ -95,25 +91,25 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_file_is_named_in_one_line(make_run, fault):
+def test_an_unusable_file_is_named_in_one_line(make_run, fault):
     change, file = FAULTS[fault]
     folder = make_run(encoder=MOA, spread=0.1)
     change(folder)
-    with pytest.raises(RunFolderError) as caught:
+    with pytest.raises(DataError) as caught:
         read_mixing(folder / "mixing")
     assert str(caught.value).startswith(f"{folder / 'mixing' / file}: ")
     assert "delete the folder or leave this run out" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_maps_of_all_contenders_share_colours_and_show_the_same_images(make_run):
+def test_maps_of_all_methods_share_colours_and_images(make_run):
     folders = [
         make_run("a"),
         make_run("b", encoder=MOA, spread=0.1),
         make_run("c", encoder="vit_tiny_patch4_moa", spread=0.1),
     ]
     comparison = compare([read_run(folder) for folder in folders])
-    shown = sections(comparison, read_all(comparison))
+    shown = mixing_content(comparison)
     assert [(own["run"], own["label"]) for own in shown] == [(1, "qd-MoA"), (2, "MoA")]
     assert shown[0]["legend"] == shown[1]["legend"]
     assert len({entry["colour"] for entry in shown[0]["legend"]}) == 3
@@ -130,9 +126,9 @@ def test_maps_of_all_contenders_share_colours_and_show_the_same_images(make_run)
 
 def test_language_models_have_sentences_and_no_maps(make_run):
     comparison = compare([read_run(make_run("a", ffn="qdmoa", spread=0.1))])
-    (shown,) = sections(comparison, read_all(comparison))
+    (shown,) = mixing_content(comparison)
     assert (shown["images"], shown["layers"]) == ([], [])
-    assert shown["sentences"][0].startswith("qd-MoA, model: 1 of 6 coefficients is a static blend (model.1 g·id).")
+    assert shown["sentences"][0].startswith("qd-MoA, model: Static blends: 1 of 6 coefficients (model.1 g·id).")
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(0, 1000))
@@ -155,7 +151,7 @@ def test_each_patch_has_the_colour_of_its_largest_share(rows, columns, scale, se
         np.testing.assert_allclose(block[0], expected, atol=0.5001)
 
 
-def test_without_a_tint_the_picture_is_grey_and_long_sides_are_cut_to_96_pixels():
+def test_unknown_patches_are_grey_and_pictures_are_at_most_96_pixels_wide():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 200, 3), dtype=np.uint8))
     small = picture.convert("L").convert("RGB")
     small.thumbnail((96, 96))
