@@ -55,8 +55,7 @@ class Section:
         title: Heading.
         template: "training" or "zero_shot", a template of the page.
         content: Values for the template, in addition to the fields below.
-        tables: Rows by table name.
-        charts: Charts by name.
+        tables, charts: Rows and charts by name.
         verdict: Sentences for the top of the page; the first one carries the verdict.
         caveats: Sentences below the verdict.
         series: The runs that can be switched on and off, by position.

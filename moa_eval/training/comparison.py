@@ -109,6 +109,13 @@ class Method:
         return len(self.groups) > 1
 
     @property
+    def edge(self) -> str:
+        """Whether the best learning rate is the "lowest" or "highest" tried; "" inside the range or without tuning."""
+        if not self.is_tuned or self.best is None:
+            return ""
+        return {self.groups[0]: "lowest", self.groups[-1]: "highest"}.get(self.best, "")
+
+    @property
     def runs(self) -> list[Run]:
         """The runs of all groups."""
         return [run for group in self.groups for run in group.runs]

@@ -38,8 +38,7 @@ class Routing:
         relative: Load of each of E experts as a multiple of an even share, (E,).
         entropy: Mean entropy of the router's distribution over experts, as a fraction of its maximum log E.
         balance_loss: Load-balancing loss; 1 is perfect balance.
-        assignments: Number of tokens times experts per token.
-        dropped: Number of dropped assignments.
+        assignments, dropped: Number of tokens times experts per token, and how many of these were dropped.
     """
 
     layer: str

@@ -13,9 +13,8 @@ from moa_eval.page import formatting
 from moa_eval.page.charts import Chart, colours, draw, shapes
 from moa_eval.training.comparison import Comparison, Method, RunGroup
 from moa_eval.training.curves import CROSS, Axis, Line, Rows, Values, draw_curves, short, smooth
-from moa_eval.training.expert_figures import expert_load, router_entropy
 from moa_eval.training.intervals import mean
-from moa_eval.training.mixing_figures import coefficients_over_depth, spread_during_training
+from moa_eval.training.layer_figures import coefficient_spread, coefficients_over_depth, expert_load, router_entropy
 from moa_eval.training.mixing_maps import shown_mixing, term_colours
 from moa_eval.training.probes import probe_names
 from moa_eval.training.runs import Columns, Run
@@ -60,7 +59,7 @@ def _charts(comparison: Comparison, lines: Sequence[FittedLine]) -> Iterator[Cha
     mixing = shown_mixing(comparison)
     for run, own in mixing:
         yield coefficients_over_depth(run, own, term_colours(mixing))
-        yield spread_during_training(run, own)
+        yield coefficient_spread(run, own)
 
 
 def _time_axis(runs: Sequence[Run]) -> Axis:

@@ -40,10 +40,7 @@ class Layer:
         name: Name such as "encoder.0".
         terms: Names of the K terms, such as "g·id".
         token_adaptive: False for learned constants (LA), which are equal for all tokens.
-        mean: Mean of each coefficient, (K,).
-        std: Standard deviation over tokens, (K,).
-        low: 5th percentile, (K,).
-        high: 95th percentile, (K,).
+        mean, std, low, high: Mean, standard deviation, 5th and 95th percentile of each coefficient, (K,).
         share: Mean share of each term in the sum, (K,).
     """
 
@@ -67,8 +64,7 @@ class Maps:
     """Shares in one part of the model at the last recorded step, by image.
 
     Attributes:
-        layers: Names of the L layers.
-        terms: Names of the K terms.
+        layers, terms: Names of the L layers and K terms.
         shares: (images, L, rows * columns, K); NaN for a token that was not computed.
     """
 

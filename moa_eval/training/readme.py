@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from moa_eval.page import formatting
+from moa_eval.page.formatting import UNKNOWN, change, deviation, rate, signed
+from moa_eval.page.formatting import loss as show_loss
 from moa_eval.training.files import bad_file
 from moa_eval.training.runs import AUTOENCODER, LANGUAGE_MODEL
 
-_STATISTICS = ("difference", "relative", "low_95", "high_95")
 _REMEDY = "give the losses.csv of a report"
 
 
@@ -28,37 +28,29 @@ def results_markdown(path: str | Path) -> str:
         table: Any = pd.read_csv(path, keep_default_na=False, na_values=["nan"])
     except (OSError, ValueError) as error:
         raise bad_file(path, f"cannot be read ({error})", _REMEDY) from error
-    kinds = [kind for kind in (AUTOENCODER, LANGUAGE_MODEL) if not _missing(table, [*kind.losses])]
-    if not kinds:
-        raise bad_file(path, "not a table of losses", _REMEDY)
-    spaces = kinds[0].losses
-    numbers = table[["rate", *(column for loss in spaces for column in _columns(loss))]]
-    if any(dtype.kind not in "if" for dtype in numbers.dtypes):
-        raise bad_file(path, "has text in place of numbers", _REMEDY)
-    heads = [f"{space} | difference | 95 % interval" for space in spaces.values()]
-    lines = [f"| | peak rate | seeds | {' | '.join(heads)} |", "|---|---:|---:|" + "---:|---:|---:|" * len(spaces)]
-    return "\n".join([*lines, *(_line(row, [*spaces]) for row in table.to_dict("records"))]) + "\n"
+    kind = AUTOENCODER if "final_loss_norm" in table else LANGUAGE_MODEL
+    numbers = ["rate", *(column for loss in kind.losses for column in _columns(loss))]
+    if missing := [name for name in ("contender", "baseline", "seeds", *numbers) if name not in table]:
+        raise bad_file(path, f"has no column {missing[0]!r}", _REMEDY)
+    if text := [name for name in numbers if table[name].dtype.kind not in "if"]:
+        raise bad_file(path, f"column {text[0]!r} is not numeric", _REMEDY)
+    heads = [f"{space} | difference | 95 % interval" for space in kind.losses.values()]
+    lines = [f"| | peak rate | seeds | {' | '.join(heads)} |", "|---|---:|---:|" + "---:|---:|---:|" * len(heads)]
+    for row in table.to_dict("records"):
+        cells = [row["contender"], UNKNOWN if math.isnan(row["rate"]) else rate(row["rate"]), str(row["seeds"])]
+        lines.append(f"| {' | '.join([*cells, *(cell for loss in kind.losses for cell in _cells(row, loss))])} |")
+    return "\n".join(lines) + "\n"
 
 
 def _columns(loss: str) -> list[str]:
-    return [f"final_{loss}", f"final_{loss}_sd", *(f"{loss}_{name}" for name in _STATISTICS)]
+    statistics = ("difference", "relative", "low_95", "high_95")
+    return [f"final_{loss}", f"final_{loss}_sd", *(f"{loss}_{name}" for name in statistics)]
 
 
-def _missing(table: Any, losses: Sequence[str]) -> set[str]:
-    columns = {"contender", "baseline", "rate", "seeds", *(column for loss in losses for column in _columns(loss))}
-    return columns - {*table.columns}
-
-
-def _line(row: Mapping[str, Any], losses: Sequence[str]) -> str:
-    cells = [row["contender"], formatting.UNKNOWN if math.isnan(row["rate"]) else formatting.rate(row["rate"])]
-    cells.append(str(row["seeds"]))
-    for loss in losses:
-        value, sd, gap, relative, low, high = (float(row[column]) for column in _columns(loss))
-        spread = f" ± {formatting.deviation(sd)}" if math.isfinite(sd) else ""
-        limits = f"{formatting.signed(low)} to {formatting.signed(high)}" if math.isfinite(low) else formatting.UNKNOWN
-        cells += [
-            formatting.UNKNOWN if math.isnan(value) else formatting.loss(value) + spread,
-            formatting.change(gap, relative) if row["baseline"] else "baseline",
-            limits if row["baseline"] else "",
-        ]
-    return f"| {' | '.join(cells)} |"
+def _cells(row: Mapping[str, Any], loss: str) -> tuple[str, str, str]:
+    value, sd, gap, relative, low, high = (row[column] for column in _columns(loss))
+    shown = UNKNOWN if math.isnan(value) else show_loss(value)
+    shown += f" ± {deviation(sd)}" if math.isfinite(sd) else ""
+    if not row["baseline"]:
+        return shown, "baseline", ""
+    return shown, change(gap, relative), f"{signed(low)} to {signed(high)}" if math.isfinite(low) else UNKNOWN

@@ -80,12 +80,8 @@ class Probe:
     Attributes:
         name: File name without its ending: the method, optionally followed by the data set.
         method: "knn", "linear" or "finetune".
-        accuracy: Fraction of the held-out images that are classified correctly.
-        top5: Top-5 accuracy as a fraction, NaN if not measured.
-        train: Pattern of the training shards.
-        val: Pattern of the held-out shards.
-        train_samples: Number of training images.
-        val_samples: Number of held-out images.
+        accuracy, top5: Fractions of the held-out images; top5 is NaN if not measured.
+        train, val: Patterns of the shards; train_samples, val_samples: number of images in them.
         step: Training step of the encoder, None if unknown.
         settings: Settings of the measurement.
     """
@@ -111,16 +107,12 @@ class Run:
         folder: The run folder.
         config: The resolved config.
         environment: Versions, device, git commit and command.
-        train: Training rows by rising step: an array per column, NaN where a row has no value.
-        validation: Validation rows, likewise.
+        train, validation: Rows by rising step: an array per column, NaN where a row has no value.
         summary: The summary, empty until the run has written one.
-        reconstructions: Held-out images in recorded order.
-        reconstructions_step: Their training step, None without reconstructions.
+        reconstructions: Held-out images in recorded order, at training step `reconstructions_step`.
         probes: Measurements of the encoder by name.
-        mixing: Recorded mixing coefficients.
-        experts: Recorded expert routing.
-        label: Name on the page, set by `compare`.
-        index: Position on the page, set by `compare`.
+        mixing, experts: Recorded mixing coefficients and expert routing.
+        label, index: Name and position on the page, set by `compare`.
     """
 
     kind: RunKind

@@ -53,8 +53,7 @@ class Line:
     Attributes:
         label: Name of the FFN, such as "qd-MoA".
         points: Points by rising size.
-        slope: Slope of the fit.
-        intercept: Intercept of the fit.
+        slope, intercept: Coefficients of the fit.
         is_baseline: Whether it is the baseline's line.
         baseline: The baseline's line; None for the baseline itself, or if the baseline has no line.
         slope_difference: Slope minus the baseline's slope, with its interval.

@@ -273,13 +273,6 @@ def environment_rows(comparison: Comparison, environments: list[dict[str, Any]])
     return rows
 
 
-def edge(method: Method) -> str:
-    """Return "lowest" or "highest" if the best learning rate is at the edge of the tried ones, else ""."""
-    if not method.is_tuned or method.best is None:
-        return ""
-    return {method.groups[0]: "lowest", method.groups[-1]: "highest"}.get(method.best, "")
-
-
 def _run_row(comparison: Comparison, method: Method, group: RunGroup, run: Run) -> Row:
     baseline = method.reference.complete
     is_baseline = baseline == [run]
@@ -321,7 +314,7 @@ def _tolerance_row(method: Method, metric: str) -> Row:
         "lowest_rate": method.groups[0].learning_rate,
         "highest_rate": method.groups[-1].learning_rate,
         "best_rate": _best_rate(method),
-        "edge": edge(method),
+        "edge": method.edge,
         "low_good_rate": low,
         "high_good_rate": high,
         "span": quotient(high, low),

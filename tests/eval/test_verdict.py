@@ -109,7 +109,7 @@ def test_an_unfinished_rate_is_not_compared_and_makes_the_verdict_provisional(ma
 
 def test_rates_with_different_numbers_of_seeds_are_reported(make_run):
     folders = sweep(make_run, {(1e-3, 0): 0.4, (1e-3, 1): 0.4, (2e-3, 0): 0.5})
-    assert "The learning rates of qd-MoA were tried with 1 to 2 seeds." in report(folders)[1]
+    assert "The learning rates of qd-MoA were tried with 1 to 2 complete runs." in report(folders)[1]
 
 
 def test_a_method_that_diverged_at_all_rates_has_no_difference(make_run):
