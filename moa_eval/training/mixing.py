@@ -137,16 +137,16 @@ def sentences(label: str, mixing: Mixing) -> list[str]:
 
 def _variation(layers: Sequence[Layer]) -> str:
     if not any(layer.token_adaptive for layer in layers):
-        return "The coefficients are learned constants."
+        return "coefficients are learned constants."
     total = sum(len(layer.terms) for layer in layers)
     static = [
         f"{layer.name} {term}" for layer in layers for term, std in zip(layer.terms, layer.std, strict=True)
         if std < STATIC
     ]  # fmt: skip
     if static:
-        return f"Static blends: {len(static)} of {total} coefficients ({first_of(static)})."
+        return f"{len(static)} of {total} coefficients static ({first_of(static)})."
     spread = np.concatenate([layer.std for layer in layers])
-    return f"No static blend; standard deviations over tokens: {spread.min():.2g} to {spread.max():.2g}."
+    return f"no static coefficient, standard deviations over tokens {spread.min():.2g} to {spread.max():.2g}."
 
 
 def _read_step(path: Path) -> tuple[int, tuple[Layer, ...]]:

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from moa_eval.training.layer_figures import expert_load, router_entropy
 from moa_eval.training.experts import read_experts, sentence
 from moa_eval.training.grouping import compare
+from moa_eval.training.layer_figures import expert_load, router_entropy
 from moa_eval.training.reading import read_run
 from moa_eval.training.tables import expert_load_rows, expert_rows
 from moa_train.errors import DataError

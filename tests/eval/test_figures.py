@@ -52,22 +52,15 @@ def sweep(tmp_path_factory, write_run_into):
 
 
 def rows(chart, *columns):
-    """The rows of a chart's data that have these columns."""
+    """Return the rows of a chart's data that have these columns."""
     return [row for values in chart.spec["datasets"].values() for row in values if set(columns) <= set(row)]
 
 
 def paths(svg, kind):
-    """The pieces of SVG that draw one kind of mark, with their colours."""
+    """Return the SVG paths of one kind of mark with their colours."""
     groups = ElementTree.fromstring(svg).iter(f"{SVG}g")
     own = [group for group in groups if f"mark-{kind} role-mark" in group.get("class", "")]
     return [(path.get("stroke") or path.get("fill"), path) for group in own for path in group.iter(f"{SVG}path")]
-
-
-def test_two_runs_have_all_loss_curves(pair):
-    assert list(pair[1]) == [
-        "validation_loss", "validation_difference", "validation_loss_pixel", "train_loss",
-        "validation_loss_flops", "validation_loss_time", "train_loss_time",
-    ]  # fmt: skip
 
 
 def test_a_curve_passes_through_its_values(pair):
@@ -83,6 +76,13 @@ def test_a_curve_passes_through_its_values(pair):
         np.testing.assert_allclose(points[:, axis], slope * run.validation[column] + offset, atol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("name", "last"), [("validation_loss_time", 120 * 64 / 120), ("validation_loss_flops", 120 * 64 * 3e6)]
+)
+def test_time_and_flops_are_those_of_the_cost_table(pair, name, last):
+    assert max(row["x"] for row in rows(pair[1][name], "run", "x") if row["run"] == 0) == pytest.approx(last, rel=1e-4)
+
+
 def test_the_y_axis_ignores_the_beginning_and_diverging_runs(pair):
     comparison, charts = pair
     late = [own.validation["loss_norm"][own.validation["samples"] >= 0.1 * 64 * 120] for own in comparison.runs]
@@ -95,17 +95,15 @@ def test_the_y_axis_ignores_the_beginning_and_diverging_runs(pair):
 def test_a_cross_marks_where_a_run_diverged(pair):
     (end,) = rows(pair[1]["validation_loss"], "diverged")
     assert (end["run"], end["x"], end["diverged"]) == (1, 64 * 90, "95")
-    assert rows(pair[1]["validation_difference"], "diverged")
 
 
 def test_differences_are_taken_at_equal_images(pair):
     comparison, charts = pair
     a, b = (run.validation["loss_norm"] for run in comparison.runs)
-    found = {row["x"]: row["y"] for row in rows(charts["validation_difference"], "run", "y") if row["run"] == 1}
-    for at, difference in zip(comparison.runs[0].validation["samples"], b - a, strict=True):
-        if np.isfinite(difference):
-            assert found[at] == pytest.approx(difference, rel=1e-4)
-    assert {row["run"] for row in rows(charts["validation_difference"], "y")} == {1}
+    expected = dict(zip(comparison.runs[0].validation["samples"], b - a, strict=True))
+    found = rows(charts["validation_difference"], "run", "y")
+    assert {row["run"] for row in found} == {1} and len({row["x"] for row in found}) == np.isfinite(b).sum()
+    assert all(row["y"] == pytest.approx(expected[row["x"]], rel=1e-4) for row in found)
 
 
 def test_missing_data_gives_no_figure(make_run):
@@ -118,20 +116,17 @@ def test_missing_data_gives_no_figure(make_run):
 def test_language_models_have_tokens_and_cross_entropy(make_run):
     charts = draw([make_run("a", ffn="swiglu"), make_run("b", ffn="qdmoa")])[1]
     assert charts["validation_loss"].title == "Validation loss, cross-entropy"
-    assert "tokens seen" in charts["validation_loss"].svg and "images" not in charts["validation_loss"].svg
-    assert "validation_loss_pixel" not in charts
+    assert "tokens seen" in charts["validation_loss"].svg and "validation_loss_pixel" not in charts
 
 
 def test_a_run_started_from_a_checkpoint_is_drawn_from_there_on(make_run):
     folders = [make_run("a", ffn="swiglu", steps=60), make_run("b", ffn="qdmoa", steps=60, spread=0.1)]
     path = folders[1] / "metrics.jsonl"
-    late = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] > 30]
-    path.write_text("".join(late))
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if json.loads(line)["step"] > 30))
     comparison, charts = draw(folders)
     assert [run.seen for run in comparison.runs] == [60 * 64] * 2 and comparison.incomparable == ()
-    assert [row["x"] for row in rows(charts["validation_loss"], "x") if row["run"] == 1] == [2560, 3200, 3840]
-    assert [row["x"] for row in rows(charts["validation_difference"], "x")] == [2560, 3200, 3840]
-    assert charts["mixing_depth_1"].title.startswith("qd-MoA: coefficients over depth")
+    for name in ("validation_loss", "validation_difference"):
+        assert [row["x"] for row in rows(charts[name], "x") if row["run"] == 1] == [2560, 3200, 3840]
 
 
 def test_runs_at_other_learning_rates_are_hidden_at_first(sweep):
@@ -151,13 +146,9 @@ def test_the_learning_rate_figure_has_every_run_once(sweep):
         else:
             assert row["loss"] == pytest.approx(run.validation["loss_norm"][-1], rel=1e-5)
     outside = {(row["group"], row["rate"]) for row in seeds if not row["inside"]}
-    assert outside == {(0, 2.4e-3), (1, 2.4e-3)}, "one bad rate must not flatten the rest"
-
-
-def test_the_learning_rate_figure_marks_the_lowest_mean(sweep):
-    means = rows(sweep[1]["loss_against_rate"], "best")
+    assert outside == {(0, 2.4e-3), (1, 2.4e-3)}, "one bad rate must not flatten the others"
+    means = rows(charts["loss_against_rate"], "best")
     assert [(row["group"], row["rate"]) for row in means if row["best"]] == [(0, 1.2e-3), (1, 6e-4)]
-    assert "3e-4" in sweep[1]["loss_against_rate"].svg and "1.2e-3" in sweep[1]["loss_against_rate"].svg
 
 
 def test_an_unfinished_run_is_marked_and_excluded_from_the_mean(make_run):
@@ -184,7 +175,7 @@ def test_terms_have_the_same_colours_in_figures_and_maps(make_run):
     legend = {entry["term"]: entry["colour"] for entry in shown["legend"]}
     scale = charts["mixing_depth_0"].spec["layer"][0]["encoding"]["color"]["scale"]
     assert dict(zip(scale["domain"], scale["range"], strict=True)) == legend
-    assert list(legend) == terms and len(set(legend.values())) == len(terms)
+    assert [*legend] == terms and len(set(legend.values())) == len(terms)
 
 
 def test_probes_are_differences_to_the_baseline_mean(sweep):
@@ -203,37 +194,29 @@ def test_mixing_is_drawn_for_the_shown_run(sweep):
     training = rows(charts[f"mixing_training_{run}"], "spread")
     assert {row["seen"] for row in training} == {20 * 64, 40 * 64}
     last = {row["layer"]: row["spread"] for row in training if row["seen"] == 40 * 64}
-    assert last["encoder.0"] == pytest.approx(0.1)
-    assert last["encoder.1"] == pytest.approx(0.1 * np.sqrt(2 / 3), rel=1e-5)
+    assert last == {"encoder.0": pytest.approx(0.1), "encoder.1": pytest.approx(0.1 * np.sqrt(2 / 3), rel=1e-5)}
 
 
 def test_a_long_run_is_thinned(make_run):
-    comparison, charts = draw([make_run("a", steps=2000)])
-    x = [row["x"] for row in rows(charts["train_loss"], "x", "y")]
+    x = [row["x"] for row in rows(draw([make_run("a", steps=2000)])[1]["train_loss"], "x", "y")]
     assert len(x) < 1000 and (min(x), max(x)) == (64, 64 * 2000)
-    assert len(comparison.runs[0].train["step"]) == 2000
 
 
-@pytest.mark.parametrize("size", [1, 49, 50, 99, 100, 333])
+@pytest.mark.parametrize("size", [1, 49, 50, 333])
 def test_smoothing_is_a_centred_moving_average(size):
     values = np.random.default_rng(size).normal(size=size)
     values[size // 2] = np.nan
     half = size // 50
-    expected = [
-        np.nan if np.isnan(values[i]) else np.nanmean(values[max(0, i - half) : i + half + 1]) for i in range(size)
-    ]
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(size)]
+    expected = [np.nan if np.isnan(value) else np.nanmean(own) for value, own in zip(values, windows, strict=True)]
     np.testing.assert_allclose(smooth(values), expected, atol=1e-12)
 
 
 def test_accuracies_have_normal_intervals():
     chart = accuracies(["x", "y"], ["a", "b"], np.array([[50.0, 60], [70, 80]]), np.array([[1.0, 2], [3, np.nan]]), "n")
     found = [(row["run"], row["task"], row["accuracy"], row["low"], row["high"]) for row in rows(chart, "accuracy")]
-    expected = [(0, "x", 50, 1), (1, "x", 60, 2), (0, "y", 70, 3), (1, "y", 80, 0)]
-    for row, (model, task, value, error) in zip(found, expected, strict=True):
-        assert row == (
-            model,
-            task,
-            value,
-            pytest.approx(value - 1.96 * error, abs=1e-3),
-            pytest.approx(value + 1.96 * error, abs=1e-3),
-        )
+    for row, (*expected, error) in zip(
+        found, [(0, "x", 50, 1), (1, "x", 60, 2), (0, "y", 70, 3), (1, "y", 80, 0)], strict=True
+    ):
+        assert list(row[:3]) == expected
+        assert row[3:] == pytest.approx((expected[2] - 1.96 * error, expected[2] + 1.96 * error), abs=1e-3)
