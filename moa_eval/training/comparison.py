@@ -19,14 +19,9 @@ from typing import Any
 from moa_eval.training.configuration import config_difference
 from moa_eval.training.intervals import UNKNOWN, Interval, by_seed, difference, mean, quotient
 from moa_eval.training.runs import Run, RunKind
-from moa_train.errors import DataError
 
 SHOWN_RUNS = 8
 """Number of runs that a figure can show at once and keep distinguishable."""
-
-
-class NotComparableError(DataError):
-    """Runs or results that must not be compared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +165,12 @@ class Contrast:
     def relative(self) -> float:
         """The mean difference as a fraction of the baseline's mean."""
         return quotient(self.interval.mean, self.baseline_mean)
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """The difference and its interval as columns of a table."""
+        difference, low, high, _ = self.interval
+        return {"difference": difference, "relative": self.relative, "low_95": low, "high_95": high}
 
     @property
     def mean(self) -> float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from moa_eval.training.comparability import incomparable_reasons
-from moa_eval.training.comparison import Comparison, Method, NotComparableError, RunGroup, best_group
+from moa_eval.training.comparison import Comparison, Method, RunGroup, best_group
 from moa_eval.training.configuration import (
     WIDENED,
     WITHIN_METHOD,
@@ -22,7 +23,7 @@ from moa_eval.training.configuration import (
 )
 from moa_eval.training.labels import group_label, method_names, run_labels
 from moa_eval.training.runs import Run
-from moa_train.errors import ConfigError
+from moa_train.errors import ConfigError, DataError
 
 
 @dataclass(eq=False)
@@ -31,18 +32,18 @@ class Draft:
 
     Attributes:
         runs: The runs by learning rate and seed.
-        size: Key that is equal for methods of one model size.
         family: Key that is equal for one FFN at all sizes.
         baseline: The method that this one is compared with; None for a baseline.
     """
 
     runs: list[Run]
-    size: str = field(init=False)
     family: str = ""
     baseline: Draft | None = None
 
-    def __post_init__(self) -> None:
-        self.size = canonical(size_part(self.config))
+    @cached_property
+    def size(self) -> str:
+        """Key that is equal for methods of one model size."""
+        return canonical(size_part(self.config))
 
     @property
     def config(self) -> Config:
@@ -60,8 +61,8 @@ def compare(runs: Sequence[Run], *, strict: bool = False, baseline: str | Sequen
             that exists is taken.
 
     Raises:
-        NotComparableError: A folder is given twice, or the runs are of different kinds; with `strict`, the runs
-            differ in data, masks, batch, budget or image size.
+        DataError: A folder is given twice, or the runs are of different kinds; with `strict`, the runs differ in
+            data, masks, batch, budget or image size.
         ConfigError: No method matches `baseline`.
     """
     _check_alike(runs)
@@ -71,14 +72,13 @@ def compare(runs: Sequence[Run], *, strict: bool = False, baseline: str | Sequen
         drafts = [first, *(draft for draft in drafts if draft is not first)]
     assign_families(drafts)
     assign_baselines(drafts)
-    drafts = [own for first in drafts if not first.baseline for own in (first, *_alternatives(first, drafts))]
+    baselines = [draft for draft in drafts if draft.baseline is None]
+    drafts = [own for first in baselines for own in (first, *(draft for draft in drafts if draft.baseline is first))]
     metric = _metric(drafts[0].runs[0])
     methods = _methods(drafts, metric)
     incomparable = tuple(incomparable_reasons(methods))
     if strict and incomparable:
-        raise NotComparableError(
-            f"not comparable: {'; '.join(incomparable)}; omit --strict for a report with a warning"
-        )
+        raise DataError(f"not comparable: {'; '.join(incomparable)}; omit --strict for a report with a warning")
     return Comparison(methods, metric, incomparable)
 
 
@@ -117,11 +117,11 @@ def _check_alike(runs: Sequence[Run]) -> None:
     folders = [run.folder.resolve() for run in runs]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise NotComparableError(f"{folder}: given {folders.count(folder)} times; give every run once")
+            raise DataError(f"{folder}: given {folders.count(folder)} times; give every run once")
     first = runs[0]
     for run in runs:
         if run.kind != first.kind:
-            raise NotComparableError(
+            raise DataError(
                 f"{first.folder} is a {first.kind.name} and {run.folder} a {run.kind.name}; "
                 "use a --section for each kind"
             )
@@ -132,10 +132,6 @@ def _drafts(runs: Sequence[Run]) -> list[Draft]:
     for run in runs:
         by_method.setdefault(method_key(run.config), []).append(run)
     return [Draft(sorted(own, key=lambda run: (run.learning_rate, run.seed))) for own in by_method.values()]
-
-
-def _alternatives(baseline: Draft, drafts: Sequence[Draft]) -> list[Draft]:
-    return [draft for draft in drafts if draft.baseline is baseline]
 
 
 def _find(drafts: Sequence[Draft], names: Sequence[str]) -> Draft:
@@ -166,13 +162,13 @@ def _methods(drafts: Sequence[Draft], metric: str) -> tuple[Method, ...]:
     firsts = [draft.runs[0] for draft in drafts]
     names = {draft: method_names(run, firsts) for draft, run in zip(drafts, firsts, strict=True)}
     by_rate = {draft: _by_rate(draft, names[draft].label) for draft in drafts}
-    labels = run_labels([group for groups in by_rate.values() for group in groups.items()])
+    labels = run_labels([group for groups in by_rate.values() for group in groups])
     position = itertools.count()
     methods: dict[Draft, Method] = {}
     for draft in drafts:
         end = max((run.end for run in draft.runs if run.is_usable), default=0.0)
         groups = []
-        for label, runs in by_rate[draft].items():
+        for label, runs in by_rate[draft]:
             named = [replace(run, index=(at := next(position)), label=labels[at]) for run in runs]
             groups.append(RunGroup(label, tuple(named), end))
         methods[draft] = Method(
@@ -186,13 +182,13 @@ def _methods(drafts: Sequence[Draft], metric: str) -> tuple[Method, ...]:
     return tuple(methods.values())
 
 
-def _by_rate(draft: Draft, label: str) -> dict[str, list[Run]]:
-    """Return the runs of each learning rate by the label of their group, by rising rate."""
+def _by_rate(draft: Draft, label: str) -> list[tuple[str, list[Run]]]:
+    """Return the run groups of a method as labels and runs, by rising learning rate."""
     rates = sorted({run.learning_rate for run in draft.runs})
-    return {
-        group_label(label, rate, len(rates) > 1): [run for run in draft.runs if run.learning_rate == rate]
+    return [
+        (group_label(label, rate, len(rates) > 1), [run for run in draft.runs if run.learning_rate == rate])
         for rate in rates
-    }
+    ]
 
 
 def _setting_difference(a: Draft, b: Draft) -> dict[str, Any]:

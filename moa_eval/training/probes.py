@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row
@@ -45,23 +46,15 @@ def probe_rows(comparison: Comparison) -> list[Row]:
 
 def probe_run_rows(comparison: Comparison) -> list[Row]:
     """Return a row per run and measurement."""
-    return [
-        {
-            "run": run.label,
-            "probe": probe.name,
-            "method": probe.method,
-            "accuracy": probe.accuracy,
-            "top5": probe.top5,
-            "step": "" if probe.step is None else probe.step,
-            "train": probe.train,
-            "train_samples": probe.train_samples,
-            "val": probe.val,
-            "val_samples": probe.val_samples,
-            "settings": show(probe.settings),
-        }
-        for run in comparison.runs
-        for probe in run.probes
-    ]
+    rows = []
+    for run in comparison.runs:
+        for probe in run.probes:
+            values = asdict(probe) | {
+                "step": "" if probe.step is None else probe.step,
+                "settings": show(probe.settings),
+            }
+            rows.append({"run": run.label, "probe": values.pop("name"), **values})
+    return rows
 
 
 def unequal_probes(comparison: Comparison) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row
 from moa_eval.training.comparison import Comparison, Contrast, Method, RunGroup
 from moa_eval.training.configuration import ffn_part, role
-from moa_eval.training.intervals import by_seed, deviation, mean, quotient
+from moa_eval.training.intervals import UNKNOWN, by_seed, deviation, mean, quotient
 from moa_eval.training.mixing import STATIC, STATISTICS
 from moa_eval.training.probes import probe_rows, probe_run_rows
 from moa_eval.training.runs import Columns, Run
@@ -150,10 +150,7 @@ def equal_rate_rows(comparison: Comparison) -> list[Row]:
             "baseline_seeds": len(contrast.baseline_losses),
             "mean": contrast.mean,
             "baseline_mean": contrast.baseline_mean,
-            "difference": contrast.interval.mean,
-            "relative": contrast.relative,
-            "low_95": contrast.interval.low,
-            "high_95": contrast.interval.high,
+            **contrast.columns,
         }
         for loss in comparison.kind.losses
         for contrast in comparison.equal_rates(loss)
@@ -345,13 +342,10 @@ def _best_rate(method: Method) -> float:
 
 
 def _difference_columns(loss: str, contrast: Contrast | None) -> Row:
-    if contrast is None:
-        return {f"{loss}_{name}": math.nan for name in _DIFFERENCE} | {f"{loss}_interval": ""}
-    interval = contrast.interval
-    values = (interval.mean, contrast.relative, interval.low, interval.high)
+    columns = contrast.columns if contrast else dict.fromkeys(_DIFFERENCE, math.nan)
+    interval = contrast.interval if contrast else UNKNOWN
     kind = "" if math.isnan(interval.low) else "paired t" if interval.paired else "Welch t"
-    row: Row = {f"{loss}_{name}": value for name, value in zip(_DIFFERENCE, values, strict=True)}
-    return row | {f"{loss}_interval": kind}
+    return {f"{loss}_{name}": value for name, value in columns.items()} | {f"{loss}_interval": kind}
 
 
 def _costs(runs: list[Run]) -> dict[str, float]:

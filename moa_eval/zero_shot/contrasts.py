@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moa_eval.training.comparison import NotComparableError
 from moa_eval.zero_shot import paired
 from moa_eval.zero_shot.output import Evaluation, Metric, TaskResult
+from moa_train.errors import DataError as NotComparableError
 
 AVERAGE = "average"
 HEADLINE = "headline"  # the average of each task's own headline metric

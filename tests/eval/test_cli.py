@@ -115,7 +115,9 @@ def test_unfinished_and_diverged_runs_are_reported(make_run, tmp_path):
     ],
 )
 def test_user_errors_are_one_line_with_exit_code_2(make_run, tmp_path, monkeypatch, command, script, arguments, words):
-    make_run("a"), make_run("b", changes={"data.val": "other"}), make_run("lm", ffn="swiglu")
+    make_run("a")
+    make_run("b", changes={"data.val": "other"})
+    make_run("lm", ffn="swiglu")
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)

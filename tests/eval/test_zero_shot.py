@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from moa_eval.training.comparison import NotComparableError
 from moa_eval.zero_shot import paired
 from moa_eval.zero_shot.contrasts import AVERAGE, HEADLINE, compare_evaluations
 from moa_eval.zero_shot.output import ResultsError, read_evaluation
+from moa_train.errors import DataError as NotComparableError
 
 FOUR = ("arc_challenge", "hellaswag", "openbookqa", "winogrande")
 RUN_HARNESS = """
