@@ -15,7 +15,7 @@ REMEDY = "restore the file or leave this run out"
 
 def bad_file(path: Path, reason: object, remedy: str = REMEDY) -> DataError:
     """Return the error for an unusable file: its path, what is wrong and what to do, on one line."""
-    return DataError(f"{path}: {' '.join(str(reason).split())}; {remedy}")
+    return DataError(" ".join(f"{path}: {reason}; {remedy}".splitlines()))
 
 
 def read_text(path: Path) -> str:
