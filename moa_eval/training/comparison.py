@@ -41,7 +41,7 @@ class RunGroup:
     @property
     def learning_rate(self) -> float:
         """The peak learning rate."""
-        return self.runs[0].learning_rate
+        return self.runs[0].peak_lr
 
     @property
     def diverged(self) -> list[Run]:

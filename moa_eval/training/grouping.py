@@ -131,7 +131,7 @@ def _drafts(runs: Sequence[Run]) -> list[Draft]:
     by_method: dict[str, list[Run]] = {}
     for run in runs:
         by_method.setdefault(method_key(run.config), []).append(run)
-    return [Draft(sorted(own, key=lambda run: (run.learning_rate, run.seed))) for own in by_method.values()]
+    return [Draft(sorted(own, key=lambda run: (run.peak_lr, run.seed))) for own in by_method.values()]
 
 
 def _find(drafts: Sequence[Draft], names: Sequence[str]) -> Draft:
@@ -184,10 +184,9 @@ def _methods(drafts: Sequence[Draft], metric: str) -> tuple[Method, ...]:
 
 def _by_rate(draft: Draft, label: str) -> list[tuple[str, list[Run]]]:
     """Return the run groups of a method as labels and runs, by rising learning rate."""
-    rates = sorted({run.learning_rate for run in draft.runs})
+    rates = sorted({run.peak_lr for run in draft.runs})
     return [
-        (group_label(label, rate, len(rates) > 1), [run for run in draft.runs if run.learning_rate == rate])
-        for rate in rates
+        (group_label(label, rate, len(rates) > 1), [run for run in draft.runs if run.peak_lr == rate]) for rate in rates
     ]
 
 

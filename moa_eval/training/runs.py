@@ -151,7 +151,7 @@ class Run:
         return split_encoder(self.settings[self.kind.ffn_key]).ffn
 
     @property
-    def learning_rate(self) -> float:
+    def peak_lr(self) -> float:
         """The peak learning rate."""
         return float(self.config["optim"]["lr"])
 

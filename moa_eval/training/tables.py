@@ -277,7 +277,7 @@ def _run_row(comparison: Comparison, method: Method, group: RunGroup, run: Run) 
         "run": run.label,
         "contender": method.label,
         "name": run.name,
-        "rate": run.learning_rate,
+        "rate": run.peak_lr,
         "seed": run.seed,
         "is_best": group is method.best,
         "is_baseline": is_baseline,

@@ -139,7 +139,7 @@ def test_runs_at_other_learning_rates_are_hidden_at_first(sweep):
 def test_the_learning_rate_figure_has_every_run_once(sweep):
     comparison, charts = sweep
     seeds = rows(charts["loss_against_rate"], "seed")
-    assert [(row["rate"], row["seed"]) for row in seeds] == [(run.learning_rate, run.seed) for run in comparison.runs]
+    assert [(row["rate"], row["seed"]) for row in seeds] == [(run.peak_lr, run.seed) for run in comparison.runs]
     for row, run in zip(seeds, comparison.runs, strict=True):
         if run.diverged_at is not None:
             assert row["diverged"] and not row["inside"] and row["text"] == "diverged at step 30"

@@ -20,7 +20,7 @@ def edit_rows(folder, change):
 def test_a_run_has_the_values_of_its_files(make_run):
     folder = make_run("moa", encoder="vit_tiny_patch4_qdmoa", lr=1.2e-3, seed=3, mixing=500)
     run = read_run(folder)
-    assert (run.name, run.seed, run.ffn, run.learning_rate, run.status) == ("moa", 3, "qdmoa", 1.2e-3, "finished")
+    assert (run.name, run.seed, run.ffn, run.peak_lr, run.status) == ("moa", 3, "qdmoa", 1.2e-3, "finished")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for kind, columns in (("train", run.train), ("val", run.validation)):
         for key, values in columns.items():
