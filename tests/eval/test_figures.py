@@ -1,4 +1,4 @@
-"""Content of the figures of training runs and of harness results."""
+"""Content of the figures of training runs."""
 
 import json
 import re
@@ -14,7 +14,6 @@ from moa_eval.training.grouping import compare
 from moa_eval.training.mixing_maps import mixing_content
 from moa_eval.training.reading import read_run
 from moa_eval.training.scaling import fit_lines
-from moa_eval.zero_shot.figures import accuracies
 
 MOA = "vit_tiny_patch4_qdmoa"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -210,13 +209,3 @@ def test_smoothing_is_a_centred_moving_average(size):
     windows = [values[max(0, i - half) : i + half + 1] for i in range(size)]
     expected = [np.nan if np.isnan(value) else np.nanmean(own) for value, own in zip(values, windows, strict=True)]
     np.testing.assert_allclose(smooth(values), expected, atol=1e-12)
-
-
-def test_accuracies_have_normal_intervals():
-    chart = accuracies(["x", "y"], ["a", "b"], np.array([[50.0, 60], [70, 80]]), np.array([[1.0, 2], [3, np.nan]]), "n")
-    found = [(row["run"], row["task"], row["accuracy"], row["low"], row["high"]) for row in rows(chart, "accuracy")]
-    for row, (*expected, error) in zip(
-        found, [(0, "x", 50, 1), (1, "x", 60, 2), (0, "y", 70, 3), (1, "y", 80, 0)], strict=True
-    ):
-        assert list(row[:3]) == expected
-        assert row[3:] == pytest.approx((expected[2] - 1.96 * error, expected[2] + 1.96 * error), abs=1e-3)
