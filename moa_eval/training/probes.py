@@ -28,8 +28,8 @@ def probe_rows(comparison: Comparison) -> list[Row]:
             gap = difference(values, baseline) if baseline else UNKNOWN
             row: Row = {
                 "probe": name,
-                "method": next((probe.method for probe in probes.values()), ""),
-                "contender": method.label,
+                "probe_method": next((probe.method for probe in probes.values()), ""),
+                "method": method.label,
                 "rate": method.best.learning_rate if method.best else math.nan,
                 "seeds": len(values),
                 "accuracy": mean(values.values()),
@@ -53,7 +53,8 @@ def probe_run_rows(comparison: Comparison) -> list[Row]:
                 "step": "" if probe.step is None else probe.step,
                 "settings": show(probe.settings),
             }
-            rows.append({"run": run.label, "probe": values.pop("name"), **values})
+            names = {"probe": values.pop("name"), "probe_method": values.pop("method")}
+            rows.append({"run": run.label, **names, **values})
     return rows
 
 

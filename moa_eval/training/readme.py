@@ -30,14 +30,14 @@ def results_markdown(path: str | Path) -> str:
         raise bad_file(path, f"cannot be read ({error})", _REMEDY) from error
     kind = AUTOENCODER if "final_loss_norm" in table else LANGUAGE_MODEL
     numbers = ["rate", *(column for loss in kind.losses for column in _columns(loss))]
-    if missing := [name for name in ("contender", "baseline", "seeds", *numbers) if name not in table]:
+    if missing := [name for name in ("method", "baseline", "seeds", *numbers) if name not in table]:
         raise bad_file(path, f"has no column {missing[0]!r}", _REMEDY)
     if text := [name for name in numbers if table[name].dtype.kind not in "if"]:
         raise bad_file(path, f"column {text[0]!r} is not numeric", _REMEDY)
     heads = [f"{space} | difference | 95 % interval" for space in kind.losses.values()]
     lines = [f"| | peak rate | seeds | {' | '.join(heads)} |", "|---|---:|---:|" + "---:|---:|---:|" * len(heads)]
     for row in table.to_dict("records"):
-        cells = [row["contender"], UNKNOWN if math.isnan(row["rate"]) else rate(row["rate"]), str(row["seeds"])]
+        cells = [row["method"], UNKNOWN if math.isnan(row["rate"]) else rate(row["rate"]), str(row["seeds"])]
         lines.append(f"| {' | '.join([*cells, *(cell for loss in kind.losses for cell in _cells(row, loss))])} |")
     return "\n".join(lines) + "\n"
 

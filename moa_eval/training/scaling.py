@@ -108,7 +108,7 @@ def scaling_rows(lines: Sequence[Line]) -> list[Row]:
         {
             "ffn": line.label,
             "size": point.method.size,
-            "contender": point.method.label,
+            "method": point.method.label,
             "rate": point.method.best.learning_rate if point.method.best else math.nan,
             "seeds": len(point.losses),
             "parameters": point.parameters,

@@ -23,7 +23,7 @@ def against_parameters(comparison: Comparison) -> Chart | None:
         if np.isfinite([row["parameters_ratio"], gap]).all():
             low, high = (row[key] if np.isfinite(row[key]) else gap for key in ("low_95", "high_95"))
             values = {"added": row["parameters_ratio"] - 1, "difference": gap, "low": low, "high": high}
-            rows.append({"group": group, "ffn": row["contender"]} | {key: short(own) for key, own in values.items()})
+            rows.append({"group": group, "ffn": row["method"]} | {key: short(own) for key, own in values.items()})
     if not rows:
         return None
     labels = [method.label for method in comparison.methods]

@@ -79,7 +79,7 @@ def loss_rows(comparison: Comparison) -> list[Row]:
     for method in comparison.methods:
         runs = method.complete
         row: Row = {
-            "contender": method.label,
+            "method": method.label,
             "baseline": method.baseline.label if method.baseline else "",
             "rate": _best_rate(method),
             "rates_tried": len(method.groups),
@@ -119,7 +119,7 @@ def rate_rows(comparison: Comparison) -> list[Row]:
             values = [*group.final_losses(metric).values()]
             rows.append(
                 {
-                    "contender": method.label,
+                    "method": method.label,
                     "rate": group.learning_rate,
                     "loss": metric,
                     "seeds": len(values),
@@ -141,7 +141,7 @@ def equal_rate_rows(comparison: Comparison) -> list[Row]:
     """Return a row per loss and learning rate that an alternative shares with its baseline."""
     return [
         {
-            "contender": contrast.method.label,
+            "method": contrast.method.label,
             "baseline": contrast.method.reference.label,
             "rate": contrast.group.learning_rate,
             "loss": loss,
@@ -166,7 +166,7 @@ def cost_rows(comparison: Comparison) -> list[Row]:
     rows: list[Row] = []
     for method, costs in medians.items():
         runs, baseline = method.complete or method.best_runs, medians[method.reference]
-        row: Row = {"contender": method.label, "runs": len(runs), "unit": comparison.kind.unit}
+        row: Row = {"method": method.label, "runs": len(runs), "unit": comparison.kind.unit}
         row["device"] = ", ".join(dict.fromkeys(run.device for run in runs))
         for name, value in costs.items():
             row |= {name: value, f"{name}_ratio": quotient(value, baseline[name])}
@@ -181,7 +181,7 @@ def parameter_rows(comparison: Comparison) -> list[Row]:
     """
     rows: list[Row] = []
     for method, cost, loss in zip(comparison.methods, cost_rows(comparison), loss_rows(comparison), strict=True):
-        row: Row = {key: loss[key] for key in ("contender", "baseline", "rate", "seeds")}
+        row: Row = {key: loss[key] for key in ("method", "baseline", "rate", "seeds")}
         row |= {key: cost[key] for key in ("parameters", "parameters_ratio", "mixing_parameters")}
         row |= {"is_control": _is_control(method, cost["parameters_ratio"]), "loss": loss[f"final_{comparison.metric}"]}
         rows.append(row | {key: loss[f"{comparison.metric}_{key}"] for key in _DIFFERENCE})
@@ -275,7 +275,7 @@ def _run_row(comparison: Comparison, method: Method, group: RunGroup, run: Run) 
     is_baseline = baseline == [run]
     row: Row = {
         "run": run.label,
-        "contender": method.label,
+        "method": method.label,
         "name": run.name,
         "rate": run.peak_lr,
         "seed": run.seed,
@@ -306,7 +306,7 @@ def _tolerance_row(method: Method, metric: str) -> Row:
     """
     low, high = _good_rates(method, metric)
     return {
-        "contender": method.label,
+        "method": method.label,
         "rates_tried": len(method.groups),
         "lowest_rate": method.groups[0].learning_rate,
         "highest_rate": method.groups[-1].learning_rate,

@@ -64,7 +64,7 @@ def caveats(comparison: Comparison) -> list[str]:
         seeds=_seeds(comparison),
         other_signs=_other_signs(comparison),
         controls=_controls(comparison),
-        probes=[row for row in probe_rows(comparison) if best and row["contender"] == best.method.label],
+        probes=[row for row in probe_rows(comparison) if best and row["method"] == best.method.label],
         unequal_probes=unequal_probes(comparison),
         parameters=[(method, _parameters_ratio(method)) for method in comparison.alternatives],
         speed=cost_rows(comparison)[best.method.index]["units_per_s_ratio"] if best else math.nan,

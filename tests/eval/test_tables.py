@@ -57,8 +57,8 @@ def finals(folders, ffn, rate, loss):
 def test_losses_are_means_over_the_seeds_of_the_best_group(sweep):
     folders, tables = sweep
     first, second = tables["losses"]
-    assert (first["contender"], first["rate"], first["rates_tried"]) == ("SwiGLU", 1e-3, 1)
-    assert (second["contender"], second["rate"], second["rates_tried"]) == ("qd-MoA", 2e-3, 4)
+    assert (first["method"], first["rate"], first["rates_tried"]) == ("SwiGLU", 1e-3, 1)
+    assert (second["method"], second["rate"], second["rates_tried"]) == ("qd-MoA", 2e-3, 4)
     assert (second["baseline"], second["seeds"], second["unit"], second["seen"]) == ("SwiGLU", 2, "image", 2560)
     for loss in SPACES:
         a, b = finals(folders, "qdmoa", 2e-3, loss), finals(folders, "swiglu", 1e-3, loss)
@@ -132,7 +132,7 @@ def test_unfinished_runs_are_counted_but_enter_no_loss(make_run):
 def test_equal_rates_compare_groups_of_one_learning_rate(sweep):
     folders, tables = sweep
     norm, pixel = tables["equal_rates"]
-    assert (norm["contender"], norm["baseline"], norm["rate"]) == ("qd-MoA", "SwiGLU", 1e-3)
+    assert (norm["method"], norm["baseline"], norm["rate"]) == ("qd-MoA", "SwiGLU", 1e-3)
     assert (norm["loss"], pixel["loss"]) == SPACES
     means = [np.mean(finals(folders, ffn, 1e-3, "loss_norm")) for ffn in ("qdmoa", "swiglu")]
     assert norm["difference"] == pytest.approx(means[0] - means[1], abs=1e-12)
