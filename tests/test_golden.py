@@ -30,7 +30,12 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).with_name("golden")
 
 # Key or column in the golden files -> its current name, or None if it was removed.
-RENAMED: dict[str, str | None] = {**RENAMED_KEYS, "ffn_gate": "ffn_mixing_gate"}
+RENAMED: dict[str, str | None] = {
+    **RENAMED_KEYS,
+    "ffn_gate": "ffn_mixing_gate",
+    "contender": "method",
+    "method": "probe_method",
+}
 # Config file in recipes.json -> arguments that give this recipe now, e.g. ["--config", "configs/lm/base.yaml", ...].
 MOVED: dict[str, list[str]] = {}
 for size in ("0.12b_20tpp", "0.25b_20tpp", "0.12b_100tpp"):

@@ -1,4 +1,6 @@
-"""How every figure is drawn: Vega-Lite by Altair, as files without a browser and alive in the page."""
+"""Common look of all figures: Altair charts -> SVG and PNG files, and interactive Vega-Lite in the page."""
+
+from __future__ import annotations
 
 import functools
 import json
@@ -10,8 +12,8 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-# Okabe and Ito (2008), "Color universal design", slightly darkened where thin lines need it: hues told apart by all
-# common kinds of colour vision, each with a lighter twin for a dark background; the first two are furthest apart.
+# Okabe and Ito (2008), "Color universal design": hues that are distinguishable with all common kinds of colour vision,
+# slightly darkened for thin lines, each with a lighter twin for dark backgrounds. The first two are furthest apart.
 PALETTE = (
     ("#0072b2", "#5db4ea"), ("#d55e00", "#ff9350"), ("#009e73", "#3cc9a0"), ("#b5558f", "#e59cc6"),
     ("#a87600", "#f0b93a"), ("#3f8fc0", "#9bd6f7"), ("#5c6470", "#aeb6c2"), ("#7a4fc4", "#b79cf2"),
@@ -22,12 +24,17 @@ TOKENS = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
     own: f"{name}-{index}"
     for index, twins in enumerate(PALETTE)
     for name, own in zip(("series", "twin"), twins, strict=True)
-}  # colour of a chart -> CSS variable of the page that stands for it
+}
+"""CSS variable of the page for each colour of a chart."""
 
-AnyChart = alt.Chart | alt.LayerChart | alt.FacetChart  # the last because `alt.layer` says that it may return one
+AnyChart = alt.Chart | alt.LayerChart | alt.FacetChart
 
-POINTER = "pointer"  # what the names of layers begin with that only a pointer brings out; files do without them
-WIDTH, HEIGHT = 560, 260  # pixels of the plot in the files; in the page a chart is as wide as its place
+POINTER = "pointer"
+"""Prefix of the names of layers that react to the pointer; files omit them."""
+
+WIDTH, HEIGHT = 560, 260
+"""Pixels of the plot in files; in the page, a chart is as wide as its container."""
+
 _PNG_SCALE = 2
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "Liberation Sans", sans-serif'
 _TEXT = {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "titleColor": MUTED}
@@ -50,22 +57,22 @@ _CONFIG: dict[str, Any] = {
     "range": {"category": [light for light, _ in PALETTE]},
 }  # fmt: skip
 
-# Rows of run number "run", or of group number "group", are left out while a switch of the page says so.
+# Keeps the rows whose "run" and "group" are not switched off on the page.
 _SHOWN = "indexof(hidden, datum.run) < 0 && indexof(hidden_groups, datum.group) < 0"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure, drawn.
+    """A drawn figure.
 
     Attributes:
         name: File name without its ending.
-        title: What it shows, in words (its text alternative).
-        spec: Vega-Lite with its data inside and light colours. Its parameters "hidden" and "hidden_groups" list the
-            runs and the groups of runs that are switched off; every datum that belongs to a run carries the run's
-            position as "run", or its group's as "group".
-        svg: A stand-alone file on light ground, with the runs that are shown at first.
-        png: The same as pixels.
+        title: Title and text alternative.
+        spec: Vega-Lite with inline data and light colours. Its parameters "hidden" and "hidden_groups" list the runs
+            and groups that are switched off; every datum of a run has the run's position as "run", or its group's as
+            "group".
+        svg: Stand-alone SVG on a light background, with the runs that are shown at first.
+        png: The same as PNG.
     """
 
     name: str
@@ -76,13 +83,14 @@ class Chart:
 
 
 def draw(name: str, title: str, chart: AnyChart, *, hidden: Sequence[int] = (), height: int = HEIGHT) -> Chart:
-    """Give a chart its title, the common look and the switches, and draw it.
+    """Draw a chart with the common look and the page's switches.
 
     Args:
-        name, title: As `Chart` has them.
-        chart: One panel, with its data inside; a layer whose name begins with `POINTER` is for the page alone.
+        name: File name without its ending.
+        title: Title.
+        chart: One panel with inline data; layers whose name begins with `POINTER` appear in the page only.
         hidden: Runs that are switched off at first.
-        height: Pixels between the axes.
+        height: Height of the plot in pixels.
     """
     spec: dict[str, Any] = {
         **chart.to_dict(),
@@ -91,7 +99,7 @@ def draw(name: str, title: str, chart: AnyChart, *, hidden: Sequence[int] = (), 
         "height": height,
     }
     letters = max((len(label) for view in _views(spec) for label in _legend(view)), default=0)
-    columns = {"expr": f"max(1, floor(width / {7 * letters + 36}))"}  # as many as fit
+    columns = {"expr": f"max(1, floor(width / {7 * letters + 36}))"}
     spec["config"] = _CONFIG | {"legend": _CONFIG["legend"] | {"columns": columns}}
     spec["params"] = [
         {"name": "hidden", "value": list(hidden)},
@@ -106,36 +114,31 @@ def draw(name: str, title: str, chart: AnyChart, *, hidden: Sequence[int] = (), 
 
 
 def colours(labels: Sequence[str], first: int = 0) -> alt.Scale:
-    """A scale from labels to the palette in order, beginning with its colour number `first`."""
+    """Return a scale from labels to the colours of the palette, starting at position `first`."""
     return alt.Scale(domain=list(labels), range=[colour(first + index) for index in range(len(labels))])
 
 
 def colour(index: int) -> str:
-    """The light colour of a position; positions beyond the palette begin again."""
+    """Return the light colour of a position, modulo the length of the palette."""
     return PALETTE[index % len(PALETTE)][0]
 
 
 def shapes(labels: Sequence[str]) -> alt.Scale:
-    """A scale from labels to marker shapes in order, so that no reader depends on colours."""
+    """Return a scale from labels to marker shapes, so that colour is not the only cue."""
     return alt.Scale(domain=list(labels), range=[MARKERS[index % len(MARKERS)] for index in range(len(labels))])
 
 
 def live(chart: Chart) -> str:
-    """The chart's Vega-Lite as JSON for the inside of a page.
+    """Return the chart's Vega-Lite as JSON for a script element of the page.
 
-    Colours are CSS variables, "<" is escaped, and the title is left to the page, where it can wrap.
+    Colours are CSS variables, "<" is escaped, and the title is omitted, since the page shows it.
     """
     spec = {key: value for key, value in chart.spec.items() if key != "title"}
     return _retint(json.dumps(spec, separators=(",", ":"), ensure_ascii=False)).replace("<", "\\u003c")
 
 
 def still(chart: Chart, prefix: str) -> str:
-    """The chart's SVG for the inside of a page: as wide as its place, colours are CSS variables, ids are unique.
-
-    Args:
-        chart: The chart.
-        prefix: What all ids in it begin with.
-    """
+    """Return the chart's SVG for the page, with CSS variables as colours and `prefix` before all ids."""
     svg = re.sub(r'\bid="', f'id="{prefix}', chart.svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}", svg)
     svg = re.sub(r'\bxlink:href="#', f'href="#{prefix}', svg)
@@ -144,7 +147,7 @@ def still(chart: Chart, prefix: str) -> str:
 
 @functools.cache
 def javascript() -> str:
-    """Vega, Vega-Lite and vega-embed as one script for the inside of a page (0.9 MB; seconds the first time)."""
+    """Return Vega, Vega-Lite and vega-embed as one script (0.9 MB), safe inside a script element."""
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return re.sub(r"</(?=script)", r"<\/", bundle, flags=re.IGNORECASE).replace("<!--", "<\\!--")
 
@@ -160,7 +163,7 @@ def _legend(view: dict[str, Any]) -> list[str]:
 
 
 def _unpointed(spec: dict[str, Any]) -> dict[str, Any]:
-    """The chart without what only the pointer brings out: thousands of marks in a file that no pointer reaches."""
+    """Return the chart without the layers of the pointer, which are thousands of invisible marks."""
     if "layer" not in spec:
         return spec
     layers = [view for view in spec["layer"] if not view.get("name", "").startswith(POINTER)]
@@ -169,7 +172,7 @@ def _unpointed(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _renumbered(svg: str) -> str:
-    """The same SVG whatever was drawn before it: its ids carry a counter of the whole process."""
+    """Return the SVG with ids that do not depend on what was drawn before: vl-convert counts them per process."""
     ids = {old: f"part{number}" for number, old in enumerate(re.findall(r'\bid="([^"]+)"', svg))}
     return re.sub(r'(\bid="|url\(#|href="#)([^")]+)', lambda match: match[1] + ids.get(match[2], match[2]), svg)
 

@@ -1,4 +1,6 @@
-"""Numbers as a reader sees them: fixed digits, a true minus sign, SI prefixes, a dash for what is not known."""
+"""Numbers and values as text: fixed digits, a true minus sign, SI prefixes, a dash for unknown values."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -10,46 +12,46 @@ _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3
 
 
 def loss(value: float) -> str:
-    """Four decimals, or four significant digits below 0.1; "NaN" where the run diverged."""
+    """Format a loss with four decimals, or four significant digits below 0.1; NaN is "NaN"."""
     if math.isnan(value):
         return "NaN"
     return _fixed(value, 4 if abs(value) >= 0.1 or value == 0 else 3 - math.floor(math.log10(abs(value))))
 
 
 def signed(value: float) -> str:
-    """A difference of losses: four decimals, with a sign unless it is 0."""
+    """Format a difference of losses with four decimals and a sign, unless it is 0."""
     return UNKNOWN if not math.isfinite(value) else f"{_sign(value)}{_fixed(abs(value), 4)}"
 
 
 def percent(value: float) -> str:
-    """A relative difference such as -0.0123 as "−1.23 %"."""
+    """Format a relative difference: -0.0123 is "−1.23 %"."""
     if not math.isfinite(value):
         return UNKNOWN
     return f"{_sign(value)}{_fixed(abs(value) * 100, 1 if abs(value) >= 0.1 else 2)} %"
 
 
 def change(difference: float, relative: float) -> str:
-    """A difference with its relative size: "−0.0123 · −1.98 %"."""
+    """Format a difference with its relative size: "−0.0123 · −1.98 %"."""
     return UNKNOWN if not math.isfinite(difference) else f"{signed(difference)} · {percent(relative)}"
 
 
 def deviation(value: float) -> str:
-    """A standard deviation of losses: four decimals."""
+    """Format a standard deviation of losses with four decimals."""
     return UNKNOWN if not math.isfinite(value) else _fixed(value, 4)
 
 
 def accuracy(value: float) -> str:
-    """An accuracy or its standard error, given as a fraction, in percent with two decimals: 0.36519 is "36.52"."""
+    """Format an accuracy or its standard error in percent with two decimals: 0.36519 is "36.52"."""
     return UNKNOWN if not math.isfinite(value) else _fixed(value * 100, 2)
 
 
 def points(value: float) -> str:
-    """A difference of accuracies, given as a fraction, in percentage points: 0.0076 is "+0.76", 1e-17 "0.00"."""
+    """Format a difference of accuracies in percentage points: 0.0076 is "+0.76", 1e-17 is "0.00"."""
     return UNKNOWN if not math.isfinite(value) else f"{_sign(round(value, 4))}{_fixed(abs(value) * 100, 2)}"
 
 
 def probability(value: float) -> str:
-    """A p-value to two significant digits, "< 0.0001" below that: 0.2448 is "0.24"."""
+    """Format a p-value to two significant digits; values below that are "< 0.0001"."""
     if not math.isfinite(value):
         return UNKNOWN
     if value < 1e-4:
@@ -58,7 +60,7 @@ def probability(value: float) -> str:
 
 
 def share(value: float) -> str:
-    """A fraction without a sign, to two significant digits or more: 0.000305 is "0.031 %"."""
+    """Format a fraction without its sign, to two significant digits or more: 0.000305 is "0.031 %"."""
     if not math.isfinite(value):
         return UNKNOWN
     percentage = abs(value) * 100
@@ -66,15 +68,15 @@ def share(value: float) -> str:
 
 
 def ratio(value: float) -> str:
-    """A ratio to the baseline such as "1.03×"."""
+    """Format a ratio such as "1.03×"."""
     return UNKNOWN if not math.isfinite(value) else f"{_fixed(value, 3 if abs(value - 1) < 0.01 else 2)}×"
 
 
 def count(value: float, digits: int = 3) -> str:
-    """A number to so many significant digits with an SI prefix: 86567656 is "86.6 M", 512 is "512"."""
+    """Format a number to `digits` significant digits with an SI prefix: 86567656 is "86.6 M", 512 is "512"."""
     if not math.isfinite(value):
         return UNKNOWN
-    value = float(f"{value:.{digits}g}")  # first, so that 999,999 becomes 1.00 M, not 1000 k
+    value = float(f"{value:.{digits}g}")  # rounded first: 999,999 becomes 1.00 M, not 1000 k
     for scale, prefix in _PREFIXES:
         if abs(value) >= scale:
             scaled = value / scale
@@ -83,17 +85,17 @@ def count(value: float, digits: int = 3) -> str:
 
 
 def grouped(value: float) -> str:
-    """A whole number with its thousands set apart by a narrow no-break space."""
+    """Format a whole number with narrow no-break spaces between thousands."""
     return UNKNOWN if not math.isfinite(value) else f"{round(value):,}".replace(",", "\u202f")
 
 
 def memory(mebibytes: float) -> str:
-    """Memory in whole MiB."""
+    """Format memory in whole MiB."""
     return UNKNOWN if not math.isfinite(mebibytes) else f"{grouped(mebibytes)} MiB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as the two largest useful units: "42 s", "4 min 10 s", "3 h 05 min", "2 d 7 h"."""
+    """Format seconds in the two largest useful units: "42 s", "4 min 10 s", "3 h 05 min", "2 d 7 h"."""
     if not math.isfinite(seconds):
         return UNKNOWN
     whole = round(seconds)
@@ -107,7 +109,7 @@ def duration(seconds: float) -> str:
 
 
 def rate(value: float) -> str:
-    """A learning rate in its shortest exact form: 0.0012 is "1.2e-3"."""
+    """Format a learning rate in its shortest form: 0.0012 is "1.2e-3"."""
     if not math.isfinite(value):
         return f"{value:g}"
     mantissa, exponent = f"{value:.6e}".split("e")
@@ -115,7 +117,7 @@ def rate(value: float) -> str:
 
 
 def show(value: Any) -> str:
-    """A configuration value as text: small numbers in their short form, null as "none"."""
+    """Format a config value; null is "none", floats are formatted as `rate`."""
     if value is None:
         return "none"
     if isinstance(value, float):
@@ -124,19 +126,22 @@ def show(value: Any) -> str:
 
 
 def spell(labels: Sequence[str], values: Sequence[str]) -> str:
-    """Values with the runs that have them: "10 (SwiGLU), 20 (qd-MoA)"; of many runs the first few."""
-    owners = {value: [label for label, own in zip(labels, values, strict=True) if own == value] for value in values}
-    return ", ".join(f"{value} ({_first_few(own)})" for value, own in owners.items())
+    """List values with the labels that have them: "10 (SwiGLU), 20 (qd-MoA)"."""
+    owners: dict[str, list[str]] = {}
+    for label, value in zip(labels, values, strict=True):
+        owners.setdefault(value, []).append(label)
+    return ", ".join(f"{value} ({first_of(own)})" for value, own in owners.items())
 
 
 def enumerate_words(words: Sequence[str]) -> str:
-    """Words as a list in a sentence: "a", "a and b", "a, b and c"."""
+    """Join words for a sentence: "a", "a and b", "a, b and c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _first_few(labels: Sequence[str], limit: int = 4) -> str:
-    more = len(labels) - limit
-    return ", ".join(labels) if more <= 1 else f"{', '.join(labels[:limit])} and {more} more"
+def first_of(words: Sequence[str], limit: int = 4) -> str:
+    """Join the first words of a long list: "a, b, c, d and 3 more"."""
+    more = len(words) - limit
+    return ", ".join(words) if more <= 1 else f"{', '.join(words[:limit])} and {more} more"
 
 
 def _fixed(value: float, digits: int) -> str:
@@ -144,4 +149,4 @@ def _fixed(value: float, digits: int) -> str:
 
 
 def _sign(value: float) -> str:
-    return "−" if value < 0 else "+" if value > 0 else ""  # not "±", which reads as an uncertainty
+    return "−" if value < 0 else "+" if value > 0 else ""

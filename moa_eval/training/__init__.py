@@ -1,1 +1,1 @@
-"""Run folders -> comparison -> verdict, tables and figures."""
+"""Training runs: run folders -> comparison -> verdict, tables and figures."""

@@ -1,69 +1,67 @@
-"""What the encoders of training runs are worth in classification: tables of what scripts/probe.py measured."""
+"""Tables of probing accuracy, measured by scripts/probe.py."""
+
+from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row
-from moa_eval.training.comparison import Comparison, Contender
+from moa_eval.training.comparison import Comparison, Method
+from moa_eval.training.intervals import UNKNOWN, by_seed, deviation, difference, mean
 from moa_eval.training.runs import Probe, Run
-from moa_eval.training.seeds import by_seed, deviation, difference, mean
+
+_ORDER = ("knn", "linear", "finetune")
 
 
 def probe_rows(comparison: Comparison) -> list[Row]:
-    """What the encoders of every contender's best arm are worth: a row a contender and measurement, over seeds."""
+    """Return a row per measurement and method: accuracy of the runs of its best group, over seeds."""
     rows = []
-    for name in _probe_names(comparison):
-        measured = [_measured(comparison, contender, name) for contender in comparison.contenders]
-        accuracies = [by_seed([run for run, _ in own], [probe.accuracy for _, probe in own]) for own in measured]
-        for contender, found, values in zip(comparison.contenders, measured, accuracies, strict=True):
-            if not found:
-                continue
-            baseline = {} if contender.baseline is None else accuracies[contender.baseline]
-            gap = difference(values, baseline) if baseline else None
-            rows.append(
-                {
-                    "probe": name,
-                    "method": found[0][1].method,
-                    "contender": contender.label,
-                    "rate": math.nan if contender.best is None else comparison.arms[contender.best].rate,
-                    "seeds": len(values),
-                    "accuracy": mean(values.values()),
-                    "accuracy_sd": deviation(values.values()),
-                    "top5": mean(probe.top5 for _, probe in found),
-                    "difference": gap.mean if gap else math.nan,
-                    "low_95": gap.low if gap else math.nan,
-                    "high_95": gap.high if gap else math.nan,
-                    "val_samples": min(probe.val_samples for _, probe in found),
-                }
-            )
+    for name in probe_names(comparison):
+        measured = {method: _measured(method, name) for method in comparison.methods}
+        accuracies = {
+            method: by_seed([*own], [probe.accuracy for probe in own.values()]) for method, own in measured.items()
+        }
+        for method, probes in measured.items():
+            values = accuracies[method]
+            baseline = accuracies[method.baseline] if method.baseline else {}
+            gap = difference(values, baseline) if baseline else UNKNOWN
+            row: Row = {
+                "probe": name,
+                "probe_method": next((probe.method for probe in probes.values()), ""),
+                "method": method.label,
+                "rate": method.best.learning_rate if method.best else math.nan,
+                "seeds": len(values),
+                "accuracy": mean(values.values()),
+                "accuracy_sd": deviation(values.values()),
+                "top5": mean(probe.top5 for probe in probes.values()),
+                "difference": gap.mean,
+                "low_95": gap.low,
+                "high_95": gap.high,
+                "val_samples": min((probe.val_samples for probe in probes.values()), default=0),
+            }
+            rows += [row] if probes else []
     return rows
 
 
 def probe_run_rows(comparison: Comparison) -> list[Row]:
-    """A row a run and measurement of its encoder, of all runs."""
-    return [
-        {
-            "run": label,
-            "probe": probe.name,
-            "method": probe.method,
-            "accuracy": probe.accuracy,
-            "top5": probe.top5,
-            "step": "" if probe.step is None else probe.step,
-            "train": probe.train,
-            "train_samples": probe.train_samples,
-            "val": probe.val,
-            "val_samples": probe.val_samples,
-            "settings": show(probe.settings),
-        }
-        for label, run in zip(comparison.labels, comparison.runs, strict=True)
-        for probe in run.probes
-    ]
+    """Return a row per run and measurement."""
+    rows = []
+    for run in comparison.runs:
+        for probe in run.probes:
+            values = asdict(probe) | {
+                "step": "" if probe.step is None else probe.step,
+                "settings": show(probe.settings),
+            }
+            names = {"probe": values.pop("name"), "probe_method": values.pop("method")}
+            rows.append({"run": run.label, **names, **values})
+    return rows
 
 
 def unequal_probes(comparison: Comparison) -> dict[str, list[str]]:
-    """Measurements that were not taken in the same way for all runs: name -> what differs."""
+    """Return the measurements whose data or settings differ among runs, with the names of what differs."""
     unequal = {}
-    for name in _probe_names(comparison):
+    for name in probe_names(comparison):
         probes = [probe for run in comparison.runs for probe in run.probes if probe.name == name]
         keys = [key for key in ("train", "val", "settings") if len({show(getattr(probe, key)) for probe in probes}) > 1]
         if keys:
@@ -71,13 +69,12 @@ def unequal_probes(comparison: Comparison) -> dict[str, list[str]]:
     return unequal
 
 
-def _measured(comparison: Comparison, contender: Contender, name: str) -> list[tuple[Run, Probe]]:
-    """The runs of a contender's best arm that have a measurement, with it."""
-    runs = [] if contender.best is None else [comparison.runs[run] for run in comparison.arms[contender.best].runs]
-    return [(run, probe) for run in runs for probe in run.probes if probe.name == name]
-
-
-def _probe_names(comparison: Comparison) -> list[str]:
-    order = ("knn", "linear", "finetune")
+def probe_names(comparison: Comparison) -> list[str]:
+    """Return the names of all measurements: nearest neighbours, linear probes, fine-tuning, then others."""
     names = {probe.name: probe.method for run in comparison.runs for probe in run.probes}
-    return sorted(names, key=lambda name: (order.index(names[name]) if names[name] in order else len(order), name))
+    return sorted(names, key=lambda name: ([*_ORDER, names[name]].index(names[name]), name))
+
+
+def _measured(method: Method, name: str) -> dict[Run, Probe]:
+    runs = method.best.runs if method.best else ()
+    return {run: probe for run in runs for probe in run.probes if probe.name == name}

@@ -1,4 +1,6 @@
-"""A run folder, read and checked. The only place that knows the folder's file names and keys."""
+"""Reader of run folders: the only module that knows their file names and keys."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -6,225 +8,154 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 from PIL import Image
 
-from moa_eval.training.runs import AUTOENCODER, FINITE, LANGUAGE_MODEL, Columns, Kind, Probe, Reconstruction, Run
+from moa_eval.training.experts import read_experts
+from moa_eval.training.files import NUMBER, bad_file, check, parse_json, read_json, read_text
+from moa_eval.training.mixing import read_mixing
+from moa_eval.training.runs import AUTOENCODER, FINITE, LANGUAGE_MODEL, Columns, Probe, Reconstruction, Run, RunKind
 
-_OPTIONAL = {"train": ("epoch", "lr", "throughput", "mfu"), "val": ("epoch",)}  # columns that a row may lack
-_CONFIG_KEYS = {"name": str, "seed": int, "optim.lr": int | float}  # what a page cannot do without
+_OPTIONAL = {"train": ("epoch", "lr", "throughput", "mfu"), "val": ("epoch",)}
+_CONFIG = {"name": str, "seed": int, "optim": {"lr": NUMBER}}
+_SUMMARY = {"status?": str}
+_ENVIRONMENT = {"packages?": dict | None}
+_PROBE = {
+    "method": str, "accuracy": NUMBER, "top5?": NUMBER | None, "train": str, "val": str, "train_samples": int,
+    "val_samples": int, "step?": int | None, "settings?": dict | None,
+}  # fmt: skip
 _TILES = ("original", "masked", "reconstruction")
-_YAML_FAULTS = (ValueError, RecursionError, AttributeError, LookupError, TypeError, OverflowError)  # of misfits
-_REMEDY = "restore the file or leave this run out"
-
-
-class RunFolderError(ValueError):
-    """A run folder is missing, incomplete or broken; the message is one line that names the file and the remedy."""
+_IMAGE = {"key": str, "loss_norm": NUMBER | None, "loss_pixel": NUMBER | None, **dict.fromkeys(_TILES, str)}
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read and check one run folder.
+    """Read and check a run folder.
 
     Raises:
-        RunFolderError: A file is missing or broken.
+        DataError: A file is missing or unusable.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise broken(folder, "no such folder", "give the folder that training wrote (it holds config.yaml)")
+        raise bad_file(folder, "no such folder", "give the folder that training wrote (it holds config.yaml)")
     config, kind = _read_config(folder / "config.yaml")
-    rows = _read_metrics(folder / "metrics.jsonl", kind)
-    reconstructions, step = _read_reconstructions(folder / "reconstructions" / "index.json")
+    train, validation = _read_metrics(folder / "metrics.jsonl", kind)
+    reconstructions, step = _read_reconstructions(folder / "reconstructions/index.json")
+    summary = folder / "summary.json"
     return Run(
         kind=kind,
         folder=folder,
         config=config,
-        environment=read_json(folder / "env.json"),
-        train=_columns(rows, "train", kind, folder / "metrics.jsonl"),
-        validation=_columns(rows, "val", kind, folder / "metrics.jsonl"),
-        summary=read_json(folder / "summary.json") if (folder / "summary.json").exists() else {},
+        environment=read_json(folder / "env.json", _ENVIRONMENT),
+        train=train,
+        validation=validation,
+        summary=read_json(summary, _SUMMARY) if summary.exists() else {},
         reconstructions=reconstructions,
         reconstructions_step=step,
         probes=tuple(_read_probe(path) for path in sorted((folder / "probe").glob("*.json"))),
+        mixing=read_mixing(folder / "mixing"),
+        experts=read_experts(folder / "experts"),
     )
 
 
 def find_runs(folder: str | Path) -> list[Path]:
-    """The run folder itself, or the run folders that a folder holds (a sweep's), ordered by name.
+    """Return the run folder itself, or the run folders directly below a folder, by name.
 
     Raises:
-        RunFolderError: It is neither.
+        DataError: The folder holds no run folder.
     """
     folder = Path(folder)
     if not folder.is_dir() or (folder / "config.yaml").exists():
-        return [folder]  # `read_run` says what is wrong with it, if anything is
+        return [folder]  # `read_run` reports a missing folder
     found = sorted(path.parent for path in folder.glob("*/config.yaml"))
     if not found:
-        raise broken(folder, "neither a run folder nor a folder of run folders", "is config.yaml missing?")
+        raise bad_file(folder, "neither a run folder nor a folder of run folders", "is config.yaml missing?")
     return found
 
 
-def broken(path: Path, reason: object, remedy: str = _REMEDY) -> RunFolderError:
-    """The error of a file of a run folder: which one, what is wrong with it, and what to do."""
-    return RunFolderError(f"{path}: {' '.join(str(reason).split())}; {remedy}")  # on one line, whatever a parser said
-
-
-def _read_text(path: Path) -> str:
+def _read_config(path: Path) -> tuple[dict[str, Any], RunKind]:
+    text = read_text(path)
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise broken(path, "missing", f"is {path.parent} a run folder, and has its training started?") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise broken(path, f"cannot be read ({error})") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of a run folder that holds a JSON object.
-
-    Raises:
-        RunFolderError: It is missing or broken.
-    """
-    try:
-        content = parse_json(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, RunFolderError) else broken(path, f"not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise broken(path, f"holds a {type(content).__name__}, not an object")
-    return content
-
-
-def parse_json(text: str) -> Any:
-    """Read JSON whose numbers all fit into a float, and whose text can all be written into a page.
-
-    Raises:
-        ValueError: It is no JSON, or holds half a surrogate pair.
-        RecursionError: It is nested too deeply.
-    """
-    content = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
-    json.dumps(content, ensure_ascii=False).encode()
-    return content
-
-
-def _read_config(path: Path) -> tuple[dict[str, Any], Kind]:
-    text = _read_text(path)
-    try:
-        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("aliases, which a resolved configuration does not have")
-        config = yaml.safe_load(text)
-        json.dumps(config, ensure_ascii=False, default=str).encode()
-    except (yaml.YAMLError, *_YAML_FAULTS) as error:
-        raise broken(path, f"not valid YAML ({error})") from None
-    kind = LANGUAGE_MODEL if isinstance(_look_up(config, LANGUAGE_MODEL.ffn_key), str) else AUTOENCODER
-    for key, wanted in (_CONFIG_KEYS | {kind.ffn_key: str}).items():
-        value = _look_up(config, key)
-        fits = not isinstance(value, int | float) or abs(value) < 2**63  # a NaN is no rate
-        if not isinstance(value, wanted) or isinstance(value, bool) or not fits:
-            raise broken(path, f"has no usable {key} (found {value!r})", "is it the config that training resolved?")
+        config = parse_json(json.dumps(yaml.safe_load(text), default=str))  # JSON types only, without aliases
+    except Exception as error:  # PyYAML's constructors raise many types for malformed values
+        raise bad_file(path, f"not valid YAML ({error})") from error
+    remedy = "give the config that training resolved"
+    is_language = check(config, {"model": {"ffn": str}}) is None
+    kind = LANGUAGE_MODEL if is_language else AUTOENCODER
+    if fault := check(config, _CONFIG | {"model": {kind.ffn_key.split(".")[1]: str}}):
+        raise bad_file(path, fault, remedy)
+    if not math.isfinite(config["optim"]["lr"]):
+        raise bad_file(path, "optim.lr is not finite", remedy)
     return config, kind
 
 
-def _look_up(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
-
-
-def _read_metrics(path: Path, kind: Kind) -> list[dict[str, Any]]:
-    lines = _read_text(path).split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+def _read_metrics(path: Path, kind: RunKind) -> tuple[Columns, Columns]:
+    """Return the training and validation rows; a last line without a newline is still being written and left out."""
+    schemas = {name: _schema(name, kind) for name in _OPTIONAL}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in schemas}
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
         try:
             row = parse_json(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):  # no newline yet: a run that is being written, or was killed while writing
-                break
-            raise broken(path, f"line {number} is not valid JSON ({error})", "delete that line") from None
-        if reason := _row_fault(row, kind):
-            raise broken(path, f"line {number} {reason}", "delete that line or leave this run out")
-        rows.append(row)
-    return rows
+        except ValueError as error:
+            raise bad_file(path, f"line {number} is not valid JSON ({error})", "delete that line") from error
+        fault = check(row, {"kind": str}) or check(row, schemas.get(row["kind"], {}))
+        if fault:
+            raise bad_file(path, f"line {number}: {fault}", "delete that line or leave this run out")
+        rows.get(row["kind"], []).append(row)
+    return _columns(path, rows["train"], schemas["train"], kind), _columns(path, rows["val"], schemas["val"], kind)
 
 
-def _row_fault(row: Any, kind: Kind) -> str | None:
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
-        return "has no 'kind'"
-    required = kind.required.get(row["kind"], ())
-    for key in (*required, *_OPTIONAL.get(row["kind"], ())):
-        value = row.get(key)
-        if value is None and (key not in required or (key in row and key in FINITE)):
-            continue
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            return f"({row['kind']}) has no number '{key}' (found {value!r})"
-        if key in required and key not in FINITE and not math.isfinite(value):
-            return f"({row['kind']}) has a '{key}' that is not finite"
-    return None
+def _schema(row_kind: str, kind: RunKind) -> dict[str, Any]:
+    losses = ("loss", "grad_norm") if row_kind == "train" else dict.fromkeys(("loss", *kind.losses))
+    schema = {"step": NUMBER, kind.counter: NUMBER, **dict.fromkeys(losses, NUMBER | None), "wall_s": NUMBER}
+    return schema | {f"{key}?": NUMBER | None for key in _OPTIONAL[row_kind]}
 
 
-def _columns(rows: list[dict[str, Any]], row_kind: str, kind: Kind, path: Path) -> Columns:
-    # A run that was killed after its last checkpoint repeats some steps when it resumes: the later row counts.
-    by_step = {row["step"]: row for row in rows if row["kind"] == row_kind}
-    ordered = [by_step[step] for step in sorted(by_step)]
-    values = {key: [row.get(key) for row in ordered] for key in (*kind.required[row_kind], *_OPTIONAL[row_kind])}
-    columns = {key: np.array(column, dtype=np.float64) for key, column in values.items()}  # None becomes NaN
-    if np.any(np.diff(columns[kind.counter]) < 0):
-        reason = f"'{kind.counter}' falls while 'step' rises ({row_kind} rows)"
-        raise broken(path, reason, "did two runs write into this folder?")
+def _columns(path: Path, rows: list[dict[str, Any]], schema: dict[str, Any], kind: RunKind) -> Columns:
+    """Return the columns by step; a resumed run repeats steps after its last checkpoint, and the later row counts."""
+    frame = pd.DataFrame(rows, columns=[key.removesuffix("?") for key in schema], dtype=np.float64)
+    frame = frame.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+    columns = {key: frame[key].to_numpy() for key in frame}
+    required = [key for key in schema if not key.endswith("?") and key not in FINITE]
+    if infinite := [key for key in required if not np.isfinite(columns[key]).all()]:
+        raise bad_file(path, f"{infinite[0]!r} is not finite in some row", "delete that line")
+    if (np.diff(columns[kind.counter]) < 0).any():
+        raise bad_file(path, f"{kind.counter!r} falls while 'step' rises", "did two runs write into this folder?")
     return columns
 
 
 def _read_probe(path: Path) -> Probe:
-    content = read_json(path)
-    remedy = "measure it again with scripts/probe.py, or delete it"
-    try:
-        top5, step = content.get("top5"), content.get("step")
-        return Probe(
-            name=path.stem,
-            method=str(content["method"]),
-            accuracy=float(content["accuracy"]),
-            top5=math.nan if top5 is None else float(top5),
-            train=str(content["train"]),
-            val=str(content["val"]),
-            train_samples=int(content["train_samples"]),
-            val_samples=int(content["val_samples"]),
-            step=None if step is None else int(step),
-            settings=dict(content.get("settings") or {}),
-        )
-    except KeyError as error:
-        raise broken(path, f"has no {error}", remedy) from None
-    except (TypeError, ValueError, OverflowError) as error:
-        raise broken(path, f"holds a value of a wrong type ({error})", remedy) from None
+    content = read_json(path, _PROBE, "measure it again with scripts/probe.py, or delete it")
+    top5 = content.get("top5")
+    return Probe(
+        name=path.stem,
+        **{key: content[key] for key in ("method", "accuracy", "train", "val", "train_samples", "val_samples")},
+        top5=math.nan if top5 is None else top5,
+        step=content.get("step"),
+        settings=content.get("settings") or {},
+    )
 
 
 def _read_reconstructions(index: Path) -> tuple[tuple[Reconstruction, ...], int | None]:
     if not index.exists():
         return (), None
-    content = read_json(index)
-    remedy = f"delete {index.parent} or leave this run out"
+    content = read_json(index, {"step": int, "images": [_IMAGE]}, f"delete {index.parent} or leave this run out")
     images = []
-    try:
-        for entry in content["images"]:
-            norm, pixel = (math.nan if entry[key] is None else float(entry[key]) for key in ("loss_norm", "loss_pixel"))
-            tiles = (_tile(index, entry[tile], remedy) for tile in _TILES)
-            images.append(Reconstruction(str(entry["key"]), norm, pixel, *tiles))
-        return tuple(images), int(content["step"])
-    except KeyError as error:
-        raise broken(index, f"has no {error}", remedy) from None
-    except (TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, RunFolderError):
-            raise
-        raise broken(index, f"holds a value of a wrong type ({error})", remedy) from None
+    for entry in content["images"]:
+        norm, pixel = (math.nan if entry[key] is None else float(entry[key]) for key in ("loss_norm", "loss_pixel"))
+        tiles = {tile: _tile(index, entry[tile]) for tile in _TILES}
+        images.append(Reconstruction(entry["key"], norm, pixel, **tiles))
+    return tuple(images), content["step"]
 
 
-def _tile(index: Path, name: str, remedy: str) -> Path:
-    if Path(name).name != name:  # an index is data: it must not reach outside its own folder
-        raise broken(index, f"{name!r} is not a plain file name", remedy)
+def _tile(index: Path, name: str) -> Path:
+    remedy = f"delete {index.parent} or leave this run out"
+    if Path(name).name != name:  # the index must not reach outside its folder
+        raise bad_file(index, f"{name!r} is not a plain file name", remedy)
     path = index.parent / name
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()
-    except FileNotFoundError:
-        raise broken(path, "missing, but index.json lists it", remedy) from None
-    except (OSError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for a broken PNG
-        raise broken(path, "not a readable PNG", remedy) from None
+    except Exception as error:  # Pillow raises many types for a broken file
+        raise bad_file(path, "not a readable PNG", remedy) from error
     return path

@@ -1,57 +1,56 @@
-"""The table of results for a README, from a report's CSV."""
+"""Results of a report as a Markdown table for a README."""
 
-import csv
+from __future__ import annotations
+
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from moa_eval.page import formatting
-from moa_eval.training.reading import RunFolderError
+import pandas as pd
+
+from moa_eval.page.formatting import UNKNOWN, change, deviation, rate, signed
+from moa_eval.page.formatting import loss as show_loss
+from moa_eval.training.files import bad_file
 from moa_eval.training.runs import AUTOENCODER, LANGUAGE_MODEL
 
-_COLUMNS = ("difference", "relative", "low_95", "high_95")  # of a loss, beside its mean and deviation
+_REMEDY = "give the losses.csv of a report"
 
 
-def results_markdown(losses: str | Path) -> str:
-    """The table of results for a README, from a report's tables/losses.csv.
+def results_markdown(path: str | Path) -> str:
+    """Return a report's tables/losses.csv as a Markdown table.
 
     Raises:
-        RunFolderError: The file cannot be read or is another table.
+        DataError: The file is unreadable or another table.
     """
-    path = Path(losses)
+    path = Path(path)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RunFolderError(f"{path}: cannot be read ({error}); give the losses.csv of a report") from None
-    columns = set(rows[0]) if rows else set()
-    kinds = [kind for kind in (AUTOENCODER, LANGUAGE_MODEL) if {f"final_{loss}" for loss in kind.losses} <= columns]
-    if not kinds:
-        raise RunFolderError(f"{path}: not a table of losses; give the losses.csv of a report")
-    spaces = kinds[0].losses
-    heads = [f"{space} | difference | 95 % interval" for space in spaces.values()]
-    lines = [f"| | peak rate | seeds | {' | '.join(heads)} |", "|---|---:|---:|" + "---:|---:|---:|" * len(spaces)]
-    # Tables from before there were sizes do not name the baseline: it is the first.
-    try:
-        lines += [_results_line(row, [*spaces], baseline=not row.get("baseline", row is not rows[0])) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunFolderError(f"{path}: a row is damaged ({error!r}); write the report again") from None
+        table: Any = pd.read_csv(path, keep_default_na=False, na_values=["nan"])
+    except (OSError, ValueError) as error:
+        raise bad_file(path, f"cannot be read ({error})", _REMEDY) from error
+    kind = AUTOENCODER if "final_loss_norm" in table else LANGUAGE_MODEL
+    numbers = ["rate", *(column for loss in kind.losses for column in _columns(loss))]
+    if missing := [name for name in ("method", "baseline", "seeds", *numbers) if name not in table]:
+        raise bad_file(path, f"has no column {missing[0]!r}", _REMEDY)
+    if text := [name for name in numbers if table[name].dtype.kind not in "if"]:
+        raise bad_file(path, f"column {text[0]!r} is not numeric", _REMEDY)
+    heads = [f"{space} | difference | 95 % interval" for space in kind.losses.values()]
+    lines = [f"| | peak rate | seeds | {' | '.join(heads)} |", "|---|---:|---:|" + "---:|---:|---:|" * len(heads)]
+    for row in table.to_dict("records"):
+        cells = [row["method"], UNKNOWN if math.isnan(row["rate"]) else rate(row["rate"]), str(row["seeds"])]
+        lines.append(f"| {' | '.join([*cells, *(cell for loss in kind.losses for cell in _cells(row, loss))])} |")
     return "\n".join(lines) + "\n"
 
 
-def _results_line(row: Mapping[str, str], losses: Sequence[str], *, baseline: bool) -> str:
-    rate = float(row["rate"])
-    cells = [row["contender"], formatting.UNKNOWN if math.isnan(rate) else formatting.rate(rate), row["seeds"]]
-    for loss in losses:
-        value, sd, gap, relative, low, high = (
-            float(row[key])
-            for key in (f"final_{loss}", f"final_{loss}_sd", *(f"{loss}_{column}" for column in _COLUMNS))
-        )
-        spread = f" ± {formatting.deviation(sd)}" if math.isfinite(sd) else ""
-        limits = f"{formatting.signed(low)} to {formatting.signed(high)}" if math.isfinite(low) else formatting.UNKNOWN
-        cells += [
-            formatting.UNKNOWN if math.isnan(value) else formatting.loss(value) + spread,
-            "baseline" if baseline else formatting.change(gap, relative),
-            "" if baseline else limits,
-        ]
-    return f"| {' | '.join(cells)} |"
+def _columns(loss: str) -> list[str]:
+    statistics = ("difference", "relative", "low_95", "high_95")
+    return [f"final_{loss}", f"final_{loss}_sd", *(f"{loss}_{name}" for name in statistics)]
+
+
+def _cells(row: Mapping[str, Any], loss: str) -> tuple[str, str, str]:
+    value, sd, gap, relative, low, high = (row[column] for column in _columns(loss))
+    shown = UNKNOWN if math.isnan(value) else show_loss(value)
+    shown += f" ± {deviation(sd)}" if math.isfinite(sd) else ""
+    if not row["baseline"]:
+        return shown, "baseline", ""
+    return shown, change(gap, relative), f"{signed(low)} to {signed(high)}" if math.isfinite(low) else UNKNOWN

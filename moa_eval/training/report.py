@@ -1,5 +1,7 @@
 """Run folders -> one section of a page: verdict, tables, charts and pictures."""
 
+from __future__ import annotations
+
 import base64
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +10,19 @@ from typing import Any
 from PIL import Image
 
 from moa_eval.page.writing import Row, Section, Series
-from moa_eval.training import experts, figures, mixing, scaling
-from moa_eval.training.comparison import Comparison, compare
+from moa_eval.training import experts, figures, scaling
+from moa_eval.training.comparison import Comparison
+from moa_eval.training.grouping import compare
+from moa_eval.training.mixing_maps import mixing_content
 from moa_eval.training.reading import find_runs, read_run
 from moa_eval.training.runs import Run
 from moa_eval.training.tables import make_tables
 from moa_eval.training.verdict import caveats, verdict
 
-SHOWN_IMAGES = 12  # on the page; reconstructions.csv has them all
+SHOWN_IMAGES = 12
+"""Number of held-out images on the page; tables/reconstructions.csv has all of them."""
+
+_PIXELATED = 96  # side below which the page enlarges images without smoothing
 
 
 def training_section(
@@ -24,69 +31,63 @@ def training_section(
     slug: str = "training",
     title: str | None = None,
     strict: bool = False,
-    baseline: str | Sequence[str] | None = None,
+    baseline: str | Sequence[str] = (),
 ) -> Section:
-    """Compare run folders, the first of which belongs to the baseline unless another is named.
+    """Compare run folders; the first belongs to the baseline unless another is named.
 
     Args:
-        folders: Run folders, and folders that hold run folders (a sweep's).
+        folders: Run folders, and folders of run folders (a sweep).
         slug: Name of the section in file names and ids.
-        title: Heading (default: the contenders' names).
-        strict: Refuse runs that differ in data, masks, batch or budget.
-        baseline: A contender's label, an FFN, or a run's name or folder; of several the first that is there.
+        title: Heading (default: the names of the methods).
+        strict: Raise an error for runs that differ in data, masks, batch or budget.
+        baseline: A method's label, an FFN, or a run's name or folder; of several, the first that exists is taken.
 
     Raises:
-        RunFolderError: A run folder is missing or broken.
-        NotComparableError: A folder is given twice; nothing is called `baseline`; or `strict`, and the runs are not
-            comparable.
+        DataError: A run folder is unusable, or the runs must not be compared.
+        ConfigError: No method matches `baseline`.
     """
     paths = [path for folder in folders for path in find_runs(folder)]
     comparison = compare([read_run(path) for path in paths], strict=strict, baseline=baseline)
-    mixings, routings = mixing.read_all(comparison), experts.read_all(comparison)
     lines = scaling.fit_lines(comparison)
     return Section(
         slug=slug,
         title=title or _title(comparison),
         template="training",
-        content=_content(comparison, mixings, routings, lines),
-        tables=make_tables(comparison, mixings, routings, lines),
-        charts=figures.draw_all(comparison, mixings, routings, lines),
+        content=_content(comparison, lines),
+        tables=make_tables(comparison, lines),
+        charts=figures.draw_all(comparison, lines),
         verdict=verdict(comparison),
         caveats=caveats(comparison),
         series=[
-            Series(
-                label,
-                comparison.contenders[comparison.contender_of(run)].label,
-                comparison.contender_of(run),
-                run in comparison.shown,
-            )
-            for run, label in enumerate(comparison.labels)
+            Series(run.label, method.label, method.index, run in comparison.shown)
+            for method in comparison.methods
+            for run in method.runs
         ],
     )
 
 
-def gallery(runs: Sequence[Run], shown: Sequence[int], limit: int = SHOWN_IMAGES) -> list[Row]:
-    """The held-out images of the first shown run that has any, with every shown run's reconstruction of the same key.
+def gallery(runs: Sequence[Run], limit: int = SHOWN_IMAGES) -> list[Row]:
+    """Return the held-out images of the first run that has any, with each run's reconstruction of the same key.
 
-    A row holds key, original, masked (data URIs), pixelated (so small that it should be enlarged sharply) and cells:
-    per shown run its position "run", and reconstruction (data URI), loss_norm, loss_pixel and step, None if missing.
+    A row has key, original and masked (data URIs), pixelated (small enough to be enlarged without smoothing) and
+    cells: per run its index as "run", and reconstruction (data URI), loss_norm, loss_pixel and step, None if missing.
     """
-    by_run = {run: {image.key: image for image in runs[run].reconstructions} for run in shown}
-    first = next((images for images in by_run.values() if images), {})
+    recorded = {run: {image.key: image for image in run.reconstructions} for run in runs}
+    first = next((images for images in recorded.values() if images), {})
     rows = []
-    for key, image in list(first.items())[:limit]:
+    for key, image in [*first.items()][:limit]:
         with Image.open(image.original) as opened:
-            pixelated = max(opened.size) < 96
+            pixelated = max(opened.size) < _PIXELATED
         cells = []
-        for run, images in by_run.items():
+        for run, images in recorded.items():
             own = images.get(key)
             cells.append(
                 {
-                    "run": run,
+                    "run": run.index,
                     "reconstruction": own and _data_uri(own.reconstruction),
                     "loss_norm": own and own.loss_norm,
                     "loss_pixel": own and own.loss_pixel,
-                    "step": runs[run].reconstructions_step,
+                    "step": run.reconstructions_step,
                 }
             )
         tiles = {"original": _data_uri(image.original), "masked": _data_uri(image.masked)}
@@ -94,49 +95,28 @@ def gallery(runs: Sequence[Run], shown: Sequence[int], limit: int = SHOWN_IMAGES
     return rows
 
 
-def _content(
-    comparison: Comparison,
-    mixings: dict[int, mixing.Mixing],
-    routings: dict[int, experts.Experts],
-    lines: Sequence[scaling.Line],
-) -> dict[str, Any]:
-    best = [comparison.best_run(contender) for contender in range(len(comparison.contenders))]
+def _content(comparison: Comparison, lines: Sequence[scaling.Line]) -> dict[str, Any]:
+    shown, baseline = [method.shown_run for method in comparison.methods], comparison.baseline
     return {
         "comparison": comparison,
         "kind": comparison.kind,
         "spaces": comparison.kind.losses,
-        "gallery_runs": best,
-        "gallery": gallery(comparison.runs, best),
-        "baseline": _baseline(comparison),
+        "shown_runs": shown,
+        "gallery": gallery(shown),
+        "baseline": f"{baseline.name} of the same size" if comparison.has_sizes else baseline.label,
         "scaling": scaling.sentences(lines),
-        "mixing": mixing.sections(comparison, mixings),
+        "mixing": mixing_content(comparison),
         "experts": [
-            {"run": run, "label": comparison.labels[run], "sentence": experts.sentence(comparison.labels[run], own)}
-            for run, own in comparison.of_best_runs(routings).items()
-        ],
-        "commands": [
-            {
-                "run": index,
-                "label": label,
-                "folder": str(run.folder),
-                "command": run.environment.get("command") or "command not recorded",
-            }
-            for index, (label, run) in enumerate(zip(comparison.labels, comparison.runs, strict=True))
+            {"run": run.index, "label": run.label, "sentence": experts.sentence(run.label, run.experts)}
+            for run in shown
+            if run.experts
         ],
     }
 
 
-def _baseline(comparison: Comparison) -> str:
-    """What the page calls the baseline: with several, the FFN they share."""
-    first = comparison.contenders[0]
-    several = sum(contender.baseline is None for contender in comparison.contenders) > 1
-    return f"{first.ffn} of the same size" if several else first.label
-
-
 def _title(comparison: Comparison) -> str:
-    several = any(contender.baseline is None for contender in comparison.contenders[1:])
-    names = dict.fromkeys(contender.ffn if several else contender.label for contender in comparison.contenders)
-    baseline, *others = names
+    names = [method.name if comparison.has_sizes else method.label for method in comparison.methods]
+    baseline, *others = dict.fromkeys(names)
     if not others:
         return baseline
     return f"{' and '.join(others) if len(others) <= 2 else f'{len(others)} alternatives'} against {baseline}"

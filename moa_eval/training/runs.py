@@ -1,32 +1,38 @@
-"""One training run: what it left behind, and what follows from that."""
+"""A training run: the content of its run folder and the quantities derived from it."""
+
+from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moa_eval.training.configuration import flatten, split_encoder
+from moa_eval.training.experts import Experts
+from moa_eval.training.mixing import Mixing
+
 Columns = dict[str, NDArray[np.float64]]
 
-FINITE = ("loss", "loss_norm", "loss_pixel", "grad_norm")  # null or NaN in these means that the run diverged
-_ENCODER_NAME = re.compile(r"(.+_patch(\d+))_(\w+)")
+FINITE = ("loss", "loss_norm", "loss_pixel", "grad_norm")
+"""Columns in which a missing or non-finite value means that the run diverged."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a run trains, and what its rows are called.
+class RunKind:
+    """What a run trains, with its columns and terms.
 
     Attributes:
-        name: In words.
-        counter: The column that counts what was seen, "samples" or "tokens"; unit: one of these in words.
-        losses: Columns of a validation row that are compared, with the space each is taken in, in words.
-        objective: What these losses are, in words.
-        ffn_key: The key of the configuration that names the FFN.
+        name: Name in messages.
+        counter: Column that counts training data, "samples" or "tokens".
+        unit: Name of one sample or token on the page.
+        losses: Compared columns of validation rows, with the name of the space each loss is measured in.
+        objective: Name of these losses.
+        ffn_key: Config key that names the FFN.
     """
 
     name: str
@@ -36,16 +42,8 @@ class Kind:
     objective: str
     ffn_key: str
 
-    @property
-    def required(self) -> dict[str, tuple[str, ...]]:
-        """The columns that every row must have, by kind of row."""
-        return {
-            "train": ("step", self.counter, "loss", "grad_norm", "wall_s"),
-            "val": ("step", self.counter, *dict.fromkeys(("loss", *self.losses)), "wall_s"),
-        }
 
-
-AUTOENCODER = Kind(
+AUTOENCODER = RunKind(
     name="masked autoencoder",
     counter="samples",
     unit="image",
@@ -53,7 +51,7 @@ AUTOENCODER = Kind(
     objective="reconstruction loss",
     ffn_key="model.encoder",
 )
-LANGUAGE_MODEL = Kind(
+LANGUAGE_MODEL = RunKind(
     name="language model",
     counter="tokens",
     unit="token",
@@ -63,17 +61,9 @@ LANGUAGE_MODEL = Kind(
 )
 
 
-class EncoderName(NamedTuple):
-    """The parts of a timm name such as "vit_base_patch16_qdmoa": "vit_base_patch16", 16 and "qdmoa"."""
-
-    size: str
-    patch: int | None
-    ffn: str
-
-
 @dataclass(frozen=True)
 class Reconstruction:
-    """One held-out image: its key, its losses on the masked patches, and its three PNG files."""
+    """A held-out image: its key, its losses on the masked patches, and its three PNG files."""
 
     key: str
     loss_norm: float
@@ -85,15 +75,15 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a frozen or fine-tuned encoder is worth in classification, as `scripts/probe.py` measured it.
+    """Classification accuracy of a run's encoder, measured by `scripts/probe.py`.
 
     Attributes:
-        name: The file's name without its ending: the method, or the method and what it was measured on.
+        name: File name without its ending: the method, optionally followed by the data set.
         method: "knn", "linear" or "finetune".
-        accuracy, top5: Fractions of the held-out images; top5 is NaN where it was not measured.
-        train, val: Patterns of the shards; train_samples, val_samples: how many images they hold.
-        step: Training step of the encoder, None if it is not known.
-        settings: How it was measured.
+        accuracy, top5: Fractions of the held-out images; top5 is NaN if not measured.
+        train, val: Patterns of the shards; train_samples, val_samples: number of images in them.
+        step: Training step of the encoder, None if unknown.
+        settings: Settings of the measurement.
     """
 
     name: str
@@ -108,53 +98,47 @@ class Probe:
     settings: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """What one training run left behind.
+    """A training run.
 
     Attributes:
         kind: What it trains.
         folder: The run folder.
-        config: The resolved configuration, as nested dictionaries.
+        config: The resolved config.
         environment: Versions, device, git commit and command.
-        train: One array per column of the training rows, ordered by step; NaN where a row has no value.
-        validation: The same for the validation rows.
-        summary: The summary, empty while the run has not written one.
-        reconstructions: Held-out images in the order in which they were written; empty if there are none.
-        reconstructions_step: The step they belong to, None if there are none.
-        probes: What its encoder is worth, ordered by name.
+        train, validation: Rows by rising step: an array per column, NaN where a row has no value.
+        summary: The summary, empty until the run has written one.
+        reconstructions: Held-out images in recorded order, at training step `reconstructions_step`.
+        probes: Measurements of the encoder by name.
+        mixing, experts: Recorded mixing coefficients and expert routing.
+        label, index: Name and position on the page, set by `compare`.
     """
 
-    kind: Kind
+    kind: RunKind
     folder: Path
     config: dict[str, Any]
     environment: dict[str, Any]
     train: Columns
     validation: Columns
     summary: dict[str, Any]
-    reconstructions: tuple[Reconstruction, ...]
-    reconstructions_step: int | None
-    probes: tuple[Probe, ...]
+    reconstructions: tuple[Reconstruction, ...] = ()
+    reconstructions_step: int | None = None
+    probes: tuple[Probe, ...] = ()
+    mixing: Mixing | None = None
+    experts: Experts | None = None
+    label: str = ""
+    index: int = 0
 
-    @property
-    def losses(self) -> dict[str, str]:
-        """Columns of a validation row that are compared, with the space each is taken in, in words."""
-        return self.kind.losses
-
-    @property
-    def counter(self) -> str:
-        """The column that counts what was seen: "samples" or "tokens"."""
-        return self.kind.counter
-
-    @property
-    def unit(self) -> str:
-        """What is counted, in words: "image" or "token"."""
-        return self.kind.unit
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The config with dotted keys."""
+        return flatten(self.config)
 
     @property
     def name(self) -> str:
         """The configured name."""
-        return str(self.config["name"])
+        return self.config["name"]
 
     @property
     def seed(self) -> int:
@@ -163,90 +147,96 @@ class Run:
 
     @property
     def ffn(self) -> str:
-        """The FFN variant, such as "qdmoa": of an encoder, what its name ends in."""
-        return split_encoder(self.config["model"][self.kind.ffn_key.split(".")[-1]]).ffn
+        """The FFN variant, such as "qdmoa"; for an encoder, the end of its name."""
+        return split_encoder(self.settings[self.kind.ffn_key]).ffn
 
     @property
     def peak_lr(self) -> float:
-        """The peak learning rate (absolute)."""
+        """The peak learning rate."""
         return float(self.config["optim"]["lr"])
 
     @property
     def device(self) -> str:
-        """The accelerator's name, or the processor's where there was none."""
+        """Name of the accelerator, or of the processor for a run on the CPU."""
         device = self.environment.get("device")
         return str(self.environment.get("cpu", device) if device == "cpu" else device)
 
     @property
     def seen(self) -> int:
-        """Images or tokens seen at the last recorded row of either kind; 0 before the first."""
-        return int(
-            max((rows[self.counter][-1] for rows in (self.train, self.validation) if len(rows["step"])), default=0)
-        )
+        """Images or tokens at the last row; 0 before the first row."""
+        return int(max(rows[self.kind.counter].max(initial=0) for rows in (self.train, self.validation)))
 
     def seen_at(self, step: int) -> float:
-        """Images or tokens seen at a step, interpolated between recorded rows; the step where there are none."""
+        """Return images or tokens at a step, interpolated between rows; without rows, the step."""
         steps = self.train["step"]
-        return float(np.interp(step, steps, self.train[self.counter])) if len(steps) else float(step)
+        return float(np.interp(step, steps, self.train[self.kind.counter])) if len(steps) else step
+
+    @property
+    def end(self) -> float:
+        """Images or tokens at the last validation; 0 before the first."""
+        return float(self.validation[self.kind.counter][-1]) if self.is_validated else 0.0
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether the run has a validation."""
+        return len(self.validation["step"]) > 0
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the run has a validation and all its losses are finite."""
+        return self.diverged_at is None and self.is_validated
+
+    def final(self, loss: str) -> float:
+        """Return the loss of the last validation, NaN without one."""
+        return float(self.validation[loss][-1]) if self.is_validated else math.nan
+
+    def best(self, loss: str) -> float:
+        """Return the lowest validation loss, NaN without one."""
+        return float(np.nanmin(self.validation[loss])) if np.isfinite(self.validation[loss]).any() else math.nan
+
+    def loss_at(self, loss: str, seen: float) -> float:
+        """Return the loss of the last validation after `seen` images or tokens."""
+        return float(self.validation[loss][self.validation[self.kind.counter] == seen][-1])
 
     @property
     def flops_per_unit(self) -> float:
-        """Floating-point operations of training on one image or token; NaN where the summary lacks them."""
-        return self.figure(f"flops_per_{self.counter[:-1]}")
+        """Training FLOPs per image or token; NaN if unknown."""
+        return self.number(f"flops_per_{self.kind.counter[:-1]}")
 
     @property
-    def parameters_at_work(self) -> float:
-        """Parameters that every token passes, embeddings left out; the total where only that is counted."""
-        total, active, inner = (self.figure("parameters", key) for key in ("total", "active", "non_embedding"))
+    def active_parameters(self) -> float:
+        """Parameters that a token passes, without embeddings; the total if only that is counted."""
+        total, active, inner = (self.number("parameters", key) for key in ("total", "active", "non_embedding"))
         return total if math.isnan(active) or math.isnan(inner) else active - (total - inner)
 
     @property
-    def training_s(self) -> float:
-        """Seconds of training so far, with every step at the run's throughput; NaN if that is unknown.
-
-        So warm-up steps, in which a session compiles and fills caches, count as any other.
-        """
-        return self.seen / (self.throughput or math.nan)
+    def throughput(self) -> float:
+        """Images or tokens per second without warm-up: the summary's mean, else the median over rows, else NaN."""
+        recorded, rows = self.number("throughput"), self.train["throughput"]
+        known = rows[np.isfinite(rows)]
+        return float(np.median(known)) if math.isnan(recorded) and len(known) else recorded
 
     @property
-    def throughput(self) -> float:
-        """Images or tokens per second, each session's warm-up left out; NaN if unknown.
-
-        The mean that the summary has, before there is one the median of the training rows.
-        """
-        if (recorded := self.figure("throughput")) == recorded:
-            return recorded
-        known = self.train["throughput"][np.isfinite(self.train["throughput"])]
-        return float(np.median(known)) if len(known) else math.nan
+    def training_s(self) -> float:
+        """Seconds of training at the run's throughput; NaN if unknown."""
+        return self.seen / (self.throughput or math.nan)
 
     @cached_property
     def diverged_at(self) -> int | None:
-        """The first step with a loss or gradient that is not finite, None if there is no such step."""
-        steps = [
-            rows["step"][~np.isfinite(rows[key])]
-            for rows in (self.train, self.validation)
-            for key in FINITE
-            if key in rows
-        ]
+        """The first step with a non-finite loss or gradient, None if all are finite."""
+        frames = (self.train, self.validation)
+        steps = [rows["step"][~np.isfinite(rows[key])] for rows in frames for key in FINITE if key in rows]
         bad = np.concatenate(steps)
         return int(bad.min()) if len(bad) else None
 
     @property
     def status(self) -> str:
-        """One of "finished", "diverged", "stopped", "failed" or, without a summary, "unfinished"."""
-        if self.diverged_at is not None:
-            return "diverged"
-        return str(self.summary.get("status", "unfinished"))
+        """One of "finished", "diverged", "stopped", "failed" and "unfinished"."""
+        return "diverged" if self.diverged_at is not None else self.summary.get("status", "unfinished")
 
-    def figure(self, *path: str) -> float:
-        """A number of the summary by its path of keys, such as ("parameters", "total"); NaN where it is not known."""
+    def number(self, *path: str) -> float:
+        """Return a number of the summary by its keys, such as "parameters", "total"; NaN if it is absent."""
         value: Any = self.summary
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
         return float(value) if isinstance(value, int | float) else math.nan
-
-
-def split_encoder(name: str) -> EncoderName:
-    """Take "vit_base_patch16_qdmoa" apart; a name of another form is all size and all FFN, with no patch size."""
-    match = _ENCODER_NAME.fullmatch(name)
-    return EncoderName(match[1], int(match[2]), match[3]) if match else EncoderName(name, None, name)

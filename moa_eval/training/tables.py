@@ -1,390 +1,377 @@
-"""Every table, made once: CSV files, Markdown and the page show the same rows of plain values.
+"""Tables of a comparison; CSV files, Markdown and the page show the same rows.
 
-A column that ends in `_difference` or `_ratio` compares with the baseline, of several with that of the same size:
-with its best arm, or its median over runs. NaN stands for what is not known or does not apply.
+Columns that end in `_difference` or `_ratio` compare with the best group of the baseline, or with its median over
+runs. NaN stands for unknown values and for values that do not apply.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from statistics import median
+from __future__ import annotations
 
-import numpy as np
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
 
 from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row
-from moa_eval.training.comparison import Comparison, Contender, Contrast
+from moa_eval.training.comparison import Comparison, Contrast, Method, RunGroup
 from moa_eval.training.configuration import ffn_part, role
-from moa_eval.training.experts import Experts, expert_rows, load_rows
-from moa_eval.training.mixing import STATIC, Mixing
+from moa_eval.training.intervals import UNKNOWN, by_seed, deviation, mean, quotient
+from moa_eval.training.mixing import STATIC, STATISTICS
 from moa_eval.training.probes import probe_rows, probe_run_rows
 from moa_eval.training.runs import Columns, Run
 from moa_eval.training.scaling import Line, line_rows, scaling_rows
-from moa_eval.training.seeds import by_seed, deviation, mean, quotient
 
 Tables = dict[str, list[Row]]
 
-TOLERANCE = 0.01  # rates whose loss lies within this part of the best one's are said to be as good
-_COSTS: dict[str, Callable[[Run], float]] = {  # column -> where a run keeps it
-    "parameters": lambda run: run.figure("parameters", "total"),
-    "mixing_parameters": lambda run: run.figure("parameters", "mixing"),
+TOLERANCE = 0.01
+"""Relative excess over the best loss up to which a learning rate counts as equally good."""
+
+_COSTS: dict[str, Callable[[Run], float]] = {
+    "parameters": lambda run: run.number("parameters", "total"),
+    "mixing_parameters": lambda run: run.number("parameters", "mixing"),
     "flops_per_unit": lambda run: run.flops_per_unit,
     "units_per_s": lambda run: run.throughput,
-    "peak_memory_mib": lambda run: run.figure("peak_memory_mib"),
+    "peak_memory_mib": lambda run: run.number("peak_memory_mib"),
     "training_time_s": lambda run: run.training_s,
 }
-_UNSHOWN_KEYS = ("name", "out", "resume")  # of the configuration: the table of runs names the runs
+_CORNERS: dict[str, Callable[[Run, str], float]] = {"final": Run.final, "best": Run.best}
 _DIFFERENCE = ("difference", "relative", "low_95", "high_95")
-_CORNERS = {"final": lambda values: values[-1], "best": lambda values: np.nanmin(values)}
+_UNSHOWN_KEYS = ("name", "out", "resume")
 
 
-def make_tables(
-    comparison: Comparison, mixings: Mapping[int, Mixing], experts: Mapping[int, Experts], lines: Sequence[Line]
-) -> Tables:
-    """Every table by name; one that has nothing to say is empty."""
-    labelled = list(zip(comparison.labels, comparison.runs, strict=True))
+def make_tables(comparison: Comparison, lines: list[Line]) -> Tables:
+    """Return every table by name; a table without content is empty."""
     return {
         "losses": loss_rows(comparison),
         "runs": run_rows(comparison),
         "rates": rate_rows(comparison),
-        "tolerance": tolerance_rows(comparison),
+        "tolerance": [_tolerance_row(method, comparison.metric) for method in comparison.methods],
         "equal_rates": equal_rate_rows(comparison),
         "costs": cost_rows(comparison),
         "parameters": parameter_rows(comparison),
-        "scaling": scaling_rows(comparison, lines),
+        "scaling": scaling_rows(lines),
         "scaling_lines": line_rows(lines),
         "probe": probe_rows(comparison),
         "probe_runs": probe_run_rows(comparison),
-        "reconstructions": [row for label, run in labelled for row in _reconstruction_rows(label, run)],
-        "mixing": mixing_rows(comparison, mixings),
-        "experts": expert_rows(comparison, experts),
-        "expert_load": load_rows(comparison, experts),
+        "reconstructions": _reconstruction_rows(comparison),
+        "mixing": mixing_rows(comparison),
+        "experts": expert_rows(comparison),
+        "expert_load": expert_load_rows(comparison),
         "config": config_rows(comparison),
-        "environment": environment_rows(comparison, packages=False),
-        "packages": environment_rows(comparison, packages=True),
-        "validation": [row for label, run in labelled for row in _curve_rows(label, run, run.validation)],
-        "train": [row for label, run in labelled for row in _curve_rows(label, run, run.train)],
+        "environment": environment_rows(comparison, [run.environment for run in comparison.runs]),
+        "packages": environment_rows(comparison, [run.environment.get("packages") or {} for run in comparison.runs]),
+        "validation": _curve_rows(comparison, [run.validation for run in comparison.runs]),
+        "train": _curve_rows(comparison, [run.train for run in comparison.runs]),
     }
 
 
 def loss_rows(comparison: Comparison) -> list[Row]:
-    """A row a contender, at its best rate: final and best validation loss in every space, over seeds.
+    """Return a row per method at its best learning rate: validation losses over seeds.
 
-    "final" is the last validation, "best" the lowest, of runs that came to the end; both are means over seeds, `_sd`
-    their standard deviation.
-    The difference and its 95 % interval are of the last validation that both sides share.
+    "final" is the loss of the last validation and "best" the lowest; both are means over complete runs with the
+    standard deviation over seeds in `_sd`. Differences are taken at the last validation that both sides share.
     """
+    contrasts = {
+        loss: {contrast.method: contrast for contrast in comparison.contrasts(loss)} for loss in comparison.kind.losses
+    }
     rows = []
-    for index, contender in enumerate(comparison.contenders):
-        arm = None if contender.best is None else comparison.arms[contender.best]
-        runs = [] if arm is None else comparison.complete(arm.runs)
+    for method in comparison.methods:
+        runs = method.complete
         row: Row = {
-            "contender": contender.label,
-            "baseline": "" if contender.baseline is None else comparison.baseline_of(index).label,
-            "rate": math.nan if arm is None else arm.rate,
-            "rates_tried": len(contender.arms),
+            "method": method.label,
+            "baseline": method.baseline.label if method.baseline else "",
+            "rate": _best_rate(method),
+            "rates_tried": len(method.groups),
             "seeds": len({run.seed for run in runs}),
             "unit": comparison.kind.unit,
             "seen": min((run.seen for run in runs), default=0),
         }
         for loss in comparison.kind.losses:
-            for corner in _CORNERS:
-                values = _over_seeds(runs, loss, corner).values()
+            for corner, value_of in _CORNERS.items():
+                values = by_seed(runs, [value_of(run, loss) for run in runs]).values()
                 row |= {f"{corner}_{loss}": mean(values), f"{corner}_{loss}_sd": deviation(values)}
-            row |= _difference_columns(loss, _contrast_of(comparison, contender, loss))
+            row |= _difference_columns(loss, contrasts[loss].get(method))
         rows.append(row)
     return rows
 
 
 def run_rows(comparison: Comparison) -> list[Row]:
-    """A row a run: final and best validation loss; differences are to the mean of the baseline's best arm.
+    """Return a row per run: its validation losses and their differences to the mean of the baseline's best group.
 
-    "is_baseline" marks the only run of a baseline, which is not compared with itself.
+    "is_baseline" marks the only complete run of a baseline, which has no difference.
     """
-    rows = []
-    for index, (label, run) in enumerate(zip(comparison.labels, comparison.runs, strict=True)):
-        arm = comparison.arm_of(index)
-        contender = comparison.contenders[comparison.contender_of(index)]
-        reference = comparison.baseline_of(comparison.contender_of(index)).best
-        baseline = [] if reference is None else comparison.complete(comparison.arms[reference].runs)
-        is_baseline = len(baseline) == 1 and baseline[0] is run
-        baseline = [] if is_baseline else baseline
-        row: Row = {
-            "run": label,
-            "contender": contender.label,
-            "name": run.name,
-            "rate": run.peak_lr,
-            "seed": run.seed,
-            "is_best": arm == contender.best,
-            "is_baseline": is_baseline,
-            "status": run.status,
-            "unit": run.unit,
-            "seen": run.seen,
-        }
-        for loss in comparison.kind.losses:
-            for corner in _CORNERS:
-                value = _corner(run, loss, corner)
-                gap = value - mean(_over_seeds(baseline, loss, corner).values())
-                row |= {
-                    f"{corner}_{loss}": value,
-                    f"{corner}_{loss}_difference": gap,
-                    f"{corner}_{loss}_relative": quotient(gap, value - gap),
-                }
-        rows.append(row)
-    return rows
+    return [
+        _run_row(comparison, method, group, run)
+        for method in comparison.methods
+        for group in method.groups
+        for run in group.runs
+    ]
 
 
 def rate_rows(comparison: Comparison) -> list[Row]:
-    """A row an arm: its final loss over seeds, and by which part that exceeds its contender's best.
-
-    Runs that diverged or are unfinished are counted, and do not enter the loss.
-    """
+    """Return a row per run group: final losses of its complete runs, and the excess over the method's best group."""
+    metric = comparison.metric
     rows = []
-    for contender in comparison.contenders:
-        best = math.nan if contender.best is None else _arm_mean(comparison, contender.best)
-        for arm in contender.arms:
-            own = comparison.arms[arm]
-            values = [*_over_seeds(comparison.complete(own.runs), comparison.metric, "final").values()]
+    for method in comparison.methods:
+        best = method.best.mean_loss(metric) if method.best else math.nan
+        for group in method.groups:
+            values = [*group.final_losses(metric).values()]
             rows.append(
                 {
-                    "contender": contender.label,
-                    "rate": own.rate,
-                    "loss": comparison.metric,
+                    "method": method.label,
+                    "rate": group.learning_rate,
+                    "loss": metric,
                     "seeds": len(values),
                     "mean": mean(values),
                     "sd": deviation(values),
                     "min": min(values, default=math.nan),
                     "max": max(values, default=math.nan),
-                    "runs": len(own.runs),
-                    "diverged": sum(comparison.runs[run].diverged_at is not None for run in own.runs),
-                    "unfinished": sum(map(comparison.falls_short, own.runs)),
-                    "is_best": arm == contender.best,
+                    "runs": len(group.runs),
+                    "diverged": len(group.diverged),
+                    "unfinished": len(group.unfinished),
+                    "is_best": group is method.best,
                     "excess": quotient(mean(values) - best, best),
                 }
             )
     return rows
 
 
-def tolerance_rows(comparison: Comparison) -> list[Row]:
-    """A row a contender: which rates were tried and how far the good ones reach.
-
-    "edge" says whether the best rate is the "lowest" or "highest" tried, so that a better one may lie beyond it.
-    "span" is the ratio of the highest to the lowest rate within 1 % of the best arm's loss, without a worse,
-    diverged or unfinished rate between.
-    """
-    rows = []
-    for contender in comparison.contenders:
-        rates = [comparison.arms[arm].rate for arm in contender.arms]
-        low, high = _good_rates(comparison, contender)
-        best = math.nan if contender.best is None else comparison.arms[contender.best].rate
-        rows.append(
-            {
-                "contender": contender.label,
-                "rates_tried": len(rates),
-                "lowest_rate": rates[0],
-                "highest_rate": rates[-1],
-                "best_rate": best,
-                "edge": edge(comparison, contender),
-                "low_good_rate": low,
-                "high_good_rate": high,
-                "span": quotient(high, low),
-                "diverged_rates": sum(
-                    any(comparison.runs[run].diverged_at is not None for run in comparison.arms[arm].runs)
-                    for arm in contender.arms
-                ),
-            }
-        )
-    return rows
-
-
-def edge(comparison: Comparison, contender: Contender) -> str:
-    """Where in its grid a contender's best rate lies: "lowest" or "highest"; "" inside, or without a choice."""
-    if not contender.chosen or contender.best is None:
-        return ""
-    return {contender.arms[0]: "lowest", contender.arms[-1]: "highest"}.get(contender.best, "")
-
-
 def equal_rate_rows(comparison: Comparison) -> list[Row]:
-    """Every other contender against the baseline at each peak rate that both were trained at, in every space."""
-    rows = []
-    for loss in comparison.kind.losses:
-        for contrast in comparison.equal_rates(loss):
-            sides = (comparison.arms[arm].runs[0] for arm in (contrast.arm, contrast.reference))
-            contender, baseline = (comparison.contenders[comparison.contender_of(run)].label for run in sides)
-            rows.append(
-                {
-                    "contender": contender,
-                    "baseline": baseline,
-                    "rate": comparison.arms[contrast.arm].rate,
-                    "loss": loss,
-                    "seen": contrast.seen or 0,
-                    "seeds": len(contrast.values),
-                    "baseline_seeds": len(contrast.baseline),
-                    "mean": mean(contrast.values.values()),
-                    "baseline_mean": mean(contrast.baseline.values()),
-                    "difference": contrast.interval.mean,
-                    "relative": contrast.relative,
-                    "low_95": contrast.interval.low,
-                    "high_95": contrast.interval.high,
-                }
-            )
-    return rows
+    """Return a row per loss and learning rate that an alternative shares with its baseline."""
+    return [
+        {
+            "method": contrast.method.label,
+            "baseline": contrast.method.reference.label,
+            "rate": contrast.group.learning_rate,
+            "loss": loss,
+            "seen": contrast.seen or 0,
+            "seeds": len(contrast.losses),
+            "baseline_seeds": len(contrast.baseline_losses),
+            "mean": contrast.mean,
+            "baseline_mean": contrast.baseline_mean,
+            **contrast.columns,
+        }
+        for loss in comparison.kind.losses
+        for contrast in comparison.equal_rates(loss)
+    ]
 
 
 def cost_rows(comparison: Comparison) -> list[Row]:
-    """A row a contender: medians over the runs of its best arm (of all its runs if it has none), as ratios too.
+    """Return a row per method: medians over the complete runs of its best group, and their ratios to the baseline.
 
-    Unfinished runs enter only where there are no others: their training time is not that of the whole.
+    Without a complete run, the medians are over the unfinished runs.
     """
+    medians = {method: _costs(method.complete or method.best_runs) for method in comparison.methods}
     rows: list[Row] = []
-    for contender in comparison.contenders:
-        arms = contender.arms if contender.best is None else (contender.best,)
-        members = [run for arm in arms for run in comparison.arms[arm].runs]
-        runs = comparison.complete(members) or [comparison.runs[run] for run in members]
-        row: Row = {"contender": contender.label, "runs": len(runs), "unit": comparison.kind.unit}
+    for method, costs in medians.items():
+        runs, baseline = method.complete or method.best_runs, medians[method.reference]
+        row: Row = {"method": method.label, "runs": len(runs), "unit": comparison.kind.unit}
         row["device"] = ", ".join(dict.fromkeys(run.device for run in runs))
-        for name, read in _COSTS.items():
-            row[name] = median([value for value in map(read, runs) if not math.isnan(value)] or [math.nan])
-            row[f"{name}_ratio"] = math.nan  # its column, filled once every row is there
-        row["mixing_share"] = quotient(row["mixing_parameters"], row["parameters"])
-        rows.append(row)
-    for row, contender in zip(rows, comparison.contenders, strict=True):
-        baseline = row if contender.baseline is None else rows[contender.baseline]
-        row |= {f"{name}_ratio": quotient(row[name], baseline[name]) for name in _COSTS}
+        for name, value in costs.items():
+            row |= {name: value, f"{name}_ratio": quotient(value, baseline[name])}
+        rows.append(row | {"mixing_share": quotient(costs["mixing_parameters"], costs["parameters"])})
     return rows
 
 
 def parameter_rows(comparison: Comparison) -> list[Row]:
-    """A row a contender: what its parameters add to the baseline's, beside what they take from the loss.
+    """Return a row per method: its additional parameters and its difference in loss.
 
-    Empty unless this is controlled for: another contender has its baseline's FFN with more or fewer parameters.
+    The table is empty without a control: a method with its baseline's FFN and another number of parameters.
     """
-    costs, losses = cost_rows(comparison), loss_rows(comparison)
-    if not any(_is_control(comparison, index, costs) for index in comparison.alternatives):
-        return []
     rows: list[Row] = []
-    for index, (cost, loss) in enumerate(zip(costs, losses, strict=True)):
-        row: Row = {key: loss[key] for key in ("contender", "baseline", "rate", "seeds")}
+    for method, cost, loss in zip(comparison.methods, cost_rows(comparison), loss_rows(comparison), strict=True):
+        row: Row = {key: loss[key] for key in ("method", "baseline", "rate", "seeds")}
         row |= {key: cost[key] for key in ("parameters", "parameters_ratio", "mixing_parameters")}
-        row |= {"is_control": _is_control(comparison, index, costs), "loss": loss[f"final_{comparison.metric}"]}
+        row |= {"is_control": _is_control(method, cost["parameters_ratio"]), "loss": loss[f"final_{comparison.metric}"]}
         rows.append(row | {key: loss[f"{comparison.metric}_{key}"] for key in _DIFFERENCE})
-    return rows
+    return rows if any(row["is_control"] for row in rows) else []
 
 
-def mixing_rows(comparison: Comparison, mixings: Mapping[int, Mixing]) -> list[Row]:
-    """A row a run, recorded step, layer and coefficient: its spread over the tokens and its share of the sum."""
+def mixing_rows(comparison: Comparison) -> list[Row]:
+    """Return a row per run, recorded step, layer and coefficient."""
     return [
         {
-            "run": comparison.labels[run],
+            "run": run.label,
             "step": step,
             "layer": layer.name,
             "coefficient": term,
             "token_adaptive": layer.token_adaptive,
-            **{key: float(getattr(layer, key)[at]) for key in ("mean", "std", "low", "high", "share")},
+            **{key: float(getattr(layer, key)[at]) for key in STATISTICS},
             "static": bool(layer.std[at] < STATIC),
         }
-        for run, mixing in mixings.items()
-        for step, layers in mixing.steps.items()
+        for run in comparison.runs
+        if run.mixing
+        for step, layers in run.mixing.steps.items()
         for layer in layers
         for at, term in enumerate(layer.terms)
     ]
 
 
+def expert_rows(comparison: Comparison) -> list[Row]:
+    """Return a row per run, recorded step and layer with experts; loads are multiples of an even share."""
+    return [
+        {
+            "run": run.label,
+            "step": step,
+            "layer": layer.layer,
+            "experts": len(layer.relative),
+            "lowest_load": float(layer.relative.min()),
+            "highest_load": float(layer.relative.max()),
+            "dead": len(layer.dead),
+            "overloaded": len(layer.overloaded),
+            "entropy": layer.entropy,
+            "balance_loss": layer.balance_loss,
+            "assignments": layer.assignments,
+            "dropped": layer.dropped,
+        }
+        for run in comparison.runs
+        if run.experts
+        for step, layers in run.experts.steps.items()
+        for layer in layers
+    ]
+
+
+def expert_load_rows(comparison: Comparison) -> list[Row]:
+    """Return a row per run, layer and expert at the last recorded step: its load as a multiple of an even share."""
+    return [
+        {"run": run.label, "layer": layer.layer, "expert": expert, "load": load}
+        for run in comparison.runs
+        if run.experts
+        for layer in run.experts.last
+        for expert, load in enumerate(layer.relative.tolist())
+    ]
+
+
 def config_rows(comparison: Comparison) -> list[Row]:
-    """The keys of the configuration that differ, with the values of every contender."""
-    members = [[run for arm in own.arms for run in comparison.arms[arm].runs] for own in comparison.contenders]
+    """Return a row per config key that differs, with a column per method."""
     rows = []
     for key, values in comparison.differing.items():
-        if key in _UNSHOWN_KEYS:
-            continue
-        row: Row = {"key": key, "kind": role(key, values)}
-        for contender, runs in zip(comparison.contenders, members, strict=True):
-            row[contender.label] = ", ".join(dict.fromkeys(show(values[run]) for run in runs))
-        rows.append(row)
+        if key not in _UNSHOWN_KEYS:
+            row: Row = {"key": key, "kind": role(key, values)}
+            for method in comparison.methods:
+                row[method.label] = ", ".join(dict.fromkeys(show(values[run.index]) for run in method.runs))
+            rows.append(row)
     return rows
 
 
-def environment_rows(comparison: Comparison, *, packages: bool) -> list[Row]:
-    """The versions of the packages, or everything else but the command: a row a key and value, with its runs.
-
-    "runs" is "all" where every run has the value.
-    """
-    shown = [run.environment.get("packages") if packages else run.environment for run in comparison.runs]
-    shown = [own if isinstance(own, dict) else {} for own in shown]
+def environment_rows(comparison: Comparison, environments: list[dict[str, Any]]) -> list[Row]:
+    """Return a row per key and value of the runs' environments; "runs" names those with the value, or is "all"."""
     rows = []
-    for key in dict.fromkeys(key for values in shown for key in values if key not in ("packages", "command")):
-        texts = [show(values.get(key)) for values in shown]
-        for text in dict.fromkeys(texts):
-            owners = [label for label, own in zip(comparison.labels, texts, strict=True) if own == text]
-            rows.append({"key": key, "value": text, "runs": "all" if len(owners) == len(shown) else "; ".join(owners)})
+    keys = dict.fromkeys(key for own in environments for key in own if key not in ("packages", "command"))
+    for key in keys:
+        labels: dict[str, list[str]] = {}
+        for run, own in zip(comparison.runs, environments, strict=True):
+            labels.setdefault(show(own.get(key)), []).append(run.label)
+        rows += [
+            {"key": key, "value": value, "runs": "all" if len(labels) == 1 else "; ".join(owners)}
+            for value, owners in labels.items()
+        ]
     return rows
 
 
-def _is_control(comparison: Comparison, contender: int, costs: Sequence[Row]) -> bool:
-    own, baseline = comparison.contenders[contender], comparison.baseline_of(contender)
-    ffns = [ffn_part(comparison.runs[comparison.arms[side.arms[0]].runs[0]].config) for side in (own, baseline)]
-    ratio = costs[contender]["parameters_ratio"]
-    return own is not baseline and ffns[0] == ffns[1] and not math.isnan(ratio) and ratio != 1
+def _run_row(comparison: Comparison, method: Method, group: RunGroup, run: Run) -> Row:
+    baseline = method.reference.complete
+    is_baseline = baseline == [run]
+    row: Row = {
+        "run": run.label,
+        "method": method.label,
+        "name": run.name,
+        "rate": run.peak_lr,
+        "seed": run.seed,
+        "is_best": group is method.best,
+        "is_baseline": is_baseline,
+        "status": run.status,
+        "unit": run.kind.unit,
+        "seen": run.seen,
+    }
+    for loss in comparison.kind.losses:
+        for corner, value_of in _CORNERS.items():
+            value = value_of(run, loss)
+            values = by_seed(baseline, [value_of(own, loss) for own in baseline]).values()
+            reference = math.nan if is_baseline else mean(values)
+            row |= {
+                f"{corner}_{loss}": value,
+                f"{corner}_{loss}_difference": value - reference,
+                f"{corner}_{loss}_relative": quotient(value - reference, reference),
+            }
+    return row
 
 
-def _corner(run: Run, loss: str, corner: str) -> float:
-    values = run.validation[loss]
-    if corner == "best" and not np.isfinite(values).any():
-        return math.nan
-    return float(_CORNERS[corner](values)) if len(values) else math.nan
+def _tolerance_row(method: Method, metric: str) -> Row:
+    """Return a row about a method's learning rates and the span of good ones.
+
+    "edge" tells whether the best rate is the "lowest" or "highest" tried. "span" is the ratio of the highest to the
+    lowest rate within 1 % of the best group's loss, without a worse, diverged or unfinished rate in between.
+    """
+    low, high = _good_rates(method, metric)
+    return {
+        "method": method.label,
+        "rates_tried": len(method.groups),
+        "lowest_rate": method.groups[0].learning_rate,
+        "highest_rate": method.groups[-1].learning_rate,
+        "best_rate": _best_rate(method),
+        "edge": method.edge,
+        "low_good_rate": low,
+        "high_good_rate": high,
+        "span": quotient(high, low),
+        "diverged_rates": sum(bool(group.diverged) for group in method.groups),
+    }
 
 
-def _over_seeds(runs: Sequence[Run], loss: str, corner: str) -> dict[int, float]:
-    return by_seed(runs, [_corner(run, loss, corner) for run in runs])
+def _good_rates(method: Method, metric: str) -> tuple[float, float]:
+    """Return the lowest and highest rate around the best one that are equally good; NaN without a best one."""
+    if method.best is None:
+        return math.nan, math.nan
+    limit = method.best.mean_loss(metric) * (1 + TOLERANCE)
+    low = high = method.best.learning_rate
+    at = method.groups.index(method.best)
+    for group in reversed(method.groups[:at]):
+        if len(group.complete) < len(group.runs) or group.mean_loss(metric) > limit:
+            break
+        low = group.learning_rate
+    for group in method.groups[at + 1 :]:
+        if len(group.complete) < len(group.runs) or group.mean_loss(metric) > limit:
+            break
+        high = group.learning_rate
+    return low, high
 
 
-def _arm_mean(comparison: Comparison, arm: int) -> float:
-    runs = comparison.complete(comparison.arms[arm].runs)
-    return mean(_over_seeds(runs, comparison.metric, "final").values())
-
-
-def _contrast_of(comparison: Comparison, contender: Contender, loss: str) -> Contrast | None:
-    if contender.baseline is None:
-        return None
-    return next((own for own in comparison.contrasts(loss) if own.arm == contender.best), None)
+def _best_rate(method: Method) -> float:
+    return method.best.learning_rate if method.best else math.nan
 
 
 def _difference_columns(loss: str, contrast: Contrast | None) -> Row:
-    if contrast is None:
-        return {f"{loss}_{name}": math.nan for name in _DIFFERENCE} | {f"{loss}_interval": ""}
-    interval = contrast.interval
-    values = (interval.mean, contrast.relative, interval.low, interval.high)
-    row: Row = {f"{loss}_{name}": value for name, value in zip(_DIFFERENCE, values, strict=True)}
+    columns = contrast.columns if contrast else dict.fromkeys(_DIFFERENCE, math.nan)
+    interval = contrast.interval if contrast else UNKNOWN
     kind = "" if math.isnan(interval.low) else "paired t" if interval.paired else "Welch t"
-    return row | {f"{loss}_interval": kind}
+    return {f"{loss}_{name}": value for name, value in columns.items()} | {f"{loss}_interval": kind}
 
 
-def _good_rates(comparison: Comparison, contender: Contender) -> tuple[float, float]:
-    """The lowest and highest rate around the best one that are as good; NaN without a best one."""
-    if contender.best is None:
-        return math.nan, math.nan
-    limit = _arm_mean(comparison, contender.best) * (1 + TOLERANCE)
-
-    def good(arm: int) -> bool:
-        complete = len(comparison.complete(comparison.arms[arm].runs)) == len(comparison.arms[arm].runs)
-        return complete and _arm_mean(comparison, arm) <= limit
-
-    low = high = contender.arms.index(contender.best)
-    while low > 0 and good(contender.arms[low - 1]):
-        low -= 1
-    while high < len(contender.arms) - 1 and good(contender.arms[high + 1]):
-        high += 1
-    return comparison.arms[contender.arms[low]].rate, comparison.arms[contender.arms[high]].rate
+def _costs(runs: list[Run]) -> dict[str, float]:
+    return pd.DataFrame([{name: read(run) for name, read in _COSTS.items()} for run in runs]).median().to_dict()
 
 
-def _curve_rows(label: str, run: Run, columns: Columns) -> list[Row]:
-    values = zip(*(column.tolist() for column in columns.values()), strict=True)
-    rows = ({"run": label} | dict(zip(columns, row, strict=True)) for row in values)
-    return [row | {key: int(row[key]) for key in ("step", run.counter)} for row in rows]
+def _is_control(method: Method, ratio: float) -> bool:
+    same_ffn = ffn_part(method.runs[0].config) == ffn_part(method.reference.runs[0].config)
+    return method.baseline is not None and same_ffn and not math.isnan(ratio) and ratio != 1
 
 
-def _reconstruction_rows(label: str, run: Run) -> list[Row]:
+def _curve_rows(comparison: Comparison, curves: list[Columns]) -> list[Row]:
+    rows = []
+    for run, columns in zip(comparison.runs, curves, strict=True):
+        integers = {key: columns[key].astype(int) for key in ("step", run.kind.counter)}
+        values = {key: values.tolist() for key, values in (columns | integers).items()}
+        rows += [
+            {"run": run.label, **dict(zip(values, row, strict=True))} for row in zip(*values.values(), strict=True)
+        ]
+    return rows
+
+
+def _reconstruction_rows(comparison: Comparison) -> list[Row]:
     return [
-        {"run": label, "step": run.reconstructions_step, "key": image.key}
+        {"run": run.label, "step": run.reconstructions_step, "key": image.key}
         | {"loss_norm": image.loss_norm, "loss_pixel": image.loss_pixel}
+        for run in comparison.runs
         for image in run.reconstructions
     ]

@@ -1,4 +1,4 @@
-"""How figures are drawn: files without a browser, and their form inside a page."""
+"""Drawing of figures as files and for the page."""
 
 import io
 import json
@@ -16,15 +16,11 @@ LABELS = ["a <b>", 'c "d" & e']
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def dots(runs=(0, 1)):
-    rows = [
-        {"run": run, "group": run, "label": LABELS[run], "x": x, "y": x * (run + 1)} for run in runs for x in (1, 2, 3)
-    ]
-    base = alt.Chart(alt.InlineData(values=rows)).encode(
-        x="x:Q", y="y:Q", color=alt.Color("label:N").scale(charts.colours(LABELS))
-    )
-    pointed = base.mark_point(clip=True).properties(name=f"{charts.POINTER}_all")
-    return alt.layer(base.mark_line(clip=True), pointed)
+def dots():
+    rows = [{"run": run, "label": LABELS[run], "x": x, "y": x * (run + 1)} for run in (0, 1) for x in (1, 2, 3)]
+    colour = alt.Color("label:N").scale(charts.colours(LABELS))
+    base = alt.Chart(alt.InlineData(values=rows)).encode(x="x:Q", y="y:Q", color=colour)
+    return alt.layer(base.mark_line(clip=True), base.mark_point().properties(name=f"{charts.POINTER}_all"))
 
 
 @pytest.fixture(scope="module")
@@ -33,83 +29,54 @@ def chart():
 
 
 def lines(svg):
-    """The colours of the lines in an SVG, legend left out."""
-    root = ElementTree.fromstring(svg)
+    """Return the colours of the lines in an SVG, without the legend."""
+    groups = [group for group in ElementTree.fromstring(svg).iter(f"{SVG}g") if "role-mark" in group.get("class", "")]
     return [
-        path.get("stroke")
-        for group in root.iter(f"{SVG}g")
-        if "mark-line" in group.get("class", "") and "role-mark" in group.get("class", "")
-        for path in group.iter(f"{SVG}path")
+        path.get("stroke") for group in groups if "mark-line" in group.get("class") for path in group.iter(f"{SVG}path")
     ]
 
 
-def test_the_files_stand_alone(chart):
-    with Image.open(io.BytesIO(chart.png)) as image:
-        size = image.size
-        corner = image.convert("RGB").getpixel((0, 0))
-    root = ElementTree.fromstring(chart.svg)
-    assert size == tuple(2 * round(float(root.get(side))) for side in ("width", "height"))
-    assert corner == tuple(bytes.fromhex(charts.PAPER[1:]))
+def test_svg_and_png_are_complete_files_without_the_layers_of_the_pointer(chart):
+    image, root = Image.open(io.BytesIO(chart.png)), ElementTree.fromstring(chart.svg)
+    assert image.size == tuple(2 * round(float(root.get(side))) for side in ("width", "height"))
+    assert image.convert("RGB").getpixel((0, 0)) == tuple(bytes.fromhex(charts.PAPER[1:]))
     assert 'Dots, "quoted" <&>' in "".join(root.itertext())
     assert lines(chart.svg) == [charts.PALETTE[0][0], charts.PALETTE[1][0]]
+    assert len(chart.spec["layer"]) == 2 and "mark-symbol role-mark" not in chart.svg
 
 
-def test_what_only_a_pointer_brings_out_is_not_in_the_files(chart):
-    assert len(chart.spec["layer"]) == 2
-    assert "mark-symbol role-mark" not in chart.svg
-
-
-def test_hidden_runs_are_left_out_and_the_scale_follows(chart):
+def test_hidden_runs_do_not_set_the_scale(chart):
     one = charts.draw("dots", "One", dots(), hidden=[1])
     assert lines(one.svg) == [charts.PALETTE[0][0]]
     pattern = re.compile(r"Y-axis titled 'y' for a linear scale with values from [\d.]+ to ([\d.]+)")
-    tops = [pattern.search(own.svg) for own in (chart, one)]
-    assert [float(top[1]) for top in tops] == [6, 3]
+    assert [float(pattern.search(own.svg)[1]) for own in (chart, one)] == [6, 3]
 
 
-def test_the_same_chart_gives_the_same_bytes(chart):
-    """Ids in an SVG would otherwise count on over the whole process."""
+def test_drawing_is_reproducible(chart):
     again = charts.draw("dots", chart.title, dots())
     assert (again.svg, again.png, again.spec) == (chart.svg, chart.png, chart.spec)
 
 
-def test_the_spec_carries_runs_and_its_own_data(chart):
-    (values,) = chart.spec["datasets"].values()
-    assert {row["run"] for row in values} == {0, 1}
-    assert chart.spec["width"] == "container"
-    assert [(own["name"], own["value"]) for own in chart.spec["params"]] == [("hidden", []), ("hidden_groups", [])]
-
-
-def test_inside_a_page_every_colour_is_a_variable(chart):
+def test_colours_in_the_page_are_css_variables(chart):
     for text in (charts.live(chart), charts.still(chart, "p-")):
-        assert not re.search(r"#[0-9a-f]{6}\b", text), "a colour that the page cannot change"
-        assert {f"var(--{token})" for token in ("ink", "muted", "paper", "series-0", "series-1")} <= set(
-            re.findall(r"var\(--[a-z0-9-]+\)", text)
-        )
+        assert not re.search(r"#[0-9a-f]{6}\b", text)
+        assert {"var(--ink)", "var(--paper)", "var(--series-0)"} <= set(re.findall(r"var\(--[a-z0-9-]+\)", text))
 
 
-def test_the_live_chart_is_json_that_ends_no_script(chart):
-    text = charts.live(chart)
-    assert "<" not in text
-    spec = json.loads(text)
-    (values,) = spec["datasets"].values()
-    assert {row["label"] for row in values} == set(LABELS)
-    assert "title" not in spec, "the page shows the title, since Vega cannot wrap it"
+def test_scripts_are_safe_inside_a_script_element(chart):
+    text, bundle = charts.live(chart), charts.javascript()
+    (values,) = json.loads(text)["datasets"].values()
+    assert "<" not in text and {row["label"] for row in values} == set(LABELS)
+    assert "vegaEmbed" in bundle and "</script" not in bundle.lower() and "<!--" not in bundle
 
 
-def test_the_still_chart_is_well_formed_with_ids_of_its_own(chart):
-    root = ElementTree.fromstring(charts.still(chart, "p-"))
+def test_still_charts_have_unique_ids(chart):
+    still = charts.still(chart, "p-")
+    root = ElementTree.fromstring(still)
     ids = {element.get("id") for element in root.iter() if element.get("id")}
     assert ids and all(name.startswith("p-") for name in ids)
-    assert set(re.findall(r"url\(#([^)]+)\)", charts.still(chart, "p-"))) <= ids
+    assert set(re.findall(r"url\(#([^)]+)\)", still)) <= ids
     assert root.get("aria-label") == chart.title
-
-
-def test_the_bundle_is_one_script_that_ends_where_it_should():
-    bundle = charts.javascript()
-    assert "vegaEmbed" in bundle
-    assert "</script" not in bundle.lower() and "<!--" not in bundle
-    assert charts.javascript() is bundle
 
 
 def luminance(colour):
@@ -119,15 +86,15 @@ def luminance(colour):
 
 
 @pytest.mark.parametrize(("ground", "theme"), [("#fffefc", 0), ("#15181d", 1)])
-def test_lines_stand_out_from_the_page(ground, theme):
+def test_lines_have_the_contrast_of_wcag(ground, theme):
     """WCAG 2.1, 1.4.11: graphics have a contrast of at least 3 to 1."""
     for colours in charts.PALETTE:
         low, high = sorted([luminance(ground), luminance(colours[theme])])
         assert (high + 0.05) / (low + 0.05) >= 3
 
 
-def test_positions_beyond_the_palette_begin_again():
+def test_colours_and_shapes_repeat_beyond_the_palette():
     many = [str(index) for index in range(len(charts.PALETTE) + 1)]
-    colours, shapes = charts.colours(many).to_dict()["range"], charts.shapes(many).to_dict()["range"]
-    assert len(set(colours[:-1])) == len(many) - 1 and colours[-1] == colours[0]
-    assert len(set(shapes[:-1])) == len(many) - 1 and shapes[-1] == shapes[0]
+    for scale in (charts.colours(many), charts.shapes(many)):
+        values = scale.to_dict()["range"]
+        assert len(set(values[:-1])) == len(many) - 1 and values[-1] == values[0]

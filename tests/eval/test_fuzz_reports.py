@@ -1,33 +1,28 @@
-"""Results that something has damaged: the page is written, or one message names the file."""
+"""Damaged run folders and results: the page is written, or a one-line message names the file."""
 
 import contextlib
 import io
-import math
 
 import pytest
 
 from moa_eval import cli
-from moa_eval.page.formatting import show
-from moa_eval.training.comparison import NotComparableError
-from moa_eval.training.reading import RunFolderError
-from moa_train.errors import ConfigError, DataError
 
 
 def damage(fuzzing, folder, weight=lambda path: 1):
-    """A strategy for (name, content) of any file below a folder, a file as likely as its weight."""
+    """Return a strategy for (name, content) of the files below a folder, by their weights."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() for _ in range(weight(path))]
     return fuzzing.damage(folder, [str(path.relative_to(folder)) for path in files])
 
 
-def told(fuzzing, command, arguments, culprit):
-    """Call a command; it ends with 0, or with 2 and one line that names what is wrong."""
+def check(fuzzing, command, arguments, culprit):
+    """Check that a command exits with 0, or with 2 and one line that names the culprit."""
     codes, err = [], io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         fuzzing.refusal(lambda: codes.append(command(arguments)))
     assert codes[0] in (0, 2)
     if codes[0]:
         message = err.getvalue()
-        named = culprit in message or "error: not comparable: " in message  # which names the runs by their labels
+        named = culprit in message or "error: not comparable: " in message  # names the runs by their labels
         assert "error: " in message and message.count("\n") == 1 and named, message
 
 
@@ -44,9 +39,8 @@ def test_compare_runs(fuzz, fuzzing, make_run, no_figures, tmp_path, kind):
         name, content = example
         with fuzzing.replaced(folder / name, content):
             out = str(tmp_path / "out")
-            told(fuzzing, cli.compare_runs, [str(folder), str(other), "--out", out], str(folder))
+            check(fuzzing, cli.compare_runs, [str(folder), str(other), "--out", out], str(folder))
 
-    # Pictures are many; a page is more often wrong about numbers.
     fuzz(damage(fuzzing, folder, lambda path: 1 if path.suffix == ".png" else 4), attempt, examples=5)
 
 
@@ -58,7 +52,7 @@ def test_compare_evals(fuzz, fuzzing, write_results, no_figures, tmp_path):
         name, content = example
         with fuzzing.replaced(tmp_path / "a" / name, content):
             arguments = [str(base), str(other), "--out", str(tmp_path / "out")]
-            told(fuzzing, cli.compare_evals, arguments, str(tmp_path))
+            check(fuzzing, cli.compare_evals, arguments, str(tmp_path))
 
     fuzz(damage(fuzzing, tmp_path / "a", lambda path: 4 if "results_" in path.name else 1), attempt, examples=5)
 
@@ -72,29 +66,6 @@ def test_tables(fuzz, fuzzing, make_run, no_figures, tmp_path):
 
     def attempt(content):
         with fuzzing.replaced(table, content):
-            told(fuzzing, cli.compare_runs, ["--table", str(table)], str(table))
+            check(fuzzing, cli.compare_runs, ["--table", str(table)], str(table))
 
     fuzz(fuzzing.damaged(table.read_bytes()), attempt, examples=20)
-
-
-def test_lists_of_an_earlier_page(fuzz, fuzzing, make_run, no_figures, tmp_path):
-    out = tmp_path / "out"
-    arguments = [str(make_run("a")), "--out", str(out)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert cli.compare_runs(arguments) == 0
-
-    def attempt(example):
-        with fuzzing.replaced(out / example[0], example[1]), contextlib.redirect_stdout(io.StringIO()):
-            assert cli.compare_runs(arguments) == 0
-            assert (out / "index.html").is_file()
-
-    fuzz(fuzzing.damage(out, ["files.json"]), attempt, examples=4)
-
-
-def test_errors_are_those_that_commands_say():
-    assert set(cli.READABLE) == {ConfigError, DataError, RunFolderError, NotComparableError, OSError}
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_settings_that_are_no_finite_number_are_shown(value):
-    assert show(value) == str(value)

@@ -10,47 +10,20 @@ from moa_eval.training.reading import read_run
 from moa_eval.training.report import gallery, training_section
 
 MOA = "vit_tiny_patch4_qdmoa"
-URI = "data:image/png;base64,"
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory, write_run_into):
-    """Two runs, one of which mixes, and their section."""
-    root = tmp_path_factory.mktemp("pair")
-    folders = [
-        write_run_into(root, "a", final=0.5),
-        write_run_into(
-            root,
-            "b",
-            final=0.4,
-            encoder=MOA,
-            lr=1.2e-3,
-            keys=("images/a", "images/b"),
-            spread=0.1,
-            probes={"knn": 0.5},
-        ),
-    ]
-    return folders, training_section(folders)
-
-
-def test_a_section_has_what_the_page_shows(pair):
-    folders, section = pair
+def test_a_section_has_title_verdict_caveats_and_tables(make_run):
+    mixing = make_run("b", final=0.4, encoder=MOA, lr=1.2e-3, spread=0.1, probes={"knn": 0.5})
+    section = training_section([make_run("a"), mixing])
     assert (section.title, section.template) == ("qd-MoA against SwiGLU", "training")
-    assert section.verdict[1] == "One seed: not evidence of a general difference."
+    assert section.verdict[1] == "One seed: no evidence of a general difference."
     assert section.caveats == ["Peak learning rates differ: 3e-4 (SwiGLU), 1.2e-3 (qd-MoA)."]
-    assert section.content["commands"][1] == {
-        "run": 1,
-        "label": "qd-MoA",
-        "folder": str(folders[1]),
-        "command": "python pretrain_mae.py --name b --x '<&>'",
-    }
     assert [own["label"] for own in section.content["mixing"]] == ["qd-MoA"]
     assert {"losses", "rates", "tolerance", "costs", "probe", "config", "mixing", "train"} <= section.tables.keys()
-    assert "validation_loss" in section.charts
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_a_series_is_a_run_in_its_contenders_group_and_colour(make_run):
+def test_series_are_grouped_and_coloured_by_method(make_run):
     runs = {("swiglu", 1e-3): 0.5, ("qdmoa", 1e-3): 0.45, ("qdmoa", 2e-3): 0.4, ("qdmoa", 4e-3): 0.5}
     folders = [
         make_run(f"{ffn}{rate}_{seed}", encoder=f"vit_tiny_patch4_{ffn}", lr=rate, seed=seed, final=final, keys=())
@@ -58,60 +31,42 @@ def test_a_series_is_a_run_in_its_contenders_group_and_colour(make_run):
         for seed in range(3)
     ]
     series = training_section(folders).series
-    assert [own.group for own in series] == ["SwiGLU"] * 3 + ["qd-MoA"] * 9
-    assert [own.colour for own in series] == [0] * 3 + [1] * 9
+    assert [(own.group, own.colour) for own in series] == [("SwiGLU", 0)] * 3 + [("qd-MoA", 1)] * 9
     assert [own.shown for own in series] == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3
-    assert series[6].label == "qd-MoA, lr 2e-3, seed 0"
 
 
-def test_images_are_matched_by_key_and_unchanged(pair):
-    folders, section = pair
-    shown = section.content["gallery"]
-    assert [row["key"] for row in shown] == ["images/b", "images/a"]
-    assert all(row["pixelated"] for row in shown)
+def test_gallery_matches_images_by_key(make_run):
+    folders = [make_run("a"), make_run("b", encoder=MOA, keys=("images/a", "images/b"))]
+    shown = training_section(folders).content["gallery"]
+    assert [row["key"] for row in shown] == ["images/b", "images/a"] and all(row["pixelated"] for row in shown)
     for run, folder in enumerate(folders):
         for entry in json.loads((folder / "reconstructions/index.json").read_text())["images"]:
-            (row,) = [row for row in shown if row["key"] == entry["key"]]
-            (cell,) = [cell for cell in row["cells"] if cell["run"] == run]
+            cell = next(row for row in shown if row["key"] == entry["key"])["cells"][run]
             tile = (folder / "reconstructions" / entry["reconstruction"]).read_bytes()
-            assert base64.b64decode(cell["reconstruction"].removeprefix(URI)) == tile
-            assert (cell["loss_norm"], cell["loss_pixel"]) == (entry["loss_norm"], entry["loss_pixel"])
-            assert cell["step"] == 40
+            assert base64.b64decode(cell["reconstruction"].removeprefix("data:image/png;base64,")) == tile
+            assert (cell["run"], cell["loss_norm"], cell["step"]) == (run, entry["loss_norm"], 40)
 
 
-def test_an_image_that_a_run_lacks_leaves_its_cell_empty(make_run):
+def test_gallery_leaves_cells_of_missing_images_empty(make_run):
     runs = [read_run(make_run("a")), read_run(make_run("b", keys=("images/a",))), read_run(make_run("c", keys=()))]
-    assert [row["key"] for row in gallery(runs, [2, 1, 0])] == ["images/a"]  # the first that has any says which
-    shown = gallery(runs, [0, 1, 2])
-    assert [[cell["reconstruction"] is not None for cell in row["cells"]] for row in shown] == [
-        [True, False, False], [True, True, False],
-    ]  # fmt: skip
-    assert gallery(runs, [2]) == []
+    assert [row["key"] for row in gallery(runs[::-1])] == ["images/a"]  # the keys of the first run that has images
+    cells = [[cell["reconstruction"] is not None for cell in row["cells"]] for row in gallery(runs)]
+    assert cells == [[True, False, False], [True, True, False]]
+    assert gallery(runs[2:]) == []
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_one_picture_a_contender_is_shown_not_one_a_run(make_run):
-    folders = [make_run(f"s{seed}", seed=seed) for seed in range(3)]
-    section = training_section([*folders, make_run("m", encoder=MOA)])
-    assert section.content["gallery_runs"] == [0, 3]
-    assert [cell["run"] for cell in section.content["gallery"][0]["cells"]] == [0, 3]
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_a_sweeps_folder_stands_for_its_runs(make_run):
-    folders = [make_run("moa", encoder=MOA), make_run("swiglu")]
+def test_a_sweep_folder_stands_for_its_runs_and_a_method_has_one_gallery_run(make_run):
+    folders = [make_run("m", encoder=MOA)] + [make_run(f"s{seed}", seed=seed) for seed in range(3)]
     section = training_section([folders[0].parent], baseline="SwiGLU", title="Sweep")
-    assert (section.title, [own.label for own in section.series]) == ("Sweep", ["SwiGLU", "qd-MoA"])
+    assert (section.title, len(section.series)) == ("Sweep", 4)
+    assert [run.index for run in section.content["shown_runs"]] == [0, 3]
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_a_baseline_has_no_difference_to_itself_and_a_zero_no_plus_minus(make_run, tmp_path):
+def test_a_baseline_has_no_difference_and_zero_has_no_sign(make_run, tmp_path):
     folders = [make_run("a"), make_run("same", encoder=MOA)]
     shutil.copy(folders[0] / "metrics.jsonl", folders[1])
     section = training_section(folders)
-    write_page([section], tmp_path / "out", title="Two", command="")
-    page = (tmp_path / "out" / "index.html").read_text()
+    page = write_page([section], tmp_path / "out", title="Two", command="").read_text()
     baseline, other = section.tables["runs"]
     assert other["final_loss_norm_difference"] == 0 and "0.0000 · 0.00 %" in page
     assert math.isnan(baseline["final_loss_norm_difference"]) and page.count("<small>baseline</small>") >= 4
-    assert "±0" not in page + (tmp_path / "out" / "summary.md").read_text()

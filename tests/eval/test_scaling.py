@@ -1,40 +1,24 @@
-"""Loss against size: fits, slopes, equivalents."""
+"""Loss against size: fits, slopes, equivalent sizes."""
 
-import csv
 import json
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
-from moa_eval.page.writing import as_csv
-from moa_eval.training.comparison import compare
+from moa_eval.training.grouping import compare
 from moa_eval.training.reading import read_run
-from moa_eval.training.scaling import equivalent, fit, fit_lines, line_rows, scaling_rows, sentences
+from moa_eval.training.scaling import fit_lines, line_rows, scaling_rows, sentences
 from moa_eval.training.size_figures import against_size
 
 SIZES = {"dense-0.12b": 40e6, "dense-0.25b": 150e6, "dense-0.5b": 340e6}
-numbers = st.floats(-5, 5, allow_subnormal=False)
-
-
-@given(st.lists(st.tuples(numbers, numbers), min_size=3, max_size=8, unique_by=lambda pair: round(pair[0], 1)))
-def test_the_fit_is_scipys(pairs):
-    x, y = zip(*pairs, strict=True)
-    expected = stats.linregress(x, y)
-    slope, intercept, error = fit(x, y)
-    tolerance = {"rel": 1e-6, "abs": 1e-7}
-    assert slope == pytest.approx(expected.slope, **tolerance)
-    assert intercept == pytest.approx(expected.intercept, **tolerance)
-    deviation = 0.0 if len({*y}) == 1 else expected.stderr  # of a constant, scipy 1.16 gives NaN
-    assert error == pytest.approx(deviation, **tolerance)
+PARALLEL = {"swiglu": (12.0, -0.08), "qdmoa": (11.9, -0.08)}
 
 
 @pytest.fixture
 def study(make_run):
-    """Runs of FFNs with their laws, loss = scale * N^slope, exactly, at three sizes."""
+    """Comparison of FFNs with exact laws, loss = scale * N^slope, at three sizes."""
 
     def make(laws, seeds=(0,), noise=0.0, sizes=SIZES):
         runs = []
@@ -47,64 +31,51 @@ def study(make_run):
                         parameters=counts,
                     )  # fmt: skip
                     loss = scale * inner**slope * (1 + noise * math.sin(1 + 7 * number + 3 * place + 5 * seed))
-                    _set_final(folder, loss)
+                    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                    rows[-1]["loss"] = loss
+                    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
                     runs.append(read_run(folder))
         return compare(runs)
 
     return make
 
 
-def _set_final(folder, loss):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows[-1]["loss"] = loss
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_exact_laws_are_found_with_what_they_are_worth(study):
-    lines = fit_lines(study({"swiglu": (12.0, -0.08), "qdmoa": (11.9, -0.08)}))
-    assert [line.label for line in lines] == ["SwiGLU", "qd-MoA"]
-    for line, scale in zip(lines, (12.0, 11.9), strict=True):
-        assert (line.slope, math.exp(line.intercept)) == pytest.approx((-0.08, scale), rel=1e-9)
-    base, better = lines
-    assert base.against is None and better.against.mean == pytest.approx(0, abs=1e-12)
+def test_exact_power_laws_are_recovered(study):
+    base, better = lines = fit_lines(study(PARALLEL))
+    for line, (scale, slope) in zip(lines, PARALLEL.values(), strict=True):
+        assert (line.slope, math.exp(line.intercept)) == pytest.approx((slope, scale), rel=1e-9)
+    assert (base.label, base.is_baseline, better.label) == ("SwiGLU", True, "qd-MoA")
+    assert better.slope_difference.mean == pytest.approx(0, abs=1e-12)
     for size in SIZES.values():  # 12 (x N)^-0.08 = 11.9 N^-0.08
-        assert equivalent(better, base, size) == pytest.approx((12.0 / 11.9) ** (1 / 0.08), rel=1e-6)
-        assert equivalent(base, base, size) == pytest.approx(1)
+        assert better.equivalent_ratio(size) == pytest.approx((12.0 / 11.9) ** (1 / 0.08), rel=1e-6)
+        assert base.equivalent_ratio(size) == 1
 
 
-def test_the_difference_of_slopes_is_that_of_paired_losses(study):
+def test_slope_difference_is_fitted_to_paired_losses(study):
     comparison = study({"swiglu": (12.0, -0.08), "qdmoa": (13.0, -0.09)}, seeds=(0, 1), noise=1e-3)
     line = fit_lines(comparison)[1]
-    x, y = [], []
-    for size, inner in SIZES.items():
-        for seed in (0, 1):
-            own = {
-                run.ffn: run.validation["loss"][-1]
-                for run in comparison.runs
-                if run.seed == seed and run.config["model"]["size"] == size
-            }
-            x.append(np.log(inner))
-            y.append(np.log(own["qdmoa"] / own["swiglu"]))
+    losses = {(run.ffn, run.config["model"]["size"], run.seed): run.validation["loss"][-1] for run in comparison.runs}
+    pairs = [(size, seed) for size in SIZES for seed in (0, 1)]
+    x = [math.log(SIZES[size]) for size, _ in pairs]
+    y = [math.log(losses["qdmoa", *pair] / losses["swiglu", *pair]) for pair in pairs]
     expected = stats.linregress(x, y)
     half = stats.t.ppf(0.975, 4) * expected.stderr
-    assert line.against[:3] == pytest.approx((expected.slope, expected.slope - half, expected.slope + half), rel=1e-6)
-    slopes = [own.slope for own in fit_lines(comparison)]
-    assert line.against.mean == pytest.approx(slopes[1] - slopes[0], rel=1e-4)  # but for logarithms of means
+    assert line.slope_difference[:3] == pytest.approx(
+        (expected.slope, expected.slope - half, expected.slope + half), rel=1e-6
+    )
 
 
-@pytest.mark.parametrize(
-    ("slope", "words"), [(-0.08, "may be parallel"), (-0.09, "are not parallel")], ids=["parallel", "steeper"]
-)
-def test_whether_lines_are_parallel_is_said(study, slope, words):
+@pytest.mark.parametrize(("slope", "words"), [(-0.08, "may be parallel"), (-0.09, "are not parallel")])
+def test_sentences_tell_whether_lines_are_parallel(study, slope, words):
     scale = 12.0 * 40e6 ** (-0.08 - slope)
     found = sentences(fit_lines(study({"swiglu": (12.0, -0.08), "qdmoa": (scale, slope)}, seeds=(0, 1), noise=1e-4)))
-    assert "−0.0800 (SwiGLU)" in found[0] and words in found[1] and "of SwiGLU by " in found[1]
+    assert "−0.0800 (SwiGLU)" in found[0] and words in found[1]
 
 
-def test_tables_have_every_point_and_every_line(study):
-    comparison = study({"swiglu": (12.0, -0.08), "qdmoa": (11.9, -0.08)})
+def test_tables_and_figure_have_all_points(study):
+    comparison = study(PARALLEL, seeds=(0, 1))
     lines = fit_lines(comparison)
-    rows = scaling_rows(comparison, lines)
+    rows = scaling_rows(lines)
     assert [(row["ffn"], row["size"]) for row in rows] == [
         (ffn, size) for ffn in ("SwiGLU", "qd-MoA") for size in SIZES
     ]
@@ -112,29 +83,17 @@ def test_tables_have_every_point_and_every_line(study):
     assert [row["loss"] for row in rows] == pytest.approx([row["fitted"] for row in rows])
     assert {row["flops"] for row in rows} == {20 * 64 * 3_000_000}
     assert [row["sizes"] for row in line_rows(lines)] == [3, 3]
-    for table in (rows, line_rows(lines)):
-        assert len([*csv.DictReader(as_csv(table).splitlines())]) == len(table)
+    chart = against_size(comparison, lines)
+    ends, points = (chart.spec["datasets"][layer["data"]["name"]] for layer in chart.spec["layer"])
+    assert len(points) == 12
+    assert [row["parameters"] for row in ends] == [40e6, 340e6] * 2
 
 
-def test_two_sizes_are_no_line(study):
-    two = dict([*SIZES.items()][:2])
-    comparison = study({"swiglu": (12.0, -0.08), "qdmoa": (11.9, -0.08)}, sizes=two)
-    assert fit_lines(comparison) == [] and sentences([]) == []
-    assert against_size(comparison, []) is None
+def test_two_sizes_are_not_fitted(study):
+    comparison = study(PARALLEL, sizes=dict([*SIZES.items()][:2]))
+    assert fit_lines(comparison) == [] and sentences([]) == [] and against_size(comparison, []) is None
 
 
-def test_a_line_that_does_not_fall_has_no_equivalent(study):
+def test_a_rising_line_has_no_equivalent_size(study):
     lines = fit_lines(study({"swiglu": (1.0, 0.01), "qdmoa": (0.9, 0.01)}))
-    assert math.isnan(equivalent(lines[1], lines[0], 1e8))
-    assert "as many" not in " ".join(sentences(lines))
-
-
-def test_the_figure_has_every_seed_and_the_ends_of_every_line(study):
-    comparison = study({"swiglu": (12.0, -0.08), "qdmoa": (11.9, -0.08)}, seeds=(0, 1))
-    chart = against_size(comparison, fit_lines(comparison))
-    points, ends = (layer["data"]["name"] for layer in chart.spec["layer"][::-1])
-    assert len(chart.spec["datasets"][points]) == 12
-    assert [(row["line"], row["parameters"]) for row in chart.spec["datasets"][ends]] == [
-        ("SwiGLU", 40e6), ("SwiGLU", 340e6), ("qd-MoA", 40e6), ("qd-MoA", 340e6),
-    ]  # fmt: skip
-    assert {layer["encoding"]["x"]["scale"]["type"] for layer in chart.spec["layer"]} == {"log"}
+    assert np.isnan(lines[1].equivalent_ratio(1e8)) and "reaches" not in " ".join(sentences(lines))

@@ -1,67 +1,63 @@
-"""Which contenders are compared with which, where models have several sizes."""
+"""Baselines, labels and tables of models of several sizes."""
+
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moa_eval.training.comparison import NotComparableError, compare
-from moa_eval.training.configuration import WIDENED, role
+from moa_eval.training.grouping import Draft, assign_baselines, assign_families, compare
 from moa_eval.training.reading import read_run
 from moa_eval.training.size_figures import against_parameters
-from moa_eval.training.sizes import baselines, families, size_keys, sizes
 from moa_eval.training.tables import cost_rows, loss_rows, parameter_rows, run_rows
-from moa_lm.sizes import SIZES
+from moa_train.errors import ConfigError
 
 
 def config(ffn, size="dense-0.12b", **args):
     return {"model": {"ffn": ffn, "size": size, "args": args}}
 
 
+def assign(configs):
+    """Return positions of baselines (None for a baseline) and the families as numbers."""
+    drafts = [Draft([SimpleNamespace(config=own)]) for own in configs]
+    assign_families(drafts)
+    assign_baselines(drafts)
+    families = [*dict.fromkeys(draft.family for draft in drafts)]
+    baselines = [drafts.index(draft.baseline) if draft.baseline else None for draft in drafts]
+    return baselines, [families.index(draft.family) for draft in drafts]
+
+
 @given(st.lists(st.sampled_from(["swiglu", "qdmoa", "gelu"]), min_size=1, max_size=6))
-def test_with_one_size_all_are_compared_with_the_first(ffns):
+def test_with_one_size_the_first_method_is_the_baseline(ffns):
     configs = [config(ffn, ffn_mixing_gate=str(index)) for index, ffn in enumerate(ffns)]
-    assert baselines(configs) == [None] + [0] * (len(ffns) - 1)
-    assert set(sizes(configs)) == {0} and size_keys(configs) == []
+    assert assign(configs)[0] == [None] + [0] * (len(ffns) - 1)
 
 
 @given(st.permutations([(ffn, size) for ffn in ("swiglu", "qdmoa", "onemoa") for size in ("a", "b", "c")]))
-def test_over_sizes_each_is_compared_with_the_first_ones_ffn_at_its_own_size(pairs):
-    configs = [config(*pair) for pair in pairs]
-    ffn = pairs[0][0]
-    expected = [None if own == ffn else pairs.index((ffn, size)) for own, size in pairs]
-    assert baselines(configs) == expected
-    ffns = [*dict.fromkeys(own for own, _ in pairs)]
-    assert families(configs) == [ffns.index(own) for own, _ in pairs]
+def test_over_sizes_the_first_ffn_is_the_baseline_at_each_size(pairs):
+    ffn, ffns = pairs[0][0], [*dict.fromkeys(own for own, _ in pairs)]
+    baselines, families = assign([config(*pair) for pair in pairs])
+    assert baselines == [None if own == ffn else pairs.index((ffn, size)) for own, size in pairs]
+    assert families == [ffns.index(own) for own, _ in pairs]
 
 
-def test_a_lone_size_is_an_alternative_until_another_size_has_one():
+def test_a_further_size_is_an_alternative_until_another_ffn_has_it():
     alone = [config("swiglu", "a"), config("qdmoa", "a"), config("swiglu", "b")]
-    assert baselines(alone) == [None, 0, 0]
-    assert baselines([*alone, config("qdmoa", "b")]) == [None, 0, None, 2]
-    # Without the baseline's FFN at its size a model is compared with the first, which the page says.
-    assert baselines([*alone, config("qdmoa", "b"), config("qdmoa", "c")]) == [None, 0, None, 2, 0]
+    assert assign(alone)[0] == [None, 0, 0]
+    assert assign([*alone, config("qdmoa", "b")])[0] == [None, 0, None, 2]
+    assert assign([*alone, config("qdmoa", "b"), config("qdmoa", "c")])[0] == [None, 0, None, 2, 0]
 
 
-def test_a_widened_baseline_is_an_alternative_of_its_own_family():
+def test_a_widened_baseline_is_a_family():
     shapes = [("swiglu", {}), ("swiglu", {"intermediate_size": 99}), ("qdmoa", {})]
     configs = [config(ffn, size, **args) for size in ("a", "b") for ffn, args in shapes]
-    assert baselines(configs) == [None, 0, 0, None, 3, 3]
-    assert families(configs) == [0, 1, 2, 0, 1, 2]
+    assert assign(configs) == ([None, 0, 0, None, 3, 3], [0, 1, 2, 0, 1, 2])
 
 
-def test_sizes_may_be_given_as_arguments_with_the_widths_that_go_with_them():
+def test_widths_that_go_with_the_size_do_not_split_a_family():
     shapes = [{"num_hidden_layers": n, "hidden_size": 64 * n, "intermediate_size": 170 * n} for n in (2, 3)]
     configs = [config(ffn, "dense-tiny", **shape) for shape in shapes for ffn in ("swiglu", "qdmoa")]
-    assert baselines(configs) == [None, 0, None, 2]
-    assert families(configs) == [0, 1, 0, 1]
-    assert size_keys(configs) == ["model.args.hidden_size", "model.args.num_hidden_layers"]
-
-
-@pytest.mark.parametrize("widened", sorted(WIDENED))
-def test_a_widened_size_has_the_shape_of_its_own_but_for_the_ffn(widened):
-    wide, plain = SIZES[widened], SIZES[WIDENED[widened]]
-    for field in ("layers", "width", "heads", "experts", "active_experts", "tied"):
-        assert getattr(wide, field) == getattr(plain, field), field
+    assert assign(configs) == ([None, 0, None, 2], [0, 1, 0, 1])
 
 
 @pytest.fixture
@@ -78,32 +74,29 @@ def ladder(make_run):
     return [read_run(folder) for folder in folders]
 
 
-def test_contenders_of_several_sizes_carry_them_in_their_labels(ladder):
+def test_labels_name_the_size(ladder):
     comparison = compare(ladder)
-    labels = [
-        "SwiGLU, dense-0.12b", "qd-MoA, dense-0.12b", "SwiGLU, dense-0.25b", "qd-MoA, dense-0.25b",
-    ]  # fmt: skip
-    assert [own.label for own in comparison.contenders] == labels
-    assert [own.ffn for own in comparison.contenders] == ["SwiGLU", "qd-MoA"] * 2
-    assert [own.baseline for own in comparison.contenders] == [None, 0, None, 2]
-    assert compare(ladder, baseline="qdmoa").contenders[0].label == labels[1]
-    with pytest.raises(NotComparableError, match="--baseline gelu is none"):
+    labels = ["SwiGLU, dense-0.12b", "qd-MoA, dense-0.12b", "SwiGLU, dense-0.25b", "qd-MoA, dense-0.25b"]
+    assert [own.label for own in comparison.methods] == labels
+    assert [own.name for own in comparison.methods] == ["SwiGLU", "qd-MoA"] * 2
+    assert [own.baseline and own.baseline.label for own in comparison.methods] == [None, labels[0], None, labels[2]]
+    assert compare(ladder, baseline="qdmoa").methods[0].label == labels[1]
+    with pytest.raises(ConfigError, match="--baseline gelu"):
         compare(ladder, baseline="gelu")
 
 
-def test_differences_and_ratios_are_to_the_baseline_of_the_same_size(ladder):
+def test_differences_are_to_the_baseline_of_the_same_size(ladder):
     comparison = compare(ladder)
     final = [run.validation["loss"][-1] for run in comparison.runs]
-    rows = loss_rows(comparison)
-    assert [row["baseline"] for row in rows] == ["", "SwiGLU, dense-0.12b", "", "SwiGLU, dense-0.25b"]
-    assert [rows[i]["loss_difference"] for i in (1, 3)] == [final[1] - final[0], final[3] - final[2]]
+    expected = [final[1] - final[0], final[3] - final[2]]
+    assert [row["loss_difference"] for row in loss_rows(comparison)[1::2]] == expected
     runs = run_rows(comparison)
-    assert [runs[i]["final_loss_difference"] for i in (1, 3)] == [final[1] - final[0], final[3] - final[2]]
+    assert [row["final_loss_difference"] for row in runs[1::2]] == expected
     assert [row["is_baseline"] for row in runs] == [True, False, True, False]
     assert [row["parameters_ratio"] for row in cost_rows(comparison)] == [1, 1.005, 1, 1.005]
 
 
-def test_a_budget_may_go_with_the_size_but_not_with_the_ffn(ladder, make_run):
+def test_the_budget_may_differ_between_sizes_but_not_within(ladder, make_run):
     assert compare(ladder).incomparable == ()
     other = make_run("other", ffn="gelu", steps=50, changes={"model.size": "dense-0.25b", "schedule.batch_size": 2})
     (reason,) = compare([*ladder, read_run(other)]).incomparable
@@ -112,30 +105,19 @@ def test_a_budget_may_go_with_the_size_but_not_with_the_ffn(ladder, make_run):
     assert [own.split(":")[0] for own in compare([*ladder, read_run(text)]).incomparable] == ["data.train"]
 
 
-def test_a_budget_given_in_another_way_is_compared_by_what_was_seen(make_run):
+def test_budgets_in_different_units_are_compared_by_tokens_seen(make_run):
     tokens = {"schedule.tokens_per_parameter": None, "schedule.tokens": 2560}
-    runs = [read_run(make_run("a", ffn="swiglu")), read_run(make_run("b", ffn="qdmoa", changes=tokens))]
+    runs = [
+        read_run(make_run("a", ffn="swiglu")),
+        read_run(make_run("b", ffn="swiglu", changes=tokens | {"model.size": "llama-large"})),
+    ]
     assert compare(runs).incomparable == ()
+    assert [own.label for own in compare(runs).methods] == ["SwiGLU, dense-0.12b", "SwiGLU, llama-large"]
     runs.append(read_run(make_run("c", ffn="gelu", changes={"schedule.tokens_per_parameter": 100})))
     assert [own.split(":")[0] for own in compare(runs).incomparable] == ["schedule.tokens_per_parameter"]
 
 
-def test_another_way_to_give_the_budget_is_no_part_of_a_label(make_run):
-    """Llama-large's configuration gives tokens, its twin's tokens a parameter."""
-    tokens = {"schedule.tokens_per_parameter": None, "schedule.tokens": 2560, "model.size": "llama-large"}
-    runs = [read_run(make_run("a", ffn="swiglu")), read_run(make_run("b", ffn="swiglu", changes=tokens))]
-    assert [own.label for own in compare(runs).contenders] == ["SwiGLU, dense-0.12b", "SwiGLU, llama-large"]
-
-
-def test_another_dictionary_is_no_control_of_parameters(make_run):
-    runs = [
-        read_run(make_run(name, ffn="bimoa", changes={"model.args": args}, parameters={"total": count}))
-        for name, args, count in (("a", {}, 1000), ("b", {"ffn_gate_activations": "s,r2"}, 990))
-    ]
-    assert not any(row["is_control"] for row in parameter_rows(compare(runs)))
-
-
-def test_parameters_alone_stand_beside_the_mixture(make_run):
+def test_a_wider_baseline_is_a_control_of_parameters(make_run):
     counts = {
         ("dense-0.12b", "swiglu"): 1_000_000,
         ("llama-large", "swiglu"): 1_000_500,
@@ -147,57 +129,19 @@ def test_parameters_alone_stand_beside_the_mixture(make_run):
     ]
     comparison = compare(runs)
     rows = parameter_rows(comparison)
-    assert [row["contender"] for row in rows] == ["SwiGLU, dense-0.12b", "SwiGLU, llama-large", "bi-MoA"]
     assert [row["is_control"] for row in rows] == [False, True, False]
     assert [row["parameters_ratio"] for row in rows] == pytest.approx([1, 1.0005, 1.00048])
     assert [row["difference"] for row in rows[1:]] == [row["loss_difference"] for row in loss_rows(comparison)[1:]]
-    chart = against_parameters(comparison)
-    drawn = [row for values in chart.spec["datasets"].values() for row in values if "added" in row]
-    assert [(row["ffn"], row["added"]) for row in drawn] == [
-        (row["contender"], pytest.approx(row["parameters_ratio"] - 1)) for row in rows
-    ]
-    assert [row["difference"] for row in drawn] == pytest.approx(
-        [0, *(row["difference"] for row in rows[1:])], rel=1e-4
-    )
-    assert compare(runs, baseline="swiglu").contenders[0].label == "SwiGLU, dense-0.12b"
+    datasets = against_parameters(comparison).spec["datasets"].values()
+    drawn = [(row["added"], row["difference"]) for values in datasets for row in values if "added" in row]
+    assert drawn[1:] == [pytest.approx((row["parameters_ratio"] - 1, row["difference"]), rel=1e-4) for row in rows[1:]]
     alone = compare([runs[0], runs[2]])
     assert parameter_rows(alone) == [] and against_parameters(alone) is None
 
 
-def test_a_run_begun_with_a_checkpoint_is_one_arm_whatever_the_seed_it_came_from(make_run):
+def test_another_dictionary_is_not_a_control(make_run):
     runs = [
-        read_run(
-            make_run(f"{ffn}{seed}", ffn=ffn, seed=seed, changes={"start_from": f"runs/{ffn}{seed}/checkpoints/x"})
-        )
-        for ffn in ("swiglu", "qdmoa")
-        for seed in (0, 1)
+        read_run(make_run(name, ffn="bimoa", changes={"model.args": args}, parameters={"total": count}))
+        for name, args, count in (("a", {}, 1000), ("b", {"ffn_gate_activations": "s,r2"}, 990))
     ]
-    assert [arm.runs for arm in compare(runs).arms] == [(0, 1), (2, 3)]
-
-
-@pytest.mark.parametrize(
-    ("key", "pair", "expected"),
-    [
-        ("model.size", ["dense-0.12b", "llama-large"], "FFN"),
-        ("model.args.intermediate_size", [64, 96], "FFN"),
-        ("model.args.expert_mixing", ["layer", "expert"], "FFN"),
-        ("model.args.num_hidden_layers", [2, 4], "size"),
-        ("model.args.num_experts", [8, 32], "size"),
-        ("model.args.vocab_size", [256, 512], "must match"),
-        ("model.gradient_checkpointing", [True, False], "bookkeeping"),
-        ("data.document_mask", [True, False], "must match"),
-        ("data.sequence_length", [256, 512], "must match"),
-        ("schedule.tokens", [1000, 2000], "must match"),
-        ("schedule.tokens_per_parameter", [20, 100], "must match"),
-        ("schedule.decay_fraction", [0.2, 1.0], "setting"),
-        ("schedule.decay_type", ["linear", "cosine"], "setting"),
-        ("schedule.warmup_steps", [100, 200], "setting"),
-        ("optim.algorithm", ["adamw", "muon"], "setting"),
-        ("optim.muon_scale", ["original", "match_rms_adamw"], "setting"),
-        ("checkpoint.keep_interval", [None, 1000], "bookkeeping"),
-        ("start_from", [None, "runs/a/checkpoints/step_1"], "setting"),
-        ("start_from", ["runs/b/checkpoints/step_1", "runs/a/checkpoints/step_1"], "identity"),
-    ],
-)
-def test_what_a_differing_key_of_language_models_means(key, pair, expected):
-    assert role(key, pair) == expected
+    assert parameter_rows(compare(runs)) == []

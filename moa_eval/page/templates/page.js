@@ -1,5 +1,5 @@
 "use strict";
-// Draws the figures of every study, and connects them and whatever carries data-run with the study's switches.
+// Draws the figures of every section and connects them, and all elements with data-run, to its switches.
 
 function connect(study) {
   const panel = study.querySelector(".switches");
@@ -21,7 +21,7 @@ function connect(study) {
     for (const element of study.querySelectorAll("[data-run]"))
       element.hidden = element.dataset.run.split(" ").every((run) => hidden.includes(Number(run)));
     for (const view of views) view.signal("hidden", hidden).signal("hidden_groups", hiddenGroups).runAsync();
-    window.dispatchEvent(new Event("resize")); // a figure that was hidden has had no width
+    window.dispatchEvent(new Event("resize")); // a hidden figure has no width
   }
 
   async function draw(figure) {

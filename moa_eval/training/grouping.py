@@ -1,0 +1,197 @@
+"""Runs -> methods with their baselines: which runs belong together, and which methods are compared."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from moa_eval.training.comparability import incomparable_reasons
+from moa_eval.training.comparison import Comparison, Method, RunGroup, best_group
+from moa_eval.training.configuration import (
+    WIDENED,
+    WITHIN_METHOD,
+    Config,
+    canonical,
+    config_difference,
+    ffn_part,
+    method_key,
+    role,
+    size_part,
+)
+from moa_eval.training.labels import group_label, method_names, run_labels
+from moa_eval.training.runs import Run
+from moa_train.errors import ConfigError, DataError
+
+
+@dataclass(eq=False)
+class Draft:
+    """Runs of one method before it has a name.
+
+    Attributes:
+        runs: The runs by learning rate and seed.
+        family: Key that is equal for one FFN at all sizes.
+        baseline: The method that this one is compared with; None for a baseline.
+    """
+
+    runs: list[Run]
+    family: str = ""
+    baseline: Draft | None = None
+
+    @cached_property
+    def size(self) -> str:
+        """Key that is equal for methods of one model size."""
+        return canonical(size_part(self.config))
+
+    @property
+    def config(self) -> Config:
+        """The config of the first run."""
+        return self.runs[0].config
+
+
+def compare(runs: Sequence[Run], *, strict: bool = False, baseline: str | Sequence[str] = ()) -> Comparison:
+    """Compare runs; the first belongs to the baseline, unless `baseline` names another.
+
+    Args:
+        runs: Runs in any order.
+        strict: Raise an error where the page would show a warning.
+        baseline: A method's label ("SwiGLU"), an FFN ("swiglu"), or a run's name or folder; of several, the first
+            that exists is taken.
+
+    Raises:
+        DataError: A folder is given twice, or the runs are of different kinds; with `strict`, the runs differ in
+            data, masks, batch, budget or image size.
+        ConfigError: No method matches `baseline`.
+    """
+    _check_alike(runs)
+    drafts = _drafts(runs)
+    if names := [baseline] if isinstance(baseline, str) else baseline:
+        first = _find(drafts, names)
+        drafts = [first, *(draft for draft in drafts if draft is not first)]
+    assign_families(drafts)
+    assign_baselines(drafts)
+    baselines = [draft for draft in drafts if draft.baseline is None]
+    drafts = [own for first in baselines for own in (first, *(draft for draft in drafts if draft.baseline is first))]
+    metric = _metric(drafts[0].runs[0])
+    methods = _methods(drafts, metric)
+    incomparable = tuple(incomparable_reasons(methods))
+    if strict and incomparable:
+        raise DataError(f"not comparable: {'; '.join(incomparable)}; omit --strict for a report with a warning")
+    return Comparison(methods, metric, incomparable)
+
+
+def assign_families(drafts: Sequence[Draft]) -> None:
+    """Set the family of every draft: its FFN, and how it differs from others with the same FFN and size.
+
+    Of several methods with one FFN and one size, such as a baseline and its widened form, the one closest to the
+    first draft is the FFN's. Each of the others makes a family with those that differ in the same way.
+    """
+    rivals: dict[tuple[str, str], list[Draft]] = {}
+    for draft in drafts:
+        rivals.setdefault((draft.size, canonical(ffn_part(draft.config))), []).append(draft)
+    for (_, ffn), group in rivals.items():
+        plain = min(group, key=lambda draft: len(_setting_difference(drafts[0], draft)))
+        for draft in group:
+            draft.family = ffn + canonical(_setting_difference(plain, draft))
+
+
+def assign_baselines(drafts: Sequence[Draft]) -> None:
+    """Set the baseline of every draft: the first draft's family at the same size, else the first draft.
+
+    The first draft's family is the baseline at a further size if another family was trained at that size. Otherwise a
+    further size of that family is an alternative to the first draft.
+    """
+    first = drafts[0]
+    at_size = {draft.size: draft for draft in reversed(drafts) if draft.family == first.family}
+    per_size = any(draft.family != first.family and draft.size in {*at_size} - {first.size} for draft in drafts)
+    for draft in drafts:
+        if draft.family != first.family:
+            draft.baseline = at_size.get(draft.size, first)
+        elif draft is not first and not per_size:
+            draft.baseline = first
+
+
+def _check_alike(runs: Sequence[Run]) -> None:
+    folders = [run.folder.resolve() for run in runs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise DataError(f"{folder}: given {folders.count(folder)} times; give every run once")
+    first = runs[0]
+    for run in runs:
+        if run.kind != first.kind:
+            raise DataError(
+                f"{first.folder} is a {first.kind.name} and {run.folder} a {run.kind.name}; "
+                "use a --section for each kind"
+            )
+
+
+def _drafts(runs: Sequence[Run]) -> list[Draft]:
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(method_key(run.config), []).append(run)
+    return [Draft(sorted(own, key=lambda run: (run.peak_lr, run.seed))) for own in by_method.values()]
+
+
+def _find(drafts: Sequence[Draft], names: Sequence[str]) -> Draft:
+    firsts = [draft.runs[0] for draft in drafts]
+    labels = [method_names(run, firsts).label for run in firsts]
+    for name in names:
+        if name in labels:
+            return drafts[labels.index(name)]
+        found = [draft for draft in drafts if any(name in _aliases(run) for run in draft.runs)]
+        if found and len({draft.size for draft in found}) == len(found):  # one per size: the baseline of all sizes
+            return found[0]
+    raise ConfigError(f"--baseline {' or '.join(names)} matches no single method; give one of: {'; '.join(labels)}")
+
+
+def _aliases(run: Run) -> tuple[str, ...]:
+    """Return the names of a run for `--baseline`; the FFN's name does not stand for its widened form."""
+    widened = run.settings.get("model.size") in WIDENED
+    return (run.name, str(run.folder)) if widened else (run.name, str(run.folder), run.ffn)
+
+
+def _metric(run: Run) -> str:
+    losses = [*run.kind.losses]
+    return losses[0] if run.settings.get("model.norm_pix_loss", True) else losses[-1]
+
+
+def _methods(drafts: Sequence[Draft], metric: str) -> tuple[Method, ...]:
+    """Name the drafts and their runs; a baseline comes before its alternatives."""
+    firsts = [draft.runs[0] for draft in drafts]
+    names = {draft: method_names(run, firsts) for draft, run in zip(drafts, firsts, strict=True)}
+    by_rate = {draft: _by_rate(draft, names[draft].label) for draft in drafts}
+    labels = run_labels([group for groups in by_rate.values() for group in groups])
+    position = itertools.count()
+    methods: dict[Draft, Method] = {}
+    for draft in drafts:
+        end = max((run.end for run in draft.runs if run.is_usable), default=0.0)
+        groups = []
+        for label, runs in by_rate[draft]:
+            named = [replace(run, index=(at := next(position)), label=labels[at]) for run in runs]
+            groups.append(RunGroup(label, tuple(named), end))
+        methods[draft] = Method(
+            *names[draft],
+            family=draft.family,
+            groups=tuple(groups),
+            best=best_group(groups, metric),
+            baseline=methods[draft.baseline] if draft.baseline else None,
+            index=len(methods),
+        )
+    return tuple(methods.values())
+
+
+def _by_rate(draft: Draft, label: str) -> list[tuple[str, list[Run]]]:
+    """Return the run groups of a method as labels and runs, by rising learning rate."""
+    rates = sorted({run.peak_lr for run in draft.runs})
+    return [
+        (group_label(label, rate, len(rates) > 1), [run for run in draft.runs if run.peak_lr == rate]) for rate in rates
+    ]
+
+
+def _setting_difference(a: Draft, b: Draft) -> dict[str, Any]:
+    """Return the settings in which two methods of one size differ, with the value of the second."""
+    differing = config_difference([a.config, b.config])
+    ignored = (*WITHIN_METHOD, "size")
+    return {key: values[1] for key, values in differing.items() if role(key, values) not in ignored}

@@ -1,0 +1,45 @@
+import math
+
+import pytest
+
+from moa_eval.page import formatting
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "expected"),
+    [
+        (formatting.loss, 0.51239, "0.5124"),
+        (formatting.loss, 0.0123456, "0.01235"),
+        (formatting.loss, math.nan, "NaN"),
+        (formatting.signed, -0.01234, "−0.0123"),
+        (formatting.signed, 0.5, "+0.5000"),
+        (formatting.signed, math.nan, "–"),
+        (formatting.percent, -0.01234, "−1.23 %"),
+        (formatting.percent, 0.25, "+25.0 %"),
+        (formatting.share, 0.000306, "0.031 %"),
+        (formatting.share, 0.0, "0.00 %"),
+        (formatting.ratio, 1.0031, "1.003×"),
+        (formatting.ratio, 0.91, "0.91×"),
+        (formatting.count, 86_567_656, "86.6 M"),
+        (formatting.count, 999_999, "1.00 M"),
+        (formatting.count, 512, "512"),
+        (formatting.grouped, 128_000, "128\u202f000"),
+        (formatting.duration, 4.25, "4.25 s"),
+        (formatting.duration, 250, "4 min 10 s"),
+        (formatting.duration, 11_100, "3 h 05 min"),
+        (formatting.duration, 200_000, "2 d 7 h"),
+        (formatting.rate, 0.0012, "1.2e-3"),
+        (formatting.rate, 0.05, "0.05"),
+        (formatting.show, None, "none"),
+        (formatting.show, math.inf, "inf"),
+        (formatting.show, [1, "a"], '[1, "a"]'),
+    ],
+)
+def test_values_as_text(text, value, expected):
+    assert text(value) == expected
+
+
+def test_equal_values_are_listed_with_their_first_owners():
+    labels = [f"r{index}" for index in range(9)]
+    assert formatting.spell(labels, ["10"] * 5 + ["20"] * 4) == "10 (r0, r1, r2, r3, r4), 20 (r5, r6, r7, r8)"
+    assert formatting.spell(labels, ["10"] * 9) == "10 (r0, r1, r2, r3 and 5 more)"
