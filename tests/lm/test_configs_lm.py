@@ -40,7 +40,7 @@ def twins():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_is_a_document(path):
+def test_config_and_header_are_valid(path):
     config = resolved(path.stem)
     assert config.name == path.stem
     header = path.read_text().partition("\nname:")[0]
@@ -58,7 +58,7 @@ def test_config_is_a_document(path):
 
 
 @pytest.mark.slow
-def test_streamed_data_are_enough():
+def test_max_tokens_of_the_data_command_covers_the_recipes():
     """Recipes with the same folder name the same command, which makes little more than the longest of them sees."""
     needed = {}
     for path in CONFIGS:
@@ -83,7 +83,7 @@ def test_streamed_data_are_enough():
 
 
 @pytest.mark.parametrize(("name", "base"), twins())
-def test_twins_differ_in_name_ffn_and_rate_only(name, base):
+def test_twins_differ_only_in_name_ffn_and_learning_rate(name, base):
     ours, theirs = resolved(name), resolved(f"{base}_swiglu")
     left, right = flatten(as_tree(ours)), flatten(as_tree(theirs))
     assert {key for key in left | right if left.get(key) != right.get(key)} <= {"name", "model.ffn", "optim.lr"}
@@ -93,7 +93,7 @@ def test_twins_differ_in_name_ffn_and_rate_only(name, base):
 
 
 @pytest.mark.parametrize("experiment", sorted(RATES))
-def test_the_papers_rates_and_budgets(experiment):
+def test_learning_rates_and_budgets_of_the_paper(experiment):
     for ffn, rate in RATES[experiment].items():
         config = resolved(f"{experiment}_{ffn}")
         assert config.optim.lr == rate
@@ -102,7 +102,7 @@ def test_the_papers_rates_and_budgets(experiment):
 
 
 @pytest.mark.parametrize("size", ["0.25b", "0.5b", "1b", "2b"])
-def test_the_papers_experts(size):
+def test_experts_of_the_paper(size):
     for ffn in ("swiglu", "onemoa", "qdmoa"):
         config = resolved(f"moe_{size}_{ffn}")
         model = named_config(config.model.size, config.model.ffn)
@@ -111,7 +111,7 @@ def test_the_papers_experts(size):
         assert config.optim.lr == resolved(f"moe_{size}_swiglu").optim.lr
 
 
-def test_the_wider_baseline_sees_as_many_tokens():
+def test_llama_large_gets_the_tokens_of_dense():
     control, base = resolved("llama_large_20tpp"), resolved("dense_0.12b_20tpp_swiglu")
     wide, narrow = named_config("llama-large", "swiglu"), named_config("dense-0.12b", "swiglu")
     assert wide.intermediate_size == narrow.intermediate_size + 2, "as its header says"
@@ -130,7 +130,7 @@ def muon_flops(model):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_header_counts_what_the_run_costs(path):
+def test_cost_in_the_header(path):
     """Steps, FLOPs a token and in all, as the loop would plan them; hours as plan.py's, where nothing waits."""
     text = path.read_text()
     stated = re.search(r"([\d,]+) steps x ([\d,]+) tokens x\n# +([\d.]+) GFLOPs = ([\d.e+]+) FLOPs", text)

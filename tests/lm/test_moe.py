@@ -120,7 +120,7 @@ def _slices(experts: nn.Module, expert: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("variant", "mixing"), list(itertools.product(VARIANTS, MIXINGS)))
 @pytest.mark.parametrize("biases", [False, True], ids=["plain", "biases"])
-def test_each_token_is_the_weighted_sum_of_its_ffns(variant, mixing, biases):
+def test_output_is_the_weighted_sum_of_ffns(variant, mixing, biases):
     settings = {"mlp_bias": biases, "ffn_mix_bias": biases, "norm_topk_prob": not biases}
     moe = make(torch.float64, ffn_variant=variant, expert_mixing=mixing, **settings)
     hidden = tokens(2, 5, 12, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_each_token_is_the_weighted_sum_of_its_ffns(variant, mixing, biases):
 
 @pytest.mark.parametrize(("variant", "mixing"), list(itertools.product(SEVERAL, MIXINGS)))
 @pytest.mark.parametrize(("dim", "width"), [(12, 20), (11, 7)], ids=["aligned", "odd"])
-def test_the_methods_agree(variant, mixing, dim, width):
+def test_dispatch_methods_agree(variant, mixing, dim, width):
     fields = {"hidden_size": dim, "moe_intermediate_size": width, "ffn_variant": variant, "expert_mixing": mixing}
     moe = make(mlp_bias=dim == 11, ffn_mix_bias=dim == 11, **fields)
     hidden = tokens(2, 9, dim)
@@ -142,7 +142,7 @@ def test_the_methods_agree(variant, mixing, dim, width):
 
 @pytest.mark.parametrize("gate", ["tanh", "softmax"])
 @pytest.mark.parametrize("mixing", MIXINGS)
-def test_other_gates(gate, mixing):
+def test_mixing_gates(gate, mixing):
     moe = make(torch.float64, ffn_mixing_gate=gate, expert_mixing=mixing)
     hidden = tokens(2, 4, 12, dtype=torch.float64)
     torch.testing.assert_close(moe(hidden), one_by_one(moe, hidden), rtol=0, atol=1e-12)
@@ -164,7 +164,7 @@ def test_gradcheck(method, variant, mixing):
 
 @pytest.mark.parametrize("variant", ["swiglu", "qdmoa", "la"])
 @pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
-def test_one_expert_is_an_ffn(variant, method):
+def test_single_expert_equals_ffn(variant, method):
     moe = make(ffn_variant=variant, num_experts=1, num_experts_per_tok=1, num_shared_experts=0)
     config = configure(ffn_variant=variant)
     ffn = FFN(12, 20, **config.ffn_arguments())
@@ -224,7 +224,7 @@ def test_swiglu_with_a_shared_expert_equals_qwen2_moe(method, normalize):
 
 @pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
 @pytest.mark.parametrize("mixing", MIXINGS)
-def test_a_token_does_not_depend_on_its_batch(method, mixing):
+def test_output_of_a_token_does_not_depend_on_its_batch(method, mixing):
     moe = with_method(make(expert_mixing=mixing), method)
     hidden = tokens(4, 8, 12)
     with torch.no_grad():
@@ -242,7 +242,7 @@ def test_a_token_does_not_depend_on_its_batch(method, mixing):
 
 
 @pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
-def test_a_bad_token_spoils_itself_only(method):
+def test_nan_token_does_not_affect_others(method):
     moe = with_method(make(), method)
     hidden = tokens(2, 4, 12)
     expected = moe(hidden)
@@ -272,7 +272,7 @@ def test_experts_without_tokens_get_a_zero_gradient(method, variant):
 
 @pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
 @pytest.mark.parametrize("mixing", MIXINGS)
-def test_no_tokens_at_all(method, mixing):
+def test_empty_batch(method, mixing):
     moe = with_method(make(expert_mixing=mixing), method)
     result = gradients(moe, torch.zeros(0, 3, 12))
     assert result.pop("out").shape == result.pop("hidden").shape == (0, 3, 12)
@@ -302,7 +302,7 @@ def test_half_precision(method, autocast):
     [("bimoa", "layer", "eager", (5, 9)), ("bila", "expert", "aot_eager", (5,))],
     ids=["dynamic", "backward"],
 )
-def test_compiled_without_graph_breaks(variant, mixing, backend, lengths):
+def test_compiles_into_one_graph(variant, mixing, backend, lengths):
     moe = with_method(make(ffn_variant=variant, expert_mixing=mixing, mlp_bias=True), "auto")
     torch._dynamo.reset()
     compiled = torch.compile(moe, backend=backend, fullgraph=True)
@@ -314,7 +314,7 @@ def test_compiled_without_graph_breaks(variant, mixing, backend, lengths):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's own look at what crosses a graph break
-def test_the_loop_compiles_with_graph_breaks():
+def test_loop_compiles_with_graph_breaks():
     moe = with_method(make(ffn_variant="moa", num_shared_experts=0), "loop")
     torch._dynamo.reset()
     compiled = torch.compile(moe, backend="eager")
@@ -322,7 +322,7 @@ def test_the_loop_compiles_with_graph_breaks():
     assert_same(gradients(moe, hidden, compiled), gradients(moe, hidden), 1e-5)
 
 
-def test_runs_with_deterministic_algorithms():
+def test_deterministic_algorithms():
     moe = make(torch.float32, expert_mixing="expert", ffn_variant="bila", mlp_bias=True)
     hidden = tokens(2, 6, 12)
     expected = gradients(moe, hidden)

@@ -69,7 +69,7 @@ def job(tokens, out, name, settings, **more):
     return {"main": "moa_lm.pretrain", "arguments": [f"--config={out}/empty.yaml", *given], **more}
 
 
-def alone(job):
+def run_here(job):
     """Do it in one process: this one."""
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(job["arguments"]) == job.get("code", 0)
@@ -84,7 +84,7 @@ def launch(tokens, out, two_processes, variants):
     ]
     two_processes(jobs, out)
     for name, settings in variants.items():
-        alone(job(tokens, out, name, settings))
+        run_here(job(tokens, out, name, settings))
     return out
 
 
@@ -102,7 +102,7 @@ def rows(folder, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_two_processes_have_the_losses_of_one(name, way, launched):
+def test_losses_equal_one_process(name, way, launched):
     """Muon's iteration is in bfloat16, so that sums in another order show."""
     one, two = launched / name, launched / f"{name}_{way}"
     assert len(rows(one, "train")) == 20 and len(rows(one, "val")) == 2
@@ -120,7 +120,7 @@ def test_two_processes_have_the_losses_of_one(name, way, launched):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_what_it_leaves_is_the_same(name, way, launched):
+def test_files_equal_one_process(name, way, launched):
     one, two = launched / name, launched / f"{name}_{way}"
     for file in ("model", "optimizer"):
         path = f"checkpoints/step_00000020/{file}.safetensors"
@@ -134,21 +134,21 @@ def test_what_it_leaves_is_the_same(name, way, launched):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_moves_from_one_process_to_ddp_to_shards_and_back(tokens, tmp_path, two_processes, stopping):
+def test_checkpoint_moves_between_one_process_ddp_and_fsdp(tokens, tmp_path, two_processes, stopping):
     """On one process to step 5, on two to step 10, in shards to step 15, on one to the end."""
 
-    def begun(name, settings, **more):
+    def interrupted(name, settings, **more):
         return job(tokens, tmp_path, f"{name}_moved", settings, code=EXIT_STOPPED, **more)
 
     variants = {name: settings for name, (settings, _) in MODELS.items()}
     for variant in variants.items():
         with stopping(5):
-            alone(begun(*variant))
+            run_here(interrupted(*variant))
     sessions = [{"fsdp": False, "last": 10}, {"fsdp": True, "last": 15}]
-    two_processes([begun(*variant, **more) for variant in variants.items() for more in sessions], tmp_path)
+    two_processes([interrupted(*variant, **more) for variant in variants.items() for more in sessions], tmp_path)
     for name, settings in variants.items():
-        alone(job(tokens, tmp_path, f"{name}_moved", settings))
-        alone(job(tokens, tmp_path, name, settings))
+        run_here(job(tokens, tmp_path, f"{name}_moved", settings))
+        run_here(job(tokens, tmp_path, name, settings))
     for name, (_, tolerance) in MODELS.items():
         one, moved = tmp_path / name, tmp_path / f"{name}_moved"
         assert len(rows(moved, "train")) == 20
@@ -158,7 +158,7 @@ def test_a_checkpoint_moves_from_one_process_to_ddp_to_shards_and_back(tokens, t
             for key in before[0].keys() & {"loss", "aux_loss", "z_loss"}:
                 assert [r[key] for r in after] == pytest.approx([r[key] for r in before], rel=tolerance), (name, key)
         events = map(json.loads, (moved / "events.jsonl").read_text().splitlines())
-        sessions = [(event["step"], event["processes"]) for event in events if event["kind"] == "begun"]
+        sessions = [(event["step"], event["processes"]) for event in events if event["kind"] == "interrupted"]
         assert sessions == [(0, 1), (5, 2), (10, 2), (15, 1)]
         assert json.loads((moved / "spread.json").read_text())["parameters"] == ["shard"], "the last of two"
         states = [load_file(folder / "checkpoints/step_00000020/optimizer.safetensors") for folder in (one, moved)]
@@ -170,8 +170,8 @@ def test_a_checkpoint_moves_from_one_process_to_ddp_to_shards_and_back(tokens, t
 
 
 @pytest.mark.slow
-def test_compiled_in_bf16_too(tokens, tmp_path, two_processes):
-    """The dense model; experts are compiled in `test_a_compiled_model_of_several_buckets`."""
+def test_compiled_bf16_losses_equal_one_process(tokens, tmp_path, two_processes):
+    """The dense model; experts are compiled in `test_ddp_splits_the_compiled_graph_at_buckets`."""
     variants = {"dense": MODELS["dense"][0] | COMPILED}
     out = launch(tokens, tmp_path, two_processes, variants)
     for name in variants:
@@ -183,7 +183,7 @@ def test_compiled_in_bf16_too(tokens, tmp_path, two_processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["dense-micro", "moe-micro"])
-def test_a_compiled_model_of_several_buckets(size, monkeypatch):
+def test_ddp_splits_the_compiled_graph_at_buckets(size, monkeypatch):
     """What one GPU of many does: the graph is cut where DDP's buckets end, through our autograd functions too.
 
     The models above are smaller than a bucket. By "aot_eager": what is cut is the graph, whatever compiles the parts.
