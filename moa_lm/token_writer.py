@@ -200,7 +200,7 @@ class TokenSetWriter:
                     path.unlink()
             source = {"names": list(reader.corpus.names), **end._asdict()}
             write_manifest(self.folder, FORMAT, self.records, **self._totals(), source=source, settings=self.identity)
-            (self.folder / UNFINISHED).unlink()
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
         documents, tokens, size = (self._sum(field) for field in ("documents", "tokens", "text_bytes"))
         shards, vocab_size = len(self.records), self.vocabulary.size
         return Report(self.folder, documents, tokens, size, shards, self.kept, vocab_size, end)

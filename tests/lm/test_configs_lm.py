@@ -1,4 +1,4 @@
-"""configs/lm: documents that parse, twins that differ in FFN and rate only, the paper's numbers."""
+"""configs/lm: valid configs and headers, twins, and the numbers of the paper."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ RATES = {
     "dense_0.25b_20tpp": {"swiglu": 2e-3, "onemoa": 3e-3, "bimoa": 3e-3, "qdmoa": 3e-3},
     "dense_0.12b_100tpp": {"swiglu": 4e-3, "onemoa": 5e-3, "bimoa": 6e-3, "qdmoa": 5e-3},
 }
-"""The paper's best peak rates, arXiv:2605.26647."""
+"""Best peak learning rates of the paper, arXiv:2605.26647."""
 
 
 def resolved(name):
@@ -32,7 +32,7 @@ def resolved(name):
 
 
 def twins():
-    """Every config of another FFN beside the baseline's of the same experiment."""
+    """Pairs of a MoA config and the name of its experiment, which has a SwiGLU baseline."""
     bases = {name.removesuffix("_swiglu") for name in NAMES if name.endswith("_swiglu")}
     return sorted(
         (name, base) for base in bases for name in NAMES if re.fullmatch(rf"{base}_(onemoa|bimoa|qdmoa)", name)
@@ -59,7 +59,7 @@ def test_config_and_header_are_valid(path):
 
 @pytest.mark.slow
 def test_max_tokens_of_the_data_command_covers_the_recipes():
-    """Recipes with the same folder name the same command, which makes little more than the longest of them sees."""
+    """Recipes with the same data give the same command, which makes little more tokens than the longest run needs."""
     needed = {}
     for path in CONFIGS:
         header = path.read_text().partition("\nname:")[0]
@@ -123,7 +123,7 @@ def test_llama_large_gets_the_tokens_of_dense():
 
 
 def muon_flops(model):
-    """FLOPs a step on every device under DDP."""
+    """FLOPs of Muon per step and device under DDP."""
     with torch.device("meta"):
         whole = MoALlamaForCausalLM(model)
     return sum(orthogonalize_flops(whole.get_parameter(name).shape) for name in hidden_matrices(whole))
@@ -131,7 +131,7 @@ def muon_flops(model):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_cost_in_the_header(path):
-    """Steps, FLOPs a token and in all, as the loop would plan them; hours as plan.py's, where nothing waits."""
+    """Steps, FLOPs per token and in total as the trainer plans them; hours at plan.py's assumed utilization."""
     text = path.read_text()
     stated = re.search(r"([\d,]+) steps x ([\d,]+) tokens x\n# +([\d.]+) GFLOPs = ([\d.e+]+) FLOPs", text)
     if stated is None:

@@ -1,4 +1,4 @@
-"""What Muon steps and what is not decayed, by the modules that own the parameters."""
+"""Parameter groups, compared with the modules that own the parameters."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def build(**fields):
 
 
 def by_module(model):
-    """(hidden matrices, vectors, other weights): ids of the parameters, as the modules that own them say."""
+    """Ids of (hidden matrices, vectors, other weights), found by the type of their modules."""
     hidden, vectors, others = set(), set(), set()
     for module in model.modules():
         if isinstance(module, LlamaAttention):

@@ -137,12 +137,6 @@ def test_special_tokens_of_a_tokenizer_are_not_added(adding_tokenizer, tmp_path)
     assert ours.bos_token_id == ours.eos_token_id == 2 and ours.get_vocab() == theirs.get_vocab()
 
 
-def test_tokenizer_that_adds_nothing_is_saved_unchanged(bpe, tmp_path):
-    encode.save_tokenizer(bpe, tmp_path / "saved")
-    AutoTokenizer.from_pretrained(bpe).save_pretrained(tmp_path / "plain")
-    assert digests(tmp_path / "saved") == digests(tmp_path / "plain")
-
-
 def test_end_of_text_option(tmp_path):
     settings = TokenSettings(tokenizer=save_word_tokenizer(tmp_path / "words", ["a", "b", "<end>"]))
     source = write_jsonl(tmp_path / "in.jsonl", ["a b", "b"])

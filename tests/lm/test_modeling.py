@@ -1,4 +1,4 @@
-"""The models against transformers' own Llama, and everything that transformers does with a model."""
+"""The models against transformers' Llama, and transformers' features on the models."""
 
 import json
 from typing import Any
@@ -93,7 +93,7 @@ def test_swiglu_equals_llama_with_rotary_scaling(rope, tiny, llama, tokens):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_hidden_states_follow_from_the_layers(name, tiny, tokens):
-    """The FFN sits where Llama has it: hidden states of each layer follow from the layer's own modules."""
+    """The FFN has the position of Llama's MLP."""
     model = tiny(**fields(name), attn_implementation="eager")
     input_ids = tokens(2, 7)
     states = model(input_ids, output_hidden_states=True).hidden_states
@@ -212,7 +212,7 @@ def test_initialization(name, tiny):
 @pytest.mark.parametrize("variant", ["qdmoa", "bila", "bimoa", "moe"])
 @pytest.mark.parametrize("device_map", [None, "cpu"])
 def test_missing_mixing_weights_are_initialized_on_load(variant, device_map, tiny, tmp_path):
-    """Loading builds on the meta device; what the checkpoint lacks must not stay empty, nor take Llama's rule."""
+    """Weights that the checkpoint lacks are neither empty nor initialized by Llama's rule."""
     saved = tiny(**{**fields(variant), "ffn_variant": "swiglu"})
     saved.save_pretrained(tmp_path)
     torch.manual_seed(0)
@@ -240,15 +240,6 @@ def test_from_pretrained_checks_overrides(tiny, tmp_path):
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="ffn_mixing_gate='loud' is not one of"):
         AutoModelForCausalLM.from_pretrained(tmp_path, ffn_mixing_gate="loud")
-
-
-def test_return_dict_false(tiny, tokens):
-    model, input_ids = tiny(), tokens(1, 5)
-    named = model(input_ids, labels=input_ids, use_cache=False)
-    loss, logits, *_ = model(input_ids, labels=input_ids, use_cache=False, return_dict=False)
-    assert torch.equal(loss, named.loss) and torch.equal(logits, named.logits)
-    (hidden,) = model.model(input_ids, use_cache=False, return_dict=False)
-    assert torch.equal(hidden, model.model(input_ids).last_hidden_state)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="transformers makes a mask in every graph of torch 2.11")

@@ -1,4 +1,4 @@
-"""Language-model runs from text to export, against transformers' Llama and torch's own cross-entropy."""
+"""Language-model runs from text to export, against transformers' Llama and torch's cross-entropy."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ EXPERTS = {
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Two hundred documents of a few words; a tenth is held out."""
+    """200 short documents, a tenth held out."""
     folder = tmp_path_factory.mktemp("tokens")
     generator = torch.Generator().manual_seed(0)
     documents = [

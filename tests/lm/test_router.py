@@ -1,4 +1,4 @@
-"""The router and its losses against torch's functions, closed forms and transformers' load-balancing loss."""
+"""Router and losses against torch's functions, closed forms and transformers' load-balancing loss."""
 
 import math
 

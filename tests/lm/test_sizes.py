@@ -54,7 +54,7 @@ def test_baseline_count_equals_transformers():
 
 
 def test_counts_match_the_paper():
-    """0.11974B, and 0.11980B for bi-MoA and Llama-large: with six activations on each branch, to every digit."""
+    """0.11974B, and 0.11980B for Llama-large and bi-MoA with six activations on each branch."""
     six = {"ffn_gate_activations": SIX, "ffn_up_activations": SIX}
     assert f"{count_parameters(named_config('dense-0.12b', 'swiglu')).total / 1e9:.5f}" == "0.11974"
     bimoa = count_parameters(named_config("dense-0.12b", "bimoa", **six)).total

@@ -69,7 +69,7 @@ def test_gradient_checkpointing_keeps_gradients(name, tiny, tokens):
 
 
 def test_first_step_with_gradient_checkpointing(tiny, tokens):
-    """The first pass tries which products there are; a checkpoint that counts what is saved must not see that."""
+    """The probe of the first pass must not disturb activation checkpointing, which counts saved tensors."""
     model = tiny(**EXPERTS).bfloat16().train()
     enable_checkpointing(model)
     dispatch._probe_grouped.cache_clear()
@@ -86,7 +86,7 @@ def test_reentrant_checkpointing_of_experts_raises(tiny, tokens):
 
 
 def test_losses_of_experts(tiny, tokens):
-    """Cross-entropy by torch; balance and z-loss by their formulas, for each sequence without its padding."""
+    """Cross-entropy by torch, balance and z-loss by their formulas, without padding."""
     model = tiny(**EXPERTS, router_aux_loss_coef=0.3, router_z_loss_coef=0.2)
     input_ids = tokens(2, 9)
     mask = torch.ones_like(input_ids)
@@ -123,7 +123,7 @@ def test_router_outputs_on_request(tiny, tokens):
 
 
 def test_accumulated_losses_equal_the_whole_batch(tiny, tokens):
-    """Two micro-batches with num_items_in_batch, as transformers' Trainer has it, give the whole batch's gradient."""
+    """With num_items_in_batch, as in transformers' Trainer, two micro-batches give the gradient of the whole batch."""
     input_ids = tokens(4, 10)
     whole, parts = tiny(**EXPERTS, router_aux_loss_coef=1.0), tiny(**EXPERTS, router_aux_loss_coef=1.0)
     whole(input_ids, labels=input_ids).loss.backward()
