@@ -122,19 +122,18 @@ class CorpusReader:
         self.state = ReadState()
         running = hashlib.sha256()
         for document in self._with_progress():
-            documents, sha256, empty, unreadable = self.state
             if document.problem:
-                self.state = ReadState(documents, sha256, empty, unreadable + 1)
                 self._skip(document)
-            elif not document.text.strip():
-                self.state = ReadState(documents, sha256, empty + 1, unreadable)
-            else:
-                data = document.text.encode()
-                digest = hashlib.sha256(data).digest()
-                running.update(digest)
-                self.state = ReadState(documents + 1, running.hexdigest(), empty, unreadable)
-                held_out = int.from_bytes(digest[:8]) < self.val_fraction * 2**64
-                yield Text(document.text, len(data), held_out, self.state)
+                continue
+            if not document.text.strip():
+                self.state = self.state._replace(empty=self.state.empty + 1)
+                continue
+            data = document.text.encode()
+            digest = hashlib.sha256(data).digest()
+            running.update(digest)
+            self.state = self.state._replace(documents=self.state.documents + 1, sha256=running.hexdigest())
+            held_out = int.from_bytes(digest[:8]) < self.val_fraction * 2**64
+            yield Text(document.text, len(data), held_out, self.state)
 
     def changed(self, what: str) -> DataError:
         """Return the error for data made from other texts than the corpus holds now."""
@@ -152,6 +151,7 @@ class CorpusReader:
                 bar.update()
 
     def _skip(self, document: Document) -> None:
+        self.state = self.state._replace(unreadable=self.state.unreadable + 1)
         _logger.warning("skipped %s: %s", document.where, document.problem)
         if self.state.unreadable > self.max_bad:
             raise DataError(

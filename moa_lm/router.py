@@ -122,43 +122,23 @@ def router_z_loss(router_logits: Tensor, attention_mask: Tensor | None = None) -
         ValueError: The shape of the mask is not (B, T).
     """
     mask = _token_mask(router_logits, attention_mask)
-    return _token_mean(_wide(router_logits).logsumexp(dim=-1).square(), mask)
+    squares = _wide(router_logits).logsumexp(dim=-1).square()
+    return torch.where(mask > 0, squares, 0.0).sum() / mask.sum().clamp_min(1)
 
 
 @torch.no_grad()
-def router_entropy(router_logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Return the mean over tokens of the entropy of the router's softmax in nats, from 0 to log(E).
-
-    Arguments and errors as in `router_z_loss`; a scalar without gradient.
-    """
-    mask = _token_mask(router_logits, attention_mask)
+def router_entropy(router_logits: Tensor) -> Tensor:
+    """Return the mean entropy of the router's softmax in nats, from 0 to log(E), for router_logits (..., E)."""
     log_probabilities = _wide(router_logits).log_softmax(dim=-1)
     # Probabilities of 0 contribute 0, not 0 * -inf.
     terms = torch.where(log_probabilities > -torch.inf, log_probabilities.exp() * log_probabilities, 0.0)
-    return _token_mean(-terms.sum(dim=-1), mask)
+    return -terms.sum(dim=-1).mean()
 
 
 @torch.no_grad()
-def expert_load(indices: Tensor, num_experts: int, attention_mask: Tensor | None = None) -> Tensor:
-    """Return the fraction of the assignments that goes to each expert.
-
-    Args:
-        indices: (..., k) chosen experts.
-        num_experts: E.
-        attention_mask: (...), zero for tokens to leave out; None keeps all.
-
-    Returns:
-        (E,) float32 with sum 1, or 0 without tokens; 1 / E everywhere is perfect balance.
-
-    Raises:
-        ValueError: The shape of the mask differs from that of the tokens.
-    """
-    mask = _token_mask(indices, attention_mask)
-    flat = indices.reshape(-1, indices.shape[-1])
-    chosen = torch.zeros(len(flat), num_experts, device=indices.device).scatter(1, flat, 1.0)
-    # A sum of ones is exact in any order up to 2^24 tokens.
-    counts = (chosen * mask.reshape(-1, 1)).sum(dim=0)
-    return counts / counts.sum().clamp_min(1)
+def expert_load(indices: Tensor, num_experts: int) -> Tensor:
+    """Return the fraction (E,) of the assignments that goes to each expert, for chosen experts (..., k)."""
+    return torch.bincount(indices.flatten(), minlength=num_experts) / indices.numel()
 
 
 def _without_autocast(device_type: str) -> Any:
@@ -179,7 +159,3 @@ def _token_mask(per_token: Tensor, attention_mask: Tensor | None) -> Tensor:
         given = tuple(attention_mask.shape)
         raise ValueError(f"attention_mask has shape {given}; it must have one entry per token, {tuple(shape)}")
     return (attention_mask.to(per_token.device) != 0).float()
-
-
-def _token_mean(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask > 0, values, 0.0).sum() / mask.sum().clamp_min(1)

@@ -96,27 +96,23 @@ def test_padding_is_ignored():
     mask[:, 7:] = 0
     padding = torch.stack([torch.full((5,), value) for value in (torch.nan, torch.inf, 1e30)])
     padded = torch.cat([short, padding.expand(2, 3, 5)], dim=1)
-    indices = choose_experts(short, 2)[1]
-    for function, arguments in ((load_balancing_loss, (2,)), (router_z_loss, ()), (router_entropy, ())):
+    for function, arguments in ((load_balancing_loss, (2,)), (router_z_loss, ())):
         torch.testing.assert_close(function(padded, *arguments, mask), function(short, *arguments))
         torch.testing.assert_close(function(padded, *arguments, mask.bool()), function(short, *arguments))
-    load = expert_load(F.pad(indices, (0, 0, 0, 3)), 5, mask)
-    torch.testing.assert_close(load, torch.bincount(indices.flatten(), minlength=5) / indices.numel())
-    rows = torch.ones(3, 10)
-    rows[1] = 0
-    some = torch.cat([padded[:1], padded[:1], padded[1:]])
-    rows[:, 7:] = 0
-    torch.testing.assert_close(load_balancing_loss(some, 2, rows), load_balancing_loss(short, 2))
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4), (0, 3, 4), (2, 0, 4)], ids=["masked", "no-sequence", "no-token"])
+def test_fully_masked_sequences_are_ignored():
+    x, mask = logits(3, 7, 5), torch.ones(3, 7)
+    mask[1] = 0
+    torch.testing.assert_close(load_balancing_loss(x, 2, mask), load_balancing_loss(x[[0, 2]], 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (0, 3, 4), (2, 0, 4)], ids=["masked", "no sequence", "no token"])
 def test_losses_without_tokens_are_zero(shape):
     x, mask = logits(*shape).requires_grad_(), torch.zeros(shape[:2])
     total = load_balancing_loss(x, 2, mask) + router_z_loss(x, mask)
     total.backward()
     assert total.item() == 0 and not x.grad.any()
-    assert router_entropy(x, mask).item() == 0
-    assert expert_load(choose_experts(x, 2)[1], 4, mask).tolist() == [0] * 4
 
 
 def test_given_indices_replace_the_largest_logits():
@@ -150,9 +146,7 @@ def test_gradcheck():
 
 def test_entropy_closed_forms():
     assert router_entropy(torch.zeros(2, 3, 8)).item() == pytest.approx(math.log(8))
-    certain = torch.zeros(1, 2, 8)
-    certain[..., 3] = torch.inf
-    certain[..., [0, 1, 2, 4, 5, 6, 7]] = -1e9
+    certain = torch.full((1, 2, 8), -1e9)
     certain[..., 3] = 0.0
     assert router_entropy(certain).item() == 0
     x = logits(2, 3, 8)
@@ -167,10 +161,6 @@ def test_expert_load():
 
 def test_mask_of_another_shape_raises():
     x, mask = torch.zeros(2, 3, 4), torch.ones(2, 4)
-    for call in (
-        lambda: load_balancing_loss(x, 2, mask),
-        lambda: router_z_loss(x, mask),
-        lambda: expert_load(x, 4, mask),
-    ):
+    for call in (lambda: load_balancing_loss(x, 2, mask), lambda: router_z_loss(x, mask)):
         with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 4\); .* \(2, 3\)"):
             call()
