@@ -170,7 +170,7 @@ def build_config(**fields: Any) -> MoALlamaConfig:
         raise
     except Exception as error:  # transformers raises many types for bad values
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"MoALlamaConfig refuses a field ({reason})") from error
+        raise ConfigError(reason) from error
 
 
 def _require_count(field: str, value: Any, minimum: int = 1) -> None:

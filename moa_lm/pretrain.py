@@ -352,12 +352,21 @@ def model_config(config: ModelConfig, shards: TokenShards, sequence_length: int)
 
 
 def checked_config(config: ModelConfig, given: dict[str, Any]) -> MoALlamaConfig:
-    """Return the transformers configuration with the fields `given`, which model.args override. Raises ConfigError."""
+    """Return the transformers configuration with the fields `given` and model.args.
+
+    Raises:
+        ConfigError: model.args has an unknown field, one of `given`, or an invalid value.
+    """
     known = {field.name for field in fields(MoALlamaConfig)}
-    for name in config.args:
+    for name, value in config.args.items():
         hint = "".join(f"; did you mean {match}?" for match in get_close_matches(name, known, 1))
-        require(f"model.args.{name}", config.args[name], name in known, f"a field of MoALlamaConfig{hint}")
-    return named_config(config.size, config.ffn, **{**given, **config.args})
+        require(f"model.args.{name}", value, name in known, f"a field of MoALlamaConfig{hint}")
+        if name in given:
+            raise ConfigError(f"model.args.{name} is {value!r}, but the data decide it; leave it out")
+    try:
+        return named_config(config.size, config.ffn, **given, **config.args)
+    except ConfigError as error:
+        raise ConfigError(f"model.args {config.args}: {error}" if config.args else str(error)) from error
 
 
 def open_tokenizer(shards: TokenShards) -> PreTrainedTokenizerBase:

@@ -104,8 +104,8 @@ def test_config_json_round_trip(fields, tmp_path_factory):
         ({"num_shared_experts": 1.5}, r"num_shared_experts is 1\.5"),
         ({"norm_topk_prob": "no"}, "norm_topk_prob is 'no'; it must be true or false"),
         ({"router_aux_loss_coef": -1}, "router_aux_loss_coef is -1"),
-        ({"hidden_size": 100}, "MoALlamaConfig refuses a field .*hidden size"),
-        ({"rms_norm_eps": "x"}, "MoALlamaConfig refuses a field .*rms_norm_eps"),
+        ({"hidden_size": 100}, "hidden size"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
