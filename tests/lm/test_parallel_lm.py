@@ -157,7 +157,7 @@ def test_checkpoint_moves_between_one_process_ddp_and_fsdp(tokens, tmp_path, two
             for key in before[0].keys() & {"loss", "aux_loss", "z_loss"}:
                 assert [r[key] for r in after] == pytest.approx([r[key] for r in before], rel=tolerance), (name, key)
         events = map(json.loads, (moved / "events.jsonl").read_text().splitlines())
-        sessions = [(event["step"], event["processes"]) for event in events if event["kind"] == "interrupted"]
+        sessions = [(event["step"], event["processes"]) for event in events if event["kind"] == "begun"]
         assert sessions == [(0, 1), (5, 2), (10, 2), (15, 1)]
         assert json.loads((moved / "spread.json").read_text())["parameters"] == ["shard"], "the last of two"
         states = [load_file(folder / "checkpoints/step_00000020/optimizer.safetensors") for folder in (one, moved)]
