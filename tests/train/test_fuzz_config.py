@@ -64,7 +64,7 @@ MODELS = {
     "mae": {"encoder": "vit_tiny_patch16_qdmoa", "img_size": [16, 24], "encoder_args": ENCODER}
     | {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "decoder_ffn": None, "mask_ratio": 0.75},
     "lm": {"size": "moe-micro", "ffn": "qdmoa", "gradient_checkpointing": True}
-    | {"args": {"rms_norm_eps": 1e-5, "id2label": None, "dtype": "float32"}},
+    | {"args": {"num_hidden_layers": 1, "rms_norm_eps": 1e-5, "id2label": None, "dtype": "float32"}},
 }
 MAINS = {"mae": moa_vision.pretrain.main, "lm": moa_lm.pretrain.main}
 HUGE = (10**5, 10**6, 10**9, 2**31)
@@ -187,8 +187,7 @@ def test_what_parses_is_also_built(fuzz, fuzzing, checked, half):
         ("lm", "model.args.dtype", "x", "model.args {'dtype': 'x'}"),
         ("lm", "model.args.rms_norm_eps", "x", "rms_norm_eps"),
         ("lm", "data.sequence_length", 10**9, "at most the training set's 0 samples"),
-        ("mae", "data.train", "~nobody here/x", "data.train is '~nobody here/x'"),
-        ("lm", "data.train", "~nobody here/x", "~nobody here/x/manifest.json does not exist"),
+        *((half, "data.train", "~nobody here/x", "data.train is '~nobody here/x'") for half in MODELS),
         ("mae", "data.train", "x" * 5000, "data.train is 'xxx"),
         ("mae", "data.cache_dir", "~nobody here/x", "data.cache_dir '~nobody here/x'"),
     ],
