@@ -70,6 +70,7 @@ QUIET := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_DATASETS_DISABLE_PROGRESS_BAR
 
 # The items that come with the tests stand where lm-eval's unmodified tasks look for their data sets.
 demo-lm: $(READY)
+	$(BIN)/python -m moa_lm tales
 	$(BIN)/python scripts/pretrain_lm.py --config configs/lm/tales_swiglu.yaml
 	$(BIN)/python scripts/pretrain_lm.py --config configs/lm/tales_qdmoa.yaml
 	@for run in $(LM_RUNS); do \

@@ -1,8 +1,10 @@
-"""Language half: Llama and LlamaMoE with any FFN of the family, as transformers models.
+"""Language models: Llama and LlamaMoE with any FFN of the family, as transformers models.
 
 Importing this package registers model_type `moa_llama` with transformers' AutoConfig, AutoModel and
 AutoModelForCausalLM.
 """
+
+from __future__ import annotations
 
 from moa_startup.extras import require
 

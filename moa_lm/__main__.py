@@ -1,4 +1,6 @@
-"""Language models of the MoA family: their sizes, fresh model folders, Llama checkpoints taken over."""
+"""Language models of the MoA family: named sizes, new model folders, converted Llama checkpoints, demo data."""
+
+from __future__ import annotations
 
 import argparse
 import csv
@@ -9,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -17,7 +18,9 @@ from moa_ffn import VARIANTS
 from moa_lm.encode import load_tokenizer
 from moa_lm.modeling import MoALlamaForCausalLM
 from moa_lm.sizes import SIZES, TABLE_VARIANTS, count_parameters, named_config
+from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.atomic_io import new_folder
+from moa_train.errors import ConfigError, DataError, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -26,29 +29,28 @@ COLUMNS = (
     *("paper's total (1e9)", "ratio", "paper's active (1e9)", "ratio of active"),
 )
 BILLIONS = ("total", "active", "non-embedding")
-"""Columns that the Markdown table shows in billions; the CSV file has them in full."""
+"""Columns that the Markdown table shows in billions; the CSV file has exact counts."""
+
+TALES = Path(__file__).parent / "texts" / "tales.jsonl.gz"
+TALES_SETTINGS = TokenSettings(train_bpe=2048, val_fraction=0.1)
 
 NOTES = """
-Parameters are counted exactly; total, active and non-embedding are shown in billions. `hidden` is the FFN's hidden
-width, with experts that of one expert. `active` is what one token passes, embeddings included; `mixing` is what the
-mixture of activations adds; ratios are ours / paper's. The paper (arXiv:2605.26647) gives names and a few counts,
-not shapes. The shape of dense-0.12b and llama-large is inferred: it meets both counts to every digit when bi-MoA
-mixes six activations on each branch (`g,s,r,r2,l,t`; here bimoa has our default dictionaries). All other shapes are
-ours, and the paper's figures beside them are the rounded ones that it names its models by."""
-
-
-class UserError(Exception):
-    """Something that the user can put right; the message is one line that says how."""
+Parameter counts are exact; total, active and non-embedding are in billions. `hidden` is the hidden width of the FFN,
+with experts that of one expert. `active` counts the parameters that process one token, embeddings included; `mixing`
+those of the mixture of activations; ratios are ours / paper's. The paper (arXiv:2605.26647) gives names and a few
+counts, not shapes. The shape of dense-0.12b and llama-large is inferred: it matches both counts to every digit if
+bi-MoA mixes six activations on each branch (`g,s,r,r2,l,t`; bimoa in this table has the default dictionaries). All
+other shapes are this project's, and the paper's figures for them are the rounded ones in its model names."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return the exit code (2: something the user can put right, said in one line)."""
+    """Run a command and return the exit code: 0, or 2 for an error of the user, printed in one line."""
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
     try:
         options.run(options)
-    except (UserError, ValueError, OSError, StrictDataclassError) as error:
+    except (ConfigError, DataError, OSError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -58,62 +60,63 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moa_lm", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
-    sizes = commands.add_parser("sizes", help="table of the named sizes: parameters, ours beside the paper's")
-    sizes.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE", help="these only")
+    sizes = commands.add_parser("sizes", help="table of the named sizes and their parameter counts")
+    sizes.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE", help="only these sizes")
     sizes.add_argument(
-        "--ffn", nargs="+", choices=VARIANTS, default=list(TABLE_VARIANTS), metavar="FFN", help="these variants only"
+        "--ffn", nargs="+", choices=VARIANTS, default=list(TABLE_VARIANTS), metavar="FFN", help="only these variants"
     )
     sizes.add_argument("--csv", action="store_true", help="comma-separated values instead of Markdown")
     sizes.set_defaults(run=_sizes)
 
     create = commands.add_parser(
         "create",
-        help="a fresh model folder",
+        help="create a model folder with random weights",
         description="Initialize a model of a named size and save it with its tokenizer.",
         epilog=f"sizes: {', '.join(SIZES)}. FFNs: {', '.join(VARIANTS)}.",
     )
-    create.add_argument("--size", required=True, choices=SIZES, metavar="SIZE", help="a named size, see `sizes`")
+    create.add_argument("--size", required=True, choices=SIZES, metavar="SIZE", help="named size, see `sizes`")
     create.add_argument(
-        "--tokenizer",
-        required=True,
-        metavar="PATH",
-        help="folder or hub name of a tokenizer; it gives the vocabulary",
+        "--tokenizer", required=True, metavar="NAME", help="folder or Hub name of the tokenizer, for the vocabulary"
     )
     create.add_argument(
         "--vocab-multiple",
         type=int,
         default=64,
         metavar="N",
-        help="pad the vocabulary to a multiple of N, for faster matrix products (default 64; 1 for none)",
+        help="pad the vocabulary to a multiple of N, for faster matrix products (default: %(default)s)",
     )
     create.set_defaults(run=_create)
 
     convert = commands.add_parser(
         "convert",
-        help="a Llama checkpoint taken over",
-        description="Take a Llama checkpoint's weights over into a model with any Type-II FFN. With swiglu the model "
-        "is the same function; with another FFN the projections are kept and the mixing starts by its own rule.",
+        help="convert a Llama checkpoint",
+        description="Convert a Llama checkpoint to a model with any Type-II FFN. With swiglu the model is the same "
+        "function; with another FFN the projections are kept and the mixing is initialized by its own rule.",
         epilog=f"FFNs: {', '.join(VARIANTS)}.",
     )
-    convert.add_argument("checkpoint", metavar="PATH", help="folder or hub name of the checkpoint")
+    convert.add_argument("checkpoint", metavar="NAME", help="folder or Hub name of the checkpoint")
     convert.set_defaults(run=_convert)
 
     for command in (create, convert):
         command.add_argument("--ffn", required=True, choices=VARIANTS, metavar="FFN", help="variant of the FFN")
         command.add_argument(
-            "--out", required=True, type=Path, metavar="DIR", help="where the model goes; new or empty"
+            "--out", required=True, type=Path, metavar="DIR", help="destination, a new or empty folder"
         )
-        command.add_argument("--seed", type=int, default=0, help="seed of the initialization (default 0)")
+        command.add_argument("--seed", type=int, default=0, help="seed of the initialization (default: %(default)s)")
         command.add_argument(
-            "--dtype", choices=DTYPES, help="of the saved weights (default: create float32, convert as is)"
+            "--dtype", choices=DTYPES, help="dtype of the saved weights (default: float32, or the checkpoint's)"
         )
         command.add_argument(
             "--set",
             action="append",
             default=[],
             metavar="FIELD=VALUE",
-            help="a field of the configuration, such as ffn_mixing_gate=tanh; may be given several times",
+            help="field of the configuration, such as ffn_mixing_gate=tanh; repeatable",
         )
+
+    tales = commands.add_parser("tales", help="make the token shards of the demo from the texts of this package")
+    tales.add_argument("--out", type=Path, default=Path("data/tales"), help="destination (default: %(default)s)")
+    tales.set_defaults(run=lambda options: make_tokens([str(TALES)], options.out, TALES_SETTINGS))
     return parser
 
 
@@ -123,7 +126,7 @@ def _sizes(options: argparse.Namespace) -> None:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerows([COLUMNS, *rows])
         return
-    lines = [[_shown(column, value) for column, value in zip(COLUMNS, row, strict=True)] for row in rows]
+    lines = [[_cell(column, value) for column, value in zip(COLUMNS, row, strict=True)] for row in rows]
     for line in (COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *lines):
         print(f"| {' | '.join(line)} |")
     print(NOTES)
@@ -138,19 +141,19 @@ def _rows(sizes: list[str], variants: list[str]) -> Iterator[list[str | int | fl
             hidden = config.moe_intermediate_size or config.intermediate_size
             yield [
                 *(name, variant, config.num_hidden_layers, config.hidden_size, hidden, *count),
-                *_beside(count.total, size.paper_total, variant),
-                *_beside(count.active, size.paper_active, variant),
+                *_compared(count.total, size.paper_total, variant),
+                *_compared(count.active, size.paper_active, variant),
             ]
 
 
-def _beside(ours: int, paper: dict[str, str], variant: str) -> tuple[str | None, float | None]:
-    """The paper's figure with the digits that it gives, and ours over it."""
+def _compared(ours: int, paper: dict[str, str], variant: str) -> tuple[str | None, float | None]:
+    """Return the paper's figure with its digits, and the ratio of ours to it."""
     figure = paper.get(variant, paper.get(""))
     return (None, None) if figure is None else (figure, round(ours / (float(figure) * 1e9), 4))
 
 
-def _shown(column: str, value: str | float | None) -> str:
-    """A cell of the Markdown table."""
+def _cell(column: str, value: str | float | None) -> str:
+    """Format a cell of the Markdown table."""
     if value is None or isinstance(value, str):
         return value or ""
     if column in BILLIONS:
@@ -160,9 +163,8 @@ def _shown(column: str, value: str | float | None) -> str:
 
 def _create(options: argparse.Namespace) -> None:
     _check_out(options.out)
+    require("--vocab-multiple", options.vocab_multiple, options.vocab_multiple >= 1, "1 or above")
     tokenizer = load_tokenizer(options.tokenizer)
-    if options.vocab_multiple < 1:
-        raise UserError(f"--vocab-multiple {options.vocab_multiple}: must be at least 1")
     fields = {
         "vocab_size": -(-len(tokenizer) // options.vocab_multiple) * options.vocab_multiple,
         **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
@@ -191,12 +193,11 @@ def _tokenizer_of(checkpoint: str) -> PreTrainedTokenizerBase | None:
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
-    """FIELD=VALUE pairs; a value is JSON where it can be read as such, else text."""
+    """Parse FIELD=VALUE pairs; a value that is not JSON is text."""
     settings: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
-        if not equals or not name:
-            raise UserError(f"--set {pair}: must be FIELD=VALUE, such as ffn_mixing_gate=tanh")
+        require("--set", pair, bool(equals and name), "FIELD=VALUE, such as ffn_mixing_gate=tanh")
         try:
             settings[name] = json.loads(text)
         except json.JSONDecodeError:
@@ -205,8 +206,8 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def _check_out(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: exists and is not an empty folder; name a new one or remove it")
+    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    require("--out", str(out), free, "a new or empty folder")
 
 
 def _save(model: MoALlamaForCausalLM, tokenizer: PreTrainedTokenizerBase | None, out: Path) -> None:
@@ -215,8 +216,8 @@ def _save(model: MoALlamaForCausalLM, tokenizer: PreTrainedTokenizerBase | None,
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     count = count_parameters(model.config)
-    words = f"{count.total:,} parameters, {count.mixing:,} of them mixing"
-    print(f"{out}: {model.config.ffn_variant}, {words}, vocabulary {model.config.vocab_size:,}")
+    size = f"{count.total:,} parameters ({count.mixing:,} mixing)"
+    print(f"{out}: {model.config.ffn_variant}, {size}, vocabulary {model.config.vocab_size:,}")
 
 
 if __name__ == "__main__":

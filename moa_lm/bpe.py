@@ -1,4 +1,6 @@
-"""Texts -> a byte-level BPE tokenizer, as transformers loads it."""
+"""Byte-level BPE tokenizers trained on texts, in the format of transformers."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable
 
@@ -10,27 +12,28 @@ from tokenizers.processors import ByteLevel as ByteLevelProcessor
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+from moa_train.errors import require
+
 END_OF_TEXT = "<|endoftext|>"
 
-SMALLEST = 257
-"""Tokens of a byte-level vocabulary without a merge: 256 bytes and end-of-text."""
+MIN_VOCAB_SIZE = 257
+"""Size of a byte-level vocabulary without merges: 256 bytes and end-of-text."""
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains GPT-2's kind of tokenizer: its splitting into words, all 256 bytes, merges learned from `texts`.
+    """Train a tokenizer like GPT-2's: its pre-tokenizer, all 256 bytes, and merges learned from `texts`.
 
-    The same texts in the same order give the same tokenizer. `<|endoftext|>` (token 0) is both the beginning and the
-    end of a text; encoding adds neither.
+    The same texts in the same order give the same tokenizer. `<|endoftext|>` (token 0) is both bos_token and
+    eos_token; encoding adds neither.
 
     Args:
-        texts: to learn from; read once.
-        vocab_size: number of tokens, at least 257. Texts with too few different words give fewer.
+        texts: Training texts; read once.
+        vocab_size: Number of tokens, at least 257. Texts with too few different words give fewer.
 
     Raises:
-        ValueError: if `vocab_size` is too small.
+        ConfigError: `vocab_size` is too small.
     """
-    if vocab_size < SMALLEST:
-        raise ValueError(f"train_bpe is {vocab_size}; allowed: {SMALLEST} or more (256 bytes and end-of-text)")
+    require("train_bpe", vocab_size, vocab_size >= MIN_VOCAB_SIZE, f"{MIN_VOCAB_SIZE} or above")
     inner = Tokenizer(BPE())
     inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
     inner.decoder = ByteLevelDecoder()

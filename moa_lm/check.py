@@ -1,8 +1,7 @@
-"""Checks a data set of `moa_lm.token_shards` against its manifest: files, checksums, tokens, documents, tokenizer."""
+"""Checks of a data set of `moa_lm.token_shards`: checksums, tokens, documents and tokenizer."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,9 @@ from moa_lm.data import DTYPES, MANIFEST, TOKENIZER, open_tokens, read_manifest
 from moa_lm.encode import open_vocabulary
 from moa_train.checks import Checked, Plan, Problem, unlisted
 from moa_train.errors import DataError
+from moa_train.manifest import file_problem, file_sha256
 
-_BLOCK = 2**24  # tokens that are in memory at a time
+_BLOCK_TOKENS = 2**24
 
 
 def plan_check(folder: Path) -> Plan:
@@ -26,85 +26,68 @@ def plan_check(folder: Path) -> Plan:
     except DataError as error:
         return Plan(str(folder), "tokens", 0, [Problem(str(folder / MANIFEST), "", str(error))], [])
     shards = manifest["shards"]
-    names = [shard["name"] for shard in shards]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    problems = [Problem(str(folder / MANIFEST), name, "is listed twice") for name in twice]
-    problems += unlisted(folder, names)
-    problems += tokenizer_problems(folder / TOKENIZER, manifest)
+    problems = unlisted(folder, [shard["name"] for shard in shards])
+    if problem := tokenizer_problem(folder / TOKENIZER, manifest):
+        problems.append(problem)
     checks = [partial(check_shard, folder, shard, manifest) for shard in shards]
     return Plan(str(folder), "tokens", sum(shard["bytes"] for shard in shards), problems, checks)
 
 
 def check_shard(folder: Path, shard: dict[str, Any], manifest: dict[str, Any]) -> Checked:
-    """Check one shard: its bytes, its tokens, and that it holds its documents, each ended by end-of-text.
+    """Check the bytes and tokens of one shard, and that it holds its documents, each ended by end-of-text.
 
     Args:
-        folder: of the set.
-        shard: what the manifest says of it.
-        manifest: of the set.
+        folder: Folder of the set.
+        shard: Entry of the shard in the manifest.
+        manifest: Manifest of the set.
     """
     path = folder / shard["name"]
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = path.stat().st_size
-    except OSError as error:
-        return Checked(0, shard["bytes"], [Problem(str(path), "", error.strerror or str(error))])
-    problems = []
-    if size != shard["bytes"]:
-        problems.append(Problem(str(path), "", f"has {size} bytes, the manifest says {shard['bytes']}"))
-    elif digest != shard["sha256"]:
-        problems.append(Problem(str(path), "", "its SHA-256 is not the manifest's"))
-    try:
-        problems += _token_problems(path, shard, manifest)
+        mismatch = file_problem(path, shard)
+        texts = [mismatch] if mismatch else list(_token_problems(path, shard, manifest))
+        problems = [Problem(str(path), "", text) for text in texts]
     except (OSError, SafetensorError, DataError) as error:
-        problems.append(Problem(str(path), "", str(error).removeprefix(f"{path} ")))
-    return Checked(shard["tokens"], size, problems)
+        problems = [Problem(str(path), "", str(error).removeprefix(f"{path} "))]
+    return Checked(shard["tokens"], shard["bytes"], problems)
 
 
-def _token_problems(path: Path, shard: dict[str, Any], manifest: dict[str, Any]) -> list[Problem]:
-    """What is wrong with the tokens of a shard that can be read."""
-    problems = []
+def _token_problems(path: Path, shard: dict[str, Any], manifest: dict[str, Any]) -> Iterator[str]:
     documents, last = 0, -1
     vocab_size, end_of_text = manifest["vocab_size"], manifest["end_of_text"]
     for first, tokens in _blocks(path, manifest["dtype"], shard["tokens"]):
         outside = np.flatnonzero(tokens >= vocab_size)
         if len(outside):
-            found = f"{tokens[outside[0]]} is none of the {vocab_size} of the vocabulary ({len(outside)} such)"
-            problems.append(Problem(str(path), f"token {first + outside[0]}", found))
+            token, place = tokens[outside[0]], first + outside[0]
+            yield f"token {place} is {token}, outside of the vocabulary of {vocab_size} ({len(outside)} such tokens)"
         documents += int((tokens == end_of_text).sum())
         last = int(tokens[-1])
     if documents != shard["documents"]:
-        found = f"has {documents} ends of documents, the manifest says {shard['documents']} documents"
-        problems.append(Problem(str(path), "", found))
+        yield f"has {documents} ends of documents, the manifest lists {shard['documents']} documents"
     if last != end_of_text:
-        problems.append(Problem(str(path), "", "does not end with the end of a document"))
-    return problems
+        yield "does not end with end-of-text"
 
 
 def _blocks(path: Path, dtype: str, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The tokens of a shard, some at a time, each with the number of its first."""
+    """Yield the tokens of a shard in blocks, each with the index of its first token."""
     file, begin = open_tokens(path, dtype, count)
     with open(file, "rb", buffering=0) as content:  # noqa: PTH123  (a descriptor)
         content.seek(begin)
-        for first in range(0, count, _BLOCK):
-            tokens = np.empty(min(_BLOCK, count - first), DTYPES[dtype])
-            if content.readinto(tokens.data) != tokens.nbytes:
-                raise OSError("ends before its tokens do")
+        for first in range(0, count, _BLOCK_TOKENS):
+            tokens = np.empty(min(_BLOCK_TOKENS, count - first), DTYPES[dtype])
+            content.readinto(tokens.data)
             yield first, tokens
 
 
-def tokenizer_problems(folder: Path, manifest: dict[str, Any]) -> list[Problem]:
-    """What is wrong with the tokenizer in a folder, against the manifest of the tokens that were made with it."""
+def tokenizer_problem(folder: Path, manifest: dict[str, Any]) -> Problem | None:
+    """Return how a tokenizer differs from the one that the manifest's tokens were made with, or None."""
     path = folder / "tokenizer.json"
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest != manifest["tokenizer"]["sha256"]:
-            return [Problem(str(path), "", "its SHA-256 is not the manifest's")]
+        if file_sha256(path) != manifest["tokenizer"]["sha256"]:
+            return Problem(str(path), "", "SHA-256 differs from the manifest")
         vocabulary = open_vocabulary(folder, manifest["tokenizer"]["name"])
-    except Exception as error:  # transformers and tokenizers raise many types
-        return [Problem(str(path), "", f"no tokenizer can be made of it: {error}")]
-    found, said = (vocabulary.size, vocabulary.end_of_text), (manifest["vocab_size"], manifest["end_of_text"])
-    if found != said:
-        return [Problem(str(path), "", f"(vocabulary, end of text) is {found}, the manifest says {said}")]
-    return []
+    except (OSError, DataError) as error:
+        return Problem(str(path), "", f"cannot load the tokenizer: {error}")
+    found, listed = (vocabulary.size, vocabulary.end_of_text), (manifest["vocab_size"], manifest["end_of_text"])
+    if found != listed:
+        return Problem(str(path), "", f"(vocab_size, end_of_text) is {found}, the manifest lists {listed}")
+    return None

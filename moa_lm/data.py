@@ -1,15 +1,13 @@
-"""Token shards -> batches (B, T + 1) of tokens; their order is a function of (seed, epoch, position).
+"""Token shards -> batches (B, T + 1) of tokens in an order that is a function of (seed, epoch, position).
 
-A data set is one stream of tokens, every document followed by end-of-text. Sample i is the window of T + 1 tokens
-that begins at token i T: the first T are inputs, the last T their labels. `moa_lm.token_shards` writes such sets.
+A data set is one stream of tokens in which every document ends with end-of-text. Sample i is the window of T + 1
+tokens that begins at token i T: the first T are the inputs, the last T their labels. `moa_lm.token_shards` writes
+such sets.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,37 +20,38 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moa_train.data_order import ORDER, StepBatches, batch_loader, generator, philox_key
-from moa_train.errors import DataError, require
+from moa_train.errors import ConfigError, DataError, require
+from moa_train.manifest import MANIFEST, file_problem, parse_manifest
 from moa_train.open_files import OpenFiles, open_to_read
 
-MANIFEST = "manifest.json"
 FORMAT = "moa-tokens-1"
+
+COUNTS = ("tokens", "documents")
+"""Counts that a manifest has for every shard and for the whole set."""
+
 TOKENIZER = "tokenizer"
-"""Folder of the tokenizer, beside the manifest."""
+"""Name of the tokenizer's folder in a data set."""
 
 TENSOR = "tokens"
-"""Name of a shard's only tensor."""
+"""Name of the only tensor of a shard."""
 
 DTYPES = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}
 
-_COUNTS = ("tokens", "documents", "bytes")
-_MAX_COUNT = 2**62  # a larger one is a mistake
-
-_OPEN_FILES = 64  # file descriptors that a reader keeps
+_SAFETENSORS_DTYPES = {"uint16": "U16", "uint32": "U32"}
+_MAX_OPEN_FILES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDataConfig:
-    """Where the tokens are and how they become batches.
+    """Token shards and how they become batches.
 
     Args:
         train: Folder of training shards, made by scripts/make_tokens.py.
-        val: Folder of held-out shards with the same tokenizer; none: no validation.
-        sequence_length: Tokens that the model sees at once; a sample has one more.
-        document_mask: Attention and labels stay within documents. A step's loss is the mean over the labels of its
-            global batch, of which there are a few less than tokens.
-        workers: Processes that read tokens, per device; 0: the training process itself, which is fast enough on a
-            local disk.
+        val: Folder of held-out shards with the same tokenizer; null disables validation.
+        sequence_length: Input tokens per sample; a sample has one more.
+        document_mask: Restrict attention and labels to the token's own document. The loss of a step is the mean over
+            the labels of its global batch, which are slightly fewer than its tokens.
+        workers: Loader processes per device; 0 reads in the training process, which is fast enough on a local disk.
     """
 
     train: str
@@ -62,7 +61,7 @@ class TokenDataConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges; ValueError names the key."""
+        """Check the ranges. Raises ConfigError."""
         require("data.sequence_length", self.sequence_length, self.sequence_length >= 1, "1 or above")
         require("data.workers", self.workers, self.workers >= 0, "0 or above")
 
@@ -71,8 +70,8 @@ class TokenBatch(NamedTuple):
     """B windows of the token stream.
 
     Attributes:
-        tokens: (B, T + 1) int64: inputs are the first T, labels the last T.
-        windows: their B numbers; window w of length T begins at token w T of the stream.
+        tokens: (B, T + 1) int64; the first T are inputs, the last T labels.
+        windows: The B window numbers; window w begins at token w T of the stream.
     """
 
     tokens: Tensor
@@ -80,27 +79,27 @@ class TokenBatch(NamedTuple):
 
 
 class TokenShards:
-    """A folder of token shards, its manifest checked; shards are opened when they are first read.
+    """A folder of token shards with a valid manifest; a shard is opened on its first read.
 
     Args:
-        folder: with manifest.json, shard-*.safetensors and tokenizer/.
+        folder: Folder with manifest.json, shard-*.safetensors and tokenizer/.
 
     Attributes:
-        folder: the same, as a path.
-        manifest: what manifest.json says.
-        tokens: of the whole stream, end-of-text included.
-        documents: of the whole stream.
-        vocab_size: number of the tokenizer's tokens.
-        end_of_text: the token after every document.
-        bytes_per_token: UTF-8 bytes of the texts / tokens.
-        tokenizer_folder: what AutoTokenizer loads.
+        folder: The folder as a path.
+        manifest: Content of manifest.json.
+        tokens: Tokens of the whole stream, end-of-text included.
+        documents: Documents of the whole stream.
+        vocab_size: Number of the tokenizer's tokens.
+        end_of_text: Token after every document.
+        bytes_per_token: UTF-8 bytes of the texts per token.
+        tokenizer_folder: Folder that AutoTokenizer loads.
 
     Raises:
-        DataError: if the manifest or a shard is missing, damaged or of another size than it should be.
+        DataError: The manifest or a shard is missing or invalid.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))  # noqa: PTH111  (Path.expanduser fails for unknown users)
         self.manifest = read_manifest(self.folder)
         self.tokens: int = self.manifest["tokens"]
         self.documents: int = self.manifest["documents"]
@@ -110,76 +109,74 @@ class TokenShards:
         self.tokenizer_folder = self.folder / TOKENIZER
         self._starts = np.cumsum([0, *(shard["tokens"] for shard in self.manifest["shards"])])
         self._dtype = DTYPES[self.manifest["dtype"]]
-        self._files = OpenFiles(_OPEN_FILES)
-        self._begins: dict[int, int] = {}  # shard -> where its tokens begin, in bytes
+        self._files = OpenFiles(_MAX_OPEN_FILES)
+        self._offsets: dict[int, int] = {}  # shard -> byte at which its tokens begin
         for shard in self.manifest["shards"]:
             self._check_size(shard)
 
     def windows(self, length: int) -> int:
-        """How many windows of `length` inputs there are: what is left over at the end is not used."""
+        """Return the number of windows of `length` inputs; the rest of the stream is unused."""
         return max(0, self.tokens - 1) // length
 
     def window(self, index: int, length: int) -> np.ndarray:
-        """Window `index` of the stream.
+        """Return window `index` of the stream, which may cross shard borders.
 
         Args:
-            index: 0 or more, less than `windows(length)`.
+            index: Number of the window, from 0 to `windows(length)` - 1.
             length: T, the inputs of a window.
 
         Returns:
-            (T + 1,) uint16 or uint32: the tokens from `index` * T on, across the borders of shards.
+            (T + 1,) uint16 or uint32: the tokens from `index` * T on.
 
         Raises:
-            IndexError: if there is no such window.
-            DataError: if a shard is damaged.
+            IndexError: The index is out of range.
+            DataError: A shard is damaged.
         """
         if not 0 <= index < self.windows(length):
             raise IndexError(f"window {index} of {length} tokens: {self.folder} has {self.windows(length)}")
         begin, end = index * length, index * length + length + 1
         tokens = np.empty(length + 1, self._dtype)
-        shard = int(np.searchsorted(self._starts, begin, side="right")) - 1
-        rest = tokens
+        rest, shard = tokens, int(np.searchsorted(self._starts, begin, side="right")) - 1
         while begin < end:
             first, last = int(self._starts[shard]), min(end, int(self._starts[shard + 1]))
             self.read_into(rest[: last - begin], shard, begin - first)
             rest, begin, shard = rest[last - begin :], last, shard + 1
-        if tokens.max() >= self.vocab_size:  # a model would fail with less to say, a GPU without a name
+        if tokens.max() >= self.vocab_size:  # the embedding's own error on a GPU names neither token nor file
             raise DataError(
-                f"window {index} of {length} tokens holds {tokens.max()}, but the vocabulary of {self.folder} has "
-                f"{self.vocab_size}; {_remedy(self.folder)}"
+                f"window {index} of {length} tokens holds token {tokens.max()}, but the vocabulary of {self.folder} "
+                f"has {self.vocab_size} tokens; {_remedy(self.folder)}"
             )
         return tokens
 
     def read_into(self, tokens: np.ndarray, shard: int, first: int) -> None:
-        """Fill `tokens` (n,), of the set's dtype, from a shard's token `first` on.
+        """Fill `tokens` (n,) of the set's dtype with the tokens of a shard from `first` on.
 
-        By reading, not by mapping: a file that has become shorter is an error here, and the end of the process there.
+        Files are read rather than memory-mapped: a truncated file or a failing network file system raises an error
+        here, where a map would kill the process.
 
         Raises:
-            DataError: if the shard cannot be read (twice) or is damaged.
+            DataError: The shard is damaged, or cannot be read twice in a row.
         """
 
         def read(file: int) -> int:
-            return os.preadv(file, [tokens.data], self._begins[shard] + first * tokens.itemsize)
+            return os.preadv(file, [tokens.data], self._offsets[shard] + first * tokens.itemsize)
 
         path = self.folder / self.manifest["shards"][shard]["name"]
         try:
-            count = self._files.read(shard, lambda: self._opened(path, shard), read)
+            count = self._files.read(shard, lambda: self._open(path, shard), read)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: {error}; {_remedy(self.folder)}") from error
         if count != tokens.nbytes:
-            raise DataError(f"{path} has become shorter; {_remedy(self.folder)}")
+            raise DataError(f"{path} was truncated; {_remedy(self.folder)}")
 
     def verify(self) -> None:
         """Read all shards and compare their checksums. Raises DataError naming the first that differs."""
         for shard in self.manifest["shards"]:
-            path = self.folder / shard["name"]
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    raise DataError(f"{path} has not the SHA-256 that {MANIFEST} lists; {_remedy(self.folder)}")
+            if problem := file_problem(self.folder / shard["name"], shard):
+                raise DataError(f"{self.folder / shard['name']}: {problem}; {_remedy(self.folder)}")
 
     def require_same_tokenizer(self, other: TokenShards) -> None:
-        """Raise DataError unless `other` was made with the same tokenizer."""
+        """Raise DataError unless `other` has the same tokenizer."""
         ours, theirs = (shards.manifest["tokenizer"] for shards in (self, other))
         if (ours["sha256"], self.end_of_text) != (theirs["sha256"], other.end_of_text):
             raise DataError(
@@ -196,25 +193,25 @@ class TokenShards:
         if size != shard["bytes"]:
             raise DataError(f"{path} has {size} bytes instead of {shard['bytes']}; {_remedy(self.folder)}")
 
-    def _opened(self, path: Path, shard: int) -> int:
-        file, self._begins[shard] = open_tokens(path, self.manifest["dtype"], self.manifest["shards"][shard]["tokens"])
+    def _open(self, path: Path, shard: int) -> int:
+        file, self._offsets[shard] = open_tokens(path, self.manifest["dtype"], self.manifest["shards"][shard]["tokens"])
         return file
 
 
 def open_tokens(path: Path, dtype: str, tokens: int) -> tuple[int, int]:
-    """Open a shard that holds so many tokens of a type and nothing else.
+    """Open a shard that must hold `tokens` tokens of one dtype and nothing else.
 
     Returns:
-        Its file descriptor, and where its tokens begin, in bytes.
+        The file descriptor, and the byte at which the tokens begin.
 
     Raises:
-        OSError, SafetensorError: if it cannot be read.
-        DataError: if it holds something else.
+        OSError, SafetensorError: The file cannot be read.
+        DataError: The file holds something else.
     """
     with safe_open(path, framework="np") as content:
-        tensors = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  (it is no dict)
+        tensors = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  (not a dict)
         found = {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in tensors.items()}
-    expected = {TENSOR: (_dtype_code(dtype), [tokens])}
+    expected = {TENSOR: (_SAFETENSORS_DTYPES[dtype], [tokens])}
     if found != expected:
         raise DataError(f"{path} holds {found} instead of {expected}; {_remedy(path.parent)}")
     file = open_to_read(path)
@@ -222,75 +219,49 @@ def open_tokens(path: Path, dtype: str, tokens: int) -> tuple[int, int]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of token shards, its fields checked.
-
-    Raises:
-        DataError: if there is none, or it is not one of ours; the message names the field.
-    """
+    """Return the validated manifest of a folder of token shards. Raises DataError naming the file and the field."""
     path = folder / MANIFEST
+    if not path.exists():
+        nested = folder / "train"
+        pack = "pack it with scripts/make_tokens.py, or the demo's data with python -m moa_lm tales"
+        remedy = f"did you mean {nested}?" if (nested / MANIFEST).exists() else pack
+        raise DataError(f"{path} does not exist; {remedy}")
     try:
-        manifest = json.loads(path.read_bytes())
-        _check_manifest(manifest)
-    except FileNotFoundError as error:
-        inside = folder / "train"
-        hint = f"; did you mean {inside}?" if (inside / MANIFEST).exists() else f"; {_remedy(folder)}"
-        raise DataError(f"{path} does not exist{hint}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be used: {error}; delete {folder} and make or copy it anew") from error
+        manifest = parse_manifest(path.read_bytes(), FORMAT, COUNTS)
+        _check_fields(manifest)
+    except (OSError, DataError) as error:
+        raise DataError(f"{path} cannot be read: {error}; delete {folder} and make or copy it again") from error
     return manifest
 
 
-def _check_manifest(manifest: Any) -> None:
-    """Raises ValueError naming the field that is wrong."""
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f'field "format" is not "{FORMAT}"')
-    shards, tokenizer = manifest.get("shards"), manifest.get("tokenizer")
-    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
-        raise ValueError('field "shards" is no list of shards')
+def _check_fields(manifest: dict[str, Any]) -> None:
+    """Raise DataError naming a field of a token manifest that is missing or invalid."""
+    dtype, vocab_size, end = (manifest.get(field) for field in ("dtype", "vocab_size", "end_of_text"))
+    if dtype not in tuple(DTYPES):
+        raise DataError(f"dtype is {dtype!r}, expected {' or '.join(DTYPES)}")
+    if type(vocab_size) is not int or type(end) is not int or not 0 <= end < vocab_size:
+        raise DataError(f"end_of_text is {end!r}, expected a token of the vocabulary of {vocab_size!r}")
+    tokenizer = manifest.get("tokenizer")
     if not isinstance(tokenizer, dict) or not all(isinstance(tokenizer.get(key), str) for key in ("name", "sha256")):
-        raise ValueError('field "tokenizer" lacks "name" or "sha256"')
-    for entry in (manifest, *shards):
-        for field in _COUNTS:
-            if type(entry.get(field)) is not int or not 1 <= entry[field] <= _MAX_COUNT:
-                raise ValueError(f'field "{field}" of {entry.get("name", "the set")} is {entry.get(field)!r}')
-    for shard in shards:
-        if not re.fullmatch(r"\w[\w.-]*", shard["name"] if isinstance(shard.get("name"), str) else ""):
-            raise ValueError(f'field "name" is {shard.get("name")!r}, not a plain file name')
-        if not re.fullmatch(r"[0-9a-f]{64}", shard["sha256"] if isinstance(shard.get("sha256"), str) else ""):
-            raise ValueError(f'field "sha256" of {shard["name"]} is {shard.get("sha256")!r}')
-    for field in ("tokens", "documents"):
-        total = sum(shard[field] for shard in shards)
-        if total != manifest[field]:
-            raise ValueError(f'field "{field}" is {manifest[field]}, but its shards have {total}')
-    if manifest.get("dtype") not in tuple(DTYPES):
-        raise ValueError(f'field "dtype" is {manifest.get("dtype")!r}; allowed: {", ".join(DTYPES)}')
-    itemsize = DTYPES[manifest["dtype"]].itemsize
-    for shard in shards:
-        if shard["tokens"] * itemsize > shard["bytes"]:
-            raise ValueError(f'field "tokens" of {shard["name"]} is {shard["tokens"]}, too many for its "bytes"')
-    vocab_size, end = manifest.get("vocab_size"), manifest.get("end_of_text")
-    if type(vocab_size) is not int or type(end) is not int or not 0 <= end < vocab_size <= 256**itemsize:
-        raise ValueError(f'field "end_of_text" is {end!r}, with "vocab_size" {vocab_size!r}')
+        raise DataError(f"tokenizer is {tokenizer!r}, expected a name and a sha256")
+    for field in ("tokens", "bytes"):
+        if type(manifest.get(field)) is not int or manifest[field] < 1:
+            raise DataError(f"{field} is {manifest.get(field)!r}, expected 1 or more")
 
 
 def _remedy(folder: Path) -> str:
-    return f"run the scripts/make_tokens.py command that made {folder} again (it keeps what is whole), or copy it anew"
-
-
-def _dtype_code(name: str) -> str:
-    """A dtype as safetensors writes it: "uint16" -> "U16"."""
-    return name.replace("uint", "U")
+    return f"run the scripts/make_tokens.py command of {folder} again (it keeps intact shards) or copy the folder again"
 
 
 class TokenWindows(Dataset[TokenBatch]):
-    """Windows of T + 1 tokens by their numbers."""
+    """Batches of windows of T + 1 tokens, by window number."""
 
     def __init__(self, shards: TokenShards, length: int) -> None:
         self.shards = shards
         self.length = length
 
     def __getitems__(self, windows: list[int]) -> TokenBatch:
-        """The batch of these windows."""
+        """Return the batch of these windows."""
         tokens = np.empty((len(windows), self.length + 1), np.int64)
         for row, window in zip(tokens, windows, strict=True):
             row[:] = self.shards.window(window, self.length)
@@ -298,12 +269,12 @@ class TokenWindows(Dataset[TokenBatch]):
 
 
 class ShuffledWindows(Sampler[list[int]]):
-    """(epoch, position) lists -> window numbers; every epoch is a permutation of its own of all windows.
+    """Batches of window numbers; every epoch is another permutation of all windows.
 
     Args:
-        windows: how many there are.
-        seed: of the order; 0 or more.
-        batches: the lists.
+        windows: Number of windows.
+        seed: Seed of the order, 0 or more.
+        batches: Batches of (epoch, position).
     """
 
     def __init__(self, windows: int, seed: int, batches: StepBatches) -> None:
@@ -317,7 +288,7 @@ class ShuffledWindows(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         current, order = -1, np.empty(0, np.int64)
         for batch in self.batches:
-            epoch = batch[0][0]  # of the whole batch: no step crosses an epoch's end
+            epoch = batch[0][0]  # the same in the whole batch: no step crosses the end of an epoch
             if epoch != current:
                 current, order = epoch, generator(self.key, epoch, 0).permutation(self.windows)
             yield [int(order[position]) for _, position in batch]
@@ -335,29 +306,30 @@ def train_loader(
     start_step: int = 0,
     num_steps: int,
 ) -> DataLoader[TokenBatch]:
-    """One rank's micro-batches of the steps start_step .. num_steps - 1, in order: `TokenBatch`, B = micro_batch.
+    """Return a loader of one rank's micro-batches of steps start_step .. num_steps - 1, as `TokenBatch`.
 
-    An epoch shows every window at most once, in an order of its own, and drops the last partial global batch.
-    Beginning at a step is a seek.
+    An epoch shows every window at most once, in its own order, and drops the last partial global batch. Starting at a
+    later step is a seek.
 
     Args:
-        shards: the training tokens.
-        config: sequence length, workers.
-        seed: of the order; 0 or more.
-        global_batch: windows of a step, over all ranks and micro-batches.
-        micro_batch: windows of one forward on one rank.
-        rank: of this process.
-        world_size: number of ranks.
-        start_step: first step, counted from 0 over all epochs.
-        num_steps: the step to stop before.
+        shards: The training tokens.
+        config: Sequence length and workers.
+        seed: Seed of the order, 0 or more.
+        global_batch: Windows per step, over all ranks and micro-batches.
+        micro_batch: Windows per forward pass on one rank.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        start_step: First step, counted from 0 over all epochs.
+        num_steps: Step to stop before.
 
     Raises:
-        ValueError: if the batch does not split into micro-batches, or an epoch is shorter than a batch.
+        ValueError: The batch does not split into micro-batches.
+        ConfigError: An epoch is shorter than a global batch.
     """
     windows = shards.windows(config.sequence_length)
     if windows < global_batch:
-        raise ValueError(
-            f"data.train has {shards.tokens:,} tokens, {windows} windows of data.sequence_length = "
+        raise ConfigError(
+            f"data.train has {shards.tokens:,} tokens, {windows} windows of data.sequence_length "
             f"{config.sequence_length}, fewer than one global batch of {global_batch}; use a smaller batch or "
             "shorter sequences"
         )
@@ -376,18 +348,18 @@ def val_loader(
     world_size: int = 1,
     limit: int | None = None,
 ) -> DataLoader[TokenBatch]:
-    """One rank's share of the first held-out windows, in order, each exactly once over all ranks, as `TokenBatch`.
+    """Return a loader of one rank's part of the held-out windows, in order, each once over all ranks.
 
     The last batch may be smaller, and ranks may differ by one window: add up sums and counts, not means of batches.
-    May be iterated again and again.
+    The loader can be iterated repeatedly.
 
     Args:
-        shards: the held-out tokens.
-        config: sequence length, workers.
-        batch_size: windows of a batch on one rank.
-        rank: of this process.
-        world_size: number of ranks.
-        limit: use the first so many windows; None: all.
+        shards: The held-out tokens.
+        config: Sequence length and workers.
+        batch_size: Windows per batch on one rank.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        limit: Number of windows to use, from the first on; None: all.
     """
     windows = shards.windows(config.sequence_length)
     mine = range(rank, windows if limit is None else min(limit, windows), world_size)

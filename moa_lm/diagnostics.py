@@ -1,10 +1,12 @@
-"""What a language model does with held-out tokens: which activations they mix, and which experts they go to.
+"""Mixing coefficients and expert loads of a language model on held-out tokens.
 
-FOLDER/mixing/step_XXXXXXXX.json     each recorded step: the coefficients' spread over the tokens, by layer
-FOLDER/experts/step_XXXXXXXX.json    each recorded step: the routers' choices, by layer
+FOLDER/mixing/step_XXXXXXXX.json     distribution of the coefficients over the tokens, by layer
+FOLDER/experts/step_XXXXXXXX.json    choices of the routers, by layer
 
-A layer is called "model.3"; with experts that is the routed ones, and the shared ones are "model.3.shared".
+Layers are named "model.3"; with experts that means the routed ones, and the shared ones are "model.3.shared".
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterator
@@ -25,13 +27,13 @@ from moa_lm.router import expert_load, load_balancing_loss, router_entropy
 from moa_train.atomic_io import write_json
 
 MAX_TOKENS = 4096
-"""Tokens that are looked at, at most: plenty for percentiles, and little beside a validation."""
+"""Largest number of tokens per recording: enough for percentiles, cheap compared with a validation."""
 
 Row = dict[str, Any]
 
 
 class Watched(NamedTuple):
-    """Rows of the two files, one a layer; empty where nothing is mixed, or where there are no experts."""
+    """Rows of the two files, one per layer; empty without mixing or without experts."""
 
     mixing: list[Row]
     experts: list[Row]
@@ -39,30 +41,30 @@ class Watched(NamedTuple):
 
 @torch.no_grad()
 def watch(model: MoALlamaForCausalLM, input_ids: Tensor, position_ids: Tensor | None = None) -> Watched:
-    """Run the decoder on tokens and note what its mixing layers and routers do.
+    """Run the decoder on tokens and record the statistics of its mixing layers and routers.
 
-    Coefficients and shares of routed experts are taken over their assignments, so that a token counts k times, once
-    in each expert that it goes to and equally, whatever the weights there.
+    Statistics of routed experts are taken over assignments: a token counts once in each of its k experts, regardless
+    of their weights.
 
     Args:
-        model: not wrapped; it is run in evaluation mode and left in the mode it was in.
-        input_ids: (B, T) tokens on the model's device; as many whole sequences are used as `MAX_TOKENS` has room for,
-            but at least one.
-        position_ids: (B, T), of `document_positions` where documents are masked.
+        model: The bare model; it runs in evaluation mode and returns to its previous mode.
+        input_ids: (B, T) tokens on the model's device; as many whole sequences are used as `MAX_TOKENS` allows, but at
+            least one.
+        position_ids: (B, T) as returned by `document_positions`, with a document mask.
 
     Returns:
         Mixing rows: see `moa_ffn.mixing_stats.mixing_row`.
-        Expert rows: layer, load (each expert's share of the assignments), entropy (mean of the router's softmax, in
-        nats) and max_entropy, balance_loss (1 is perfect balance), assignments (k for each token) and dropped (those
-        that reached no expert).
-        A layer whose weights are so large that nothing is a number any more has no row.
+        Expert rows: layer, load (fraction of the assignments per expert), entropy (mean over tokens, in nats) and
+        max_entropy, balance_loss (1 is perfect balance), assignments (k per token) and dropped (assignments that
+        reached no expert).
+        Layers with non-finite values have no row.
     """
     rows = max(1, MAX_TOKENS // input_ids.shape[1])
     training = model.training
     model.eval()
     try:
-        # Not through `model(...)`: where the model is compiled, that would pass the hooks by.
-        with _noted(model, sequence_length=input_ids.shape[1]) as found:
+        # A compiled `model(...)` would skip the hooks.
+        with _recording(model, sequence_length=input_ids.shape[1]) as found:
             positions = None if position_ids is None else position_ids[:rows]
             model.model(input_ids[:rows], position_ids=positions, use_cache=False)
     finally:
@@ -71,18 +73,18 @@ def watch(model: MoALlamaForCausalLM, input_ids: Tensor, position_ids: Tensor | 
 
 
 def save_mixing(watched: Watched, folder: Path, *, step: int) -> None:
-    """Write the mixing rows into `folder` (made if missing), the file whole or not at all; no rows, no file.
+    """Write the mixing rows, if any, into a new or existing folder, atomically.
 
     Args:
-        watched: what `watch` found.
-        folder: where to, the run folder's `mixing`.
-        step: training step of the weights.
+        watched: Result of `watch`.
+        folder: The folder `mixing` of the run.
+        step: Training step of the weights.
     """
     _save(watched.mixing, folder, step)
 
 
 def save_experts(watched: Watched, folder: Path, *, step: int) -> None:
-    """Write the expert rows into `folder`, the run folder's `experts`; otherwise as `save_mixing`."""
+    """Write the expert rows into the folder `experts` of the run; otherwise as `save_mixing`."""
     _save(watched.experts, folder, step)
 
 
@@ -93,17 +95,17 @@ def _save(rows: list[Row], folder: Path, step: int) -> None:
 
 
 @contextmanager
-def _noted(model: MoALlamaForCausalLM, *, sequence_length: int) -> Iterator[Watched]:
-    """While entered, every call of a mixing FFN, of routed experts and of a router adds its row, in order."""
+def _recording(model: MoALlamaForCausalLM, *, sequence_length: int) -> Iterator[Watched]:
+    """Record a row for every call of a mixing FFN, of routed experts and of a router within the context."""
     found = Watched([], [])
 
-    def note_mixing(layer: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record_mixing(layer: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(module, FFN | Experts)
         used = _used(module, inputs[0].flatten(0, -2)) if isinstance(module, FFN) else _routed(module, model, *inputs)
         row = mixing_row(layer, module.spec.terms, module.spec.token_adaptive, *used)
         found.mixing.extend([] if row is None else [row])
 
-    def note_router(layer: str, _: nn.Module, __: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+    def record_router(layer: str, _: nn.Module, __: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
         logits, _weights, indices = (values.unflatten(0, (-1, sequence_length)) for values in outputs)
         found.experts.extend(_expert_row(layer, logits, indices))
 
@@ -112,11 +114,11 @@ def _noted(model: MoALlamaForCausalLM, *, sequence_length: int) -> Iterator[Watc
         layer, feedforward = f"model.{index}", block.get_submodule("mlp")
         mixing: dict[str, nn.Module | None] = {layer: feedforward}
         if isinstance(feedforward, MoE):
-            handles.append(feedforward.router.register_forward_hook(partial(note_router, layer)))
+            handles.append(feedforward.router.register_forward_hook(partial(record_router, layer)))
             mixing = {layer: feedforward.experts, f"{layer}.shared": feedforward.shared_experts}
         for name, module in mixing.items():
             if isinstance(module, FFN | Experts) and module.spec.num_coefficients:
-                handles.append(module.register_forward_pre_hook(partial(note_mixing, name)))
+                handles.append(module.register_forward_pre_hook(partial(record_mixing, name)))
     try:
         yield found
     finally:
@@ -125,21 +127,21 @@ def _noted(model: MoALlamaForCausalLM, *, sequence_length: int) -> Iterator[Watc
 
 
 def _used(ffn: FFN, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients and shares (N, K), float32, of the tokens x (N, D)."""
+    """Return coefficients and shares (N, K), float32, of tokens x (N, D)."""
     return ffn.mixing(x).flatten(-2).float(), ffn.shares(x).flatten(-2).float()
 
 
 def _routed(
     experts: Experts, model: MoALlamaForCausalLM, hidden: Tensor, _: Tensor, indices: Tensor
 ) -> tuple[Tensor, ...]:
-    """Coefficients and shares (S, K) of routed experts' assignments, for their inputs (N, D), (N, k), (N, k)."""
+    """Return coefficients and shares (S, K) of the assignments of routed experts with inputs (N, D), (N, k), (N, k)."""
     ffns = (_expert(experts, e, model.config) for e in range(experts.num_experts))
     used = [_used(ffn, hidden[(indices == e).any(-1)]) for e, ffn in enumerate(ffns)]
     return tuple(map(torch.cat, zip(*used, strict=True)))
 
 
 def _expert(experts: Experts, number: int, config: MoALlamaConfig) -> FFN:
-    """One routed expert as an `FFN`, which shares the weights."""
+    """Return one routed expert as an `FFN` that shares its weights."""
     ffn = FFN(experts.dim, experts.hidden_dim, **config.ffn_arguments(), device="meta")
     weights = {}
     for name in ffn.state_dict():
@@ -151,7 +153,7 @@ def _expert(experts: Experts, number: int, config: MoALlamaConfig) -> FFN:
 
 
 def _expert_row(layer: str, logits: Tensor, indices: Tensor) -> Iterator[Row]:
-    """The row of one layer from router logits (B, T, E) and chosen experts (B, T, k); none if they are not finite."""
+    """Yield the row of a layer for router logits (B, T, E) and experts (B, T, k), unless logits are non-finite."""
     if not logits.isfinite().all():
         return
     count, k = logits.shape[-1], indices.shape[-1]

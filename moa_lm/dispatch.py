@@ -1,12 +1,14 @@
-"""Drop-free dispatch of tokens to experts: assignments sorted by expert, products group by group, a fixed-order sum.
+"""Drop-free dispatch of tokens to experts: sort assignments by expert, multiply group by group, sum in fixed order.
 
-Every token reaches all of its experts, whatever the others chose. Nothing is scattered with atomics, forward or
-backward, and a token's experts are added in a fixed order, that of their weights or (on CPUs) of the experts: its
-output does not depend on its batch, and two runs agree bit for bit.
+Every token reaches all of its experts. Nothing is scattered with atomics, forward or backward, and the experts of a
+token are added in a fixed order, that of their weights or (on CPUs) of the experts: the output of a token does not
+depend on its batch, and two runs agree bit for bit.
 
-Shapes: N tokens, k experts a token, S = N * k assignments (token, choice), E experts. A "row" is the place of an
+Shapes: N tokens, k experts per token, S = N * k assignments (token, choice), E experts. A "row" is the position of an
 assignment in the order by expert.
 """
+
+from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
@@ -19,20 +21,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moa_lm import expert_blocks
+from moa_train.errors import ConfigError
 
 METHODS = ("auto", "blocks", "grouped", "loop")
-"""How the experts' products are computed: expert by expert, gathered and summed on the way (expert_blocks.py; CPUs),
-torch's grouped product, one product for each expert, or the first of these that the device and dtype have."""
+"""Methods of the experts' products: "blocks" gathers, multiplies and adds expert by expert (expert_blocks.py; CPUs),
+"grouped" is torch's grouped product, "loop" one product per expert, "auto" the first that is available."""
 
-_ALIGNMENT = 16  # bytes; grouped products need rows that begin at multiples of it
+_ALIGNMENT = 16
+"""Bytes to which grouped products need rows aligned."""
+
 _logger = logging.getLogger(__name__)
 
 
 class Groups(NamedTuple):
-    """The assignments sorted by expert, in the order of tokens within an expert; all int64 but `ends`.
+    """Assignments sorted by expert, in the order of tokens within an expert; int64 except `ends`.
 
-    order (S,): token * k + choice of each row. rows (N, k): the row of each assignment. experts (S,): the expert of
-    each row. ends (E,) int32: the row after each expert's last one.
+    Attributes:
+        order: (S,) token * k + choice of each row.
+        rows: (N, k) row of each assignment.
+        experts: (S,) expert of each row.
+        ends: (E,) int32, the row after the last one of each expert.
     """
 
     order: Tensor
@@ -42,7 +50,7 @@ class Groups(NamedTuple):
 
 
 def group_by_expert(indices: Tensor, num_experts: int) -> Groups:
-    """Sort the assignments indices (N, k), entries 0..E-1, by expert; without a device synchronization."""
+    """Sort assignments (N, k) with entries 0..E-1 by expert, without a device synchronization."""
     experts, order = indices.flatten().sort(stable=True)
     places = torch.arange(len(order), device=order.device)
     rows = torch.empty_like(order).scatter(0, order, places).view_as(indices)
@@ -51,29 +59,29 @@ def group_by_expert(indices: Tensor, num_experts: int) -> Groups:
 
 
 def dispatch(x: Tensor, groups: Groups) -> Tensor:
-    """One row for each assignment: x (N, *) -> (S, *)."""
+    """Copy tokens to rows: x (N, *) -> (S, *)."""
     return _Dispatch.apply(x, groups.order, groups.rows)
 
 
 def combine(out: Tensor, weights: Tensor, groups: Groups) -> Tensor:
-    """The weighted sum of each token's rows: out (S, D), weights (N, k) -> (N, D).
+    """Sum the rows of each token with weights: out (S, D), weights (N, k) -> (N, D).
 
-    Summed in the weights' dtype over choices 0, 1, ..., and returned in out's dtype.
+    The sum runs over choices 0, 1, ... in the weights' dtype and is returned in out's dtype.
     """
     return _Combine.apply(out, weights, groups.order, groups.rows)
 
 
 def project_in(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], groups: Groups, method: str) -> list[Tensor]:
-    """Every token through linear maps of each of its experts.
+    """Apply linear maps of each of its experts to every token.
 
     Args:
         x: (N, I) tokens.
-        maps: weight (E, O, I) and bias (E, O) or None of each map.
-        groups: the assignments.
-        method: one of `METHODS` but "auto"; see `choose_method`.
+        maps: Weight (E, O, I) and bias (E, O) or None of each map.
+        groups: The assignments.
+        method: A result of `choose_method`.
 
     Returns:
-        (S, O) of each map, in x's dtype or autocast's.
+        (S, O) for each map, in x's dtype or autocast's.
     """
     if method == "blocks":
         tokens = expert_blocks.row_tokens(groups.order, groups.rows.shape[1])
@@ -86,22 +94,22 @@ def project_in(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], groups: 
 def project_out(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor, groups: Groups, method: str
 ) -> Tensor:
-    """Every row through its expert's linear map, and the weighted sum of each token's rows.
+    """Apply its expert's linear map to every row and sum the rows of each token with weights.
 
     Args:
         hidden: (S, I) rows sorted by expert.
         weight: (E, O, I).
         bias: (E, O) or None.
         scales: (N, k), the weights of the sum.
-        groups: of the rows.
-        method: as in `project_in`.
+        groups: Assignments of the rows.
+        method: A result of `choose_method`.
 
     Returns:
         (N, O) in hidden's dtype or autocast's.
     """
     if method != "blocks":
         return combine(grouped_linear(hidden, weight, bias, groups, method), scales, groups)
-    # The rows are scaled before the product, where they are narrow, and where compilers fuse it with the mixture.
+    # Rows are scaled before the product, where they are narrow and compilers fuse the scaling with the mixture.
     hidden = hidden * scales.to(hidden.dtype).flatten().gather(0, groups.order).unsqueeze(-1)
     tokens = expert_blocks.row_tokens(groups.order, groups.rows.shape[1])
     out = expert_blocks.project_out(hidden, weight, tokens, groups.ends, len(groups.rows))
@@ -109,33 +117,33 @@ def project_out(
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups, method: str) -> Tensor:
-    """Each row through its expert's linear map.
+    """Apply its expert's linear map to each row.
 
     Args:
         x: (S, I) rows sorted by expert.
-        weight: (E, O, I), as in nn.Linear for each expert; cast to the dtype of the product, like the bias.
+        weight: (E, O, I), as in nn.Linear for each expert; cast to the dtype of the product, as is the bias.
         bias: (E, O) or None.
-        groups: of the rows.
-        method: "grouped" or "loop"; see `choose_method`. The loop reads the groups' sizes on the host, which
-            synchronizes the device and breaks a compiled graph.
+        groups: Assignments of the rows.
+        method: "grouped" or "loop". The loop reads the group sizes on the host, which synchronizes the device and
+            breaks a compiled graph.
 
     Returns:
         (S, O) in x's dtype or autocast's.
     """
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
-    # No row at all: the grouped product's gradient fails on empty tensors.
+    # The gradient of the grouped product fails on empty tensors.
     product = _grouped(x, weight, groups.ends) if method == "grouped" and len(x) else _loop(x, weight, groups.ends)
     return _with_bias(product, bias, groups)
 
 
 def _with_bias(product: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
-    # An embedding sums the gradient of a repeated entry in a fixed order; indexing does so with atomics on the CPU.
+    # The gradient of an embedding sums repeated entries in a fixed order; that of indexing uses atomics on the CPU.
     return product if bias is None else product + F.embedding(groups.experts, bias).to(product.dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a product with x is computed: x's, or autocast's where it applies."""
+    """Return the dtype of a product with x: x's, or autocast's where it applies."""
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -145,10 +153,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def choose_method(method: str, device: torch.device, dtype: torch.dtype) -> str:
     """Return "blocks", "grouped" or "loop" for `method`, one of `METHODS`.
 
-    "auto" takes the first of them that can run. That it takes the loop is logged once for a device and dtype.
+    "auto" takes the first that is available; a fallback to the loop is logged once per device and dtype.
 
     Raises:
-        ValueError: a method was asked for by name and cannot run for this device and dtype.
+        ConfigError: A method other than "auto" is unavailable for this device and dtype.
     """
     if method == "loop":
         return "loop"
@@ -158,16 +166,15 @@ def choose_method(method: str, device: torch.device, dtype: torch.dtype) -> str:
         if reason is None:
             return name
     if method != "auto":
-        raise ValueError(
-            f"expert_dispatch={method!r} cannot run with {dtype} on {device.type}: {reason}; "
-            "allowed here: 'auto' (which takes one that can) or 'loop'"
+        raise ConfigError(
+            f"expert_dispatch is {method!r}, which is unavailable for {dtype} on {device.type} ({reason}); use auto or "
+            "loop"
         )
-    _say_once(f"experts are computed in a loop, without grouped products ({dtype} on {device.type}: {reason})")
+    _warn_once(f"experts are computed in a loop: grouped products are unavailable ({dtype} on {device.type}: {reason})")
     return "loop"
 
 
 def _unavailable_reason(method: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a method cannot run, or None."""
     if method == "blocks":
         return expert_blocks.unavailable_reason(device, dtype)
     return _grouped_unavailable_reason(device.type, device.index, dtype)
@@ -175,22 +182,22 @@ def _unavailable_reason(method: str, device: torch.device, dtype: torch.dtype) -
 
 @torch.compiler.assume_constant_result
 def _grouped_unavailable_reason(device: str, index: int | None, dtype: torch.dtype) -> str | None:
-    """Why grouped products cannot run, or None; found by trying one of two groups, gradients too."""
-    return _tried(device, index, dtype)
+    return _probe_grouped(device, index, dtype)
 
 
 @lru_cache
-def _tried(device: str, index: int | None, dtype: torch.dtype) -> str | None:
-    """In a thread of its own: what the caller's has switched on (checkpoints, which count the tensors that are saved
-    for a backward pass, inference mode, autocast) takes no notice of it, and does not change it.
+def _probe_grouped(device: str, index: int | None, dtype: torch.dtype) -> str | None:
+    """Try a grouped product and its gradients, and return the error if it fails.
+
+    A separate thread isolates the probe from autocast, inference mode and activation checkpointing of the caller.
     """
     place = torch.device(device) if index is None else torch.device(device, index)
     with ThreadPoolExecutor(1) as thread:
         try:
             thread.submit(_try_grouped, place, dtype).result()
         except torch.OutOfMemoryError:
-            raise  # says nothing about the product
-        except (AttributeError, RuntimeError) as error:
+            raise
+        except RuntimeError as error:
             return str(error).strip().splitlines()[0]
     return None
 
@@ -203,12 +210,12 @@ def _try_grouped(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _say_once(message: str) -> None:
-    _log(message)
+def _warn_once(message: str) -> None:
+    _warn(message)
 
 
 @lru_cache
-def _log(message: str) -> None:
+def _warn(message: str) -> None:
     _logger.warning(message)
 
 
@@ -216,7 +223,7 @@ def _log(message: str) -> None:
 def _loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     stops = ends.tolist()
     sizes = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
-    # unbind, whose gradient is one stack; indexing would make a full-sized gradient for each expert.
+    # The gradient of unbind is one stack; that of indexing is full-sized for each expert.
     return torch.cat([F.linear(part, w) for part, w in zip(x.split(sizes), weight.unbind(), strict=True)])
 
 
@@ -231,7 +238,7 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """The identity; its gradient is contiguous and 16-byte aligned, as grouped products need it."""
+    """Identity whose gradient is contiguous and 16-byte aligned, as grouped products need it."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -247,7 +254,7 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 class _Dispatch(torch.autograd.Function):
-    """x[token of each row]; the gradient gathers too, where autograd's own would scatter with atomics."""
+    """x[token of each row], with a gradient that gathers where autograd's would scatter with atomics."""
 
     @staticmethod
     def forward(x: Tensor, order: Tensor, rows: Tensor) -> Tensor:
@@ -269,6 +276,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
+    """Weighted sum of each token's rows, with a gradient that gathers."""
+
     @staticmethod
     def forward(out: Tensor, weights: Tensor, order: Tensor, rows: Tensor) -> Tensor:
         first, *others = zip(rows.unbind(1), weights.unsqueeze(-1).unbind(1), strict=True)

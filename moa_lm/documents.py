@@ -1,4 +1,4 @@
-"""Where texts come from: files, folders and Hugging Face data sets -> documents, one after another."""
+"""Documents of text, JSONL and Parquet files and of Hugging Face data sets, read in a fixed order."""
 
 from __future__ import annotations
 
@@ -8,28 +8,25 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from glob import glob
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from glob import escape, glob
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+from moa_train.errors import ConfigError, DataError
 from moa_train.progress import CountBar
-
-_NAMED_EMPTY = 10  # empty documents that are named; all are counted
-
-_LARGE, _TOO_LARGE = 2**26, 2**30  # bytes of a document; a byte took 100 bytes of memory while it was tokenized
 
 _logger = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    """One text of a source.
+    """One document of a source.
 
     Attributes:
-        where: it stands: FILE:LINE, FILE:row N or DATA SET:row N, counted from 1.
-        text: it.
-        problem: why it cannot be used; "" where it can.
+        where: FILE:LINE, FILE:row N or hf:NAME:row N, counted from 1.
+        text: The text; "" where there is a problem.
+        problem: Why the document is unreadable; "" where it is readable.
     """
 
     where: str
@@ -37,425 +34,247 @@ class Document(NamedTuple):
     problem: str = ""
 
 
-class Source(Protocol):
-    """Something that holds documents.
-
-    Attributes:
-        size: in bytes, as stored; None: not known.
-    """
-
-    size: int | None
-
-    @property
-    def done(self) -> int:
-        """Stored bytes that the latest reading has behind it."""
-        ...
-
-    def __iter__(self) -> Iterator[Document]: ...
+Reader = Callable[[], Iterator[Document]]
 
 
 class Corpus:
-    """The documents of several sources, source after source; may be read again and again, with the same result.
+    """The documents of several sources, in order; can be iterated repeatedly with the same result.
 
     Args:
-        sources: each a text, JSONL or Parquet file (.txt, .jsonl, .parquet; the first two also .gz), a folder of
-            such, a glob, or hf:NAME[:OPTION=VALUE]..., a data set that `datasets` finds on the Hub or in a folder and
-            streams; options are config, split ("train" if not given), revision, data_dir and data_files.
-        field: of a record that is its text.
-        split_on: regular expression; a line of a text file in which it is found begins a new document. None: a text
-            file is one document.
-
-    Attributes:
-        size: in bytes, as stored; None: not known.
+        sources: Text, JSONL or Parquet files (.txt, .jsonl, .parquet; the first two also .gz), folders of such files,
+            globs, or hf:NAME[:OPTION=VALUE]..., a data set on the Hub or in a folder that `datasets` streams, with the
+            options config, split (default: train), revision, data_dir and data_files.
+        field: Text field of a record.
+        split_on: Regular expression; a matching line of a text file begins a new document. None: a text file is one
+            document.
 
     Raises:
-        ValueError: if a source is not there or holds no such file, or the expression is none.
+        ConfigError: The regular expression or an option of a source is invalid.
+        DataError: A source does not exist or holds no such file.
     """
 
     def __init__(self, sources: Sequence[str], *, field: str = "text", split_on: str | None = None) -> None:
         try:
             pattern = None if split_on is None else re.compile(split_on)
         except re.error as error:
-            raise ValueError(f"split_on is {split_on!r}, which is no regular expression: {error}") from error
+            raise ConfigError(f"split_on is {split_on!r}; it must be a regular expression ({error})") from error
         self.names = tuple(sources)
-        self._sources = [opened for name in sources for opened in _open(name, field, pattern)]
-        if split_on is not None and not any(isinstance(source, TextFile) for source in self._sources):
-            raise ValueError(
-                f"split_on is {split_on!r}, but {', '.join(sources)} holds no text file that it could split"
-            )
-        self._current: Source | None = None
-        self._behind = 0  # bytes of the sources before it
-        sizes = [source.size for source in self._sources]
-        self.size = None if None in sizes else sum(size for size in sizes if size is not None)
-
-    @property
-    def done(self) -> int:
-        """Stored bytes that the latest reading has behind it, where they are known."""
-        return self._behind + (self._current.done if self._current else 0)
+        self._readers = [reader for name in sources for reader in _readers(name, field, pattern)]
 
     def __iter__(self) -> Iterator[Document]:
-        """The documents, also those that cannot be used. Raises ValueError for a file that cannot be read at all."""
-        self._behind = 0
-        for source in self._sources:
-            self._current = source
-            for document in source:
-                if document.problem or document.text.strip():
-                    yield document
-                else:
-                    yield Document(document.where, problem="empty")
-            self._behind += source.size or 0
-            self._current = None
+        """Yield all documents, unreadable and empty ones included. Raises DataError for a file that breaks off."""
+        for read in self._readers:
+            yield from read()
 
 
-class Skipped:
-    """Counts the documents that cannot be used, and ends a run that has too many.
-
-    Args:
-        limit: how many are put up with, beside empty ones.
+class ReadState(NamedTuple):
+    """How far a corpus has been read.
 
     Attributes:
-        empty: number of documents without a text.
-        unusable: number of those that cannot be read.
-        named: where they are and what is wrong: all that cannot be read and the first empty ones.
+        documents: Usable documents.
+        sha256: SHA-256 over the SHA-256 digests of their texts.
+        empty: Skipped documents without text.
+        unreadable: Skipped documents with a problem.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.empty = 0
-        self.unusable = 0
-        self.named: list[dict[str, str]] = []
-
-    def add(self, document: Document) -> None:
-        """Counts a document. Raises ValueError beyond the limit."""
-        if document.problem == "empty":
-            self.empty += 1
-            if self.empty > _NAMED_EMPTY:
-                return
-        else:
-            self.unusable += 1
-        self.named.append({"where": document.where, "problem": document.problem})
-        if self.unusable > self.limit:
-            raise ValueError(
-                f"{self.unusable} documents cannot be read, more than --max-bad {self.limit} allows; the last: "
-                f"{document.where}: {document.problem}. Mend the source, or allow more: finished shards are kept"
-            )
-
-    def keep(self, empty: int, unusable: int) -> None:
-        """Forgets all but so many, the first ones."""
-        self.empty, self.unusable = empty, unusable
-        del self.named[min(empty, _NAMED_EMPTY) + unusable :]
+    documents: int = 0
+    sha256: str = ""
+    empty: int = 0
+    unreadable: int = 0
 
 
 class Text(NamedTuple):
     """A usable document.
 
     Attributes:
-        number: of the usable documents of its corpus, counted from 1.
-        text: it.
-        bytes: its length as UTF-8.
-        held_out: whether it belongs to the held-out set, where one is split off.
-        sha256: of the texts up to and with this one.
-        skipped: numbers of the documents before it that are empty, and that cannot be read.
+        text: The text.
+        bytes: Its length in UTF-8.
+        held_out: Whether it belongs to the held-out set, where one is split off.
+        state: How far the corpus has been read, this document included.
     """
 
-    number: int
     text: str
     bytes: int
     held_out: bool
-    sha256: str
-    skipped: tuple[int, int] = (0, 0)
+    state: ReadState
 
 
-class Reading:
-    """The usable documents of a corpus, numbered and fingerprinted, with a progress bar; may be read again.
+class CorpusReader:
+    """The usable documents of a corpus, counted and hashed; can be iterated repeatedly.
 
     Args:
-        corpus: of documents.
-        val_fraction: part of them that is held out.
-        max_bad: see `Skipped`.
-        title: of the progress bar.
+        corpus: The documents.
+        val_fraction: Fraction of the documents that is held out, chosen by a hash of the text.
+        max_bad: Number of unreadable documents above which reading fails.
 
     Attributes:
-        documents: how many there are; known after reading, as the following.
-        sha256: of the SHA-256 of each text, in order.
-        skipped: those that are not usable.
+        state: How far the latest iteration has read.
     """
 
-    def __init__(self, corpus: Corpus, val_fraction: float, max_bad: int, title: str) -> None:
+    def __init__(self, corpus: Corpus, val_fraction: float = 0.0, max_bad: int = 100) -> None:
         self.corpus = corpus
         self.val_fraction = val_fraction
         self.max_bad = max_bad
-        self.title = title
-        self.documents = 0
-        self.sha256 = ""
-        self.skipped = Skipped(max_bad)
+        self.state = ReadState()
 
     def __iter__(self) -> Iterator[Text]:
-        self.documents, self.skipped = 0, Skipped(self.max_bad)
+        """Yield the usable documents. Raises DataError for more than `max_bad` unreadable ones."""
+        self.state = ReadState()
         running = hashlib.sha256()
-        with CountBar(total=self.corpus.size or 0, title=self.title, unit="B") as bar:
-            bar.total, bar.unit_scale = self.corpus.size, True
-            for document in self.corpus:
-                if document.problem:
-                    self.skipped.add(document)
-                    continue
-                data = document.text.encode()
-                own = hashlib.sha256(data).digest()
-                running.update(own)
-                self.documents, self.sha256 = self.documents + 1, running.hexdigest()
-                held_out = int.from_bytes(own[:8]) < self.val_fraction * 2**64
-                skipped = self.skipped.empty, self.skipped.unusable
-                yield Text(self.documents, document.text, len(data), held_out, self.sha256, skipped)
-                bar.update(self.corpus.done - bar.n)
-
-    def end_at(self, text: Text) -> None:
-        """Leaves what was read after this text out of account; how far that was depends on the number of workers."""
-        self.documents, self.sha256 = text.number, text.sha256
-        self.skipped.keep(*text.skipped)
-
-    def changed(self, then: str) -> ValueError:
-        """The error that these are other documents than those that `then` was made from."""
-        names = ", ".join(self.corpus.names)
-        return ValueError(
-            f"{then} was made from other texts than {names} holds now. Bring the old texts back, choose another "
-            "folder, or delete that one"
-        )
-
-
-class FileSource:
-    """A file that is read line by line, packed by gzip or not."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size: int | None = path.stat().st_size
-        self._raw: Any = None
-
-    @property
-    def done(self) -> int:
-        """See `Source`."""
-        return 0 if self._raw is None or self._raw.closed else self._raw.tell()
-
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """The lines with their numbers, counted from 1. Raises ValueError where the packed file is damaged."""
-        number = 0
-        with ExitStack() as stack:
-            self._raw = file = stack.enter_context(self.path.open("rb"))
-            if self.path.suffix == ".gz":
-                file = stack.enter_context(gzip.open(self._raw))
-            try:
-                for number, line in enumerate(file, 1):
-                    yield number, line
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(f"{self.path} is damaged after line {number}: {error}; fetch it again") from error
-
-
-class TextFile(FileSource):
-    """A text, or several that begin where a line matches."""
-
-    def __init__(self, path: Path, field: str, split_on: re.Pattern[str] | None) -> None:
-        super().__init__(path)
-        self.split_on = split_on
-
-    def __iter__(self) -> Iterator[Document]:
-        first, size, lines = 1, 0, []
-        for number, line in self.lines():
-            if lines and self._begins(line):
-                yield self._document(first, lines)
-                first, size, lines = number, 0, []
-            lines.append(line)
-            self._check(first, size, size + len(line))
-            size += len(line)
-        yield self._document(first, lines)
-
-    def _check(self, first: int, before: int, now: int) -> None:
-        """Warns of a document that grows large, of so many bytes. Raises ValueError of one that is too large."""
-        if now <= _LARGE:
-            return
-        where, remedy = f"{self.path}:{first}", "begin a new one at some lines with --split-on"
-        if now > _TOO_LARGE:
-            raise ValueError(f"{where} begins a document of more than {_TOO_LARGE:,} bytes; {remedy}")
-        if before <= _LARGE:
-            message = "%s begins one document of more than %s bytes, which takes up to 100 times that of memory; %s"
-            _logger.warning(message, where, f"{_LARGE:,}", remedy)
-
-    def _begins(self, line: bytes) -> bool:
-        return self.split_on is not None and bool(self.split_on.search(line.decode(errors="replace").rstrip("\r\n")))
-
-    def _document(self, first: int, lines: list[bytes]) -> Document:
-        """The document that begins at line `first`, its line ends as Python's text files have them."""
-        data = b"".join(lines)
-        try:
-            text = data.decode("utf-8-sig" if first == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            line = first + data.count(b"\n", 0, error.start)
-            return Document(f"{self.path}:{line}", problem=f"byte {data[error.start]:#04x} is not UTF-8")
-        return Document(f"{self.path}:{first}", text.replace("\r\n", "\n").replace("\r", "\n"))
-
-
-class JsonLines(FileSource):
-    """An object a line, whose `field` is a text. Blank lines are none."""
-
-    def __init__(self, path: Path, field: str, split_on: re.Pattern[str] | None) -> None:
-        super().__init__(path)
-        self.field = field
-
-    def __iter__(self) -> Iterator[Document]:
-        for number, line in self.lines():
-            where = f"{self.path}:{number}"
-            try:
-                record = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError) as error:
-                yield Document(where, problem=f"not JSON: {error}")
+        for document in self._with_progress():
+            if document.problem:
+                self._skip(document)
                 continue
-            if isinstance(record, dict) and self.field not in record:
-                yield Document(where, problem=f"no field {self.field!r}, only {', '.join(record)}")
-            elif isinstance(record, dict):
-                yield _of_value(where, self.field, record[self.field])
-            elif line.strip():
-                yield Document(where, problem="not a JSON object")
+            if not document.text.strip():
+                self.state = self.state._replace(empty=self.state.empty + 1)
+                continue
+            data = document.text.encode()
+            digest = hashlib.sha256(data).digest()
+            running.update(digest)
+            self.state = self.state._replace(documents=self.state.documents + 1, sha256=running.hexdigest())
+            held_out = int.from_bytes(digest[:8]) < self.val_fraction * 2**64
+            yield Text(document.text, len(data), held_out, self.state)
 
-
-class ParquetFile:
-    """A table whose column `field` holds texts."""
-
-    def __init__(self, path: Path, field: str, split_on: re.Pattern[str] | None) -> None:
-        self.path = path
-        self.field = field
-        self.size: int | None = path.stat().st_size
-        self.done = 0
-
-    def __iter__(self) -> Iterator[Document]:
-        from pyarrow import ArrowException, parquet
-
-        try:
-            with parquet.ParquetFile(self.path) as table:
-                if self.field not in table.schema_arrow.names:
-                    raise ValueError(_no_column(str(self.path), self.field, table.schema_arrow.names))
-                row = 0
-                for batch in table.iter_batches(batch_size=1024, columns=[self.field]):
-                    for value in batch.column(0):
-                        row += 1
-                        yield self._document(row, value)
-                    self.done = (self.size or 0) * row // table.metadata.num_rows
-        except (ArrowException, OSError) as error:
-            raise ValueError(f"{self.path} cannot be read as Parquet: {error}; fetch it again") from error
-
-    def _document(self, row: int, value: Any) -> Document:
-        """The document of a cell, a pyarrow scalar."""
-        where = f"{self.path}:row {row}"
-        try:
-            return _of_value(where, self.field, value.as_py())
-        except UnicodeDecodeError as error:  # Parquet does not look into texts
-            return Document(where, problem=f"byte {error.object[error.start]:#04x} is not UTF-8")
-
-
-_HUB_OPTIONS = {"config": "name", **{name: name for name in ("split", "revision", "data_dir", "data_files")}}
-"""Options of an hf: source, and the arguments of `datasets.load_dataset` that they are."""
-
-
-class HubRows:
-    """A data set that `datasets.load_dataset` streams, from the Hub or from a folder.
-
-    Every reading begins at its first row: `datasets` could go on where an earlier one ended, but the SHA-256 over the
-    texts, which tells that they are still the same, could not.
-    """
-
-    def __init__(self, name: str, field: str) -> None:
-        import datasets
-
-        self.size: int | None = None
-        self.done = 0
-        path, options = _hub_options(name)
-        try:
-            data = datasets.load_dataset(path, streaming=True, **options)
-        except Exception as error:  # see _row
-            raise ValueError(f"source {name!r} cannot be opened: {_told(error)}") from error
-        if data.features is not None and field not in data.features:
-            raise ValueError(_no_column(f"source {name!r}", field, list(data.features)))
-        self.name = name
-        self.field = field
-        self.rows: Any = data if data.features is None else data.select_columns([field])
-
-    def __iter__(self) -> Iterator[Document]:
-        rows, number = iter(self.rows), 0
-        while (row := self._row(rows, number)) is not None:
-            number += 1
-            if self.field not in row:
-                raise ValueError(_no_column(f"source {self.name!r}", self.field, list(row)))
-            yield _of_value(f"{self.name}:row {number}", self.field, row[self.field])
-
-    def _row(self, rows: Iterator[dict[str, Any]], number: int) -> dict[str, Any] | None:
-        """The next row; None: there is none. Raises ValueError where it cannot be had."""
-        try:
-            return next(rows, None)
-        except Exception as error:  # of `datasets`, of pyarrow, of whatever file system and HTTP client they have
-            raise ValueError(
-                f"source {self.name!r} broke off after row {number}: {_told(error)}. The same command goes on: "
-                "it reads from the first row on, and tokenizes from the end of the last finished shard on"
-            ) from error
-
-
-def _hub_options(name: str) -> tuple[str, dict[str, Any]]:
-    """What an hf: source names, and the arguments for `datasets.load_dataset`. Raises ValueError."""
-    path, *given = re.split(r":(?=\w+=)", name.removeprefix("hf:"))  # a value may hold colons: a URL
-    options = {"split": "train"} | dict(option.split("=", 1) for option in given)
-    if not path or not options.keys() <= _HUB_OPTIONS.keys():
-        allowed = "".join(f"[:{option}=VALUE]" for option in _HUB_OPTIONS)
-        raise ValueError(f"source {name!r}: allowed is hf:NAME{allowed}")
-    if "[" in options["split"]:
-        raise ValueError(
-            f"source {name!r}: a stream has no part of a split; name the whole split, and end it with --max-tokens"
+    def changed(self, what: str) -> DataError:
+        """Return the error for data made from other texts than the corpus holds now."""
+        names = ", ".join(self.corpus.names)
+        return DataError(
+            f"{what} was made from other texts than {names} holds now; restore the texts, delete the folder or choose "
+            "another one"
         )
-    return path, {_HUB_OPTIONS[option]: value for option, value in options.items()}
+
+    def _with_progress(self) -> Iterator[Document]:
+        with CountBar(total=0, title=f"read {', '.join(self.corpus.names)}", unit=" documents") as bar:
+            bar.total = None
+            for document in self.corpus:
+                yield document
+                bar.update()
+
+    def _skip(self, document: Document) -> None:
+        self.state = self.state._replace(unreadable=self.state.unreadable + 1)
+        _logger.warning("skipped %s: %s", document.where, document.problem)
+        if self.state.unreadable > self.max_bad:
+            raise DataError(
+                f"{self.state.unreadable} documents are unreadable, more than --max-bad {self.max_bad}; the last: "
+                f"{document.where}: {document.problem}. Repair the source or allow more; finished shards are kept"
+            )
 
 
-def _told(error: Exception) -> str:
-    """An error in one line; some libraries' have no message of their own."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _read_text(path: Path, field: str, split_on: re.Pattern[str] | None) -> Iterator[Document]:
+    first, lines = 1, []
+    for number, line in _lines(path):
+        if lines and split_on is not None and split_on.search(line.rstrip("\n")):
+            yield _document(f"{path}:{first}", "".join(lines))
+            first, lines = number, []
+        lines.append(line)
+    yield _document(f"{path}:{first}", "".join(lines))
 
 
-_KINDS: dict[str, type[TextFile] | type[JsonLines] | type[ParquetFile]] = {
-    ".txt": TextFile,
-    ".txt.gz": TextFile,
-    ".jsonl": JsonLines,
-    ".jsonl.gz": JsonLines,
-    ".parquet": ParquetFile,
+def _read_jsonl(path: Path, field: str, split_on: re.Pattern[str] | None) -> Iterator[Document]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield Document(where, problem=f"invalid JSON: {error}")
+            continue
+        if not isinstance(record, dict):
+            yield Document(where, problem="not a JSON object")
+        elif field not in record:
+            yield Document(where, problem=f"no field {field!r}, found {', '.join(record)}")
+        else:
+            yield _document(where, record[field])
+
+
+def _read_parquet(path: Path, field: str, split_on: re.Pattern[str] | None) -> Iterator[Document]:
+    return _read_table(str(path), field, path="parquet", data_files=escape(str(path.absolute())), split="train")
+
+
+def _read_table(source: str, field: str, **options: Any) -> Iterator[Document]:
+    """Yield the rows of a data set that `datasets.load_dataset` streams; every call begins at the first row."""
+    import datasets
+
+    number = 0
+    try:
+        rows = datasets.load_dataset(streaming=True, **options)
+        if rows.features is not None and field not in rows.features:
+            raise DataError(f"{source} has no field {field!r}, found {', '.join(rows.features)}; set --field")
+        for row in rows if rows.features is None else rows.select_columns([field]):
+            number += 1
+            yield _document(f"{source}:row {number}", row.get(field))
+    except DataError:
+        raise
+    except Exception as error:  # of datasets, pyarrow, the file system or the HTTP client
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DataError(
+            f"{source} cannot be read after row {number} ({reason}); repair it, or run the same command again to resume"
+        ) from error
+
+
+_READERS = {
+    ".txt": _read_text,
+    ".txt.gz": _read_text,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".parquet": _read_parquet,
 }
 
+_HUB_OPTIONS = {"config": "name", **{name: name for name in ("split", "revision", "data_dir", "data_files")}}
+"""Options of an hf: source, and the arguments of `datasets.load_dataset` that they set."""
 
-def _open(name: str, field: str, split_on: re.Pattern[str] | None) -> list[Source]:
-    """What a source's name means, files in the order of their names."""
+
+def _readers(name: str, field: str, split_on: re.Pattern[str] | None) -> list[Reader]:
+    """Return the readers of a source: of a folder or glob one per file, sorted by name."""
     if name.startswith("hf:"):
-        return [HubRows(name, field)]
+        return [partial(_read_table, name, field, **_hub_options(name))]
     path = Path(name).expanduser()
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.is_file())
     else:
-        matches = glob(str(path), recursive=True)  # noqa: PTH207  (Path.glob takes no absolute pattern)
-        found = sorted(Path(match) for match in matches)  # a plain file matches itself
-    if not found:
-        raise ValueError(f"source {name!r}: no such file or folder")
-    kinds = [(file, _kind(file)) for file in found]
-    opened: list[Source] = [kind(file, field, split_on) for file, kind in kinds if kind is not None]
-    if not opened:
-        raise ValueError(f"source {name!r} holds no text; read are {', '.join(_KINDS)}")
-    return opened
+        files = [path] if path.is_file() else sorted(map(Path, glob(str(path), recursive=True)))  # noqa: PTH207
+    if not files:
+        raise DataError(f"source {name!r}: no such file or folder")
+    readers: list[Reader] = [
+        partial(read, file, field, split_on)
+        for file in files
+        for suffix, read in _READERS.items()
+        if file.name.endswith(suffix)
+    ]
+    if not readers:
+        raise DataError(f"source {name!r} has no file of a supported type: {', '.join(_READERS)}")
+    return readers
 
 
-def _kind(file: Path) -> type[TextFile] | type[JsonLines] | type[ParquetFile] | None:
-    return next((kind for suffix, kind in _KINDS.items() if file.name.endswith(suffix)), None)
+def _hub_options(name: str) -> dict[str, str]:
+    """Return the arguments of `datasets.load_dataset` for an hf: source. Raises ConfigError."""
+    path, *given = re.split(r":(?=\w+=)", name.removeprefix("hf:"))  # values may hold colons, as URLs do
+    options = dict(option.split("=", 1) for option in given)
+    if not path or not options.keys() <= _HUB_OPTIONS.keys():
+        allowed = "".join(f"[:{option}=VALUE]" for option in _HUB_OPTIONS)
+        raise ConfigError(f"source is {name!r}; it must be hf:NAME{allowed}")
+    return {"path": path, "split": "train"} | {_HUB_OPTIONS[option]: value for option, value in options.items()}
 
 
-def _of_value(where: str, field: str, value: Any) -> Document:
-    """The document of a record's field."""
-    if not isinstance(value, str):
-        return Document(where, problem=f"field {field!r} is a {type(value).__name__}, not a text")
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the numbered lines of a text file; bytes that are not UTF-8 become surrogates, see `_document`."""
+    number = 0
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can write and UTF-8 cannot
-        return Document(where, problem=f"character {value[error.start]!r} is no Unicode text")
-    return Document(where, value)
+        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged after line {number} ({error}); download it again") from error
 
 
-def _no_column(what: str, field: str, names: list[str]) -> str:
-    return f"{what} has no field {field!r}, only {', '.join(names)}; name one of them with --field"
+def _document(where: str, text: Any) -> Document:
+    if not isinstance(text, str):
+        return Document(where, problem=f"expected a text, found {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        line = text.count("\n", 0, error.start)
+        return Document(where, problem=f"line {line + 1} of the text is not valid Unicode")
+    return Document(where, text)

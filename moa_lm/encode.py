@@ -1,8 +1,7 @@
-"""Documents -> tokens, in worker processes, by any tokenizer of the library `tokenizers`."""
+"""Documents -> tokens, in worker processes, by any tokenizer of the `tokenizers` library."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -20,22 +19,24 @@ from moa_lm.convert import existing_source
 from moa_lm.data import DTYPES
 from moa_lm.documents import Text
 from moa_train.atomic_io import new_folder, write_json
+from moa_train.errors import ConfigError, DataError
+from moa_train.manifest import file_sha256
 from moa_train.reading import read_json
 from moa_train.signals import end_with_parent, ignore_stop_signals
 
-_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**20, 1024  # what a worker is given at a time, at most
-_PARALLELISM = "TOKENIZERS_PARALLELISM"
+_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**20, 1024
+"""A worker's task ends with the document that reaches one of the two."""
 
 
 class Vocabulary(NamedTuple):
     """A tokenizer that is saved in a folder.
 
     Attributes:
-        folder: what AutoTokenizer loads.
-        name: for people.
-        sha256: of its tokenizer.json.
-        size: number of its tokens.
-        end_of_text: its end-of-text token.
+        folder: Folder that AutoTokenizer loads.
+        name: Name in manifests.
+        sha256: SHA-256 of its tokenizer.json.
+        size: Number of its tokens.
+        end_of_text: Its end-of-text token.
     """
 
     folder: Path
@@ -46,91 +47,71 @@ class Vocabulary(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """The smallest type that holds its tokens."""
+        """The smallest dtype that holds every token."""
         return "uint16" if self.size <= 2**16 else "uint32"
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, or of a name on the hub.
-
-    Raises:
-        ValueError: it is damaged; the message names it.
-        OSError: there is none.
-    """
+    """Return the tokenizer in a folder or on the Hub. Raises DataError naming it if it cannot be loaded."""
     name = existing_source(source, "a tokenizer")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except OSError:
-        raise
-    except Exception as error:  # the library `tokenizers` raises nothing more special
-        raise ValueError(f"{name}: no tokenizer can be made of it ({error}); copy or download it again") from error
+    except Exception as error:  # of huggingface_hub, transformers or tokenizers, which raises plain Exception
+        raise DataError(f"{name}: cannot load the tokenizer ({error}); copy or download it again") from error
 
 
-def save_tokenizer(name: str, folder: Path, end_of_text: str | None = None) -> str:
-    """Saves the tokenizer that AutoTokenizer finds by `name`, to encode texts as training sees them: nothing is added
-    to a text, and what stands before it is end-of-text, also by the name of bos_token.
+def save_tokenizer(name: str, folder: Path, end_of_text: str | None = None) -> None:
+    """Save a tokenizer that encodes texts as in training: no special tokens are added, and bos_token is eos_token.
 
     Args:
-        name: of the tokenizer.
-        folder: for it.
-        end_of_text: a token of its vocabulary that becomes its eos_token; None: the one that it has.
-
-    Returns:
-        The SHA-256 of its tokenizer.json.
+        name: Folder or Hub name of the tokenizer.
+        folder: Destination.
+        end_of_text: Token of the vocabulary that becomes eos_token; None keeps the tokenizer's own.
 
     Raises:
-        ValueError: if it is none of the library `tokenizers`, has no end-of-text token, or is damaged.
-        OSError: if there is none.
+        ConfigError: The tokenizer has no tokenizer.json or no end-of-text token.
+        DataError: The tokenizer cannot be loaded.
     """
     tokenizer = load_tokenizer(name)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(
-            f"tokenizer {name!r} is a {type(tokenizer).__name__} in Python, which has no tokenizer.json; name another"
+        raise ConfigError(
+            f"tokenizer {name!r} is a {type(tokenizer).__name__} without tokenizer.json; use a fast tokenizer"
         )
     if end_of_text is not None:
         if end_of_text not in tokenizer.get_vocab():
-            raise ValueError(f"end_of_text is {end_of_text!r}, which is no token of {name!r}; name one that is")
+            raise ConfigError(f"end_of_text is {end_of_text!r}; it must be a token of {name!r}")
         tokenizer.add_special_tokens({"eos_token": end_of_text})
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer {name!r} has no end-of-text token (eos_token); name one of its tokens with --end-of-text"
-        )
+        raise ConfigError(f"tokenizer {name!r} has no eos_token; set --end-of-text to one of its tokens")
     if tokenizer.bos_token_id != tokenizer.eos_token_id:
         tokenizer.bos_token = tokenizer.eos_token
-    adds = tokenizer.num_special_tokens_to_add() > 0
-    if adds:
+    adds_tokens = tokenizer.num_special_tokens_to_add() > 0
+    if adds_tokens:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     with new_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
-        if adds:  # the classes of some models add tokens whatever tokenizer.json says
+        if adds_tokens:  # some models' tokenizer classes add tokens regardless of tokenizer.json
             path = temporary / "tokenizer_config.json"
-            config = read_json(path, "it was written just now")
+            config = read_json(path, "it was just written")
             write_json(path, config | {"tokenizer_class": PreTrainedTokenizerFast.__name__})
-        return hashlib.sha256((temporary / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def open_vocabulary(folder: Path, name: str) -> Vocabulary:
-    """The tokenizer that is saved in a folder, with a tokenizer.json and an end-of-text token.
-
-    Raises:
-        ValueError: if it is damaged, or adds tokens to a text.
-        OSError: if it is not there.
-    """
+    """Return the tokenizer saved in a folder. Raises DataError if it is damaged or adds tokens to a text."""
     tokenizer = load_tokenizer(folder)
-    size, end = max(tokenizer.get_vocab().values(), default=-1) + 1, tokenizer.eos_token_id  # numbers may have gaps
+    size, end = max(tokenizer.get_vocab().values(), default=-1) + 1, tokenizer.eos_token_id  # ids may have gaps
     if not isinstance(end, int) or end >= size:
-        raise ValueError(f"{folder}: no end-of-text token (eos_token) among the tokens; copy the tokenizer again")
+        raise DataError(f"{folder}: the tokenizer has no eos_token in its vocabulary; copy it again")
     if tokenizer.num_special_tokens_to_add():
-        raise ValueError(f"{folder}: the tokenizer adds special tokens to every text; name another")
-    content = (folder / "tokenizer.json").read_bytes()
-    return Vocabulary(folder, name, hashlib.sha256(content).hexdigest(), size, end)
+        raise DataError(f"{folder}: the tokenizer adds special tokens to every text; use another one")
+    return Vocabulary(folder, name, file_sha256(folder / "tokenizer.json"), size, end)
 
 
 class Encoder:
-    """Texts -> tokens; the same in any process.
+    """A function from texts to tokens that gives the same result in any process.
 
     Args:
-        vocabulary: the tokenizer.
+        vocabulary: The tokenizer.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -140,50 +121,46 @@ class Encoder:
         self.tokenizer = Tokenizer.from_file(str(vocabulary.folder / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" within a text is text, and ends no document
+        self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" within a text is plain text
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """The tokens of each text, and end-of-text. Raises ValueError for a tokenizer that has none for a word."""
+        """Return the tokens of each text, end-of-text included. Raises DataError for a text that has no encoding."""
         try:
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"{self.folder}: the tokenizer cannot encode a text ({error})") from error
+        except Exception as error:  # tokenizers raises plain Exception
+            raise DataError(f"{self.folder}: the tokenizer cannot encode a text ({error})") from error
         return [np.array([*encoding.ids, self.end_of_text], self.dtype) for encoding in encodings]
 
 
-def tokenized(
-    texts: Iterator[Text], vocabulary: Vocabulary, workers: int
-) -> Generator[tuple[list[Text], list[np.ndarray]]]:
-    """Lists of documents, in order, with the tokens of each; a few lists are under way at a time.
+def tokenize(texts: Iterator[Text], vocabulary: Vocabulary, workers: int) -> Generator[tuple[Text, np.ndarray]]:
+    """Yield documents in order, each with its tokens; `texts` is read ahead by a few chunks per worker.
 
     Args:
-        texts: documents.
-        vocabulary: the tokenizer.
-        workers: processes; 1: this one.
+        texts: The documents.
+        vocabulary: The tokenizer.
+        workers: Number of processes; 1 tokenizes in this process.
     """
     chunks = _chunks(texts)
     if workers <= 1:
         encode = Encoder(vocabulary)
         for chunk in chunks:
-            yield chunk, encode([text.text for text in chunk])
+            yield from zip(chunk, encode([text.text for text in chunk]), strict=True)
         return
-    waiting: deque[tuple[list[Text], Future[list[np.ndarray]]]] = deque()
-    with _one_thread(), ProcessPoolExecutor(workers, initializer=_begin, initargs=(vocabulary,)) as pool:
+    pending: deque[tuple[list[Text], Future[list[np.ndarray]]]] = deque()
+    with _single_threaded(), ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(vocabulary,)) as pool:
         try:
             for chunk in chunks:
-                waiting.append((chunk, pool.submit(_work, [text.text for text in chunk])))
-                if len(waiting) > 2 * workers:
-                    ready, future = waiting.popleft()
-                    yield ready, future.result()
-            while waiting:
-                ready, future = waiting.popleft()
-                yield ready, future.result()
+                pending.append((chunk, pool.submit(_encode_in_worker, [text.text for text in chunk])))
+                if len(pending) > 2 * workers:
+                    done, future = pending.popleft()
+                    yield from zip(done, future.result(), strict=True)
+            for done, future in pending:
+                yield from zip(done, future.result(), strict=True)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _chunks(texts: Iterator[Text]) -> Iterator[list[Text]]:
-    """Lists of documents that are worth sending to a worker."""
     chunk: list[Text] = []
     characters = 0
     for text in texts:
@@ -196,31 +173,29 @@ def _chunks(texts: Iterator[Text]) -> Iterator[list[Text]]:
         yield chunk
 
 
-_encoder: Encoder | None = None  # of a worker process
+_worker_encoder: Encoder | None = None
 
 
-def _begin(vocabulary: Vocabulary) -> None:
-    global _encoder
+def _start_worker(vocabulary: Vocabulary) -> None:
+    global _worker_encoder
     ignore_stop_signals()
-    os.environ[_PARALLELISM] = "false"
     end_with_parent()
-    _encoder = Encoder(vocabulary)
+    _worker_encoder = Encoder(vocabulary)
 
 
-def _work(texts: list[str]) -> list[np.ndarray]:
-    assert _encoder is not None
-    return _encoder(texts)
+def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
+    assert _worker_encoder is not None
+    return _worker_encoder(texts)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keeps `tokenizers` from starting threads in processes forked here, and from a warning that it does not."""
-    before = os.environ.get(_PARALLELISM)
-    os.environ[_PARALLELISM] = "false"
+def _single_threaded() -> Iterator[None]:
+    """Keep `tokenizers` from starting threads in processes that are forked within the context."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_PARALLELISM]
-        else:
-            os.environ[_PARALLELISM] = before
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

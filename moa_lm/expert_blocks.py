@@ -1,15 +1,17 @@
-"""The experts' products on a CPU, one expert after the other: `moa_lm::project_in` and `moa_lm::project_out`.
+"""Products of the experts on a CPU, expert by expert: `moa_lm::project_in` and `moa_lm::project_out`.
 
-Tokens are gathered for one expert at a time, multiplied while they lie in the cache, and their results added where
-they belong: nothing of S rows of the model's width is ever built. A token's experts are added one after the other, in
-the order of the experts: its output does not depend on its batch, and two runs agree bit for bit.
+Tokens are gathered for one expert at a time, multiplied while they are in the cache, and the results are added to the
+output: no tensor of S rows of the model's width is built. The experts of a token are added in the order of the
+experts: the output of a token does not depend on its batch, and two runs agree bit for bit.
 
-The number of rows of an expert depends on the data, so that torch.compile could not look into the loop; it sees one
-operator each way (`torch.library.custom_op`), of known shapes and with known gradients, differentiable once.
+The number of rows of an expert depends on the data, so torch.compile cannot trace the loop. It sees one custom
+operator each way, with known shapes and gradients, differentiable once.
 
-Shapes: N tokens of width D, k experts a token, S = N * k rows sorted by expert, E experts, hidden width H. `tokens`
-(S,) int32 is the token of each row, `ends` (E,) the row after each expert's last one (`dispatch.Groups`).
+Shapes: N tokens of width D, k experts per token, S = N * k rows sorted by expert, E experts, hidden width H. `tokens`
+(S,) int32 is the token of each row, `ends` (E,) the row after the last one of each expert (`dispatch.Groups`).
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,25 +25,24 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why these operators cannot run, or None."""
+    """Return why these operators are unavailable for a device and dtype, or None."""
     if device.type == "cpu" and dtype in DTYPES:
         return None
-    return "experts are taken one after the other in float32 and float64 on a CPU only"
+    return "blocks run in float32 and float64 on a CPU only"
 
 
 def row_tokens(order: Tensor, k: int) -> Tensor:
-    """The token of each row, int32, for order (S,) of `dispatch.Groups`.
+    """Return the token of each row, int32, for order (S,) of `dispatch.Groups`.
 
-    int32 is for speed: with int64 indices `index_add_` may sort the indices first, in many small parallel steps that
-    each wait for every thread, which costs most where a neighbour keeps a core busy. With int32 it adds row after
-    row, in the same order and to the same bits.
+    int32 is for speed: with int64 indices `index_add_` may sort them first, in many small parallel steps that wait for
+    all threads. With int32 it adds row by row, in the same order and with the same bits.
     """
     return (order // k).to(torch.int32)
 
 
 @torch.library.custom_op("moa_lm::project_in", mutates_args=())
 def project_in(x: Tensor, weights: Sequence[Tensor], tokens: Tensor, ends: Tensor) -> list[Tensor]:
-    """Each row's token through its expert's maps: x (N, D), weights (E, O, D) each -> (S, O) each."""
+    """Apply its expert's maps to the token of each row: x (N, D), weights (E, O, D) each -> (S, O) each."""
     sizes = _sizes(ends)
     gathered = _scratch(sizes, x)
     results = [x.new_empty(len(tokens), weight.shape[1]) for weight in weights]
@@ -57,7 +58,7 @@ def project_in(x: Tensor, weights: Sequence[Tensor], tokens: Tensor, ends: Tenso
 def project_in_backward(
     grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], tokens: Tensor, ends: Tensor
 ) -> list[Tensor]:
-    """The gradients of x and of each of the weights for grads (S, O)."""
+    """Return the gradients of x and of each weight for grads (S, O)."""
     sizes = _sizes(ends)
     gathered, products = _scratch(sizes, x), _scratch(sizes, x)
     grad_x, grad_weights = x.new_zeros(x.shape), [_like(weight) for weight in weights]
@@ -76,7 +77,7 @@ def project_in_backward(
 
 @torch.library.custom_op("moa_lm::project_out", mutates_args=())
 def project_out(hidden: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, num_tokens: int) -> Tensor:
-    """The sum over a token's experts: hidden (S, H), weight (E, D, H) -> (N, D)."""
+    """Apply its expert's map to each row and sum over the experts of a token: (S, H), (E, D, H) -> (N, D)."""
     sizes = _sizes(ends)
     out = hidden.new_zeros(num_tokens, weight.shape[1])
     products = _scratch(sizes, out)
@@ -89,7 +90,7 @@ def project_out(hidden: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, nu
 def project_out_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of hidden and weight for grad (N, D)."""
+    """Return the gradients of hidden and weight for grad (N, D)."""
     sizes = _sizes(ends)
     gathered = _scratch(sizes, grad)
     grad_hidden, grad_weight = _like(hidden), _like(weight)
@@ -108,12 +109,12 @@ def project_out_backward(
 
 
 def _sizes(ends: Tensor) -> list[int]:
-    """Rows of each expert. Those without any stay in: their products set the weights' gradients to zero."""
+    """Return the number of rows of each expert, zeros included: empty products zero the weights' gradients."""
     return [stop - start for start, stop in pairwise([0, *ends.tolist()])]
 
 
 def _scratch(sizes: list[int], like: Tensor) -> Tensor:
-    """Memory for the rows of any one expert, as wide as those of `like`: taken once, it stays in the cache."""
+    """Allocate memory for the rows of any one expert, as wide as those of `like`; reused, it stays in the cache."""
     return like.new_empty(max(sizes), like.shape[1])
 
 
@@ -170,7 +171,7 @@ project_out.register_autograd(_differentiate_out, setup_context=_keep_out)
 
 
 def _register_flops() -> None:
-    """Each row meets the elements of one expert's weight: a multiply-add each, forward once and backward twice."""
+    """Register FLOP counts: a multiply-add per row and element of its expert's weight, twice that backward."""
     operators = torch.ops.moa_lm
 
     @register_flop_formula(operators.project_in)

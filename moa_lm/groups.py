@@ -1,22 +1,22 @@
-"""Which parameters of a language model Muon steps, and which have no weight decay."""
+"""Parameter groups of a language model: those that Muon steps, and those without weight decay."""
 
 from __future__ import annotations
 
 from torch import nn
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Of attention and of every FFN: dense, shared experts, routed experts."""
+"""Projections of attention and of every FFN: dense, shared experts, routed experts."""
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
     """Return the names of the weights that map hidden states to hidden states: the projections of attention and FFNs.
 
-    Those of routed experts are stacks (E, outputs, inputs), all others matrices (outputs, inputs). They are what Muon
-    is for (https://kellerjordan.github.io/posts/muon/). Not among them are embeddings and head, whose one side is the
-    vocabulary, the router, whose rows are experts, the mixing, whose rows are coefficients, and all vectors.
+    Those of routed experts are stacks (E, outputs, inputs), all others matrices (outputs, inputs). Muon is designed
+    for such matrices (https://kellerjordan.github.io/posts/muon/). Embeddings, head, router, mixing and vectors map
+    from or to something else and are left out.
 
     Args:
-        model: A MoALlamaForCausalLM, or a module that holds one. Frozen parameters are left out.
+        model: A MoALlamaForCausalLM, or a module that contains one. Frozen parameters are left out.
     """
     return {name for name in _trainable(model) if name.removesuffix(".weight").rpartition(".")[2] in PROJECTIONS}
 
@@ -24,11 +24,11 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 def no_weight_decay(model: nn.Module) -> set[str]:
     """Return the names of the parameters without weight decay: norms, biases, and the coefficients of LA variants.
 
-    A routed expert's bias or coefficients are a row of a matrix, but no weights either. Everything else is decayed:
-    projections and router, `mix_proj` as in the vision half, and embeddings and head as in nanoGPT.
+    Biases and coefficients of routed experts, stacked to matrices, are among them. All other parameters are decayed:
+    projections, router, `mix_proj` (as in the vision half), embeddings and head (as in nanoGPT).
 
     Args:
-        model: A MoALlamaForCausalLM, or a module that holds one. Frozen parameters are left out.
+        model: A MoALlamaForCausalLM, or a module that contains one. Frozen parameters are left out.
     """
     return {
         name

@@ -1,15 +1,16 @@
-"""Cross-entropy of the next token from hidden states, without the logits of all tokens.
+"""Cross-entropy of the next token from hidden states, without the logits of all tokens at once.
 
-Logits are made for some tokens at a time and turned at once into losses and, where a gradient is wanted, into the
-gradients of the hidden states and of the weight: the work is that of the plain way, the logits are never computed
-again, and only one chunk of them exists at a time.
+Logits are computed in chunks of tokens and turned into losses and, if needed, into the gradients of hidden states and
+weight right away: only one chunk of logits exists at a time, and none is computed twice.
 
-torch's own `torch.nn.functional.linear_cross_entropy` came after the oldest torch supported here (2.11). It is built
-alike, but to `torch.compile` it is one opaque operation, and it hands the weight's gradient back in the product's
-dtype; here both passes compile into one graph, and gradients are summed in float32.
+`torch.nn.functional.linear_cross_entropy` works alike but is newer than the oldest supported torch (2.11), opaque to
+`torch.compile`, and returns the weight's gradient in the dtype of the product. Here both passes compile into one
+graph, and gradients are summed in float32.
 
 Shapes: N tokens, D width, V vocabulary.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
@@ -23,17 +24,21 @@ from torch.utils.checkpoint import checkpoint
 from moa_lm.dispatch import compute_dtype
 
 IGNORED_LABEL = -100
-"""Labels of this value count in no loss, as in transformers."""
+"""Label of tokens without loss, as in transformers."""
 
-MIN_CHUNK, MAX_CHUNKS = 256, 16
-"""Tokens of a chunk, at least: products of fewer are slow. Chunks, at most: a compiled graph writes each one out."""
+MIN_CHUNK = 256
+"""Smallest chunk in tokens: smaller products are slow."""
+
+MAX_CHUNKS = 16
+"""Largest number of chunks: a compiled graph unrolls all of them."""
 
 
 class CrossEntropy(NamedTuple):
-    """Losses in nats, float32 (float64 of float64 logits).
+    """Losses in nats, float32 (float64 for float64 logits).
 
-    total: (), sum over the labels that count; it has the gradient.
-    tokens: shaped as the labels, each token's, 0 where the label is ignored; without gradient.
+    Attributes:
+        total: () sum over all labels that are not ignored, with gradient.
+        tokens: Loss of each token in the shape of the labels, 0 for ignored labels, without gradient.
     """
 
     total: Tensor
@@ -43,25 +48,17 @@ class CrossEntropy(NamedTuple):
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = IGNORED_LABEL
 ) -> CrossEntropy:
-    """Cross-entropy of softmax(hidden weight^T) with the labels, by chunks of tokens.
+    """Return the cross-entropy of softmax(hidden weight^T) with the labels, computed in chunks of tokens.
 
-    Products are computed in hidden's dtype or autocast's, softmax, losses and sums over chunks in float32 or wider;
-    gradients come in the dtypes of `hidden` and `weight`. Differentiable once.
-
-    A chunk has N / MAX_CHUNKS tokens, but at least MIN_CHUNK.
+    Products use hidden's dtype or autocast's; softmax, losses and sums over chunks use float32 or wider. Gradients have
+    the dtypes of `hidden` and `weight`. Differentiable once. A chunk has max(MIN_CHUNK, N / MAX_CHUNKS) tokens.
 
     Args:
         hidden: (N, D).
         weight: (V, D), such as `lm_head.weight`.
         labels: (N,) int64, 0 <= label < V or `ignore_index`.
-        ignore_index: labels of this value count in no loss and give no gradient.
-
-    Raises:
-        ValueError: the shapes do not fit.
+        ignore_index: Label without loss and gradient.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden, weight, labels))
-        raise ValueError(f"hidden, weight, labels of shapes {shapes}: allowed are (N, D), (V, D), (N,)")
     wanted = torch.is_grad_enabled()
     with torch.no_grad():
         total, tokens, *gradients = _compute(
@@ -75,16 +72,16 @@ def linear_cross_entropy(
 def module_cross_entropy(
     hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, *, ignore_index: int = IGNORED_LABEL
 ) -> CrossEntropy:
-    """Cross-entropy of softmax(head(hidden)) with the labels, by chunks of tokens.
+    """Return the cross-entropy of softmax(head(hidden)) with the labels, computed in chunks of tokens.
 
-    For heads that are more than a matrix: with an adapter, a bias, hooks, or a quantized or sharded weight. Each
-    chunk's logits are computed a second time, in the backward pass.
+    For heads with an adapter, a bias, hooks, or a quantized or sharded weight. The backward pass recomputes the logits
+    of each chunk.
 
     Args:
         hidden: (..., T, D).
-        head: maps (..., t, D) to logits (..., t, V), each token on its own.
+        head: Map from (..., t, D) to logits (..., t, V), independently for each token.
         labels: (..., T) int64, 0 <= label < V or `ignore_index`.
-        ignore_index: labels of this value count in no loss and give no gradient.
+        ignore_index: Label without loss and gradient.
     """
 
     def losses(x: Tensor, target: Tensor) -> Tensor:
@@ -101,20 +98,20 @@ def module_cross_entropy(
 def _compute(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The sum of the losses, each token's, and the sum's gradients by hidden and weight where wanted."""
+    """Return the total loss, the loss of each token, and the gradients by hidden and weight if `wanted`."""
     dtype = compute_dtype(hidden)
     wide = torch.promote_types(dtype, torch.float32)
     matrix = weight.to(dtype)
     losses, hidden_gradients, weight_gradient = [], [], None
     for x, target in _chunks(hidden, labels):
         counts = (target != ignore_index).unsqueeze(-1)
-        # Ignored tokens are zeroed here, where the rows are narrow, and so add nothing to the weight's gradient.
+        # Ignored tokens are zeroed where rows are narrow, so that they add nothing to the weight's gradient.
         x, target = torch.where(counts, x.to(dtype), 0.0), torch.where(counts, target.unsqueeze(-1), 0)
         log_probabilities = F.log_softmax(x @ matrix.t(), dim=-1, dtype=wide)
         losses.append(torch.where(counts, -log_probabilities.gather(-1, target), 0.0).squeeze(-1))
         if not any(wanted):
             continue
-        gradient = log_probabilities.exp_()  # by the logits: softmax, minus 1 at the label
+        gradient = log_probabilities.exp_()  # by the logits: softmax minus one-hot label
         gradient = gradient.scatter_add_(-1, target, -torch.ones_like(target, dtype=wide)).to(dtype)
         if wanted[0]:
             hidden_gradients.append(torch.where(counts, gradient @ matrix, 0.0).to(hidden.dtype))
@@ -130,21 +127,21 @@ def _compute(
 
 
 def _chunks(hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of hidden (..., T, D) and labels (..., T) along T."""
+    """Split hidden (..., T, D) and labels (..., T) along T."""
     rows = max(1, math.prod(labels.shape[:-1]))
     size = -(-max(MIN_CHUNK, -(-labels.numel() // MAX_CHUNKS)) // rows)
     return zip(hidden.split(size, labels.ndim - 1), labels.split(size, -1), strict=True)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
-    """total + left @ right, in place; summed in `wide`, whatever the product's dtype is."""
+    """Add left @ right to total in place, summed in `wide` for any dtype of the product."""
     if total is None:
         return (left @ right).to(wide)
     return total.addmm_(left, right) if left.dtype == wide else total.add_(left @ right)
 
 
 class _Attach(torch.autograd.Function):
-    """The given total, with the given gradients by hidden and weight."""
+    """Attaches precomputed gradients by hidden and weight to a total."""
 
     @staticmethod
     def forward(

@@ -1,13 +1,15 @@
 """Llama and LlamaMoE with any FFN of the family, as transformers models.
 
-Attention, norms, rotary positions, cache, generation, checkpointing, loading and saving are transformers' own. Ours
-are a decoder layer's `mlp`, the decoder's `forward`, which makes a mask for given positions only, and the training
-loss. Projections keep Llama's names, so a `swiglu` model and a Llama share a state dict.
+Attention, norms, rotary positions, cache, generation, checkpointing, loading and saving are transformers'. This
+module replaces the `mlp` of a decoder layer, the `forward` of the decoder, which builds a mask only for given
+positions, and the training loss. Projections keep Llama's names: a `swiglu` model and a Llama share a state dict.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ from moa_ffn.backends import is_plain
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.convert import from_llama
 from moa_lm.loss import IGNORED_LABEL, linear_cross_entropy, module_cross_entropy
-from moa_lm.moe import Experts, MoE, TopKRouter, load_balancing_loss, router_z_loss
+from moa_lm.moe import Experts, MoE
+from moa_lm.router import TopKRouter, load_balancing_loss, router_z_loss
 from moa_lm.transformers_internals import (
     CACHE,
     OutputRecorder,
@@ -42,9 +45,10 @@ from moa_lm.transformers_internals import (
 
 @dataclass
 class MoAModelOutput(BaseModelOutputWithPast):
-    """What the decoder returns: transformers' fields, and
+    """Output of the decoder.
 
-    router_logits: one (B * T, num_experts) float32 tensor a layer. With `output_router_logits` and experts.
+    Attributes:
+        router_logits: One (B * T, num_experts) float32 tensor per layer; with `output_router_logits` and experts.
     """
 
     router_logits: tuple[Tensor, ...] | None = None
@@ -52,17 +56,17 @@ class MoAModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class MoACausalLMOutput(CausalLMOutputWithPast):
-    """What a causal language model returns: transformers' fields, with `loss` the training loss, and
+    """Output of the causal language model.
 
-    router_logits: as in `MoAModelOutput`.
-    lm_loss: scalar, mean cross-entropy of the next token in nats. With `labels`.
-    aux_loss: scalar, load-balancing loss, mean of the layers. With experts and `labels` or `output_router_logits`.
-    z_loss: scalar, router z-loss, likewise.
-    sequence_losses: (B,) mean cross-entropy of each sequence, 0 of one without labels; without gradient. With
-        `skip_logits`.
-
-    loss = lm_loss, and with experts + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss, in evaluation
-    mode too: models are compared by lm_loss.
+    Attributes:
+        loss: Scalar training loss: lm_loss, with experts plus router_aux_loss_coef * aux_loss + router_z_loss_coef *
+            z_loss, in evaluation mode too. Compare models by lm_loss.
+        router_logits: As in `MoAModelOutput`.
+        lm_loss: Scalar, mean cross-entropy of the next token in nats; with `labels`.
+        aux_loss: Scalar, load-balancing loss, mean over layers; with experts and `labels` or `output_router_logits`.
+        z_loss: Scalar, router z-loss, mean over layers; as aux_loss.
+        sequence_losses: (B,) mean cross-entropy of each sequence without gradient, 0 for a sequence without labels;
+            with `skip_logits`.
     """
 
     router_logits: tuple[Tensor, ...] | None = None
@@ -73,10 +77,10 @@ class MoACausalLMOutput(CausalLMOutputWithPast):
 
 
 class MoALlamaDecoderLayer(LlamaDecoderLayer):
-    """Llama's decoder layer with `mlp` an `FFN`, or an `MoE` when the configuration has experts."""
+    """Llama's decoder layer with an `FFN` as `mlp`, or an `MoE` if the configuration has experts."""
 
     def __init__(self, config: MoALlamaConfig, layer_idx: int) -> None:
-        super(LlamaDecoderLayer, self).__init__()  # LlamaDecoderLayer's own would allocate a LlamaMLP
+        super(LlamaDecoderLayer, self).__init__()  # LlamaDecoderLayer.__init__ would allocate a LlamaMLP
         self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
         self.mlp = _feedforward(config)
@@ -91,9 +95,11 @@ def _feedforward(config: MoALlamaConfig) -> nn.Module:
 
 
 class MoALlamaPreTrainedModel(ParentsInitializeChildren, LlamaPreTrainedModel):
-    """Initialization, loading and the recording of intermediate outputs for every model here."""
+    """Initialization, loading and recording of intermediate outputs, for all models of this module."""
 
-    config: MoALlamaConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    if TYPE_CHECKING:
+        config: MoALlamaConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    config_class = MoALlamaConfig
     _no_split_modules = ["MoALlamaDecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": MoALlamaDecoderLayer,
@@ -104,16 +110,16 @@ class MoALlamaPreTrainedModel(ParentsInitializeChildren, LlamaPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize one module whose children are done: normal(initializer_range), mixing by the layer's rule."""
+        """Initialize a module after its children: normal(initializer_range), mixing by the layer's own rule."""
         super()._init_weights(module)
         if isinstance(module, FFN):
-            module.init_weights(lambda weight: weight)  # the projections are done, as linear layers
+            module.init_weights(lambda weight: weight)  # its projections are initialized as linear layers
         elif isinstance(module, Experts | TopKRouter):
             module.init_weights()
 
 
 class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """The decoder without a head: tokens -> hidden states (B, T, hidden_size), as `transformers.LlamaModel`."""
+    """Decoder without a head: tokens -> hidden states (B, T, hidden_size), as `transformers.LlamaModel`."""
 
     def __init__(self, config: MoALlamaConfig) -> None:
         config.check()
@@ -140,21 +146,21 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> MoAModelOutput:
-        """Hidden states of input_ids (B, T) or inputs_embeds (B, T, hidden_size); arguments as in Llama.
+        """Return hidden states of input_ids (B, T) or inputs_embeds (B, T, hidden_size); arguments as in Llama.
 
-        Llama's own forward, but that the mask is made for the positions that the caller gave, if any. Llama makes it
-        for the default ones too: under torch.compile nobody can look whether several documents are packed there, and
-        every batch would get a mask of T x T in place of causal attention's fastest kernels.
+        Llama's forward, except that the mask considers positions only if the caller gives them. Llama passes the
+        default positions too; torch.compile cannot see that they pack no documents, and every batch would get a mask
+        (T, T) instead of the fast kernels of causal attention.
 
         Returns:
             last_hidden_state (B, T, hidden_size); with `output_router_logits` and experts also router_logits, one
-            (B * T, num_experts) float32 tensor a layer.
+            (B * T, num_experts) float32 tensor per layer.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds are given.
+            ValueError: Both or neither of input_ids and inputs_embeds are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("pass either input_ids or inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -187,8 +193,8 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
 class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Causal language model: Llama or LlamaMoE with any FFN of the family.
 
-    Everything that works with `transformers.LlamaForCausalLM` works here: `generate`, `from_pretrained`,
-    gradient checkpointing, `resize_token_embeddings`, attention implementations, `push_to_hub`.
+    Supports what `transformers.LlamaForCausalLM` supports: `generate`, `from_pretrained`, gradient checkpointing,
+    `resize_token_embeddings`, attention implementations, `push_to_hub`.
     """
 
     def __init__(self, config: MoALlamaConfig) -> None:
@@ -202,29 +208,29 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
     def from_llama(
         cls, source: str | PathLike[str] | PreTrainedModel, variant: str = "swiglu", **settings: Any
     ) -> Self:
-        """Take a Llama-family checkpoint over: all its weights, with `variant` as FFN.
+        """Convert a Llama-family checkpoint: all its weights, with `variant` as FFN.
 
-        With "swiglu" the model is the same function as the source. With another variant the projections are kept
-        and the mixing starts by the layer's own rule, so the function differs from the first step on: the
-        coefficients are near 1/2 for every pair of activations, not 1 for (silu, identity). Sigmoid, tanh and
-        softmax gates without bias cannot start at SwiGLU; continue training. A source with ffn_variant swiglu
-        gives variants that start from the same projections.
+        With "swiglu" the model is the same function as the source. With another variant the projections are kept and
+        the mixing is initialized by the layer's own rule: coefficients are near 1/2 for every pair of activations,
+        not 1 for (silu, identity), so the model needs further training. No setting of sigmoid, tanh and softmax gates
+        without bias starts at SwiGLU.
 
         Args:
-            source: a folder or hub name with config.json and safetensors, or a model, which is copied.
-            variant: a Type-II variant. Type-I has no up branch to take the up_proj.
-            settings: fields of `MoALlamaConfig` that shape no weight (ffn_mixing_gate, ffn_mix_init_std, ...), and of
-                `from_pretrained`'s arguments dtype (default: the source's), device_map, max_memory, offload_folder,
-                attn_implementation, revision, token, cache_dir, local_files_only.
+            source: Folder or Hub name with config.json and safetensors, or a model, which is copied.
+            variant: A Type-II variant. Type-I has no up branch for up_proj.
+            settings: Fields of `MoALlamaConfig` that do not change the shape of a weight (ffn_mixing_gate,
+                ffn_mix_init_std, ...), and of `from_pretrained`'s arguments dtype (default: the source's),
+                device_map, max_memory, offload_folder, attn_implementation, revision, token, cache_dir and
+                local_files_only.
 
         Returns:
-            The model, in evaluation mode, as from `from_pretrained`.
+            The model in evaluation mode, as from `from_pretrained`.
 
         Raises:
-            ValueError: the source is of an architecture that does not map one to one (accepted: llama; mistral
-                without a sliding window; moa_llama with swiglu), lacks weights or has others, or a setting is not
-                allowed.
-            OSError: there is no such checkpoint, or its weights are not safetensors.
+            ConfigError: The architecture does not map one to one (accepted: llama; mistral without a sliding window;
+                moa_llama with swiglu), or a setting is invalid.
+            DataError: The folder does not exist, is damaged, or has missing or unknown weights.
+            OSError: There is no such checkpoint on the Hub, or the weights are not safetensors.
         """
         return from_llama(cls, source, variant, **settings)
 
@@ -244,27 +250,27 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
         skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> MoACausalLMOutput:
-        """Logits of the next token, and with labels the training loss; arguments as in `LlamaForCausalLM`.
+        """Return logits of the next token, and with labels the training loss; arguments as in `LlamaForCausalLM`.
 
         Args:
             input_ids: (B, T) tokens.
-            attention_mask: (B, T), 0 where a token is padding. The routers' losses leave padding out.
-            position_ids: (B, T) or (1, T). Those of `document_positions` keep attention within documents, where
-                there is neither an `attention_mask` nor a cache (`use_cache=False`, which skip_logits implies).
-            labels: (B, T), -100 where no loss is wanted; shifted inside, as in transformers.
-            logits_to_keep: 0 for all positions, n for the last n, or the positions' indices.
-            output_router_logits: return every layer's router logits; None takes the configuration's.
-            skip_logits: compute the loss without the logits of all tokens (see `moa_lm.loss`); `logits` is None, and
-                `sequence_losses` are there. None is False: the logits are returned. An `lm_head` that is wrapped
-                (adapter, quantized or sharded weight, hooks) is called for one chunk of tokens at a time.
-            kwargs: `shift_labels` (B, T) in place of `labels`: each position's next token, shifted already.
-                `num_items_in_batch`, the number of labels of the whole accumulated batch, turns the mean of the
-                loss into a share of that batch's mean, and the routers' losses too.
+            attention_mask: (B, T), 0 for padding, which the routers' losses leave out.
+            position_ids: (B, T) or (1, T). Those of `document_positions` keep attention within documents, without an
+                `attention_mask` and without a cache (`use_cache=False`, which skip_logits implies).
+            labels: (B, T), -100 for positions without loss; shifted inside, as in transformers.
+            logits_to_keep: 0 for all positions, n for the last n, or the indices of the positions.
+            output_router_logits: Return the router logits of every layer; None uses the configuration's setting.
+            skip_logits: Compute the loss without the logits of all tokens at once (see `moa_lm.loss`): `logits` is
+                None, `sequence_losses` is set. A wrapped `lm_head` (adapter, quantized or sharded weight, hooks) is
+                called for one chunk of tokens at a time. None means False.
+            kwargs: `shift_labels` (B, T) instead of `labels`: the next token of each position, already shifted.
+                `num_items_in_batch`, the number of labels of the whole accumulated batch, scales the loss, routers'
+                losses included, from a mean to its share of that batch's mean.
 
         Raises:
-            ValueError: skip_logits without labels.
+            ValueError: skip_logits is set without labels.
         """
-        # No argument of its own: transformers' Trainer wants every argument with "label" in its name to be given.
+        # Not a named argument: transformers' Trainer requires every argument with "label" in its name.
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         if labels is not None and shift_labels is None:
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL)
@@ -318,7 +324,7 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
         )
 
     def _losses(self, hidden: Tensor, shift_labels: Tensor, items: int | Tensor | None) -> tuple[Tensor, Tensor]:
-        """The mean loss, or its share of `items`, and each sequence's mean (B,), of hidden (B, T, D)."""
+        """Return the mean loss, or its share of `items`, and the mean of each sequence (B,) for hidden (B, T, D)."""
         labels = shift_labels.to(hidden.device)
         if is_plain(self.lm_head) and self.lm_head.bias is None:
             found = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
@@ -330,19 +336,19 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
         return found.total / divisor, found.tokens.view_as(labels).sum(-1) / counts.clamp_min(1)
 
     def _router_losses(self, outputs: MoAModelOutput, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Load-balancing and z-loss, means of the layers. Masks that are not (B, T) do not say what is padding."""
+        """Return load-balancing and z-loss, means over layers. Only a mask (B, T) can tell padding."""
         assert outputs.last_hidden_state is not None and outputs.router_logits is not None
         if outputs.last_hidden_state.requires_grad and not outputs.router_logits[-1].requires_grad:
             blocks: Any = self.model.layers
             before = (self.model.embed_tokens, *blocks[:-1], blocks[-1].self_attn, blocks[-1].mlp.router)
             if any(parameter.requires_grad for module in before for parameter in module.parameters()):
                 raise ValueError(
-                    "use_reentrant=True of gradient checkpointing gives the routers' losses no gradient: pass "
+                    "gradient checkpointing with use_reentrant=True gives the routers' losses no gradient; pass "
                     'gradient_checkpointing_kwargs={"use_reentrant": False}'
                 )
         batch, tokens = outputs.last_hidden_state.shape[:2]
         mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
-        mask = None if mask is None else mask[:, -tokens:]  # with a cache it covers the past too
+        mask = None if mask is None else mask[:, -tokens:]  # with a cache it also covers past tokens
         device = outputs.last_hidden_state.device
         layers = [logits.unflatten(0, (batch, tokens)) for logits in outputs.router_logits]
         k = self.config.num_experts_per_tok
@@ -368,10 +374,10 @@ class MoALlamaForCausalLM(MoALlamaPreTrainedModel, LlamaForCausalLM):  # pyright
 
 
 def document_positions(input_ids: Tensor, end_of_text: int) -> Tensor:
-    """Positions (B, T) of tokens (B, T) in their documents: 0 at each row's start and after each end of text.
+    """Return the positions (B, T) of tokens (B, T) in their documents: 0 at the start of a row and after end-of-text.
 
-    As `position_ids` of a model without `attention_mask` and cache they keep attention within documents, in eager and
-    sdpa attention alike: transformers takes every place where they do not rise by one for a boundary.
+    As `position_ids` of a model without `attention_mask` and cache, they keep attention within documents, in eager and
+    sdpa attention: transformers treats every position that does not follow its predecessor as a boundary.
     """
     places = torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
     starts = nn.functional.pad(input_ids[..., :-1] == end_of_text, (1, 0), value=True)
@@ -379,14 +385,14 @@ def document_positions(input_ids: Tensor, end_of_text: int) -> Tensor:
 
 
 def labels_within_documents(input_ids: Tensor, shift_labels: Tensor, end_of_text: int) -> Tensor:
-    """The labels (B, T), without those of end-of-text inputs: what comes next is another document's first token."""
+    """Return the labels (B, T) without those of end-of-text inputs, which belong to the next document."""
     return shift_labels.masked_fill(input_ids == end_of_text, IGNORED_LABEL)
 
 
 def _slice_positions(hidden: Tensor, positions: int | Tensor) -> Tensor:
-    """The positions of hidden (B, T, D) that logits are wanted for: the last n, or those of a tensor.
+    """Select positions of hidden (B, T, D): the last n, or those of a tensor.
 
-    A tensor holds indices (P,) or (B, P), or it is a mask (B, T), whose choice comes back flat, as in transformers.
+    The tensor holds indices (P,) or (B, P), or is a mask (B, T), which gives a flat result, as in transformers.
     """
     if not isinstance(positions, Tensor):
         return hidden[:, -positions:] if positions else hidden

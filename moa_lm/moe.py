@@ -1,9 +1,11 @@
-"""LlamaMoE's feedforward layer: routed experts and shared experts, each an FFN of any variant of the family.
+"""LlamaMoE's feedforward layer: routed and shared experts, each an FFN of any variant of the family.
 
-out(x) = sum over the chosen experts e of w_e(x) FFN_e(x), plus FFN_shared(x) (the routed and shared experts of
-DeepSeekMoE, arXiv:2401.06066; the paper's LlamaMoE has 32 routed experts, 4 chosen and 1 shared, arXiv:2605.26647).
-Nothing is dropped, and a token's output does not depend on its batch.
+out(x) = sum over the chosen experts e of w_e(x) FFN_e(x), plus FFN_shared(x), with the routed and shared experts of
+DeepSeekMoE (arXiv:2401.06066). The paper's LlamaMoE has 32 routed experts, 4 chosen, and 1 shared expert
+(arXiv:2605.26647). No token is dropped, and the output of a token does not depend on its batch.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
@@ -13,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_ffn import FFN, mixture
-from moa_lm.configuration import EXPERT_MIXINGS, MoALlamaConfig
+from moa_lm.configuration import MoALlamaConfig
 from moa_lm.dispatch import (
-    METHODS,
     Groups,
     choose_method,
     compute_dtype,
@@ -24,57 +25,34 @@ from moa_lm.dispatch import (
     project_in,
     project_out,
 )
-from moa_lm.router import TopKRouter, expert_load, load_balancing_loss, router_entropy, router_z_loss
-
-__all__ = [
-    "METHODS",
-    "Experts",
-    "MoE",
-    "TopKRouter",
-    "expert_load",
-    "load_balancing_loss",
-    "router_entropy",
-    "router_z_loss",
-]
-
-
-def _require(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{field}={value!r} is not one of {', '.join(allowed)}")
+from moa_lm.router import TopKRouter
 
 
 class Experts(nn.Module):
-    """The routed experts: E FFNs of one variant, their weights stacked.
+    """Routed experts: E FFNs of one variant with stacked weights.
 
-    Parameters, with E experts, width D, hidden width H and K mixing coefficients (`FFNSpec.num_coefficients`); those
-    that a variant or setting does not have are None:
+    Parameters, for E experts, width D, hidden width H and K mixing coefficients (`FFNSpec.num_coefficients`); None if
+    the variant or the configuration has none:
         gate_proj (E, H, D), up_proj (E, H, D), down_proj (E, D, H): `gate_proj[e]` is the weight of expert e's
         `FFN.gate_proj`. With `mlp_bias` also gate_proj_bias (E, H), up_proj_bias (E, H), down_proj_bias (E, D).
         mix_proj (K, D) or (E, K, D) of MoA variants, with `ffn_mix_bias` also mix_proj_bias (K,) or (E, K);
-        mix_coef (K,) or (E, K) of LA variants: one for the layer, or one an expert.
+        mix_coef (K,) or (E, K) of LA variants: one per layer, or one per expert.
 
-    `expert_mixing` is "layer" by default. The paper's mixture adds O(d) parameters a layer and none an expert: K
-    vectors, where "expert" has E * K (with qdmoa, 32 experts and D = 768: 4,608 against 147,456 a layer). They are
-    computed once a token in one dense product, not k times in thin grouped ones; and all tokens train them, not k in
-    E. "expert" lets the experts read a token differently.
+    `expert_mixing` "layer", the default, adds O(d) parameters per layer and none per expert, as the paper's mixture:
+    K vectors instead of E * K (with qdmoa, 32 experts and D = 768: 4,608 instead of 147,456 per layer). Coefficients
+    take one dense product per token instead of k thin grouped ones, and all tokens train them. With "expert" each
+    expert reads a token by its own vectors.
 
     Args:
-        config: hidden_size, moe_intermediate_size, num_experts, expert_mixing, expert_dispatch, initializer_range,
-            `ffn_backend` and `ffn_arguments()` are read.
-
-    Raises:
-        ValueError: a setting has a value that is not allowed.
+        config: A configuration with experts.
     """
 
     def __init__(self, config: MoALlamaConfig) -> None:
         super().__init__()
         count, dim, hidden = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        if not isinstance(hidden, int) or hidden < 1:
-            raise ValueError(f"moe_intermediate_size={hidden!r}: experts need a width of at least 1")
+        assert hidden is not None, "checked by MoALlamaConfig"
         self.num_experts, self.dim, self.hidden_dim = count, dim, hidden
         self.mixing, self.method, self.backend = config.expert_mixing, config.expert_dispatch, config.ffn_backend
-        _require("expert_mixing", self.mixing, EXPERT_MIXINGS)
-        _require("expert_dispatch", self.method, METHODS)
         self.init_std = config.initializer_range
         self.mix_init_std, self.coef_init = config.ffn_mix_init_std, config.ffn_coef_init
         self.spec = config.ffn_spec()
@@ -97,13 +75,13 @@ class Experts(nn.Module):
     mix_proj_bias: nn.Parameter | None
 
     def _stack(self, name: str, shape: tuple[int, ...] | None, bias: bool) -> None:
-        """Register weights (..., outputs, inputs) and biases (..., outputs); None where there are none."""
+        """Register weights (..., outputs, inputs) and biases (..., outputs), or None."""
         for label, size in ((name, shape), (f"{name}_bias", shape[:-1] if shape and bias else None)):
             self.register_parameter(label, None if size is None else nn.Parameter(torch.empty(size)))
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Projections normal(initializer_range), biases zero, mixing as `FFN.init_weights` has it."""
+        """Initialize projections by normal(initializer_range), biases to zero, the mixing as `FFN.init_weights`."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_bias"):
                 nn.init.zeros_(parameter)
@@ -113,7 +91,7 @@ class Experts(nn.Module):
                 nn.init.normal_(parameter, std=self.mix_init_std if name == "mix_proj" else self.init_std)
 
     def forward(self, hidden: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """The weighted sum of each token's experts.
+        """Return the weighted sum of each token's experts.
 
         Args:
             hidden: (N, D) tokens.
@@ -124,9 +102,9 @@ class Experts(nn.Module):
             (N, D) in hidden's dtype or autocast's.
 
         Raises:
-            ValueError: `expert_dispatch` names a method that cannot run here.
+            ConfigError: `expert_dispatch` names a method that is unavailable for this device or dtype.
         """
-        hidden = hidden.to(compute_dtype(hidden))  # before the rows are copied, not after
+        hidden = hidden.to(compute_dtype(hidden))  # cast before rows are copied
         method = choose_method(self.method, hidden.device, hidden.dtype)
         groups = group_by_expert(indices, self.num_experts)
         maps = [(weight, bias) for weight, bias in self._maps() if weight is not None]
@@ -137,14 +115,14 @@ class Experts(nn.Module):
         return project_out(mixed, self.down_proj, self.down_proj_bias, weights, groups, method)
 
     def _maps(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """Weight and bias of what an expert applies to a token: gate, up, and mixing if every expert has its own."""
+        """Yield weight and bias of the maps of an expert: gate, up, and mixing if every expert has its own."""
         yield self.gate_proj, self.gate_proj_bias
         yield self.up_proj, self.up_proj_bias
         if self.mixing == "expert":
             yield self.mix_proj, self.mix_proj_bias
 
     def _mix(self, hidden: Tensor, groups: Groups) -> Tensor | None:
-        """Mixing logits or constants (S, K) of all rows, for the tokens hidden (N, D); None of a fixed FFN."""
+        """Return mixing logits or constants (S, K) of all rows for tokens hidden (N, D); None for a fixed FFN."""
         if self.mix_proj is not None:
             return dispatch(F.linear(hidden, self.mix_proj, self.mix_proj_bias), groups)
         if self.mix_coef is not None and self.mixing == "expert":
@@ -152,24 +130,21 @@ class Experts(nn.Module):
         return self.mix_coef
 
     def extra_repr(self) -> str:
-        """Settings shown by print(model)."""
+        """Return the settings that print(model) shows."""
         sizes = f"experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}"
         return f"{sizes}, {self.spec}, coefficients per {self.mixing}, dispatch={self.method}"
 
 
 class MoE(nn.Module):
-    """Mixture of experts in place of a feedforward layer: `router`, `experts`, and `shared_experts` (an FFN or None).
+    """Mixture of experts as a feedforward layer: `router`, `experts`, and `shared_experts` (an FFN or None).
 
-    The shared experts are one FFN of width num_shared_experts * moe_intermediate_size with mixing coefficients of its
-    own. Nothing gates it: every token gets it whole, as in DeepSeekMoE; a gate (Qwen2-MoE) would be one more
-    difference between the baseline and the mixtures that are compared with it.
+    The shared experts are one FFN of width num_shared_experts * moe_intermediate_size with its own mixing
+    coefficients. It is not gated, as in DeepSeekMoE: a gate (Qwen2-MoE) would be a further difference between the
+    baseline and the mixtures.
 
     Args:
-        config: a configuration with experts; `ffn_backend` computes the mixture of all of them, `expert_dispatch`
-            the products of the routed ones.
-
-    Raises:
-        ValueError: a setting has a value that is not allowed.
+        config: A configuration with experts; `ffn_backend` computes the mixture of all experts, `expert_dispatch` the
+            products of the routed experts.
     """
 
     def __init__(self, config: MoALlamaConfig) -> None:
@@ -191,14 +166,14 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialize every weight: router and projections normal(initializer_range), mixing and biases as `FFN`."""
+        """Initialize router and projections by normal(initializer_range), mixing and biases as in `FFN`."""
         self.router.init_weights()
         self.experts.init_weights()
         if self.shared_experts is not None:
             self.shared_experts.init_weights(partial(nn.init.normal_, std=self.init_std))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Apply the layer to hidden (B, T, D), or any leading shape; same shape, in hidden's dtype or autocast's."""
+        """Apply the layer to hidden (..., D) and return the same shape in hidden's dtype or autocast's."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         _, weights, indices = self.router(flat)
         out = self.experts(flat, weights, indices).view(hidden.shape)

@@ -1,44 +1,47 @@
-"""Named sizes and their parameters, counted.
+"""Named sizes and their exact parameter counts.
 
-What the paper (arXiv:2605.26647) gives are names and a few counts, not shapes. dense-0.12b is more than a choice: 6
-layers of width 768, hidden width 2048 and two 50,304 x 768 embeddings have 0.11974B parameters, the paper's figure
-for its baseline; six activations on each branch of bi-MoA make it 0.11980B, its figure for bi-MoA; and a SwiGLU
-four units wider has exactly as many, as its Llama-large. That is inferred from the counts, not stated there. All
-other shapes are ours, chosen to meet the names and ranges.
+The paper (arXiv:2605.26647) gives names and a few counts, not shapes. The shape of dense-0.12b is inferred: 6 layers
+of width 768, hidden width 2048 and two 50,304 x 768 embeddings have 0.11974B parameters, the paper's figure for its
+baseline; bi-MoA with six activations on each branch has 0.11980B, its figure for bi-MoA; a SwiGLU four units wider has
+as many, as its Llama-large. All other shapes are this project's, chosen to match the names and ranges.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from moa_ffn import FFN, FFNSpec
-from moa_lm.configuration import MoALlamaConfig
+from moa_ffn import FFN, VARIANTS, FFNSpec
+from moa_lm.configuration import MoALlamaConfig, build_config
 from moa_lm.modeling import MoALlamaForCausalLM
 from moa_lm.moe import Experts
+from moa_train.errors import require
 
 VOCAB_SIZE = 50304
 """GPT-2's 50,257 tokens, padded to a multiple of 64."""
+
 END_OF_TEXT = 50256
 """GPT-2's only special token."""
 
 TABLE_VARIANTS = ("swiglu", "onemoa", "bimoa", "qdmoa", "relu2", "moa")
-"""The variants that the paper compares: Type-II, then the Type-I pair."""
+"""Variants that the paper compares: Type-II, then the Type-I pair."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A shape, for Type-II FFNs; a Type-I FFN is 3/2 as wide, which keeps its parameter count.
+    """Shape of a model with Type-II FFNs; Type-I FFNs are 3/2 as wide, for the same parameter count.
 
     Args:
         layers, width, heads: num_hidden_layers, hidden_size, num_attention_heads.
         hidden: intermediate_size, or with experts the hidden width of one expert.
-        experts: routed experts; 0 is dense.
-        active_experts: routed experts of a token.
-        tied: whether input and output embeddings are one matrix.
-        variants: the variants it exists for; empty for all.
-        widens: the size that it is but for wider FFNs, if any.
-        paper_total, paper_active: the paper's figure in billions, as text, by variant; "" is for all others.
+        experts: Routed experts; 0 is dense.
+        active_experts: Routed experts per token.
+        tied: Whether input and output embeddings share one matrix.
+        variants: Variants of this size; empty for all.
+        widens: Size that differs from this one by narrower FFNs only, if any.
+        paper_total, paper_active: The paper's figure in billions, as text, by variant; "" for all others.
     """
 
     layers: int
@@ -68,28 +71,27 @@ SIZES: dict[str, Size] = {
     "moe-1b": Size(18, 1152, 18, 384, experts=32),
     "moe-2b": Size(19, 1664, 26, 512, experts=32, paper_total={"": "2"}, paper_active={"": "0.62"}),
 }
-"""The tiny and micro ones are for laptops and tests. All MoE sizes have one shared expert."""
+"""Sizes by name. Tiny and micro sizes are for laptops and tests; all MoE sizes have one shared expert."""
 
 
 def named_config(size: str, variant: str = "qdmoa", **overrides: Any) -> MoALlamaConfig:
-    """The configuration of a named size with `variant` as its FFN.
+    """Return the configuration of a named size with `variant` as its FFN.
 
     Without overrides it has GPT-2's vocabulary, padded to 50,304, and 2048 positions. `llama-large` is the SwiGLU
-    model whose wider FFN has the parameters of dense-0.12b's bi-MoA, as near as whole hidden units allow.
+    model whose wider FFN has the parameters of dense-0.12b's bi-MoA, up to whole hidden units.
 
     Args:
-        size: a key of `SIZES`.
-        variant: one of `moa_ffn.VARIANTS`.
-        overrides: any field of `MoALlamaConfig`, such as vocab_size or ffn_mixing_gate.
+        size: A key of `SIZES`.
+        variant: One of `moa_ffn.VARIANTS`.
+        overrides: Any field of `MoALlamaConfig`, such as vocab_size or ffn_mixing_gate.
 
     Raises:
-        ValueError: the size or variant is unknown, or they do not go together, or a field is not allowed.
+        ConfigError: The size or variant is unknown, they do not fit each other, or a field is invalid.
     """
-    if size not in SIZES:
-        raise ValueError(f"size={size!r} is not one of {', '.join(SIZES)}")
+    require("size", size, size in SIZES, f"one of {', '.join(SIZES)}")
+    require("ffn", variant, variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
     shape = SIZES[size]
-    if shape.variants and variant not in shape.variants:
-        raise ValueError(f"variant={variant!r}: {size} exists for {', '.join(shape.variants)} only")
+    require("ffn", variant, variant in (shape.variants or VARIANTS), f"{', '.join(shape.variants)} for size {size}")
     hidden = shape.hidden if FFNSpec(variant).type_two else shape.hidden * 3 // 2
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -109,14 +111,14 @@ def named_config(size: str, variant: str = "qdmoa", **overrides: Any) -> MoALlam
             "moe_intermediate_size": hidden,
         }
     end = END_OF_TEXT if "vocab_size" not in overrides else None
-    config = MoALlamaConfig(**{**fields, "bos_token_id": end, "eos_token_id": end, **overrides})
+    config = build_config(**{**fields, "bos_token_id": end, "eos_token_id": end, **overrides})
     if shape.widens and "intermediate_size" not in overrides:
         config.intermediate_size += _units_of_bimoa(config)
     return config
 
 
 def _units_of_bimoa(config: MoALlamaConfig) -> int:
-    """Hidden units of a Type-II FFN that have as many parameters as bi-MoA's mixing, to the nearest."""
+    """Return the number of hidden units of a Type-II FFN with the parameters of bi-MoA's mixing, rounded."""
     spec = config.ffn_spec()
     bimoa = FFNSpec(
         "bimoa", gate_activations=spec.gate_activations, up_activations=spec.up_activations, mix_bias=spec.mix_bias
@@ -125,12 +127,13 @@ def _units_of_bimoa(config: MoALlamaConfig) -> int:
 
 
 class Parameters(NamedTuple):
-    """Parameters of a model, counted.
+    """Parameter counts of a model.
 
-    total: all, a tied matrix once.
-    active: what one token passes: all but the routed experts that it is not sent to; embeddings are counted whole.
-    non_embedding: total without input and output embeddings.
-    mixing: what the mixture of activations adds, of `total`.
+    Attributes:
+        total: All parameters, a tied matrix once.
+        active: Parameters that process one token: all except those of unused routed experts, embeddings included.
+        non_embedding: Total without input and output embeddings.
+        mixing: Parameters of the mixture of activations.
     """
 
     total: int
@@ -140,7 +143,7 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(config: MoALlamaConfig) -> Parameters:
-    """Exact counts, from the model itself, built without storage."""
+    """Count the parameters of a model exactly; the model is built without storage."""
     with torch.device("meta"):
         model = MoALlamaForCausalLM(config)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -156,6 +159,6 @@ def count_parameters(config: MoALlamaConfig) -> Parameters:
 
 
 def _idle(experts: Experts, chosen: int) -> int:
-    """Parameters of the routed experts that a token is not sent to; mixing of the whole layer is always used."""
+    """Return the parameters of the routed experts that a token does not use; layer-wide mixing is always used."""
     own = [p for name, p in experts.named_parameters() if experts.mixing == "expert" or not name.startswith("mix_")]
     return sum(p.numel() for p in own) * (experts.num_experts - chosen) // experts.num_experts

@@ -4,6 +4,8 @@ Tested with transformers 5.17 and 5.24; `make test-latest` reports what a newer 
 `moa_startup.registration`, which runs while transformers is being imported.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -14,9 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-# Decorators of every decoder's forward in transformers itself (seen in 5.17 and 5.24). The first fills `use_cache`
-# from the config; the second records hidden states, attentions and router logits for `output_*=True`. A model without
-# them lacks those arguments, and the documentation names no other way to support them.
+# Decorators of every decoder's forward in transformers (5.17, 5.24). The first fills `use_cache` from the config; the
+# second records hidden states, attentions and router logits for `output_*=True`. There is no documented alternative.
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -33,13 +34,13 @@ __all__ = [
 ]
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-"""Name of the key-value cache in arguments and outputs: `cache` since transformers 5.24, `past_key_values` before."""
+"""Name of the key-value cache in arguments and outputs: `cache` from transformers 5.24 on, else `past_key_values`."""
 
 
 def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a forward whose keyword `cache` is the key-value cache, so that callers may use either name.
+    """Decorate a forward with a keyword `cache` so that it accepts `past_key_values` too.
 
-    `generate` passes the name of its own release; code written for older releases passes `past_key_values`.
+    `generate` passes the name of its release; code for older releases passes `past_key_values`.
     """
 
     @functools.wraps(forward)
@@ -53,10 +54,10 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class ParentsInitializeChildren:
-    """Mixin of a `PreTrainedModel`: `_init_weights` is called for every module, also for one without own parameters.
+    """Mixin of a `PreTrainedModel` that calls `_init_weights` for modules without own parameters too.
 
-    transformers (seen in 5.17 and 5.24) skips those in models that are not its own, so the rule for `nn.Linear` would
-    have the last word on the mixing projection inside an `FFN`. Parameters that were loaded stay as they are.
+    transformers (5.17, 5.24) skips them in models that are not its own, so the rule for `nn.Linear` would override that
+    of the mixing projection inside an `FFN`. Loaded parameters are not changed.
     """
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -64,9 +65,9 @@ class ParentsInitializeChildren:
 
 
 def uses_attention_interface(model: PreTrainedModel) -> bool:
-    """Whether the attention of every model in `model` is looked up in `ALL_ATTENTION_FUNCTIONS`.
+    """Return whether every model in `model` looks its attention up in `ALL_ATTENTION_FUNCTIONS`.
 
-    `set_attn_implementation`, the documented way, asks the same (5.17, 5.24) but only warns where the answer is no.
+    The documented `set_attn_implementation` checks the same (5.17, 5.24) but only warns.
     """
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return all(module._can_set_attn_implementation() for module in models)
@@ -74,10 +75,10 @@ def uses_attention_interface(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Use the registered attention function `name` inside the context.
+    """Use the registered attention function `name` within the context.
 
-    The field of the configs is what `set_attn_implementation` sets (5.17, 5.24); that one also loads kernels and
-    checks all models again, too slow for a context around every batch.
+    The field is the one that `set_attn_implementation` sets (5.17, 5.24). That method also loads kernels and checks all
+    models, which is too slow for a context around every batch.
     """
     configs = _configs(model)
     before = [config._attn_implementation for config in configs]

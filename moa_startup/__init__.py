@@ -1,22 +1,23 @@
-"""Makes our models known to lm-eval, timm and transformers in every process of the environment, when those load.
+"""Registration of this project's models with lm-eval, timm and transformers when a process imports those.
 
-`moa_startup.pth` lies beside the installed packages; Python reads it at each start, and it calls `install()`. From
-then on the modules named in `HOOKS`, as soon as they have been executed, are followed by a function of
-`moa_startup.registration`, so that these work with nothing of ours imported by hand:
+Python reads `moa_startup.pth` in site-packages at every start and calls `install()`. After a module of `HOOKS` has been
+executed, a function of `moa_startup.registration` runs. These work without importing this project:
 
     lm_eval --model moa ...                                (also `python -m lm_eval`, `accelerate launch -m lm_eval`)
     timm.create_model("vit_base_patch16_qdmoa")
     transformers.AutoModelForCausalLM.from_pretrained(DIR)        (model type `moa_llama`)
 
-It loads nothing by itself and never raises: what fails is a RuntimeWarning. `MOA_STARTUP=0` in the environment turns
-it off. Its cost at each start of Python is a fraction of a millisecond: `python -X importtime -c pass 2>&1 | grep
-moa_startup` shows the import in microseconds, `python -m benchmarks startup` measures the whole line.
+Nothing is loaded in advance, and failures are RuntimeWarnings. `MOA_STARTUP=0` in the environment disables the
+registration. It costs a fraction of a millisecond per start of Python: `python -X importtime -c pass 2>&1 | grep
+moa_startup` shows the import in microseconds, `scripts/benchmark.py startup` measures the whole line.
 """
+
+from __future__ import annotations
 
 import os
 import sys
 
-TYPE_CHECKING = False  # the checkers' name for it; importing typing would take longer than all of this file
+TYPE_CHECKING = False  # type checkers know this name; importing typing would take longer than this whole file
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec, SourceFileLoader, SourcelessFileLoader
@@ -29,11 +30,11 @@ HOOKS = {
     "timm": "timm_models",
     "transformers.models.auto.configuration_auto": "transformers_models",
 }
-"""Module -> the function of `moa_startup.registration` that runs after each execution of it."""
+"""Modules, and the functions of `moa_startup.registration` that run after each execution of them."""
 
 
 def install() -> None:
-    """Watches for the modules of `HOOKS`; registers at once with those already imported. Again: changes nothing."""
+    """Watch imports for the modules of `HOOKS` and register with those already imported; idempotent."""
     if os.environ.get("MOA_STARTUP") == "0" or _Watch in sys.meta_path:
         return
     sys.meta_path.insert(0, _Watch)
@@ -43,33 +44,30 @@ def install() -> None:
 
 
 class _Watch:
-    """A finder that finds nothing itself: it asks the others and marks the loader they give for a watched module.
+    """Finder that asks the other finders for a watched module and hooks the loader that they return.
 
-    It stays for good. Taking an entry out of `sys.meta_path` while another thread walks through the list makes that
-    thread skip a finder; staying costs one dictionary look-up an import, and also serves modules imported anew.
+    It is never removed: removing an entry of `sys.meta_path` while another thread iterates over it would make that
+    thread skip a finder. It costs one dictionary look-up per import and also serves reloaded modules.
     """
 
     @staticmethod
-    def find_spec(
-        name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
-    ) -> "ModuleSpec | None":
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in HOOKS:
             return None
         for finder in tuple(sys.meta_path):
             find_spec = None if finder is _Watch else getattr(finder, "find_spec", None)
             spec = find_spec and find_spec(name, path, target)
             if spec is not None:
-                _mark(spec)
+                _hook(spec)
                 return spec
         return None
 
 
-def _mark(spec: "ModuleSpec") -> None:
-    """Has `spec`'s loader come back here when it executes the module, once.
+def _hook(spec: ModuleSpec) -> None:
+    """Make the loader of `spec` call `_execute` once.
 
-    The mark is an attribute of this one loader, which is made for this one spec, so that its type, its path, its
-    source and all else that others read from it stay as they are. Loaders of other kinds (a zip file's serves many
-    modules) are left alone.
+    An instance attribute of this one loader leaves its type, path and source unchanged. Loaders of other types, such as
+    that of zip files, serve several modules and are not changed.
     """
     from functools import partial
     from importlib.machinery import SourceFileLoader, SourcelessFileLoader
@@ -78,15 +76,15 @@ def _mark(spec: "ModuleSpec") -> None:
         vars(spec.loader)["exec_module"] = partial(_execute, spec.loader)
 
 
-def _execute(loader: "SourceFileLoader | SourcelessFileLoader", module: "ModuleType") -> None:
-    """Executes `module` as `loader` does without the mark, which is gone from now on, then registers."""
+def _execute(loader: SourceFileLoader | SourcelessFileLoader, module: ModuleType) -> None:
+    """Remove the hook, execute `module` by `loader`, and register."""
     vars(loader).pop("exec_module", None)
     loader.exec_module(module)
     _register(module.__name__)
 
 
 def _register(name: str) -> None:
-    """Runs the function that belongs to module `name`; a failure is a warning."""
+    """Run the function of module `name`; a failure is a warning."""
     try:
         from moa_startup import registration
 
@@ -96,10 +94,10 @@ def _register(name: str) -> None:
 
 
 def warn(text: str) -> None:
-    """A RuntimeWarning, or a line on stderr where warnings are errors: the import that is going on must not fail."""
+    """Issue a RuntimeWarning, or print it where warnings are errors: the ongoing import must not fail."""
     import warnings
 
-    text += ". MOA_STARTUP=0 in the environment turns this registration off."
+    text += ". MOA_STARTUP=0 in the environment disables this registration."
     try:
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     except RuntimeWarning:

@@ -1,4 +1,6 @@
-"""Which extra of the package installs a library that is missing."""
+"""Errors for missing libraries that name the extra which installs them."""
+
+from __future__ import annotations
 
 from importlib.util import find_spec
 
@@ -9,9 +11,9 @@ def require(package: str, extras: str, *libraries: str) -> None:
     """Raise ImportError with the `pip install` command if a library that `package` imports is not installed.
 
     Args:
-        package: name of the importing package.
-        extras: extras that bring the libraries, comma-separated; any one of them is enough.
-        libraries: top-level modules.
+        package: Name of the importing package.
+        extras: Comma-separated extras, each of which installs the libraries.
+        libraries: Top-level modules.
     """
     missing = [name for name in libraries if find_spec(name) is None]
     if missing:

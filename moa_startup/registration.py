@@ -1,8 +1,10 @@
-"""What `moa_startup` does after lm-eval, timm and transformers have loaded: one function each.
+"""Registration with lm-eval, timm and transformers after each of them has loaded.
 
-Only what is asked for is loaded: lm-eval and transformers get names whose modules are imported with their first use.
-timm's registry holds functions, so timm gets `moa_vision.vit` itself: milliseconds after timm's own seconds.
+lm-eval and transformers get names whose modules are imported on first use. timm's registry holds functions, so
+`moa_vision.vit` is imported after timm, which adds milliseconds to timm's seconds.
 """
+
+from __future__ import annotations
 
 import importlib
 import sys
@@ -19,9 +21,9 @@ TRANSFORMERS_MODEL_TYPE = "moa_llama"
 
 
 def lm_eval_model() -> None:
-    """Puts a lazy placeholder for model `moa` into lm-eval's registry, after lm-eval's own.
+    """Register a lazy placeholder for model `moa` with lm-eval.
 
-    Releases after 0.4.13 have `load_plugins` and read the entry point `lm_eval.models` of our package by themselves.
+    Releases after 0.4.13 have `load_plugins` and read this package's entry point `lm_eval.models`.
     """
     registry = importlib.import_module("lm_eval.api.registry")
     if not hasattr(registry, "load_plugins") and LM_EVAL_NAME not in registry.model_registry:
@@ -29,13 +31,13 @@ def lm_eval_model() -> None:
 
 
 def timm_models() -> None:
-    """Registers `vit_{size}_patch16_{variant}` with timm; nothing to do while somebody imports our ViTs already."""
-    if "moa_vision.vit" not in sys.modules:  # waiting for another thread's import could deadlock
+    """Register `vit_{size}_patch16_{variant}` with timm, unless `moa_vision.vit` is being imported already."""
+    if "moa_vision.vit" not in sys.modules:  # waiting for the import of another thread could deadlock
         importlib.import_module("moa_vision.vit")
 
 
 def transformers_models() -> None:
-    """Tells transformers' auto classes of `moa_llama`, whose `moa_lm` is imported when the class is asked for."""
+    """Register `moa_llama` with transformers' auto classes; `moa_lm` is imported on first use."""
     mapping = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
     if TRANSFORMERS_MODEL_TYPE not in mapping:
         mapping._extra_content = LazyEntries(mapping._extra_content)
@@ -46,11 +48,10 @@ _PENDING: Any = object()
 
 
 class LazyEntries(UserDict[str, Any]):
-    """transformers' table of registered configurations (model type -> class), with one entry that is imported late.
+    """transformers' table of registered configurations (model type -> class), with one lazily imported entry.
 
-    `moa_lm`, while it is imported, registers its configuration and its models with the auto classes, and so replaces
-    the entry. Asking for that entry gives the import's error; to whoever goes through all of them, one that cannot
-    be imported is not there, with a warning.
+    Importing `moa_lm` replaces the entry. Reading an entry that cannot be imported raises the import's error; iterating
+    over all entries skips it with a warning.
     """
 
     def __getitem__(self, key: str) -> Any:
@@ -59,7 +60,7 @@ class LazyEntries(UserDict[str, Any]):
         return self.data[key]
 
     def items(self) -> ItemsView[str, Any]:
-        """All model types and classes."""
+        """Return all model types and classes."""
         classes = {}
         for key in self:
             try:
@@ -69,5 +70,5 @@ class LazyEntries(UserDict[str, Any]):
         return classes.items()
 
     def values(self) -> ValuesView[Any]:
-        """All classes."""
+        """Return all classes."""
         return dict(self.items()).values()

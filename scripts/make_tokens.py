@@ -1,4 +1,4 @@
-"""Packs texts into token shards with a manifest and their tokenizer, which training maps into memory.
+"""Pack texts into token shards for language-model training, with a manifest and their tokenizer.
 
   python scripts/make_tokens.py --source texts/ --tokenizer openai-community/gpt2 --val-fraction 0.01 --out data/mine
   python scripts/make_tokens.py --source wiki.train.txt.gz --val-source wiki.valid.txt.gz --train-bpe 8192 \\
@@ -6,107 +6,90 @@
   python scripts/make_tokens.py --source 'corpus/*.jsonl.gz' --field body --tokenizer DIR --out data/corpus
   python scripts/make_tokens.py --source hf:HuggingFaceFW/fineweb:config=sample-10BT --tokenizer DIR --out data/web
 
-Stopped or failed? Run the same command again: finished shards are verified and kept. The sources are read again from
-their beginning, to tell that they are the same: a stream is downloaded again up to there, but not tokenized.
+The same command resumes after a failure: finished shards are verified and kept. The sources are read again from their
+beginning (streams too) to verify that they are unchanged, but not tokenized again.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
 import sys
 import time
-from typing import Any
+from dataclasses import fields
 
-from moa_lm.token_shards import Report, TokenSettings, make_tokens
+from moa_lm.token_shards import TokenSettings, make_tokens
+from moa_lm.token_writer import Report
+from moa_train.errors import ConfigError, DataError
 from moa_train.progress import duration
-
-_SHOWN = 10  # documents that could not be used and are printed
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     description, _, examples = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def add(name: str, text: str, **options: Any) -> None:
-        parser.add_argument(name, help=text, **options)
-
+    add = parser.add_argument
     add(
         "--source",
-        "files (.txt, .jsonl, both also .gz; .parquet), folders of them, globs "
-        "| hf:NAME[:config=C][:split=S][:revision=R][:data_dir=D][:data_files=F], streamed by datasets",
         required=True,
         nargs="+",
+        help="files (.txt, .jsonl, both also .gz; .parquet), folders, globs, or hf:NAME[:config=C][:split=S]"
+        "[:revision=R][:data_dir=D][:data_files=F], streamed by datasets",
     )
-    add("--out", "folder of the data set; of train/ and val/ with held-out documents", required=True)
+    add("--out", required=True, help="folder of the data set; with held-out documents, of train/ and val/")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument("--tokenizer", metavar="NAME", help="folder or Hub name of a fast transformers tokenizer")
     tokenizer.add_argument(
-        "--tokenizer", help="folder or hub name of a transformers tokenizer that has a tokenizer.json", metavar="NAME"
+        "--train-bpe", type=int, metavar="VOCAB_SIZE", help="train a byte-level BPE of this vocabulary size"
     )
-    tokenizer.add_argument(
-        "--train-bpe", help="train a byte-level BPE of so many tokens here", type=int, metavar="VOCABULARY"
-    )
-    add(
-        "--end-of-text",
-        "token of its vocabulary that ends a document (default: its eos_token); saved with it as that",
-        metavar="TOKEN",
-    )
+    add("--end-of-text", metavar="TOKEN", help="token that ends a document (default: the tokenizer's eos_token)")
     held_out = parser.add_mutually_exclusive_group()
     held_out.add_argument(
         "--val-fraction",
-        help="part of the documents that is held out, chosen by a hash of the text (default: none)",
         type=float,
         default=0.0,
         metavar="F",
+        help="fraction of held-out documents, chosen by a hash of the text (default: 0)",
     )
-    held_out.add_argument("--val-source", help="held-out documents, named as --source", nargs="+", default=[])
-    defaults = TokenSettings(tokenizer="")
-    add("--field", "of a record that is its text (default: %(default)s)", default=defaults.field, metavar="NAME")
+    held_out.add_argument("--val-source", nargs="+", default=[], help="sources of held-out documents")
+    add("--field", default="text", metavar="NAME", help="text field of a record (default: %(default)s)")
     add(
         "--split-on",
-        "a line of a text file that matches begins a new document (default: a file is one)",
         metavar="REGEX",
+        help="a matching line of a text file begins a new document (default: one document per file)",
     )
     add(
         "--shard-tokens",
-        "a shard ends with the document with which it has so many (default: %(default)s)",
         type=int,
-        default=defaults.shard_tokens,
+        default=TokenSettings.shard_tokens,
         metavar="N",
+        help="a shard ends with the document that reaches N tokens (default: %(default)s)",
     )
     add(
         "--max-tokens",
-        "the training set ends with the document with which it has so many; the rest is not read (default: none)",
         type=int,
         metavar="N",
+        help="the training set ends with the document that reaches N tokens (default: with the sources)",
     )
-    add("--workers", "processes (default: %(default)s)", type=int, default=os.cpu_count() or 1, metavar="N")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
     add(
         "--max-bad",
-        "unreadable documents that are put up with (default: %(default)s)",
         type=int,
         default=100,
         metavar="N",
+        help="number of unreadable documents above which packing fails (default: %(default)s)",
     )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; 0 if it succeeded, 130 if Ctrl-C ended it."""
+    """Run the command and return its exit code: 0, 2 for an error of the user, 130 after Ctrl-C."""
     given = parse(arguments)
     begin = time.monotonic()
     try:
-        settings = TokenSettings(
-            tokenizer=given.tokenizer,
-            train_bpe=given.train_bpe,
-            end_of_text=given.end_of_text,
-            field=given.field,
-            split_on=given.split_on,
-            val_fraction=given.val_fraction,
-            shard_tokens=given.shard_tokens,
-            max_tokens=given.max_tokens,
-        )
+        settings = TokenSettings(**{field.name: getattr(given, field.name) for field in fields(TokenSettings)})
         reports = make_tokens(
             given.source,
             given.out,
@@ -115,34 +98,32 @@ def main(arguments: list[str] | None = None) -> int:
             workers=given.workers,
             max_bad=given.max_bad,
         )
-    except (ValueError, OSError) as error:
-        print(f"make_tokens: {error}", file=sys.stderr)
-        return 1
+    except (ConfigError, DataError) as error:
+        print(f"make_tokens: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("make_tokens: stopped; the same command goes on with what is finished", file=sys.stderr)
+        print("make_tokens: interrupted; the same command resumes", file=sys.stderr)
         return 130
-    tell(reports, time.monotonic() - begin)
+    print_reports(reports, time.monotonic() - begin)
     if given.max_tokens and reports[0].tokens < given.max_tokens:
-        print(f"warning: the sources end before {given.max_tokens:,} tokens (--max-tokens)")
+        print(f"warning: the sources end before --max-tokens {given.max_tokens:,}")
     return 0
 
 
-def tell(reports: list[Report], seconds: float) -> None:
-    """Prints what was made, what was left out, and how to train with it."""
+def print_reports(reports: list[Report], seconds: float) -> None:
+    """Print the sizes of the data sets, the skipped documents and the command for training."""
     for report in reports:
         print(
             f"{report.folder}: {report.documents:,} documents, {report.tokens:,} tokens, "
-            f"{report.bytes / report.tokens:.3f} bytes a token, in {report.shards} shards ({report.kept_shards} kept)"
+            f"{report.bytes / report.tokens:.3f} bytes per token, {report.shards} shards ({report.kept_shards} kept)"
         )
-    for skipped in dict.fromkeys(report.skipped for report in reports):
-        if skipped.empty or skipped.unusable:
-            print(f"left out: {skipped.empty:,} empty documents, {skipped.unusable:,} that cannot be read")
-        for entry in skipped.named[:_SHOWN]:
-            print(f"  {entry['where']}: {entry['problem']}")
+    for source in dict.fromkeys(report.source for report in reports):
+        if source.empty or source.unreadable:
+            print(f"skipped {source.empty:,} empty and {source.unreadable:,} unreadable documents")
     print(f"vocabulary of {reports[0].vocab_size:,} tokens; {duration(seconds)}")
     train, *val = (str(report.folder) for report in reports)
-    options = f"--data.train {train} " + (f"--data.val {val[0]}" if val else "--data.val null")
-    print(f"to train with it: python scripts/pretrain_lm.py {options} --name NAME")
+    options = f"--data.train {train} --data.val {val[0] if val else 'null'}"
+    print(f"to train: python scripts/pretrain_lm.py {options} --name NAME")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,10 @@ def training(task: str, folder: Path) -> dict[str, Any]:
         from moa_vision.photographs import make_photograph_shards
 
         make_photograph_shards(folder / "data/photographs")
+    else:
+        from moa_lm.__main__ import main
+
+        assert main(["tales", "--out", str(folder / "data/tales")]) == 0
     found = {}
     for ffn in ("swiglu", "qdmoa"):
         config = ROOT / "configs" / task / f"{family}_{ffn}.yaml"

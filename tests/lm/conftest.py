@@ -1,4 +1,4 @@
-"""Tiny models, written down once, and a tokenizer made on the spot."""
+"""Tiny models and tokenizers."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +29,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """No progress bars; transformers' verbosity as it was."""
+    """Disable progress bars and restore transformers' verbosity."""
     before = logging.get_verbosity()
     logging.disable_progress_bar()
     yield
@@ -38,7 +38,7 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture
 def tiny() -> Callable[..., MoALlamaForCausalLM]:
-    """tiny(**fields) -> a small MoALlamaForCausalLM in evaluation mode, the same at each call."""
+    """tiny(**fields) -> a small MoALlamaForCausalLM in evaluation mode, seeded."""
 
     def make(**fields: Any) -> MoALlamaForCausalLM:
         torch.manual_seed(0)
@@ -60,7 +60,7 @@ def llama() -> Callable[..., LlamaForCausalLM]:
 
 @pytest.fixture
 def tokens() -> Callable[..., torch.Tensor]:
-    """tokens(*shape) -> reproducible token ids below TINY's vocabulary, none of them special."""
+    """tokens(*shape) -> reproducible token ids of TINY's vocabulary, without special tokens."""
 
     def make(*shape: int, seed: int = 0) -> torch.Tensor:
         return torch.randint(3, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))

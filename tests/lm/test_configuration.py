@@ -1,4 +1,4 @@
-"""MoALlamaConfig: what it accepts, what config.json keeps, what its errors say."""
+"""MoALlamaConfig: fields, config.json and errors."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,8 @@ from transformers import AutoConfig, LlamaConfig
 
 from moa_ffn import ACTIVATIONS, FFN, GATES, VARIANTS
 from moa_lm import MoALlamaConfig
+from moa_lm.configuration import build_config
+from moa_train.errors import ConfigError
 
 
 def saved(config: MoALlamaConfig, folder: Path) -> dict:
@@ -17,7 +19,7 @@ def saved(config: MoALlamaConfig, folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
-def test_defaults_are_the_layer_s_own():
+def test_defaults_are_those_of_the_layer():
     ffn = FFN(8, 8, **MoALlamaConfig().ffn_arguments())
     assert (ffn.spec, ffn.mix_init_std, ffn.coef_init) == (
         FFN(8, 8).spec,
@@ -27,7 +29,7 @@ def test_defaults_are_the_layer_s_own():
     assert MoALlamaConfig().num_experts == 0
 
 
-def test_everything_else_is_llama_s():
+def test_other_fields_are_those_of_llama():
     ours, theirs = MoALlamaConfig().to_dict(), LlamaConfig().to_dict()
     assert {name: ours[name] for name in theirs if name != "model_type"} == {
         name: value for name, value in theirs.items() if name != "model_type"
@@ -35,14 +37,13 @@ def test_everything_else_is_llama_s():
 
 
 @pytest.mark.parametrize("given_as", ["g,s,r2", ["gelu", "silu", "relu2"], ("g", "silu", "r2")])
-def test_dictionaries_are_kept_as_full_names(given_as, tmp_path):
+def test_dictionaries_are_stored_as_full_names(given_as, tmp_path):
     config = MoALlamaConfig(ffn_gate_activations=given_as)
     assert config.ffn_gate_activations == ["gelu", "silu", "relu2"]
     assert saved(config, tmp_path)["ffn_gate_activations"] == ["gelu", "silu", "relu2"]
 
 
-def test_default_dictionaries_are_written_down(tmp_path):
-    # A later version may have other defaults; a checkpoint keeps what it was made with.
+def test_default_dictionaries_are_saved(tmp_path):
     written = saved(MoALlamaConfig(), tmp_path)
     assert written["ffn_gate_activations"] == ["gelu", "silu", "relu2"]
     assert written["ffn_up_activations"] == ["identity", "tanh"]
@@ -82,49 +83,39 @@ def test_config_json_round_trip(fields, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "message"),
     [
-        ({"ffn_variant": "geglu"}, ["ffn_variant='geglu'", "swiglu", "qdmoa"]),
-        ({"ffn_mixing_gate": "relu"}, ["ffn_mixing_gate='relu'", "sigmoid, tanh, softmax"]),
-        ({"ffn_up_activations": "id,sine"}, ["ffn_up_activations", "'sine'", "leaky_relu (l)"]),
-        ({"ffn_gate_activations": ["silu", "s"]}, ["ffn_gate_activations", "none twice"]),
-        ({"ffn_mixed_branch": "both"}, ["ffn_mixed_branch='both'", "gate, up"]),
-        ({"ffn_mix_init_std": -0.1}, ["ffn_mix_init_std=-0.1", "0 or more"]),
-        ({"ffn_coef_init": float("nan")}, ["ffn_coef_init=nan", "finite"]),
-        ({"ffn_backend": "cuda"}, ["ffn_backend='cuda'", "eager"]),
-        ({"ffn_gate_activations": 7}, ["ffn_gate_activations=7", "names of activations"]),
-        ({"ffn_up_activations": [["tanh"]]}, ["ffn_up_activations=[['tanh']]", "names of activations"]),
-        ({"ffn_coef_init": 10**400}, ["ffn_coef_init=1000", "finite"]),
-        ({"ffn_gates": "tanh"}, ["'ffn_gates'", "ffn_gate_activations"]),
-        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "ffn_variant"]),
-        ({"num_key_value_heads": 3}, ["num_key_value_heads=3", "num_attention_heads=32"]),
-        ({"hidden_size": 100}, ["hidden_size=100", "num_attention_heads=32"]),
-        ({"hidden_size": 10**9}, ["hidden_size=1000000000", "from 1 to 1048576"]),
-        ({"num_hidden_layers": 10**9}, ["num_hidden_layers=1000000000", "from 1 to 4096"]),
-        ({"head_dim": 7}, ["head_dim=7", "even"]),
-        ({"hidden_size": 96}, ["head_dim=3", "even"]),
-        ({"pad_token_id": 32000}, ["pad_token_id=32000", "below vocab_size=32000"]),
-        ({"vocab_size": 0}, ["vocab_size=0", "from 1 to"]),
-        ({"num_experts": -1}, ["num_experts=-1"]),
-        ({"num_experts": 8}, ["moe_intermediate_size=None", "num_experts > 0"]),
-        ({"num_experts": 3, "moe_intermediate_size": 8}, ["num_experts_per_tok=4", "num_experts=3"]),
-        ({"expert_mixing": "token"}, ["expert_mixing='token'", "layer, expert"]),
-        ({"expert_dispatch": "magic"}, ["expert_dispatch='magic'", "loop"]),
-        ({"num_shared_experts": 1.5}, ["num_shared_experts=1.5"]),
-        ({"norm_topk_prob": "no"}, ["norm_topk_prob='no'", "true or false"]),
-        ({"router_aux_loss_coef": -1}, ["router_aux_loss_coef=-1"]),
+        ({"ffn_variant": "geglu"}, "ffn_variant.*'geglu'"),
+        ({"ffn_mixing_gate": "relu"}, "ffn_mixing_gate.*'relu'"),
+        ({"ffn_up_activations": "id,sine"}, "ffn_up_activations.*'sine'"),
+        ({"ffn_mixed_branch": "both"}, "ffn_mixed_branch.*'both'"),
+        ({"ffn_mix_init_std": -0.1}, r"ffn_mix_init_std is -0\.1; it must be a finite number, 0 or above"),
+        ({"ffn_coef_init": float("nan")}, "ffn_coef_init is nan; it must be a finite number"),
+        ({"ffn_backend": "cuda"}, "ffn_backend is 'cuda'; it must be one of .*eager"),
+        ({"ffn_gates": "tanh"}, "ffn_gates is 'tanh'; it must be a field of .*ffn_gate_activations"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be silu; ffn_variant decides"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3; it must be a divisor of num_attention_heads 32"),
+        ({"vocab_size": 0}, "vocab_size is 0; it must be 1 or above"),
+        ({"num_experts": -1}, "num_experts is -1; it must be an integer, 0 or above"),
+        ({"num_experts": 8}, "moe_intermediate_size is None; it must be an integer, 1 or above"),
+        ({"num_experts": 3, "moe_intermediate_size": 8}, "num_experts_per_tok is 4; it must be at most num_experts 3"),
+        ({"expert_mixing": "token"}, "expert_mixing is 'token'; it must be one of layer, expert"),
+        ({"expert_dispatch": "magic"}, "expert_dispatch is 'magic'; it must be one of .*loop"),
+        ({"num_shared_experts": 1.5}, r"num_shared_experts is 1\.5"),
+        ({"norm_topk_prob": "no"}, "norm_topk_prob is 'no'; it must be true or false"),
+        ({"router_aux_loss_coef": -1}, "router_aux_loss_coef is -1"),
+        ({"hidden_size": 100}, "hidden size"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_errors_name_field_value_and_what_is_allowed(fields, words):
-    with pytest.raises(ValueError) as error:
-        MoALlamaConfig(**fields)
-    for word in words:
-        assert word in str(error.value)
+def test_invalid_fields(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        build_config(**fields)
 
 
 @pytest.mark.parametrize(("variant", "splits"), [("swiglu", True), ("qdmoa", False), ("qdla", False)])
-def test_tensor_parallel_plan_is_llama_s_where_it_is_right(variant, splits):
+def test_tensor_parallel_plan(variant, splits):
     plan = MoALlamaConfig(ffn_variant=variant).base_model_tp_plan
     assert ("layers.*.mlp.gate_proj" in plan) == splits
     attention = {name for name in LlamaConfig().base_model_tp_plan or {} if "attn" in name}

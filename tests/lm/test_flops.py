@@ -28,7 +28,7 @@ def test_dense_models(variant, attention, tiny, tokens):
 
 @pytest.mark.parametrize("mixing", ["layer", "expert"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_models_with_experts_count_the_active_ones(variant, mixing, tiny, tokens):
+def test_active_experts_are_counted(variant, mixing, tiny, tokens):
     model = tiny(ffn_variant=variant, expert_mixing=mixing, **EXPERTS)
     assert forward_flops(model.config, 24) == counted(model, tokens(1, 24))
 
@@ -50,6 +50,6 @@ def test_other_shapes(fields, tiny, tokens):
     assert forward_flops(model.config, 17) == counted(model, tokens(1, 17))
 
 
-def test_a_batch_takes_as_many_as_its_sequences(tiny, tokens):
+def test_flops_are_linear_in_the_batch(tiny, tokens):
     model = tiny(**EXPERTS)
     assert 3 * forward_flops(model.config, 8) == counted(model, tokens(3, 8))

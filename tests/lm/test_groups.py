@@ -1,4 +1,4 @@
-"""What Muon steps and what is not decayed, by the modules that own the parameters."""
+"""Parameter groups, compared with the modules that own the parameters."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from moa_ffn import FFN, VARIANTS
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
 from moa_lm.groups import hidden_matrices, no_weight_decay
-from moa_lm.moe import Experts, TopKRouter
+from moa_lm.moe import Experts
+from moa_lm.router import TopKRouter
 from moa_train.config import OptimConfig
 from moa_train.muon import StackedMuon
 from moa_train.optim import build_optimizer, describe_groups
@@ -35,7 +36,7 @@ def build(**fields):
 
 
 def by_module(model):
-    """(hidden matrices, vectors, other weights): ids of the parameters, as the modules that own them say."""
+    """Ids of (hidden matrices, vectors, other weights), found by the type of their modules."""
     hidden, vectors, others = set(), set(), set()
     for module in model.modules():
         if isinstance(module, LlamaAttention):
@@ -70,20 +71,8 @@ def test_every_parameter_is_classified_once(variant, feedforward, bias):
     assert {named[name].ndim for name in hidden_matrices(model)} == ({2} if feedforward == "dense" else {2, 3})
 
 
-def test_of_a_layer_with_experts():
-    model = build(num_hidden_layers=1, ffn_variant="qdla", mlp_bias=True, **FEEDFORWARD["expert"])
-    layer = "model.layers.0"
-    projections = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
-    projections += [f"mlp.experts.{name}_proj" for name in ("gate", "up", "down")]
-    projections += [f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")]
-    assert hidden_matrices(model) == {f"{layer}.{name}" for name in projections}
-    stacked = {f"mlp.experts.{name}" for name in ("gate_proj_bias", "up_proj_bias", "down_proj_bias", "mix_coef")}
-    two_dimensional = {name for name in no_weight_decay(model) if model.get_parameter(name).ndim == 2}
-    assert two_dimensional == {f"{layer}.{name}" for name in stacked}
-
-
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_muon_of_a_model_with_experts(tied):
+def test_muon_steps_a_model_with_experts(tied):
     model = build(ffn_variant="qdmoa", tie_word_embeddings=tied, **FEEDFORWARD["layer"])
     config = OptimConfig(algorithm="muon", weight_decay=0.1)
     optimizer = build_optimizer(model, config, no_weight_decay(model), hidden_matrices(model))
@@ -104,7 +93,7 @@ def test_muon_of_a_model_with_experts(tied):
     assert [stack.shape[0] for part in stacks for stack in part] == [4] * 6
 
 
-def test_names_follow_a_model_that_holds_it_and_leave_frozen_parameters_out():
+def test_wrapped_and_frozen_models():
     model = build(ffn_variant="la", attention_bias=True)
     wrapped = nn.ModuleDict({"inner": model})
     assert hidden_matrices(wrapped) == {f"inner.{name}" for name in hidden_matrices(model)}

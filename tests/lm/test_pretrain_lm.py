@@ -1,5 +1,6 @@
-"""Language-model runs from text to export, against transformers' Llama and torch's own cross-entropy."""
+"""Language-model runs from text to export, against transformers' Llama and torch's cross-entropy."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from moa_lm.data import TokenShards
-from moa_lm.pretrain import LMConfig, LMTask, build_task, check_config, main
+from moa_lm.pretrain import LMConfig, LMTask, main, open_tokenizer
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.config import parse_config
+from moa_train.errors import DataError
 from moa_train.schedule import make_plan
 from moa_train.task import DataParallelRank
 
@@ -49,7 +51,7 @@ EXPERTS = {
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Two hundred documents of a few words; a tenth is held out."""
+    """200 short documents, a tenth held out."""
     folder = tmp_path_factory.mktemp("tokens")
     generator = torch.Generator().manual_seed(0)
     documents = [
@@ -110,7 +112,7 @@ def test_from_text_to_export(train, tmp_path):
     assert tokenizer.decode(written[0]).startswith("the king")
 
 
-def test_experts_are_watched_without_held_out_tokens(train, tmp_path):
+def test_diagnostics_without_held_out_tokens(train, tmp_path):
     assert train(model__ffn="qdmoa", data__val="null", **EXPERTS) == 0
     folder = tmp_path / "run"
     assert rows(folder, "val") == [] and json.loads((folder / "summary.json").read_text())["status"] == "finished"
@@ -120,7 +122,7 @@ def test_experts_are_watched_without_held_out_tokens(train, tmp_path):
         assert (folder / f"mixing/step_0000000{step}.json").exists()
 
 
-def test_the_export_begins_a_text_as_training_did(train, adding_tokenizer, tmp_path):
+def test_export_encodes_texts_as_in_training(train, adding_tokenizer, tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "ab a b " * 200}) + "\n")
     make_tokens([str(tmp_path / "text.jsonl")], tmp_path / "set", TokenSettings(tokenizer=str(adding_tokenizer)))
     assert train(data__train=tmp_path / "set", data__val="null", schedule__tokens=128) == 0
@@ -131,7 +133,7 @@ def test_the_export_begins_a_text_as_training_did(train, adding_tokenizer, tmp_p
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == config.bos_token_id == config.eos_token_id == end
 
 
-def test_the_export_has_the_validation_loss(train, shards, tmp_path):
+def test_export_has_the_validation_loss(train, shards, tmp_path):
     assert train(model__ffn="bimoa") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export").eval()
     val = TokenShards(shards / "val")
@@ -141,11 +143,11 @@ def test_the_export_has_the_validation_loss(train, shards, tmp_path):
     assert rows(tmp_path / "run", "val")[-1]["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_swiglu_is_llama_in_training_too(arguments, tmp_path):
+def test_swiglu_trains_like_llama(arguments, tmp_path):
     """Loss and gradients of the first micro-batch."""
     config = parsed(arguments(model__ffn="swiglu"))
     torch.manual_seed(0)
-    task = build_task(config)
+    task = LMTask(config)
     model = task.language_model
     fields = {key: value for key, value in model.config.to_dict().items() if not key.startswith("ffn_")}
     llama = LlamaForCausalLM(LlamaConfig(**{key: fields[key] for key in fields if key != "model_type"}))
@@ -166,7 +168,7 @@ def plan_of(config, task):
     return make_plan(config, task.samples_per_epoch, task.budget, world_size=1)
 
 
-def test_experts_by_muon(train, tmp_path, capsys):
+def test_experts_with_muon(train, tmp_path, capsys):
     assert train(model__ffn="qdmoa", **EXPERTS) == 0
     text = capsys.readouterr().out
     assert "Muon (update 0.2 sqrt(max(A, B))): 14 matrices" in text and "6 stacks of 8" in text
@@ -179,13 +181,13 @@ def test_experts_by_muon(train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("settings", [{}, EXPERTS], ids=["dense-adamw", "experts-muon"])
-def test_a_stopped_run_goes_on_bit_for_bit(settings, train, tmp_path, monkeypatch):
+def test_resume_is_bit_exact(settings, train, tmp_path, monkeypatch):
     assert train("whole", **settings) == 0
     loss, calls = LMTask.loss, []
 
     def stopping(self, model, batch):
         calls.append(batch)
-        if len(calls) == 6:  # of the third step, after two example batches
+        if len(calls) == 6:  # in the third step, after two example batches
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(self, model, batch)
 
@@ -205,7 +207,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(settings, train, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_resumed_run_reads_what_is_left_and_nothing_before(train, stopping, monkeypatch):
+def test_resumed_run_reads_only_remaining_windows(train, stopping, monkeypatch):
     read, windows = TokenShards.window, {"train": [], "val": []}
 
     def noted(shards, index, length):
@@ -227,28 +229,28 @@ def test_a_resumed_run_reads_what_is_left_and_nothing_before(train, stopping, mo
     assert session("cut") == (0, train_reads[3 * 8 :], validation)
 
 
-def test_documents_do_not_see_each_other(arguments):
-    task = build_task(parsed(arguments(data__document_mask="true", model__ffn="qdmoa")))
+def test_document_mask(arguments):
+    task = LMTask(parsed(arguments(data__document_mask="true", model__ffn="qdmoa")))
     end = task.train_shards.end_of_text
     batch = next(iter(task.val_batches(DataParallelRank(0, 1, 6))))
     model = task.language_model.eval()
     with torch.no_grad():
         losses = task.val_losses(model, batch)["loss"]
         for row, loss in zip(batch.tokens, losses, strict=True):
-            sums = [alone(model, *document, end) for document in documents(row, end)]
+            sums = [summed_loss(model, *document, end) for document in documents(row, end)]
             expected = sum(total for total, _ in sums) / sum(number for _, number in sums)
             assert float(loss) == pytest.approx(expected, rel=1e-4)
 
 
 def documents(row, end):
-    """Inputs and labels of every document that a window has a part of."""
+    """Inputs and labels of every document in a window."""
     cuts = (row[:-1] == end).nonzero().flatten() + 1
     parts = zip(row[:-1].tensor_split(cuts), row[1:].tensor_split(cuts), strict=True)
     return [(inputs, labels) for inputs, labels in parts if len(inputs)]
 
 
-def alone(model, inputs, labels, end):
-    """Summed loss and number of labels of a document that is all the model sees; nothing follows its end."""
+def summed_loss(model, inputs, labels, end):
+    """Summed loss and number of labels of a document on its own."""
     counted = inputs != end
     losses = F.cross_entropy(model(inputs[None]).logits[0][counted], labels[counted], reduction="none")
     return float(losses.sum()), int(counted.sum())
@@ -256,18 +258,18 @@ def alone(model, inputs, labels, end):
 
 def test_budgets(arguments):
     none = {"schedule__tokens": "null"}
-    task = build_task(parsed(arguments(schedule__tokens_per_parameter=2, **none)))
-    twin = build_task(parsed(arguments(schedule__tokens_per_parameter=2, model__ffn="swiglu", **none)))
+    task = LMTask(parsed(arguments(schedule__tokens_per_parameter=2, **none)))
+    twin = LMTask(parsed(arguments(schedule__tokens_per_parameter=2, model__ffn="swiglu", **none)))
     parameters = sum(parameter.numel() for parameter in twin.language_model.parameters())
     assert task.budgeted == twin.budgeted == parameters
     assert task.budget(9).total_steps == twin.budget(9).total_steps == round(2 * parameters / (8 * 16))
-    task = build_task(parsed(arguments(schedule__epochs=1.5, **none)))
+    task = LMTask(parsed(arguments(schedule__epochs=1.5, **none)))
     assert task.budget(9).total_steps == round(1.5 * 9)
-    experts = build_task(parsed(arguments(schedule__tokens_per_parameter=2, model__ffn="swiglu", **none, **EXPERTS)))
+    experts = LMTask(parsed(arguments(schedule__tokens_per_parameter=2, model__ffn="swiglu", **none, **EXPERTS)))
     idle = 2 * 6 * 3 * 24 * 32  # of two layers, the matrices of the six experts that a token does not go to
     assert experts.budgeted == sum(p.numel() for p in experts.language_model.parameters()) - idle
     mixing = {"model__args.expert_mixing": "expert", "model__ffn": "qdmoa", "schedule__tokens_per_parameter": 2}
-    assert build_task(parsed(arguments(**mixing, **none, **EXPERTS))).budgeted == experts.budgeted
+    assert LMTask(parsed(arguments(**mixing, **none, **EXPERTS))).budgeted == experts.budgeted
 
 
 @pytest.mark.parametrize(
@@ -277,42 +279,29 @@ def test_budgets(arguments):
         ({"schedule__tokens": "null"}, r"\(found: none\)"),
         ({"schedule__tokens": 0}, "schedule.tokens is 0; it must be above 0"),
         ({"schedule__warmup_steps": 5}, "schedule.warmup_steps is 5; it must be at most the run's 4 steps"),
-        ({"model__size": "huge"}, "size='huge' is not one of"),
+        ({"model__size": "huge"}, "size is 'huge'; it must be one of"),
         ({"model__ffn": "geglu"}, "geglu"),
         ({"model__args.ffn_gates": "tanh"}, "ffn_gates"),
         (
             {"model__args.num_layers": 3},
             "model.args.num_layers is 3; it must be a field of",
         ),
-        ({"model__args.rms_norm_eps": "x"}, "rms_norm_eps"),
+        ({"model__args.rms_norm_eps": "x"}, "model.args .*rms_norm_eps"),
+        ({"model__args.vocab_size": 320}, "model.args.vocab_size is 320, but the data decide it"),
         ({"data__train": "nowhere"}, "nowhere"),
         ({"data__sequence_length": 4000}, "data.val has"),
         ({"data__sequence_length": 4000, "data__val": "null"}, "training set's"),
     ],
-    ids=[
-        "two-budgets",
-        "no-budget",
-        "no-tokens",
-        "warmup",
-        "size",
-        "ffn",
-        "args",
-        "field",
-        "type",
-        "data",
-        "held-out",
-        "length",
-    ],
 )
-def test_what_cannot_be_run(changed, message, arguments, capsys):
-    with pytest.raises((ValueError, SystemExit)) as error:
-        check_config(parsed(arguments(**changed)))
-    text = capsys.readouterr().err if error.type is SystemExit else str(error.value)
-    assert re.search(message, text), text
+def test_check_reports_invalid_runs(changed, message, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments(**changed), "--check"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(message, error), error
 
 
-def test_a_row_s_loss_is_that_of_its_step_and_of_the_language_model_alone(train, tmp_path):
-    """Whatever the interval between rows and the size of micro-batches."""
+def test_logged_loss_is_the_cross_entropy_of_its_step(train, tmp_path):
+    """For any logging interval and micro-batch size."""
     plain = {key: value for key, value in EXPERTS.items() if key != "optim.algorithm"}
     assert train("each", **plain) == 0
     assert train("some", loop__log_every=3, loop__micro_batch_size=8, **plain) == 0
@@ -325,8 +314,8 @@ def test_a_row_s_loss_is_that_of_its_step_and_of_the_language_model_alone(train,
 
 
 @pytest.mark.parametrize("settings", [{}, {**EXPERTS, "optim.algorithm": "adamw"}], ids=["dense", "experts"])
-def test_every_label_counts_the_same_in_whatever_micro_batch(settings, train, tmp_path):
-    """Windows of a few tokens have more ends of documents than others."""
+def test_label_weights_do_not_depend_on_micro_batches(settings, train, tmp_path):
+    """Short windows have different numbers of labels."""
     masked = settings | {"data__document_mask": "true", "data__sequence_length": 8, "schedule__tokens": 128}
     masked |= {"data__val": "null", "optim__lr": 1e-3}
     assert train("whole", loop__micro_batch_size=8, **masked) == 0
@@ -339,45 +328,44 @@ def test_every_label_counts_the_same_in_whatever_micro_batch(settings, train, tm
         torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-5)
 
 
-def test_held_out_tokens_too_few_for_a_window(arguments, shards, tmp_path):
+def test_held_out_set_shorter_than_a_window(arguments, shards, tmp_path):
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "the king"}) + "\n")
     settings = TokenSettings(tokenizer=str(shards / "train" / "tokenizer"))
     make_tokens([str(tmp_path / "short.jsonl")], tmp_path / "short", settings)
     with pytest.raises(ValueError, match=r"data.val has \d+ tokens, no more than data.sequence_length 16"):
-        build_task(parsed(arguments(data__val=tmp_path / "short")))
+        LMTask(parsed(arguments(data__val=tmp_path / "short")))
 
 
-def mark_remote(folder):
-    """Have the tokenizer ask for code that lies beside it."""
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "tokenizer.json").write_text('{"a":'), "SHA-256 differs from the manifest"),
+        (shutil.rmtree, "cannot load the tokenizer"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "cannot load the tokenizer"),
+    ],
+    ids=["tokenizer", "missing", "settings"],
+)
+def test_damaged_tokenizer_is_reported_before_training(train, shards, tmp_path, capsys, damage, message):
+    shutil.copytree(shards, tmp_path / "set")
+    damage(tmp_path / "set/train/tokenizer")
+    assert train(data__train=tmp_path / "set/train", data__val=tmp_path / "set/val") == 2
+    error = capsys.readouterr().err
+    assert message in error and str(tmp_path / "set/train/tokenizer") in error and "Traceback" not in error
+
+
+def test_code_of_a_tokenizer_is_not_run(shards, tmp_path):
+    shutil.copytree(shards / "train", tmp_path / "set")
+    folder = tmp_path / "set/tokenizer"
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with contextlib.suppress(DataError):
+        open_tokenizer(TokenShards(tmp_path / "set"))
+    assert not (folder / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    ("fault", "told"),
-    [
-        (lambda folder: (folder / "tokenizer.json").write_text('{"a":'), "its SHA-256 is not the manifest's"),
-        (shutil.rmtree, "no tokenizer can be made of it"),
-        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "no tokenizer can be made of it"),
-        (mark_remote, ""),
-    ],
-    ids=["damaged", "missing", "without its settings", "with code"],
-)
-def test_the_tokenizer_is_looked_at_before_training(train, shards, tmp_path, capsys, fault, told):
-    """It is exported beside the model: days later, were nobody to look."""
-    shutil.copytree(shards, tmp_path / "set")
-    folder = tmp_path / "set/train/tokenizer"
-    fault(folder)
-    code = train(data__train=tmp_path / "set/train", data__val=tmp_path / "set/val")
-    assert code == 2 if told else code in (0, 2)
-    error = capsys.readouterr().err
-    assert told in error and "Traceback" not in error and not (folder / "ran").exists()
-    assert not told or str(folder) in error
-
-
-def test_a_run_does_not_go_on_with_other_tokens(train, shards, tmp_path, capsys):
+def test_resume_refuses_other_tokens(train, shards, tmp_path, capsys):
     data = {"data__train": tmp_path / "set/train", "data__val": tmp_path / "set/val"}
     shutil.copytree(shards, tmp_path / "set")
     assert train(**data) == 0
