@@ -9,7 +9,7 @@ executed, a function of `moa_startup.registration` runs. These work without impo
 
 Nothing is loaded in advance, and failures are RuntimeWarnings. `MOA_STARTUP=0` in the environment disables the
 registration. It costs a fraction of a millisecond per start of Python: `python -X importtime -c pass 2>&1 | grep
-moa_startup` shows the import in microseconds, `scripts/benchmark.py startup` measures the whole line.
+moa_startup` shows the import in microseconds, `python -m benchmarks startup` measures the whole line.
 """
 
 from __future__ import annotations
