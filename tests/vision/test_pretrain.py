@@ -121,9 +121,10 @@ def test_validation_loss_is_the_mean_over_images(train, arguments):
 @pytest.mark.parametrize("stops", [(4,), (5, 9)], ids=["at the end of an epoch", "twice within epochs"])
 def test_resume_is_bit_exact(train, stops, stopping):
     _, unbroken = train("unbroken")
+    folder = unbroken.with_name("run")
     for stop in stops:
         with stopping(stop):
-            code, folder = train("run")
+            code, _ = train("run")
         assert code == EXIT_STOPPED
         assert json.loads((folder / "summary.json").read_text())["steps"] == stop
     assert train("run")[0] == 0
