@@ -42,7 +42,7 @@ from moa_train.errors import DataError, require
 from moa_train.progress import count
 from moa_train.schedule import Budget, Plan
 from moa_train.signals import ignore_stop_signals
-from moa_train.task import WEIGHT, DataParallelRank
+from moa_train.task import WEIGHT, DataParallelRank, Task
 from moa_train.trainer import check, run
 
 LM_RESUME_MUTABLE_KEYS = {"data.workers", "model.gradient_checkpointing"}
@@ -148,7 +148,7 @@ class LMConfig(RunConfig):
     schedule: TokenSchedule  # pyright: ignore[reportGeneralTypeIssues]  # no default: a budget has to be chosen
 
 
-class LMTask:
+class LMTask(Task):
     """A `moa_train.task.Task`: a language model on token shards.
 
     Raises:

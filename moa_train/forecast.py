@@ -23,7 +23,9 @@ from moa_train.plan import ASSUMED_UTILIZATION
 from moa_train.progress import WARMUP_STEPS, count, duration
 from moa_train.reading import read_json
 from moa_train.run_folder import RunFolder
-from moa_train.schedule import LARGEST_BATCH, Budget, Plan, divisors, make_plan
+from moa_train.schedule import Budget, Plan, divisors, make_plan
+
+LARGEST_BATCH = 10**9
 
 GIB = 2**30
 

@@ -18,7 +18,7 @@ from moa_train.errors import DataError, require
 from moa_train.progress import count
 from moa_train.schedule import Budget, Plan
 from moa_train.signals import ignore_stop_signals
-from moa_train.task import DataParallelRank
+from moa_train.task import DataParallelRank, Task
 from moa_train.trainer import check, run
 from moa_vision.bad_samples import BadSamples
 from moa_vision.data import DataConfig, ImageBatch, normalize, require_cache_room, train_loader, val_loader
@@ -92,7 +92,7 @@ class Images(NamedTuple):
     keys: tuple[str, ...] = ()
 
 
-class MAETask:
+class MAETask(Task):
     """A `moa_train.task.Task`: the masked autoencoder on shards of images.
 
     Raises:

@@ -21,7 +21,7 @@ from moa_train.optim import FUSED_DEVICES
 from moa_train.plan import TRAINING_FLOPS_PER_FORWARD
 from moa_train.progress import count
 from moa_train.schedule import Budget, Plan
-from moa_train.task import DataParallelRank
+from moa_train.task import DataParallelRank, Task
 from moa_vision.data import DataConfig, ImageBatch, normalize
 from moa_vision.probe.augment import Mixing, RandAugmented
 from moa_vision.probe.encoders import Pool, TrainedEncoder
@@ -164,7 +164,7 @@ class ClassifierRun(RunConfig):
         return (rate, "--finetune.max_grad_norm 1.0") if self.method == "finetune" else (rate,)
 
 
-class Classifier:
+class Classifier(Task):
     """What both tasks have in common: all of a `moa_train.task.Task` but its model, its targets and its export.
 
     Args:

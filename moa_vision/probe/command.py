@@ -25,8 +25,7 @@ from webdataset.shardlists import expand_urls
 from moa_train.atomic_io import write_json
 from moa_train.config import RESUME_MUTABLE_KEYS, CheckpointConfig, EpochSchedule, LoopConfig, OptimConfig, parse_config
 from moa_train.data_order import worker_died
-from moa_train.errors import DataError, require
-from moa_train.failures import message
+from moa_train.errors import DataError, message, require
 from moa_train.reading import read_json
 from moa_train.run_folder import RunFolder
 from moa_train.task import DataParallelRank

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         return checkpoint.snapshot(model, optimizer, {})
 
     with TemporaryDirectory(dir=args.folder) as folder:
-        saver = Saver(Path(folder), keep=1, keep_every=None)
+        saver = Saver(Path(folder), keep_latest=1)
 
         def saving(*, wait: bool) -> None:
             saver.begin({"step": next(steps)}, copied())
