@@ -13,7 +13,9 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -45,7 +47,19 @@ class DamagedCheckpoint(DataError):
 
 
 class SaveError(RunError):
-    """A checkpoint or another file of the run that cannot be written; earlier files are unchanged."""
+    """A checkpoint or another file of the run that cannot be written, usually because the disk is full."""
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn errors of the disk, such as a full one, into a SaveError that names what cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise SaveError(
+            f"{what} could not be written: {error}; free disk space, then the same command continues from the last "
+            "checkpoint"
+        ) from error
 
 
 @dataclass
@@ -121,7 +135,7 @@ def save(
         SaveError: The files cannot be written.
     """
     final = folder / f"step_{state['step']:08d}"
-    try:
+    with disk_errors(str(final)):
         with new_folder(final) as temporary:
             for name in FILES:
                 save_file(tensors[name], temporary / name)
@@ -129,8 +143,6 @@ def save(
             write_json(temporary / "state.json", {**state, "sha256": _state_sha256(state)})
         write_text(folder / "LAST", final.name + "\n")
         _delete_old(final, keep_latest, keep_interval)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"{final} could not be written: {error}") from error
     return final
 
 
@@ -156,41 +168,28 @@ def remove_leftovers(folder: Path) -> None:
 
 
 class Saver:
-    """Saves one checkpoint at a time in a background thread; see `save` for the arguments.
-
-    Attributes:
-        saved_step: Step of the newest complete checkpoint, -1 without one.
-    """
+    """Saves one checkpoint at a time in a background thread; see `save` for the arguments."""
 
     def __init__(self, folder: Path, *, keep_latest: int, keep_interval: int | None = None) -> None:
         self.folder, self.keep_latest, self.keep_interval = folder, keep_latest, keep_interval
-        self.saved_step = -1
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Future[Path] | None = None
 
     def begin(self, state: dict[str, Any], tensors: Snapshot) -> None:
-        """Begin to save, after `outcome` has returned the result of the save before."""
-        assert self._pending is None
-        self._pending = self._thread.submit(self._save, state, tensors)
+        """Begin to save, after the save before has ended. Raises SaveError if that one has failed."""
+        self.wait()
+        kept = {"keep_latest": self.keep_latest, "keep_interval": self.keep_interval}
+        self._pending = self._thread.submit(save, self.folder, state, tensors, **kept)
 
-    def outcome(self, *, wait: bool) -> SaveError | None:
-        """Return the error of the last save, once; None if it succeeded or, without `wait`, has not ended."""
-        if self._pending is None or not (wait or self._pending.done()):
-            return None
+    def wait(self) -> None:
+        """Wait until nothing is being written. Raises SaveError if the last save has failed."""
         pending, self._pending = self._pending, None
-        try:
+        if pending is not None:
             pending.result()
-        except SaveError as error:
-            return error
-        return None
 
     def close(self) -> None:
-        """Wait until nothing is being written."""
+        """Wait until nothing is being written, whatever the outcome."""
         self._thread.shutdown()
-
-    def _save(self, state: dict[str, Any], tensors: Snapshot) -> None:
-        save(self.folder, state, tensors, keep_latest=self.keep_latest, keep_interval=self.keep_interval)
-        self.saved_step = state["step"]
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:

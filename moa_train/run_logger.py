@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from moa_train import devices
-from moa_train.checkpoint import SaveError, TrainState
+from moa_train.checkpoint import TrainState, disk_errors
 from moa_train.config import RunConfig, as_tree
 from moa_train.environment import describe_environment
 from moa_train.plan import Costs, describe
@@ -21,9 +20,6 @@ from moa_train.run_folder import RunFolder
 from moa_train.schedule import Plan
 from moa_train.task import Task
 from moa_train.trackers import start_trackers, track
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""Error numbers of writes to a full disk."""
 
 
 class RunLogger:
@@ -48,7 +44,6 @@ class RunLogger:
         self.progress = Progress(visible=self.main, step=state.step, total_steps=plan.total_steps)
         self.timer, self.rate_reported = StepTimer(), False
         self._tracking = bool(config.loop.trackers)
-        self._unwritten: set[str] = set()  # files that a full disk has been reported for
         self._window_steps, self._window_s = 0, 0.0  # timed steps since the last row
 
     def open(self, optimizer: str, warnings: list[str]) -> None:
@@ -149,7 +144,7 @@ class RunLogger:
         place = {"kind": kind, "step": step, "epoch": self.plan.epoch(step), self.task.counter: self._units(step)}
         row = {**place, "wall_s": self.state.wall_s, **values}
         if self.main:
-            with self.ignore_full_disk(self.folder.metrics.name):
+            with disk_errors(str(self.folder.metrics)):
                 self.folder.append(row)
         with self._tracker_errors():
             if self._tracking:
@@ -159,7 +154,7 @@ class RunLogger:
         """Append a row to events.jsonl, with the time of day."""
         if self.main:
             time = datetime.now(UTC).isoformat(timespec="seconds")
-            with self.ignore_full_disk(self.folder.events.name):
+            with disk_errors(str(self.folder.events)):
                 self.folder.append_event({"kind": kind, "step": step, "time": time, **values})
 
     @contextmanager
@@ -171,20 +166,6 @@ class RunLogger:
             self._tracking = False
             names = ", ".join(self.config.loop.trackers)
             self.print(f"warning: trackers ({names}) failed: {error}; the run continues without them")
-
-    @contextmanager
-    def ignore_full_disk(self, what: str) -> Iterator[None]:
-        """Turn a full disk into one warning that `what` is missing. Raises SaveError for other OSErrors."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise SaveError(f"{what} cannot be written: {error}") from error
-            if what not in self._unwritten:
-                self._unwritten.add(what)
-                self.print(f"warning: {what} could not be written: {error}; the run continues")
-        else:
-            self._unwritten.discard(what)
 
     def _units(self, steps: int) -> int:
         """Return the samples or tokens of a number of steps."""
@@ -218,7 +199,7 @@ class RunLogger:
             "loss_spikes": state.spikes,
             **self.task.summary_fields(),
         }
-        with self.ignore_full_disk("summary.json"):
+        with disk_errors("summary.json"):
             self.folder.summarize(fields, self.task.best_by)
 
     def print_finished(self) -> None:

@@ -12,12 +12,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
-from safetensors import SafetensorError
 from torch import Tensor
 
 from moa_train import checkpoint, distributed
 from moa_train.atomic_io import new_folder
-from moa_train.checkpoint import Generators, SaveError, Saver, TrainState, get_generators, set_generators
+from moa_train.checkpoint import (
+    Generators,
+    SaveError,
+    Saver,
+    TrainState,
+    disk_errors,
+    get_generators,
+    set_generators,
+)
 from moa_train.config import RESUME_MUTABLE_KEYS, RunConfig, as_tree
 from moa_train.data_order import worker_died
 from moa_train.distributed import on_main_process, sum_over_ranks, total_norm
@@ -141,13 +148,13 @@ class Trainer:
             self.logger.print_finished()
             return 0
         try:
-            with _run_folder_errors():
+            with disk_errors("the run folder"):
                 self.logger.open(describe_groups(self.optimizer), self.start.warnings)
             finished = self.train()
             if finished:
                 self._export()
         except BaseException:
-            with contextlib.suppress(OSError, SaveError):
+            with contextlib.suppress(SaveError):
                 self.logger.close("failed")
             raise
         self.logger.close("finished" if finished else "stopped")
@@ -170,7 +177,6 @@ class Trainer:
             last = not proceed or self.state.step == self.plan.total_steps
             if last or self.state.step % self.config.checkpoint.interval == 0:
                 self._save(get_generators(self.device), wait=last)
-            self._report_save(wait=False)
         return proceed
 
     def train_step(self, batches: Iterator[Any]) -> None:
@@ -292,7 +298,7 @@ class Trainer:
             if self.config.loop.num_diagnostic_samples:
                 with self.distributed.whole() as model:
                     if model is not None:
-                        with self.logger.ignore_full_disk("a diagnostic file"):
+                        with disk_errors("diagnostics"):
                             task.write_diagnostics(model, self.folder.path, step)
         if losses:
             self.logger.val_row(losses)
@@ -302,27 +308,20 @@ class Trainer:
         return True
 
     def _save(self, generators: Generators, *, wait: bool) -> None:
-        """Save the finished steps in the background, with this rank's `generators`; `wait` for the result.
+        """Save the finished steps in the background, with this rank's `generators`.
 
-        Raises SaveError if the checkpoint is waited for and cannot be written.
+        With `wait`, the checkpoint is complete on return, on all ranks. Raises SaveError if this checkpoint, with
+        `wait`, or the one before cannot be written.
         """
         if self.saving_step != self.state.step:
-            self._report_save(wait=True)  # one at a time
             self._require_finite_weights()
             self.saving_step = self.state.step
             self.logger.update_memory()
             gathered = checkpoint.gather_generators(generators, self.accelerator)
             tensors = checkpoint.snapshot(self.bare, self.optimizer, gathered, main=self.main)
-            if self.main:
-                self.saver.begin(self._saved_state(), tensors)
+            on_main_process(self.accelerator, lambda: self.saver.begin(self._saved_state(), tensors))
         if wait:
-            self._report_save(wait=True)
-            missing = self.main and self.saver.saved_step != self.state.step
-            if any(sum_over_ranks(self.accelerator, missing)):
-                raise SaveError(
-                    "the last checkpoint could not be written; free disk space, then the same command continues from "
-                    "the one before"
-                )
+            on_main_process(self.accelerator, self.saver.wait)
 
     def _saved_state(self) -> dict[str, Any]:
         return {
@@ -334,16 +333,9 @@ class Trainer:
             "config": as_tree(self.config),
         }
 
-    def _report_save(self, *, wait: bool) -> None:
-        """Warn if the last checkpoint could not be written; the run continues with the one before."""
-        error = self.saver.outcome(wait=wait)
-        if error is not None:
-            self.logger.event("not_saved", self.saving_step, reason=str(error))
-            self.logger.print(f"warning: {error}; the run continues. Free disk space")
-
     def _open_folder(self, cleanup: contextlib.ExitStack, mutable_keys: frozenset[str]) -> Start:
         """Lock the run folder until `cleanup` and find the start of this session."""
-        with _run_folder_errors():
+        with disk_errors("the run folder"):
             self.folder.path.mkdir(parents=True, exist_ok=True)
             cleanup.enter_context(self.folder.lock())
             cleanup.callback(self.saver.close)  # before the lock is released
@@ -358,8 +350,6 @@ class Trainer:
                 raise DataError(f"{self.start.checkpoint} is missing on this machine; all must see the same run folder")
             state, everyones = checkpoint.load(self.start.checkpoint, self.bare, self.optimizer)
             generators = checkpoint.generators_of(everyones, self.rank.rank)
-        if self.start.own:
-            self.saver.saved_step = state.step
         # A rank without saved generators, because the world size has grown, keeps these.
         set_seed(self.config.seed + state.step, device_specific=True)
         return state, generators
@@ -380,18 +370,5 @@ class Trainer:
             if model is None:
                 return
             model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-            try:
-                with new_folder(self.folder.path / "export") as folder:
-                    self.task.export(model.eval(), folder)
-            except (OSError, SafetensorError) as error:
-                raise SaveError(
-                    f"the trained model could not be exported: {error}; the same command exports the last checkpoint"
-                ) from error
-
-
-@contextlib.contextmanager
-def _run_folder_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"the run folder cannot be written to: {error}") from error
+            with disk_errors("the export"), new_folder(self.folder.path / "export") as folder:
+                self.task.export(model.eval(), folder)

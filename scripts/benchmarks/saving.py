@@ -51,10 +51,11 @@ def run(args: argparse.Namespace) -> None:
 
         def saving(*, wait: bool) -> None:
             saver.begin({"step": next(steps)}, copied())
-            told(saver, wait=wait)
+            if wait:
+                saver.wait()
             train()
 
-        settled: Callable[[], object] = partial(told, saver, wait=True)  # the last one's writing is no one else's time
+        settled: Callable[[], object] = saver.wait  # the last one's writing is no one else's time
         what = f"{args.steps} steps"
         cases = [Case({"what": what}, lambda _: train(), prepare=settled)]
         for place, wait in (("beside", False), ("before", True)):
@@ -64,14 +65,7 @@ def run(args: argparse.Namespace) -> None:
             Case({"what": "the copy to the CPU alone"}, lambda _: copied(), prepare=settled, baseline=cases[0])
         )
         measure(cases, args.device, args.rounds, memory=False)
-        told(saver, wait=True)
+        saver.wait()
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors")) / 1e6
     remark = f"batch {args.batch}, {precision_name(precision)}, a checkpoint of {size:,.0f} MB"
     report("saving: MAE ViT-B/16, qd-MoA", cases, [*times(), *time_ratio()], args.device, args.out, remark)
-
-
-def told(saver: Saver, *, wait: bool) -> None:
-    """Raise what went wrong with the last checkpoint."""
-    error = saver.outcome(wait=wait)
-    if error is not None:
-        raise error

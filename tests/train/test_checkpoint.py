@@ -156,7 +156,8 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("error", [errno.ESTALE, errno.EACCES, errno.EIO])
 def test_unreadable_checkpoint_is_not_skipped(tmp_path, error, monkeypatch):
-    save(tmp_path, 5), save(tmp_path, 10)
+    save(tmp_path, 5)
+    save(tmp_path, 10)
 
     def failing(path):
         raise OSError(error, "for a while", str(path))
@@ -166,15 +167,17 @@ def test_unreadable_checkpoint_is_not_skipped(tmp_path, error, monkeypatch):
         checkpoint.newest_valid(tmp_path)
 
 
-def test_saver_reports_each_error_once(tmp_path, monkeypatch):
+def test_saver_raises_the_error_of_the_save_before(tmp_path, monkeypatch):
     saver = Saver(tmp_path, keep_latest=1)
     tensors = checkpoint.snapshot(*trained(0), {})
-    saver.begin({"step": 1}, tensors)
-    assert saver.outcome(wait=True) is None and saver.saved_step == 1
-    monkeypatch.setattr(checkpoint, "save_file", lambda *args: (tmp_path / "missing/file").write_text(""))
-    saver.begin({"step": 2}, tensors)
-    assert isinstance(saver.outcome(wait=True), SaveError) and saver.outcome(wait=True) is None
-    assert saver.saved_step == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", lambda *args: (tmp_path / "missing/file").write_text(""))
+        saver.begin({"step": 1}, tensors)
+        with pytest.raises(SaveError, match="step_00000001"):
+            saver.begin({"step": 2}, tensors)
+    saver.begin({"step": 3}, tensors)
+    saver.wait()
+    assert names(tmp_path) == ["LAST", "step_00000003"]
 
 
 def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
