@@ -81,8 +81,8 @@ def _check_state(path: Path, config: RunConfig, plan: Plan, identity: Mapping[st
     changed = sorted(key for key in known.keys() & identity.keys() if known[key] != identity[key])
     if changed and config.resume != "force":
         raise DataError(
-            f"{path} was trained on other data ({', '.join(changed)} changed); restore the data, choose another name, "
-            "or continue with --resume force"
+            f"{path} was trained on other data: {', '.join(changed)} changed since; restore the data, choose another "
+            "name, or continue with --resume force"
         )
     algorithm = state["config"]["optim"]["algorithm"]
     if algorithm != config.optim.algorithm:

@@ -131,7 +131,7 @@ def make_plan(config: RunConfig, samples_per_epoch: int, budget: Callable[[int],
     steps_per_epoch = samples_per_epoch // batch
     if not steps_per_epoch:
         raise ConfigError(
-            f"schedule.batch_size is {batch}; it must be at most the number of training samples, {samples_per_epoch}"
+            f"schedule.batch_size is {batch}; it must be at most the training set's {samples_per_epoch} samples"
         )
     total_steps, warmup_steps = budget(steps_per_epoch)
     return Plan(

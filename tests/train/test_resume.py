@@ -142,7 +142,7 @@ def test_other_data_need_force(runs, monkeypatch, capsys):
     assert runs("run", model__stop_at=6) == EXIT_STOPPED
     monkeypatch.setattr(runs.toy.ToyTask, "identity", lambda task: {"train": "c", "val": "b"})
     assert runs("run") == 2
-    assert "was trained on other data (train changed)" in capsys.readouterr().err
+    assert "was trained on other data: train changed since" in capsys.readouterr().err
     assert runs("run", resume="force") == 0
 
 
