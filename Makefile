@@ -58,6 +58,7 @@ endif
 	@echo "$(TORCH)" > .venv/.torch && touch $@
 
 demo: $(READY)
+	$(BIN)/python -m moa_vision.photographs --out data/photographs
 	for seed in 0 1; do for ffn in swiglu qdmoa; do \
 		$(BIN)/python scripts/pretrain_mae.py --config configs/mae/laptop_$$ffn.yaml \
 			--seed $$seed --name laptop_$${ffn}_s$$seed || exit 1; \

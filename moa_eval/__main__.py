@@ -1,13 +1,16 @@
 """lm-eval's command line with the model "moa" registered: `python -m moa_eval --model moa --model_args ...`.
 
-Takes the arguments of `lm_eval` and needs no start-up hook. Works under `accelerate launch -m moa_eval` too.
+Takes the arguments of `lm_eval` and works under `accelerate launch -m moa_eval`, without the package's start-up line.
 """
 
-import lm_eval.models  # noqa: F401  its own models first: it fills the registry only if that is empty
+from __future__ import annotations
+
+import lm_eval.models  # noqa: F401  registers lm-eval's own models, which it does only in an empty registry
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import model_registry
 
-TARGET = "moa_eval.harness:MoALM"  # resolved when it is asked for: --help needs no torch
+TARGET = "moa_eval.harness:MoALM"
+"""Imported when the model is first used, so that --help does not import torch."""
 
 
 def main() -> None:

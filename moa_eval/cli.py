@@ -11,10 +11,16 @@ from moa_eval.training.comparison import NotComparableError
 from moa_eval.training.reading import RunFolderError
 from moa_eval.training.readme import results_markdown
 from moa_eval.training.report import training_section
-from moa_eval.zero_shot.output import ResultsError
 from moa_eval.zero_shot.report import zero_shot_section
+from moa_train.errors import ConfigError, DataError
 
-READABLE = (RunFolderError, ResultsError, NotComparableError, OSError)  # said in one line, without a traceback
+READABLE = (
+    ConfigError,
+    DataError,
+    RunFolderError,
+    NotComparableError,
+    OSError,
+)  # said in one line, without a traceback
 
 
 class _Request(NamedTuple):

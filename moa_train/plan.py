@@ -1,4 +1,4 @@
-"""What a run costs: FLOPs, bytes and seconds, before it does it."""
+"""Costs of a run on this machine, before it starts: FLOPs, memory and time."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from moa_train.progress import count, duration
 from moa_train.schedule import Plan
 
 TRAINING_FLOPS_PER_FORWARD = 3
-"""A backward pass costs twice the forward's matrix products."""
+"""FLOPs of forward and backward pass over those of the forward pass."""
 
 ASSUMED_UTILIZATION = 0.4
-"""Part of the peak assumed for the time estimate before anything is measured."""
+"""Fraction of the peak assumed where nothing has been measured."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What one run costs.
+    """Costs of a run on this machine.
 
     Attributes:
         flops_per_sample: Training FLOPs of a sample, forward and backward.
-        peak_flops: The device's bf16 peak in FLOP/s, None where it is not known.
-        state_bytes: Weights, gradients and moments on one device.
-        saved_bytes_per_sample: What backward needs of one sample, in eager mode.
+        peak_flops: bf16 peak of the device in FLOP/s, None if unknown.
+        state_bytes: Weights, gradients and optimizer moments on one device.
+        saved_bytes_per_sample: Activations saved for backward per sample, in eager mode.
     """
 
     flops_per_sample: int
@@ -37,7 +37,7 @@ class Costs:
     saved_bytes_per_sample: int
 
     def utilization(self, throughput: float, world_size: int) -> float | None:
-        """Return the part of the devices' peak that `throughput` samples/s come to, None where it is not known."""
+        """Return the fraction of the peak at `throughput` samples/s on all devices; None if the peak is unknown."""
         if self.peak_flops is None:
             return None
         return throughput * self.flops_per_sample / (self.peak_flops * world_size)
@@ -50,9 +50,14 @@ def measure_costs(
     forward_flops_per_sample: int,
     hidden_matrices: Collection[str] = (),
 ) -> Costs:
-    """Return what training `model`, on its device, costs; runs `loss(example_batch(n))` for n = 1 and 2.
+    """Return the costs of training a model on its device.
 
-    `hidden_matrices` are the parameters that Muon steps.
+    Args:
+        model: The model.
+        loss: Returns the loss of a batch; called with `example_batch(n)` for n = 1 and 2.
+        example_batch: Returns a batch of n samples.
+        forward_flops_per_sample: FLOPs of the forward pass of a sample.
+        hidden_matrices: Names of the parameters that Muon updates.
     """
     device = next(model.parameters()).device
     return Costs(
@@ -64,33 +69,34 @@ def measure_costs(
 
 
 def describe(plan: Plan, costs: Costs, *, unit: str, units_per_sample: int, step: int) -> dict[str, str]:
-    """Return the lines of the announcement that follow from the plan: {"steps", "work", "memory", "time"}."""
+    """Return the startup lines about the length and the costs of a run, {title: text}.
+
+    Args:
+        plan: The schedule.
+        costs: Costs of the run.
+        unit: Unit of the data, e.g. "tok".
+        units_per_sample: Units of a sample.
+        step: Finished optimizer steps.
+    """
     samples, activations = plan.total_steps * plan.global_batch, plan.micro_batch * costs.saved_bytes_per_sample
     flops = costs.flops_per_sample * (samples - step * plan.global_batch)
     what, of_units = (unit, f" of {units_per_sample:,} {unit}") if units_per_sample > 1 else ("sample", f" {unit}")
-    flops_per_unit = costs.flops_per_sample / units_per_sample
-    if costs.peak_flops is None:
-        time = "no peak rate is known for this device; told once measured"
-    else:
+    time = "unknown until measured, since the bf16 peak of this device is unknown"
+    if costs.peak_flops is not None:
         seconds = flops / (ASSUMED_UTILIZATION * costs.peak_flops * plan.world_size)
-        time = f"{duration(seconds)} at {ASSUMED_UTILIZATION:.0%} of the bf16 peak; told again once measured"
+        time = f"{duration(seconds)} at {ASSUMED_UTILIZATION:.0%} of the bf16 peak, until measured"
     partly = plan.decay_steps < plan.total_steps - plan.warmup_steps
     decay = f", {plan.decay_steps:,} of decay ({plan.decay_type}) at the end" if partly else ""
+    resumed = f"; resuming after step {step:,}" if step else ""
     return {
-        "steps": (
-            f"{plan.total_steps:,} = {plan.epoch(plan.total_steps):.4g} epochs of {plan.steps_per_epoch:,}, "
-            f"{plan.warmup_steps:,} of warm-up{decay}; {samples * units_per_sample:,} {unit} in all"
-            + (f"; continuing after step {step:,}" if step else "")
-        ),
-        "batch": (
-            f"{plan.global_batch:,}{of_units} a step = {plan.accumulation} accumulated x {plan.world_size} device(s) "
-            f"x {plan.micro_batch}"
-        ),
-        "work": f"{count(flops_per_unit)}FLOPs a {what} in training, {count(flops)}FLOPs to do",
-        "memory": (
-            f"about {(costs.state_bytes + activations) / 2**20:,.0f} MiB a device: weights, gradients and moments "
-            f"{costs.state_bytes / 2**20:,.0f}, activations of {plan.micro_batch}{of_units} "
-            f"{activations / 2**20:,.0f}"
-        ),
+        "steps": f"{plan.total_steps:,} = {plan.epoch(plan.total_steps):.4g} epochs of {plan.steps_per_epoch:,}, "
+        f"{plan.warmup_steps:,} of warm-up{decay}; {samples * units_per_sample:,} {unit}{resumed}",
+        "batch": f"{plan.global_batch:,}{of_units} per step = {plan.accumulation} accumulated x {plan.world_size} "
+        f"device(s) x {plan.micro_batch}",
+        "work": f"{count(costs.flops_per_sample / units_per_sample)}FLOPs per {what} in training, {count(flops)}FLOPs "
+        "remaining",
+        "memory": f"about {(costs.state_bytes + activations) / 2**20:,.0f} MiB per device: weights, gradients and "
+        f"moments {costs.state_bytes / 2**20:,.0f}, activations of {plan.micro_batch}{of_units} "
+        f"{activations / 2**20:,.0f}",
         "time": time,
     }

@@ -1,7 +1,9 @@
-"""Vision half: timm-registered ViTs with any FFN, masked autoencoders, image shards and data.
+"""Vision: timm ViTs with any FFN, masked autoencoders, image shards and probes.
 
 Importing this package registers `vit_{tiny,small,base,large}_patch16_{variant}` with timm.
 """
+
+from __future__ import annotations
 
 from moa_startup.extras import require
 

@@ -1,82 +1,61 @@
-"""Checks shards file by file and sample by sample, those of `moa_vision.shards` against their manifest and index."""
+"""Checks of image shards: bytes against the manifest, tar members against the index, and images."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from moa_train.checks import Checked, Plan, Problem, unlisted
 from moa_train.errors import DataError
+from moa_train.manifest import MANIFEST, file_problem
 from moa_vision import cache
-from moa_vision.cache import Shard
+from moa_vision.cache import Shard, ShardCache
 from moa_vision.images import ImageError, decode_image
-from moa_vision.index import MANIFEST, parse_manifest
+from moa_vision.index import load_manifest, manifest_shard
 from moa_vision.table import SampleTable, index_tar
-
-_SHOWN = 200  # characters of a reason
-
-
-class Rows(NamedTuple):
-    """What the index says of one shard: N keys, and (N, 3) int64 offsets, sizes and labels."""
-
-    keys: list[str]
-    numbers: np.ndarray
 
 
 def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | None = None) -> Plan:
-    """Plans the check of a data set; its manifest and its index are checked here.
+    """Plan the check of a data set; its manifest and index are checked at once.
 
     Args:
-        manifest_url: of its manifest, local or remote.
-        decode: decode every image too.
-        cache_dir: where one remote shard at a time is while it is checked, for each process; see
+        manifest_url: URL or path of the manifest.
+        decode: Also decode every image.
+        cache_dir: Folder of one remote shard per process while it is checked; None:
             `moa_vision.cache.default_cache_dir`.
     """
-    folder = cache_dir or cache.default_cache_dir()
+    cache_dir = cache_dir or cache.default_cache_dir()
     base = manifest_url.rpartition("/")[0] or "."
-    remote = cache.is_remote(manifest_url)
     try:
-        path = Path(manifest_url)
-        manifest = cache.read_remote(manifest_url, parse_manifest) if remote else parse_manifest(path.read_bytes())
-    except (OSError, ValueError, DataError) as error:
+        manifest = load_manifest(manifest_url)
+    except DataError as error:
         return Plan(base, "images", 0, [Problem(manifest_url, "", str(error))], [])
-    index, entries = manifest["index"], manifest["shards"]
-    url = f"{base}/{index['name']}"
+    entries, index = manifest["shards"], manifest_shard(manifest_url, manifest["index"])
+    problems = [] if cache.is_remote(manifest_url) else unlisted(Path(base), [entry["name"] for entry in entries])
     table: SampleTable | None = None
-    problems: list[Problem] = []
     try:
-        with _at_hand(url, index, folder) as path:
-            content = path.read_bytes()
-            problems += _bytes_differ(url, path, index)
-            table, _ = SampleTable.from_bytes(content)
-    except (OSError, ValueError, DataError) as error:
-        problems.append(Problem(url, "", str(error)))
-    names = [entry["name"] for entry in entries]
-    problems += [
-        Problem(manifest_url, name, "is listed twice") for name in dict.fromkeys(names) if names.count(name) > 1
-    ]
-    problems += [] if remote else unlisted(Path(base), names)
-    samples, size = (sum(entry[key] for entry in entries) for key in ("samples", "size"))
-    problems += [
-        Problem(manifest_url, "", f'"{key}" is {manifest.get(key)!r}, its shards come to {total}')
-        for key, total in (("samples", samples), ("bytes", size))
-        if manifest.get(key) != total
-    ]
-    if table is not None and len(table) != samples:
-        problems.append(Problem(url, "", f"has {len(table)} samples, the manifest {samples}"))
+        with _fetched(index, cache_dir) as path:
+            problems += _file_problems(index, path)
+            table = SampleTable.from_bytes(path.read_bytes())
+    except (OSError, DataError) as error:
+        problems.append(Problem(index.url, "", str(error)))
+    if table is not None and len(table) != manifest["samples"]:
+        problems.append(Problem(index.url, "", f"has {len(table)} samples, the manifest lists {manifest['samples']}"))
         table = None
-    labels = len(manifest["label_names"])
     checks = []
     first = 0
     for entry in entries:
-        rows = None if table is None else _rows(table, range(first, first + entry["samples"]))
-        first += entry["samples"]
-        checks.append(partial(check_shard, f"{base}/{entry['name']}", entry, rows, labels, decode, folder))
-    return Plan(base, "images", size, problems, checks)
+        last = first + entry["samples"]
+        listed = None if table is None else table.rows(first, last)
+        shard = manifest_shard(manifest_url, entry)
+        checks.append(ShardCheck(shard, cache_dir, decode, entry["samples"], listed, len(manifest["label_names"])))
+        first = last
+    return Plan(base, "images", manifest["bytes"], problems, checks)
 
 
 def plan_tars(
@@ -87,125 +66,113 @@ def plan_tars(
     cache_dir: Path | None = None,
     image_key: str | None = None,
 ) -> Plan:
-    """Plans the check of tars that no manifest lists: their headers, members, labels and images.
+    """Plan the check of tars without a manifest: headers, members, labels and images.
 
     Args:
-        name: of the set.
-        urls: of the tars, local or remote.
-        decode: decode every image too.
-        cache_dir: see `plan_check`.
-        image_key: see `moa_vision.table.image_member`.
+        name: Name of the set.
+        urls: URLs or paths of the tars.
+        decode: Also decode every image.
+        cache_dir: See `plan_check`.
+        image_key: See `moa_vision.table.image_member`.
     """
-    folder = cache_dir or cache.default_cache_dir()
+    cache_dir = cache_dir or cache.default_cache_dir()
     size = sum(Path(url).stat().st_size for url in urls if not cache.is_remote(url))
-    checks = [partial(check_shard, url, None, None, 0, decode, folder, image_key) for url in urls]
+    checks = [ShardCheck(Shard(url), cache_dir, decode, image_key=image_key) for url in urls]
     note = f"no {MANIFEST}: sizes, checksums and missing shards cannot be checked"
     return Plan(name, "images", size, [], checks, note)
 
 
-def check_shard(
-    url: str,
-    entry: dict[str, Any] | None,
-    rows: Rows | None,
-    labels: int,
-    decode: bool,
-    cache_dir: Path,
-    image_key: str | None = None,
-) -> Checked:
-    """Checks one shard: its bytes, its members against its part of the index, and its images.
+@dataclass(frozen=True)
+class ShardCheck:
+    """The check of one shard: its bytes, its members against the index, and its images.
 
     Args:
-        url: of the tar.
-        entry: what the manifest says of it; None: there is no manifest.
-        rows: what the index says of it; None: the index cannot be used.
-        labels: number of label names; 0: unknown.
-        decode: decode the images.
-        cache_dir: a remote or compressed shard is kept in a folder there while it is checked.
-        image_key: see `moa_vision.table.image_member`.
+        shard: The tar.
+        cache_dir: A remote or compressed shard is kept in a temporary folder there.
+        decode: Decode the images.
+        samples: Number of samples in the manifest; None: there is no manifest.
+        listed: Rows of the index, see `SampleTable.rows`; None: there is no usable index.
+        num_labels: Number of label names; 0: unknown.
+        image_key: See `moa_vision.table.image_member`.
     """
-    problems: list[Problem] = []
-    try:
-        with _at_hand(url, entry, cache_dir) as path:
-            return _check_file(url, path, entry, rows, labels, decode, problems, image_key)
-    except (OSError, DataError) as error:
-        return Checked(0, entry["size"] if entry else 0, [*problems, Problem(url, "", str(error)[:_SHOWN])])
+
+    shard: Shard
+    cache_dir: Path
+    decode: bool
+    samples: int | None = None
+    listed: dict[str, tuple[int, int, int]] | None = None
+    num_labels: int = 0
+    image_key: str | None = None
+
+    def __call__(self) -> Checked:
+        """Run the check; may run in another process."""
+        problems: list[Problem] = []
+        try:
+            with _fetched(self.shard, self.cache_dir) as path:
+                problems += _file_problems(self.shard, path)
+                table = index_tar(path, self.shard.url, self.image_key)
+                problems += [self._problem(bad.key, bad.reason) for bad in table.problems]
+                problems += self._sample_problems(path, table)
+                return Checked(len(table), path.stat().st_size, problems)
+        except (OSError, DataError) as error:
+            return Checked(0, self.shard.bytes or 0, [*problems, self._problem("", str(error))])
+
+    def _problem(self, sample: str, text: str) -> Problem:
+        return Problem(self.shard.url, sample, text)
+
+    def _sample_problems(self, path: Path, table: SampleTable) -> Iterator[Problem]:
+        if self.samples is None and not len(table):
+            yield self._problem("", "has no sample with an image")
+        if self.samples is not None and len(table) != self.samples:
+            yield self._problem("", f"has {len(table)} samples, the manifest lists {self.samples}")
+        found = table.rows(0, len(table))
+        if self.listed is not None:
+            yield from self._differences(self.listed, found)
+        for key, (offset, size, label) in found.items():
+            if self.num_labels and label >= self.num_labels:
+                yield self._problem(key, f"label {label} is not among the {self.num_labels} label names")
+            if self.decode and (reason := _decoding_error(path, offset, size)):
+                yield self._problem(key, f"cannot be decoded: {reason}")
+
+    def _differences(
+        self, listed: dict[str, tuple[int, int, int]], found: dict[str, tuple[int, int, int]]
+    ) -> Iterator[Problem]:
+        for key, row in listed.items():
+            if key not in found:
+                yield self._problem(key, "is in the index but not in the tar")
+                continue
+            for field, said, actual in zip(("offset", "size", "label"), row, found[key], strict=True):
+                if said != actual:
+                    yield self._problem(key, f"{field} is {actual}, the index lists {said}")
+        for key in found.keys() - listed.keys():
+            yield self._problem(key, "is in the tar but not in the index")
 
 
 @contextmanager
-def _at_hand(url: str, entry: dict[str, Any] | None, cache_dir: Path) -> Iterator[Path]:
-    """The plain file of an entry; a remote one as its server has it now, for as long as it is needed."""
-    if not cache.is_kept(url):
-        yield Path(url)
+def _fetched(shard: Shard, cache_dir: Path) -> Iterator[Path]:
+    """Yield the path of the plain file; a remote one is fetched and deleted afterwards."""
+    if not cache.is_cached(shard.url):
+        yield Path(shard.url)
         return
     cache_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="check-", dir=cache_dir) as folder:
-        shard = Shard(url, entry["size"], entry["sha256"]) if entry else Shard(url)
-        yield cache.local_path(shard, Path(folder))
+        yield ShardCache(Path(folder)).fetch(shard)
 
 
-def _check_file(
-    url: str,
-    path: Path,
-    entry: dict[str, Any] | None,
-    rows: Rows | None,
-    labels: int,
-    decode: bool,
-    problems: list[Problem],
-    image_key: str | None,
-) -> Checked:
-    """Adds what is wrong with a shard's file to `problems`; see `check_shard`."""
-    size = path.stat().st_size
-    problems += _bytes_differ(url, path, entry) if entry else []
-    table, found = index_tar(path, url, image_key)
-    problems += [Problem(url, bad.key, bad.reason) for bad in found]
-    if entry is None and not len(table):
-        problems.append(Problem(url, "", "holds no sample with an image"))
-    if entry and len(table) != entry["samples"]:
-        problems.append(Problem(url, "", f"has {len(table)} samples, the manifest {entry['samples']}"))
-    actual = _rows(table, range(len(table)))
-    problems += [] if rows is None else _rows_differ(url, rows, actual)
-    if labels:
-        outside = (key for key, row in zip(*actual, strict=True) if row[2] >= labels)
-        problems += [Problem(url, key, f"its label is not among the {labels} label names") for key in outside]
-    if decode:
-        problems += _undecodable(url, path, actual)
-    return Checked(len(table), size, problems)
+def _file_problems(shard: Shard, path: Path) -> list[Problem]:
+    """Return how a file differs from its manifest entry; a fetched one was verified by the cache."""
+    if shard.sha256 is None or cache.is_cached(shard.url):
+        return []
+    problem = file_problem(path, shard._asdict())
+    return [Problem(shard.url, "", problem)] if problem else []
 
 
-def _bytes_differ(url: str, path: Path, entry: dict[str, Any]) -> list[Problem]:
-    size = path.stat().st_size
-    if size != entry["size"]:
-        return [Problem(url, "", f"has {size} bytes, the manifest says {entry['size']}")]
-    if cache.file_sha256(path) != entry["sha256"]:
-        return [Problem(url, "", "its SHA-256 is not the manifest's")]
-    return []
-
-
-def _rows(table: SampleTable, part: range) -> Rows:
-    span = slice(part.start, part.stop)
-    numbers = np.stack([table.offsets[span], table.sizes[span], table.labels[span].astype(np.int64)], axis=1)
-    return Rows([table.key(sample) for sample in part], numbers)
-
-
-def _rows_differ(url: str, said: Rows, found: Rows) -> Iterator[Problem]:
-    """Where the index and the tar say different things of a sample."""
-    here = {key: row.tolist() for key, row in zip(*found, strict=True)}
-    for key, row in zip(said.keys, said.numbers.tolist(), strict=True):
-        actual = here.pop(key, None)
-        if actual is None:
-            yield Problem(url, key, "the index lists it, the tar lacks it")
-        for what, ours, theirs in zip(("offset", "size", "label"), row, actual or row, strict=True):
-            if ours != theirs:
-                yield Problem(url, key, f"its {what} is {theirs}, the index says {ours}")
-    for key in here:
-        yield Problem(url, key, "the index does not list it")
-
-
-def _undecodable(url: str, path: Path, rows: Rows) -> Iterator[Problem]:
+def _decoding_error(path: Path, offset: int, size: int) -> str | None:
     with path.open("rb") as file:
-        for key, (offset, size, _) in zip(rows.keys, rows.numbers.tolist(), strict=True):
-            file.seek(offset)
-            try:
-                decode_image(np.frombuffer(bytearray(file.read(size)), np.uint8), None)
-            except ImageError as error:
-                yield Problem(url, key, f"cannot be decoded: {str(error)[:_SHOWN]}")
+        file.seek(offset)
+        data = bytearray(file.read(size))
+    try:
+        decode_image(np.frombuffer(data, np.uint8), None)
+    except ImageError as error:
+        return str(error)
+    return None

@@ -1,4 +1,6 @@
-"""Which sample is at which position of which epoch: shards shuffled by windows, images repeated."""
+"""The sample at each position of each epoch: shards shuffled by windows, images repeated."""
+
+from __future__ import annotations
 
 import numpy as np
 
@@ -6,16 +8,15 @@ from moa_train.data_order import ORDER, generator, philox_key
 
 
 class EpochOrder:
-    """Which sample is at which position.
+    """The order of samples as a function of (seed, epoch, position).
 
     Shards are shuffled, then the samples within windows of `shuffle_window_shards` shards. With R = `repeats`, R epochs
-    share one such order of N samples: epoch e walks through its part e % R, N // R images, each at R consecutive
-    positions.
+    share one such order of N samples: epoch e covers part e % R of it, N // R images, each at R consecutive positions.
 
     Args:
         starts: (S + 1,) first sample of each shard, and N.
-        seed: of the run; 0 or more.
-        shuffle_window_shards: shards of a window.
+        seed: Seed of the run, 0 or above.
+        shuffle_window_shards: Shards of a window.
         repeats: R.
     """
 
@@ -24,22 +25,22 @@ class EpochOrder:
         self.key = philox_key(seed, ORDER)
         self.shuffle_window_shards = shuffle_window_shards
         self.repeats = repeats
-        self.slots = int(starts[-1]) // repeats  # images an epoch
+        self.slots = int(starts[-1]) // repeats
         self._cached: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
-        """Positions of an epoch."""
+        """Return the number of positions of an epoch."""
         return self.slots * self.repeats
 
     def sample(self, epoch: int, slot: int) -> int:
-        """The sample that is the epoch's image number `slot` (position // repeats); counts on from the end at 0."""
+        """Return the sample of the epoch's image number `slot` (position // repeats), taken modulo their number."""
         shared, part = divmod(epoch, self.repeats)
         if self._cached[0] != shared:
             self._cached = (shared, self._permutation(shared))
         return int(self._cached[1][part * self.slots + slot % self.slots])
 
     def _permutation(self, shared: int) -> np.ndarray:
-        """(N,) int64: the order that `repeats` epochs share."""
+        """Return the (N,) int64 order that `repeats` epochs share."""
         stream = generator(self.key, shared, 0)
         shards = stream.permutation(len(self.starts) - 1)
         windows = []

@@ -1,46 +1,44 @@
-"""Pattern -> index: where every sample of a data set lies (shard, offset, size), as a few arrays.
+"""The index of a data set: where every sample lies (shard, offset, size), as a few arrays.
 
-The index comes from our manifest, or is built from the tar headers on first use and kept in the cache folder.
-Images stay where they are; `ShardReader` reads one by its offset.
+The index comes from a manifest of scripts/make_shards.py, or is built from the tar headers on first use and cached.
+`ShardReader` reads an encoded image by its offset.
 """
 
+from __future__ import annotations
+
 import hashlib
-import json
 import logging
 import os
-import re
-import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
-from glob import glob, has_magic
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from webdataset.shardlists import expand_urls
 
-from moa_train.errors import DataError
+from moa_train.errors import ConfigError, DataError
+from moa_train.manifest import MANIFEST, check_entry, parse_manifest
 from moa_train.open_files import OpenFiles
 from moa_train.progress import CountBar
 from moa_vision import cache
-from moa_vision.cache import LostShard, Shard
+from moa_vision.cache import LostShard, Shard, ShardCache
+from moa_vision.cache_eviction import release
 from moa_vision.images import ImageError
+from moa_vision.patterns import expand, short_names
 from moa_vision.table import IMAGE_EXTENSIONS, BadSample, SampleTable, index_tar
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-MANIFEST_FORMAT = "moa-vision-shards"
-MANIFEST_VERSION = 1
+FORMAT = "moa-images-2"
+"""Format of manifests of image shards."""
 
-_ALLOWED = "allowed are a folder of shards, or tars by path, brace or glob"
-_PACK = "pack images first: python scripts/make_shards.py --source {} --out FOLDER"
-_OPEN_FILES = 64  # file descriptors that a reader keeps
-_MAX_SIZE = 2**62  # bytes; a larger one, or as many samples, is a mistake
-_THREADS = 8  # shards indexed or fetched at a time
-_SHARD_NAME = re.compile(r"\.(tar|tgz)\b", re.IGNORECASE)
+COUNTS = ("samples", "bytes")
+"""Counts of every shard's entry, whose sums the manifest has."""
+
+_OPEN_FILES = 64
+_THREADS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,135 +46,118 @@ class ShardIndex:
     """A data set: its shards in order, and the samples of each.
 
     Attributes:
-        shards: S of them.
+        shards: S shards.
         starts: (S + 1,) int64; the samples of shard s are starts[s] .. starts[s + 1] - 1.
-        table: the rows of all N samples, in the order of the shards.
-        label_names: of the labels 0, 1, ...; empty if unknown.
-        problems: what was wrong with samples when the index was built; those without an image are not in the table.
-        cache_dir: where remote and compressed shards are kept.
-        cache_limit: how many bytes of them at a time; None: all.
-        opened_s: `time.time()` at which it was opened; shards that were lost before are tried again.
+        table: Rows of all N samples in the order of the shards.
+        label_names: Names of the labels 0, 1, ...; empty if unknown.
+        cache: Storage of remote and compressed shards.
     """
 
     shards: tuple[Shard, ...]
     starts: np.ndarray
     table: SampleTable
     label_names: tuple[str, ...]
-    problems: tuple[BadSample, ...]
-    cache_dir: Path
-    cache_limit: int | None = None
-    opened_s: float = field(default_factory=time.time)
+    cache: ShardCache
 
     def __len__(self) -> int:
         return len(self.table)
 
     def identity(self) -> dict[str, str]:
-        """Checksums that tell these samples, in this order, from others, wherever they lie.
+        """Return checksums that identify the samples and their order, independent of their location.
 
-        Of their names and sizes, and of the shards' bytes where manifests say what those are.
+        "samples" covers names and sizes; "shards" covers the bytes, if manifests give the SHA-256 of every shard.
         """
         digest = hashlib.sha256("\n".join(self.shard_names).encode(errors="replace"))
         for column in (self.table.key_bytes, self.table.key_ends, self.table.sizes, self.starts):
             digest.update(np.ascontiguousarray(column).data)
-        found = {"samples": digest.hexdigest()}
-        sums = [shard.sha256 for shard in self.shards if shard.sha256]
-        whole = len(sums) == len(self.shards)
-        return found | ({"shards": hashlib.sha256("".join(sums).encode()).hexdigest()} if whole else {})
+        checksums = [shard.sha256 for shard in self.shards if shard.sha256]
+        if len(checksums) < len(self.shards):
+            return {"samples": digest.hexdigest()}
+        return {"samples": digest.hexdigest(), "shards": hashlib.sha256("".join(checksums).encode()).hexdigest()}
 
     @cached_property
     def shard_names(self) -> tuple[str, ...]:
-        """Short names of the shards; see `short_names`."""
+        """Short unique names of the shards; see `moa_vision.patterns.short_names`."""
         return short_names([shard.url for shard in self.shards])
 
     def name(self, sample: int) -> str:
-        """The identity of a sample, SHARD/KEY: other shards may hold the same key."""
+        """Return the name of a sample, SHARD/KEY; keys alone need not be unique."""
         return f"{self.shard_names[self.shard_of(sample)]}/{self.table.key(sample)}"
 
     def shard_of(self, sample: int) -> int:
-        """The number of the shard that holds a sample."""
+        """Return the number of the shard that holds a sample."""
         return int(np.searchsorted(self.starts, sample, side="right")) - 1
 
     def shard_bytes(self) -> list[int]:
-        """The size of each shard, as its manifest says, or at least that of its samples."""
-        return [shard.size or self.end_of(number) for number, shard in enumerate(self.shards)]
+        """Return the size of each shard from its manifest, else the end of its last sample."""
+        return [shard.bytes or self.end_of(number) for number, shard in enumerate(self.shards)]
 
     def end_of(self, number: int) -> int:
-        """Where the last sample of shard `number` ends, in bytes of its plain tar."""
+        """Return the end of the last sample of shard `number`, in bytes of the plain tar."""
         span = slice(self.starts[number], self.starts[number + 1])
         return int((self.table.offsets[span] + self.table.sizes[span]).max(initial=0))
 
     def without_image(self) -> list[BadSample]:
-        """The samples and images of the shards that are not in the table."""
-        keys = {(self.bad(i, "").shard, self.table.key(i)) for i in range(len(self))} if self.problems else set()
-        return [problem for problem in self.problems if (problem.shard, problem.key) not in keys]
+        """Return the problems that are samples missing from the table."""
+        if not self.table.problems:
+            return []
+        listed = {self.bad(sample, "")[:2] for sample in range(len(self))}
+        return [problem for problem in self.table.problems if problem[:2] not in listed]
 
     def bad(self, sample: int, reason: object) -> BadSample:
-        """Names a sample that could not be used."""
+        """Return the record of a sample that could not be used."""
         return BadSample(self.shards[self.shard_of(sample)].url, self.table.key(sample), str(reason))
 
 
 class ShardReader:
-    """Reads encoded images by offset; keeps the last shards' files open, each process its own.
+    """A reader of encoded images; every process has its own open files.
 
     Args:
-        index: of the samples.
-        max_lost: the most samples of a shard that can be done without; None: any number.
-        open_files: how many files are kept open.
+        index: The samples.
+        max_lost: Largest number of samples that a lost shard may have; None: any number.
+        open_files: Number of files kept open.
     """
 
-    def __init__(self, index: ShardIndex, max_lost: int | None = None, open_files: int | None = None) -> None:
+    def __init__(self, index: ShardIndex, max_lost: int | None = None, open_files: int = _OPEN_FILES) -> None:
         self.index = index
         self.max_lost = max_lost
-        self._files = OpenFiles(open_files or _OPEN_FILES, cache.release)
-        self._lost: dict[int, tuple[LostShard, float]] = {}  # and when that was: not tried for every sample
+        self._files = OpenFiles(open_files, release)
 
     def read(self, sample: int) -> np.ndarray:
-        """The encoded image, (size,) uint8.
+        """Return the encoded image, (size,) uint8.
 
         Raises:
-            ImageError: if the shard is shorter than the index says.
-            OSError, LostShard: if the shard cannot be read (twice) or fetched.
-            DataError: if such a shard has more than `max_lost` samples, or the cache has no room for it.
+            ImageError: The shard is shorter than its index.
+            OSError, LostShard: The shard cannot be read or fetched.
+            DataError: A lost shard has more than `max_lost` samples, or the cache cannot be written.
         """
         number = self.index.shard_of(sample)
         return self._files.read(number, lambda: self._open(number), lambda file: self._read(file, sample))
 
-    def close(self) -> None:
-        """Closes the files; reading opens them again."""
-        self._files.close()
-
     def _read(self, file: int, sample: int) -> np.ndarray:
         offset, size = int(self.index.table.offsets[sample]), int(self.index.table.sizes[sample])
-        if offset + size > os.fstat(file).st_size:  # before so much memory is taken
-            raise ImageError("the shard ends before the sample does")
-        data = bytearray(size)  # writable, so that torch takes it without a copy
+        data = bytearray(size)  # writable, so that torch uses it without a copy
         if os.preadv(file, [data], offset) != size:
             raise ImageError("the shard ends before the sample does")
         return np.frombuffer(data, np.uint8)
 
     def _open(self, number: int) -> int:
         index, shard = self.index, self.index.shards[number]
-        error, lost_s = self._lost.get(number, (None, 0.0))
-        if error is not None and time.monotonic() - lost_s < cache.LOST_S:
-            raise error
         try:
-            opened = cache.open_shard(
-                shard,
-                index.cache_dir,
-                limit=index.cache_limit,
-                since_s=index.opened_s,
-                least=index.end_of(number),
-            )
+            return index.cache.open(shard, verify=partial(_require_bytes, index.end_of(number)))
         except LostShard as error:
-            self._lost[number] = error, time.monotonic()
             samples = int(index.starts[number + 1] - index.starts[number])
             if self.max_lost is not None and samples > self.max_lost:
                 raise DataError(
-                    f"shard {shard.url} with its {samples:,} samples is lost, and data.max_bad_samples is "
-                    f"{self.max_lost}: {error}. Bring it back and run the same command again, or raise the limit."
+                    f"shard {shard.url} with {samples:,} samples is unavailable, more than data.max_bad_samples = "
+                    f"{self.max_lost} allows: {error}. Restore it or raise the limit, then run the command again."
                 ) from error
             raise
-        return opened.file
+
+
+def _require_bytes(wanted: int, path: Path) -> None:
+    if (size := path.stat().st_size) < wanted:
+        raise DataError(f"received {size} bytes, but its samples end at byte {wanted}")
 
 
 def open_index(
@@ -185,245 +166,136 @@ def open_index(
     cache_gib: float | None = None,
     image_key: str | None = None,
 ) -> ShardIndex:
-    """Resolves `pattern` and indexes its shards.
+    """Resolve a pattern and index its shards.
 
     Args:
-        pattern: a folder (our manifest in it, or all its tars), a manifest, or tars named by path, brace, glob,
-            http(s)://, hf:// or pipe:command; several joined by "::". A remote name without ".tar" is a folder that
-            holds our manifest. Tars may be compressed by gzip.
-        cache_dir: for the indices that are built, and for remote and compressed shards; see `default_cache_dir`.
-        cache_gib: GiB of shards that are kept there; those that were not used for longest go. None: no limit.
-        image_key: which member is the image, as in `moa_vision.table.image_member`; of no use to our manifest.
+        pattern: A folder (with a manifest or tars), a manifest, or tars named by path, brace, glob, http(s)://, hf://
+            or pipe:command; several joined by "::". A remote name without ".tar" is a folder with a manifest. Tars may
+            be compressed by gzip.
+        cache_dir: Folder for new indices and for remote and compressed shards; None: `default_cache_dir`.
+        cache_gib: Limit of the shards kept there in GiB; the least recently used are evicted. None: no limit.
+        image_key: Member that is the image, as in `moa_vision.table.image_member`; ignored for manifests.
 
     Raises:
-        ValueError: if the pattern names nothing.
-        DataError: if a shard or manifest is missing, damaged or does not fit.
+        ConfigError: The pattern names nothing, or a shard twice.
+        DataError: A shard or manifest is missing, damaged or inconsistent.
     """
     folder = cache.default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
-    limit = None if cache_gib is None else int(cache_gib * 2**30)
-    sources = [read_manifest(name, folder) if name.endswith(MANIFEST) else Shard(name) for name in expand(pattern)]
-    plain = [source for source in sources if isinstance(source, Shard)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        tables = pool.map(lambda shard: _shard_table(shard, folder, limit, image_key), plain)
-        with CountBar(total=len(plain), title="indexing shards", unit="shard") as bar:
-            built = iter([(bar.update(), table)[1] for table in tables])
-    shards: list[Shard] = []
-    columns: list[SampleTable] = []
-    problems: list[BadSample] = []
-    counts = [0]
-    names: tuple[str, ...] = ()
-    for source in sources:
-        if isinstance(source, Shard):
-            table, found = next(built)
-            shards.append(source)
-            counts.append(len(table))
-            problems += found
-        else:
-            table = source.table
-            shards += source.shards
-            counts += source.counts
-            names = names or source.label_names
-        columns.append(table)
-    urls = [shard.url for shard in shards]
+    shard_cache = ShardCache(folder, None if cache_gib is None else int(cache_gib * 2**30))
+    names = expand(pattern)
+    parts: list[ShardIndex] = []
+    with ThreadPoolExecutor(_THREADS) as pool, CountBar(total=len(names), title="indexing", unit="shard") as bar:
+        for part in pool.map(partial(_open_part, shard_cache=shard_cache, image_key=image_key), names):
+            parts.append(part)
+            bar.update()
+    index = ShardIndex(
+        shards=tuple(shard for part in parts for shard in part.shards),
+        starts=np.cumsum([0, *(count for part in parts for count in np.diff(part.starts))], dtype=np.int64),
+        table=SampleTable.concatenate([part.table for part in parts]),
+        label_names=next((part.label_names for part in parts if part.label_names), ()),
+        cache=shard_cache,
+    )
+    _check_index(pattern, index)
+    return index
+
+
+def _check_index(pattern: str, index: ShardIndex) -> None:
+    urls, problems = [shard.url for shard in index.shards], index.table.problems
     if len(set(urls)) < len(urls):
-        raise ValueError(f"shard {max(urls, key=urls.count)} is named twice by {pattern!r}; name each once")
-    if not sum(counts):
-        first = f"; the first, {problems[0].key} in {problems[0].shard}: {problems[0].reason}" if problems else ""
-        raise DataError(f"{pattern!r} holds no sample with an image ({', '.join(IMAGE_EXTENSIONS)}){first}")
+        raise ConfigError(f"{pattern!r} names shard {max(urls, key=urls.count)} twice; name each shard once")
+    first = f"the first: {problems[0].key} in {problems[0].shard}: {problems[0].reason}" if problems else "it is empty"
+    if not len(index):
+        raise DataError(f"{pattern!r} has no sample with an image ({', '.join(IMAGE_EXTENSIONS)}); {first}")
     if problems:
-        log.warning("%d problems in the shards of %s, the first: %s", len(problems), pattern, problems[0])
-    table = SampleTable.concatenate(columns)
-    return ShardIndex(tuple(shards), np.cumsum(counts, dtype=np.int64), table, names, tuple(problems), folder, limit)
+        log.warning("%d problems in the shards of %s, %s", len(problems), pattern, first)
 
 
-def expand(pattern: str, allowed: str = _ALLOWED) -> list[str]:
-    """The manifests and shards that a pattern names, in order (`open_index`).
-
-    Raises:
-        ValueError: if there are none; the message ends in what is `allowed`.
-    """
-    names: list[str] = []
-    for part in expand_urls(pattern):  # "::" and braces, as webdataset reads them
-        if part.startswith("pipe:"):
-            names.append(part)
-        elif part.startswith("file:") or not cache.is_remote(part):
-            local = _expand_local(re.sub(r"^file:(//)?", "", part), allowed)
-            names += [f"./{name}" if cache.is_remote(name) else name for name in local]  # of a file named "pipe:..."
-        elif "*" in part and not part.startswith(("http://", "https://")):
-            fs, path = cache.filesystem(part)
-            scheme = part.split("://")[0]
-            names += [f"{scheme}://{found}" for found in sorted(fs.glob(path))]
-        elif _SHARD_NAME.search(part.rsplit("/", 1)[-1]) or part.endswith(MANIFEST):
-            names.append(part)
-        else:
-            names.append(f"{part.rstrip('/')}/{MANIFEST}")
-    if not names:
-        raise ValueError(f"{pattern!r} names no shard: {allowed}")
-    return names
+def _open_part(url: str, shard_cache: ShardCache, image_key: str | None) -> ShardIndex:
+    """Return the index of a manifest or of a tar without one."""
+    if url.endswith(MANIFEST):
+        return _open_manifest(url, shard_cache)
+    table = _shard_table(Shard(url), shard_cache, image_key)
+    return ShardIndex((Shard(url),), np.array([0, len(table)]), table, (), shard_cache)
 
 
-def short_names(urls: Sequence[str]) -> tuple[str, ...]:
-    """The file names of shards without ".tar", with as many folders before them as tell all of them apart.
+def load_manifest(url: str) -> dict[str, Any]:
+    """Read and validate a manifest of scripts/make_shards.py.
 
-    So they stay the same when a data set is moved. Addresses that differ elsewhere only (in a query) stay whole.
-    """
-    plain = [url.split("?")[0] if cache.is_remote(url) else url for url in urls]
-    paths = [re.sub(r"\.(tar|tgz)\b[^/]*$", "", url, flags=re.IGNORECASE).split("/") for url in plain]
-    for depth in range(1, max(map(len, paths), default=0) + 1):
-        names = tuple("/".join(path[-depth:]) for path in paths)
-        if len(set(names)) == len(names):
-            return names
-    return tuple(urls)
-
-
-def _expand_local(part: str, allowed: str) -> list[str]:
-    path = Path(part).expanduser()
-    if path.is_dir():
-        if (path / MANIFEST).exists():
-            return [str(path / MANIFEST)]
-        found = sorted(str(child) for child in path.iterdir() if re.search(r"\.(tar|tar\.gz|tgz)$", child.name))
-        if not found:
-            below = [child.name for child in path.iterdir() if (child / MANIFEST).exists()]
-            hint = f"; did you mean one of its folders {', '.join(sorted(below))}?" if below else ""
-            if any(_is_image(file) for levels in ("*", "*/*", "*/*/*") for file in path.glob(levels)):
-                hint = f"; {_PACK.format(path)}"
-            raise ValueError(f"folder {part!r} holds no {MANIFEST} and no .tar, .tar.gz or .tgz file{hint}")
-        return found
-    if not has_magic(str(path)) and not path.exists():
-        raise ValueError(f"{part!r} does not exist: {allowed}")
-    found = sorted(glob(str(path), recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
-    for image in filter(_is_image, map(Path, found)):
-        raise ValueError(f"{image} is an image, no shard; {_PACK.format(image.parent)}")
-    return found
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower()[1:] in IMAGE_EXTENSIONS
-
-
-class Listed(NamedTuple):
-    """What a manifest lists: S shards, their S numbers of samples, the rows of all, the labels' names."""
-
-    shards: tuple[Shard, ...]
-    counts: tuple[int, ...]
-    table: SampleTable
-    label_names: tuple[str, ...]
-
-
-def read_manifest(url: str, cache_dir: Path, whole: bool = False) -> Listed:
-    """Reads a manifest of `scripts/make_shards.py`, local or remote, and the index that lies beside it.
-
-    The names in it are plain file names beside the manifest: it can name no command, folder or other host. Local
-    shards that are absent or cut are left to `ShardReader`, as when that befalls them later: a run can be started
-    again that has put up with it. Unless they all are, or `whole` is asked for.
+    Args:
+        url: Path or URL of the manifest.
 
     Raises:
-        DataError: if it is not such a manifest, or what lies beside it does not fit.
+        DataError: It is missing or invalid; the message names the field.
     """
-    remote = cache.is_remote(url)
-    base = url.rsplit("/", 1)[0] if remote else str(Path(url).parent)
     try:
-        manifest = cache.read_remote(url, parse_manifest) if remote else parse_manifest(Path(url).read_bytes())
-        shards = tuple(Shard(f"{base}/{s['name']}", s["size"], s["sha256"]) for s in manifest["shards"])
-        index = manifest["index"]
-        path = Path(base) / index["name"]
-        if remote:
-            source = Shard(f"{base}/{index['name']}", index["size"], index["sha256"])
-            path = cache.fetch(source, cache_dir / "index" / f"{index['sha256']}.safetensors")
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != index["sha256"]:
-            raise ValueError(f"{path} is not the index it was written with")
-        table, _ = SampleTable.from_bytes(data)
-        counts = tuple(s["samples"] for s in manifest["shards"])
-        if sum(counts) != len(table):
-            raise ValueError(f"it counts {sum(counts)} samples, its index {len(table)}")
-        space = np.repeat([s["size"] for s in manifest["shards"]], counts)
-        if (table.offsets < 0).any() or (table.offsets > space - table.sizes).any():
-            raise ValueError("its index places samples outside their shards")
-        sizes = {} if remote else {shard: _size(Path(shard.url)) for shard in shards}
-        short = [shard for shard, size in sizes.items() if size < (shard.size or 0)]
-        wrong = [shard for shard, size in sizes.items() if size != shard.size and (whole or shard not in short)]
-        wrong = wrong or (short if len(short) == len(shards) else [])
-        if wrong:
-            raise ValueError(f"{wrong[0].url} has not the {wrong[0].size} bytes it should have")
-    except (OSError, ValueError) as error:
-        raise DataError(f"manifest {url}: {error}; make or fetch the data set again") from error
-    if short:
-        log.warning(
-            "%d of the %d shards of %s are absent or cut, the first: %s", len(short), len(shards), url, short[0].url
-        )
-    return Listed(shards, counts, table, tuple(manifest["label_names"]))
-
-
-def _size(path: Path) -> int:
-    """In bytes; 0 if there is no such file."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def parse_manifest(text: bytes) -> dict[str, Any]:
-    """A manifest's JSON with the fields that reading needs. Raises ValueError naming the field that is wrong."""
-    try:
-        manifest = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise ValueError(f'field "format" is not "{MANIFEST_FORMAT}"')
-    if manifest.get("version") != MANIFEST_VERSION:
-        raise ValueError(f"version {manifest.get('version')!r}, this program reads {MANIFEST_VERSION}")
-    names = manifest.get("label_names")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError('field "label_names" is no list of texts')
-    shards = manifest.get("shards")
-    if not isinstance(shards, list):
-        raise ValueError('field "shards" is no list')
-    for entry in [*shards, manifest.get("index")]:
-        if not isinstance(entry, dict):
-            raise ValueError(f"a file's entry is {entry!r}")
-        if not re.fullmatch(r"\w[\w.-]*", entry["name"] if isinstance(entry.get("name"), str) else ""):
-            raise ValueError(f'field "name" is {entry.get("name")!r}, not a plain file name')
-        if not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"] if isinstance(entry.get("sha256"), str) else ""):
-            raise ValueError(f'field "sha256" of {entry["name"]} is {entry.get("sha256")!r}')
-        for key in ("size",) if entry is manifest["index"] else ("size", "samples"):
-            if type(entry.get(key)) is not int or not 0 <= entry[key] <= _MAX_SIZE:
-                raise ValueError(f'field "{key}" of {entry["name"]} is {entry.get(key)!r}')
+        content = cache.read_remote(url) if cache.is_remote(url) else Path(url).read_bytes()
+        manifest = parse_manifest(content, FORMAT, COUNTS)
+        check_entry(manifest.get("index"))
+        names = manifest.get("label_names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(f"label_names is {names!r}, expected a list of names")
+    except (OSError, DataError) as error:
+        raise DataError(f"manifest {url}: {error}; pack or copy the data set again") from error
     return manifest
 
 
-def _shard_table(
-    shard: Shard, cache_dir: Path, limit: int | None, image_key: str | None
-) -> tuple[SampleTable, list[BadSample]]:
-    """A shard's rows from the index kept in the cache, or from its headers (and then kept).
+def manifest_shard(url: str, entry: dict[str, Any]) -> Shard:
+    """Return the file of an entry of the manifest at `url`."""
+    base = url.rpartition("/")[0] or "."
+    return Shard(f"{base}/{entry['name']}", entry["bytes"], entry["sha256"])
 
-    A kept index belongs to a local shard's path, size and time of change, or to a remote shard's address, whose
-    content is taken to stay the same for as long as the cache is kept.
+
+def _open_manifest(url: str, shard_cache: ShardCache) -> ShardIndex:
+    """Read a manifest, its index, and the sizes of its local shards."""
+    manifest = load_manifest(url)
+    entries = manifest["shards"]
+    shards = tuple(manifest_shard(url, entry) for entry in entries)
+    index = manifest_shard(url, manifest["index"])
+    try:
+        with os.fdopen(shard_cache.open(index), "rb") as file:
+            content = file.read()
+        if hashlib.sha256(content).hexdigest() != index.sha256:
+            raise DataError(f"SHA-256 of {index.url} differs from the manifest")
+        table = SampleTable.from_bytes(content)
+        counts = [entry["samples"] for entry in entries]
+        if sum(counts) != len(table):
+            raise DataError(f"it lists {sum(counts)} samples, its index {len(table)}")
+        if (table.offsets > np.repeat([entry["bytes"] for entry in entries], counts) - table.sizes).any():
+            raise DataError("its index has samples outside their shards")
+        if not cache.is_remote(url):
+            for shard in shards:
+                if (size := Path(shard.url).stat().st_size) != shard.bytes:
+                    raise DataError(f"{shard.url} has {size} bytes, the manifest lists {shard.bytes}")
+    except (OSError, DataError) as error:
+        raise DataError(f"manifest {url}: {error}; pack or copy the data set again") from error
+    return ShardIndex(shards, np.cumsum([0, *counts]), table, tuple(manifest["label_names"]), shard_cache)
+
+
+def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -> SampleTable:
+    """Return the table of a shard from the cached index, or from its headers.
+
+    A cached index belongs to the path, size and modification time of a local shard, or to the URL of a remote one.
     """
     identity: tuple[object, ...] = (shard.url,)
-    fetched: list[tuple[SampleTable, list[BadSample]]] = []
     try:
         if not cache.is_remote(shard.url):
             stat = Path(shard.url).stat()
             identity = (Path(shard.url).resolve(), stat.st_size, stat.st_mtime_ns)
-        kept = cache_dir / "index" / f"{cache.short_hash(*identity, image_key)}.safetensors"
+        cached = shard_cache.folder / "index" / f"{cache.short_hash(*identity, image_key)}.safetensors"
+        with suppress(OSError, DataError):  # absent or damaged
+            return SampleTable.from_bytes(cached.read_bytes())
+        file = shard_cache.open(shard, verify=partial(index_tar, shard=shard.url))
         try:
-            return SampleTable.from_bytes(kept.read_bytes())
-        except (OSError, ValueError):  # absent, or not whole: built (again)
-            opened = cache.open_shard(
-                shard, cache_dir, lambda path: fetched.append(index_tar(path, shard.url, image_key)), limit
-            )
+            table = index_tar(shard_cache.path(shard), shard.url, image_key)
+        finally:
+            release(file)
     except OSError as error:
         raise DataError(f"cannot read shard {shard.url}: {error}") from error
     try:
-        table, problems = fetched[-1] if fetched else index_tar(opened.path, shard.url, image_key)
-    finally:
-        opened.close()
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(table.to_bytes(problems))
-        temporary.replace(kept)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_name(f"{cached.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(table.to_bytes())
+        temporary.replace(cached)
     except OSError as error:
-        log.warning("the index of %s cannot be kept in %s: %s", shard.url, cache_dir, error)
-    return table, problems
+        log.warning("the index of %s cannot be cached in %s: %s", shard.url, shard_cache.folder, error)
+    return table

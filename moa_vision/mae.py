@@ -1,13 +1,17 @@
-"""Masked autoencoder around any timm ViT: patchify -> mask -> encode -> decode -> loss (arXiv:2111.06377).
+"""Masked autoencoder around any timm ViT (arXiv:2111.06377).
 
-Shapes: B images, C channels, p patch size, K = p * p * C values a patch, L patches an image of which V stay visible
-and M = L - V are masked, P prefix tokens (class, registers), D encoder width, E decoder width.
+Shapes: B images, C channels, p patch size, K = p * p * C values per patch, L patches per image, V visible and
+M = L - V masked patches, P prefix tokens (class, registers), encoder width D, decoder width E.
 
-Exact savings over the plain formulation: only visible patches are embedded; decoder tokens keep the order prefix,
-visible, masked (attention does not see order, positions are added before); the first decoder block normalizes and
-projects the mask token once a position, not once an image; the last decoder block and the head compute masked tokens
-only.
+The model computes the same function as facebookresearch/mae with less work:
+
+- Only visible patches are embedded.
+- Decoder tokens stay in the order prefix, visible, masked; attention does not depend on the order.
+- The first decoder block normalizes and projects the mask token once per position instead of once per image.
+- The last decoder block and the head compute masked tokens only.
 """
+
+from __future__ import annotations
 
 import difflib
 import inspect
@@ -21,42 +25,28 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from moa_ffn import FFN, VARIANTS
+from moa_train.errors import ConfigError
 from moa_vision import vit
-from moa_vision.vit import FFN_ARGUMENTS, ffn_layer, ffn_settings
+from moa_vision.decoder import DecoderBlock, sincos_positions
+from moa_vision.flops import flops_per_image
+from moa_vision.vit import FFN_ARGUMENTS, constant_coefficients, ffn_layer, ffn_settings
 
 TARGET_EPS = 1e-6
-"""Added to a patch's variance before the square root, as in facebookresearch/mae."""
+"""Epsilon inside the square root of a patch's standard deviation, as in facebookresearch/mae."""
 
-BUILD_FAULTS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-)
-"""What timm's and torch's constructors raise for values that cannot be."""
-
-MOST_BLOCKS, LARGEST_SIDE = 2**10, 2**14
-"""Upper limits of a depth and of an image's side in pixels, far beyond any model: a billion blocks take memory and
-hours even without their weights.
-"""
-
-_SET_BY_MAE = ("img_size", "num_classes", "global_pool", "fc_norm", "mlp_layer", "device", "dtype")
+_SET_BY_MAE = {"img_size", "num_classes", "global_pool", "fc_norm", "mlp_layer", "device", "dtype"}
 
 
 class MAEOutput(NamedTuple):
-    """What `MAE.forward` returns.
+    """Result of `MAE.forward`.
 
-    loss: () float32, mean squared error on the masked patches.
-    prediction: (B, M, K), row j belongs to the j-th one of the image's mask. With `norm_pix_loss` in units of the
-        normalized patch.
-    mask: (B, L) float32, 1 = masked.
+    Attributes:
+        loss: () float32, mean squared error on the masked patches.
+        prediction: (B, M, K) for the masked patches in ascending order; with `norm_pix_loss` in units of the
+            normalized patch.
+        mask: (B, L) float32, 1 = masked.
     """
 
     loss: Tensor
@@ -65,24 +55,30 @@ class MAEOutput(NamedTuple):
 
 
 class MAE(nn.Module):
-    """Masked autoencoder; wraps `encoder`, initializes it anew, and takes off its classifier.
+    """Masked autoencoder that wraps a timm encoder, re-initializes it and removes its classifier.
 
-    Initialization, positions, targets and sizes follow facebookresearch/mae: Xavier-uniform linear layers, patch
-    embedding included, fixed sin-cos positions, tokens N(0, 0.02), LayerNorm eps 1e-6. FFN layers initialize their
-    own mixing.
+    Initialization, positions, targets and sizes follow facebookresearch/mae: Xavier-uniform linear layers including
+    the patch embedding, fixed sin-cos positions, tokens N(0, 0.02), LayerNorm eps 1e-6. FFN layers initialize their
+    mixing parameters.
 
     Args:
-        encoder: a timm `VisionTransformer` with convolutional patch embedding, absolute positions and a last norm.
-        decoder_dim, decoder_depth, decoder_heads, decoder_mlp_ratio: sizes of the decoder.
-        decoder_ffn: variant of the decoder's FFN; None: the encoder's. Other FFN settings are always the encoder's.
-        mask_ratio: part of the patches that is masked; V = int(L * (1 - mask_ratio)).
-        norm_pix_loss: compare with patches normalized to mean 0 and variance 1, each by itself.
+        encoder: timm `VisionTransformer` with convolutional patch embedding, absolute positions and a final norm.
+        decoder_dim: Decoder width.
+        decoder_depth: Number of decoder blocks.
+        decoder_heads: Attention heads of the decoder.
+        decoder_mlp_ratio: Hidden width of the decoder's FFN relative to `decoder_dim`.
+        decoder_ffn: FFN variant of the decoder, by default the encoder's. Its other settings are the encoder's.
+        mask_ratio: Fraction of masked patches; V = int(L * (1 - mask_ratio)).
+        norm_pix_loss: Predict patches that are normalized to mean 0 and variance 1.
 
     Attributes:
-        grid_size: (rows, columns) of patches. patch_size: p in pixels. num_patches: L. num_visible: V. in_chans: C.
+        image_size: (height, width) in pixels.
+        grid_size: (rows, columns) of patches.
+        patch_size, num_patches, num_visible, in_chans: p, L, V and C.
+        config: Arguments of `create_mae`; None if the model was built directly.
 
     Raises:
-        ValueError: the encoder or a size cannot work; the message says what can.
+        ConfigError: The encoder is not supported or a size is out of range.
     """
 
     decoder_pos: Tensor
@@ -101,21 +97,22 @@ class MAE(nn.Module):
         norm_pix_loss: bool = True,
     ) -> None:
         super().__init__()
-        if problem := _encoder_problem(encoder):
-            raise ValueError(f"encoder: {problem}")
-        if decoder_depth < 1 or decoder_dim % 4 or decoder_dim % decoder_heads:
-            raise ValueError(
+        _check_encoder(encoder)
+        sizes = min(decoder_dim, decoder_depth, decoder_heads)
+        if sizes < 1 or decoder_dim % 4 or decoder_dim % decoder_heads:
+            raise ConfigError(
                 f"decoder_dim={decoder_dim}, decoder_depth={decoder_depth}, decoder_heads={decoder_heads}: "
-                "decoder_dim must be a multiple of 4 and of decoder_heads, decoder_depth at least 1"
+                "decoder_dim must be a multiple of 4 and of decoder_heads, all at least 1"
             )
         self.grid_size: tuple[int, int] = encoder.patch_embed.grid_size
         self.patch_size: int = encoder.patch_embed.patch_size[0]
+        self.image_size = (self.grid_size[0] * self.patch_size, self.grid_size[1] * self.patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.num_visible = int(self.num_patches * (1 - mask_ratio))
         self.in_chans: int = encoder.patch_embed.proj.in_channels
         self.norm_pix_loss = norm_pix_loss
         if not 0 < self.num_visible < self.num_patches:
-            raise ValueError(
+            raise ConfigError(
                 f"mask_ratio={mask_ratio} leaves {self.num_visible} of {self.num_patches} patches visible; "
                 "at least one must be visible and one masked"
             )
@@ -135,7 +132,7 @@ class MAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """The official recipe's initialization, in place."""
+        """Initialize all weights in place, as in facebookresearch/mae."""
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
@@ -144,7 +141,7 @@ class MAE(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, FFN):  # after its own linear layers, so that it has the last word
+            if isinstance(module, FFN):  # after the linear layers inside, whose initialization FFN overrides
                 module.init_weights(nn.init.xavier_uniform_)
         encoder = self.encoder
         nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.flatten(1))
@@ -156,14 +153,14 @@ class MAE(nn.Module):
         encoder.pos_embed[0, -self.num_patches :] = sincos_positions(self.grid_size, encoder.embed_dim)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> MAEOutput:
-        """Mask, reconstruct, and compare.
+        """Mask images, reconstruct the masked patches and compute the loss.
 
         Args:
-            images: (B, C, H, W) float, normalized by the data set's mean and deviation.
-            noise: (B, L); the V patches with the least noise stay visible. None: drawn from the device's generator.
+            images: (B, C, H, W) float, normalized with the mean and deviation of the data set.
+            noise: (B, L); the V patches with the lowest noise stay visible. None draws it from the device's generator.
 
         Raises:
-            ValueError: a shape does not fit the model.
+            ValueError: A shape does not match the model.
         """
         patches = self.patchify(images)
         if noise is None:
@@ -179,21 +176,21 @@ class MAE(nn.Module):
         return MAEOutput(F.mse_loss(prediction.float(), target), prediction, mask)
 
     def mask_from(self, noise: Tensor) -> Tensor:
-        """Mask (B, L) float32, 1 where `noise` (B, L) is not among the row's V least."""
+        """Return the mask (B, L) float32 that hides all but the V patches with the lowest noise (B, L)."""
         if noise.ndim != 2 or noise.shape[1] != self.num_patches:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}; allowed: (B, {self.num_patches})")
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected (B, {self.num_patches})")
         visible = noise.argsort(dim=1, stable=True)[:, : self.num_visible]
         return torch.ones_like(noise, dtype=torch.float32).scatter(1, visible, 0.0)
 
     def split(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Ascending indices of the visible (B, V) and of the masked (B, M) patches of a mask (B, L)."""
+        """Return the indices of the visible (B, V) and masked (B, M) patches of a mask (B, L), both ascending."""
         order = mask.argsort(dim=1, stable=True)
         return order[:, : self.num_visible], order[:, self.num_visible :]
 
     def encode(self, patches: Tensor, visible: Tensor) -> Tensor:
-        """Encode visible patches (B, V, K), at indices `visible` (B, V), to latent tokens (B, P + V, D)."""
+        """Encode visible patches (B, V, K) with indices `visible` (B, V) to latent tokens (B, P + V, D)."""
         encoder, embed = self.encoder, self.encoder.patch_embed
-        weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, K), a patch's values in patchify's order
+        weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, K), values in the order of `patchify`
         x = embed.norm(F.linear(patches, weight, embed.proj.bias))
         assert encoder.pos_embed is not None
         x = x + encoder.pos_embed[0, -self.num_patches :][visible]
@@ -208,46 +205,41 @@ class MAE(nn.Module):
         x = self.decoder_embed(latent)
         prefix = x.shape[1] - visible.shape[1]
         seen = torch.cat([x[:, :prefix], x[:, prefix:] + self.decoder_pos[visible]], dim=1)
-        # As yet, the mask tokens of one position are the same in all images: L rows stand for all B * M of them.
+        # Before the first block, mask tokens at one position are equal in all images: L rows stand for all B * M.
         x = torch.cat([seen.flatten(0, 1), self.mask_token[0] + self.decoder_pos])
-        own = torch.arange(seen.shape[0] * seen.shape[1], device=x.device).view(seen.shape[:2])
-        rows = torch.cat([own, own.numel() + masked], dim=1)
+        seen_rows = torch.arange(seen.shape[0] * seen.shape[1], device=x.device).view(seen.shape[:2])
+        rows = torch.cat([seen_rows, seen_rows.numel() + masked], dim=1)
         first, last = self.decoder_blocks[0], self.decoder_blocks[-1]
         for block in self.decoder_blocks:
             x = block(x, rows=rows if block is first else None, outputs=masked.shape[1] if block is last else None)
         return self.decoder_head(self.decoder_norm(x))
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to patches (B, L, K); patches row by row, a patch's values in the order (p, p, C)."""
+        """Split images (B, C, H, W) into patches (B, L, K), row by row; a patch's values are in the order (p, p, C)."""
         (rows, columns), p = self.grid_size, self.patch_size
-        expected = (self.in_chans, rows * p, columns * p)
+        expected = (self.in_chans, *self.image_size)
         if images.ndim != 4 or images.shape[1:] != expected:
-            raise ValueError(f"images have shape {tuple(images.shape)}; allowed: (B, {str(expected)[1:]}")
+            raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, {str(expected)[1:]}")
         patches = images.unflatten(3, (columns, p)).unflatten(2, (rows, p))  # (B, C, rows, p, columns, p)
         return patches.permute(0, 2, 4, 3, 5, 1).reshape(len(images), self.num_patches, -1)
 
-    def unpatchify(self, patches: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Patches (B, L, K) to images (B, C, H, W); with a mask (B, L), `patches` (B, M, K) are the masked ones, in
-        the order of `MAEOutput.prediction`, and the visible ones become 0.
-        """
-        if mask is not None:
-            masked = self.split(mask)[1].unsqueeze(-1).expand_as(patches)
-            patches = patches.new_zeros(*mask.shape, patches.shape[-1]).scatter(1, masked, patches)
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """Assemble images (B, C, H, W) from patches (B, L, K)."""
         (rows, columns), p = self.grid_size, self.patch_size
         x = patches.unflatten(2, (p, p, self.in_chans)).unflatten(1, (rows, columns))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def reconstruct(self, images: Tensor, output: MAEOutput) -> Tensor:
-        """Images (B, C, H, W) float32, in the units of `images`: visible patches as given, masked ones predicted."""
+        """Return `images` (B, C, H, W) with the masked patches replaced by their prediction, float32."""
         patches = self.patchify(images).float()
         masked = self.split(output.mask)[1]
         prediction = self._to_pixels(output.prediction, _take(patches, masked))
         return self.unpatchify(patches.scatter(1, masked.unsqueeze(-1).expand_as(prediction), prediction))
 
     def reconstruction_losses(self, images: Tensor, output: MAEOutput) -> dict[str, Tensor]:
-        """Both mean squared errors of each image's masked patches, (B,) float32, whatever the model trains on.
+        """Return two mean squared errors per image, (B,) float32, for either setting of `norm_pix_loss`.
 
-        loss_norm compares normalized patches, loss_pixel pixels in the units of `images`.
+        `loss_norm` compares normalized patches, `loss_pixel` pixels in the units of `images`.
         """
         target = _take(self.patchify(images), self.split(output.mask)[1]).float()
         error = self._to_pixels(output.prediction, target) - target
@@ -258,110 +250,65 @@ class MAE(nn.Module):
         }
 
     def _to_pixels(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Prediction (B, M, K) in pixel units, float32; `target` (B, M, K) float32 are the true patches."""
+        """Convert predictions to pixel units, given the true patches; both (B, M, K)."""
         if not self.norm_pix_loss:
             return prediction.float()
         mean, std = _patch_statistics(target)
         return prediction.float() * std + mean
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay must leave alone: the coefficients of LA variants."""
-        return {name for name, _ in self.named_parameters() if name.endswith("mix_coef")}
-
-
-class DecoderBlock(nn.Module):
-    """timm's `Block` with the options of projecting equal tokens once, and of computing the last tokens only.
-
-    Shape:
-        x (B, N, E) to (B, N, E).
-        With `rows` (B, N), int64: x (R, E) holds distinct tokens, and token n of image b is x[rows[b, n]]. Only R
-        tokens are normalized and projected to queries, keys and values.
-        With `outputs=n`: to (B, n, E), the last n tokens of the same result. All N tokens are keys and values, but
-        only n are queries and go through the MLP.
-    """
-
-    def __init__(self, dim: int, num_heads: int, mlp: nn.Module) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = mlp
-
-    def forward(self, x: Tensor, rows: Tensor | None = None, outputs: int | None = None) -> Tensor:
-        """Attend, then the MLP, each on a normalized copy and added to its input."""
-        kept = slice(None if outputs is None else -outputs, None)
-        qkv = self.qkv(self.norm1(x))
-        if rows is not None:  # in x's precision: backward adds up a row's gradients from the whole batch
-            x, qkv = F.embedding(rows, x), F.embedding(rows, qkv.to(x.dtype))
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, E / heads)
-        mixed = F.scaled_dot_product_attention(q[:, :, kept], k, v)
-        x = x[:, kept] + self.proj(mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
-
-
-def sincos_positions(grid_size: tuple[int, int], dim: int) -> Tensor:
-    """Fixed positions (rows * columns, dim) float32, half of them for the column, then half for the row.
-
-    The order of facebookresearch/mae, whose `get_2d_sincos_pos_embed` puts the column first.
-    """
-    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-
-    def axis(length: int) -> Tensor:
-        angle = torch.arange(length, dtype=torch.float64).outer(frequency)
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-    rows, columns = grid_size
-    row = axis(rows).unsqueeze(1).expand(-1, columns, -1)
-    column = axis(columns).unsqueeze(0).expand(rows, -1, -1)
-    return torch.cat([column, row], dim=-1).flatten(0, 1).float()
+        """Return the names of parameters without weight decay: the constant coefficients of LA variants."""
+        return constant_coefficients(self)
 
 
 def _take(x: Tensor, indices: Tensor) -> Tensor:
-    """Rows of x (B, L, K) at indices (B, n): (B, n, K)."""
+    """Gather rows (B, n, K) of x (B, L, K) at indices (B, n)."""
     return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (unbiased variance, eps inside the root) of each patch: (..., K) to twice (..., 1)."""
+    """Return mean and standard deviation (unbiased, with epsilon) of each patch: (..., K) to twice (..., 1)."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + TARGET_EPS).sqrt()
 
 
-def _encoder_problem(encoder: object) -> str | None:
-    """Why `encoder` cannot be masked, or None."""
+def _check_encoder(encoder: object) -> None:
+    """Raise ConfigError if `encoder` is not a ViT that `MAE.encode` supports."""
     if not isinstance(encoder, VisionTransformer):
-        return f"is a {type(encoder).__name__}; allowed: a timm VisionTransformer"
+        raise ConfigError(f"encoder is a {type(encoder).__name__}, expected a timm VisionTransformer")
     embed = encoder.patch_embed
     if not isinstance(embed, PatchEmbed) or not isinstance(embed.proj, nn.Conv2d) or embed.grid_size is None:
-        return "patch_embed must be timm's PatchEmbed with one convolution and a fixed image size"
-    if len({*embed.patch_size}) != 1 or len(embed.patch_size) != 2:
-        return f"patch_size={embed.patch_size} must be square"
+        raise ConfigError("encoder: patch_embed must be timm's PatchEmbed with one convolution and a fixed image size")
+    if len(set(embed.patch_size)) != 1 or len(embed.patch_size) != 2:
+        raise ConfigError(f"encoder: patch_size={embed.patch_size} must be square")
     if embed.img_size != tuple(length * embed.patch_size[0] for length in embed.grid_size):
-        return f"img_size={embed.img_size} must be a multiple of patch_size={embed.patch_size[0]}"
+        raise ConfigError(f"img_size={embed.img_size} must be a multiple of patch_size={embed.patch_size[0]}")
     if encoder.pos_embed is None or encoder.embed_dim % 4:
-        return f"needs an absolute position embedding and embed_dim={encoder.embed_dim} a multiple of 4"
+        raise ConfigError(
+            f"encoder needs an absolute position embedding and embed_dim={encoder.embed_dim} a multiple of 4"
+        )
+    blocks = list(encoder.blocks)
+    if not blocks or not isinstance(getattr(blocks[0], "mlp", None), nn.Module):
+        raise ConfigError("encoder needs at least one block, and blocks with one `mlp` each, as timm's Block")
     if encoder.num_prefix_tokens != encoder.has_class_token + encoder.num_reg_tokens:
-        return "prefix tokens other than class and register tokens are not supported"
+        raise ConfigError("encoder: only class and register tokens are supported as prefix tokens")
     if not isinstance(encoder.patch_drop, nn.Identity):
-        return "patch_drop_rate must be 0, the mask does this work"
+        raise ConfigError("encoder: patch_drop_rate must be 0, because masking already drops patches")
     if encoder.attn_pool is not None or isinstance(encoder.norm, nn.Identity):
-        return f"needs its last norm before pooling; global_pool={encoder.global_pool!r} must be 'token' or ''"
-    return None
+        raise ConfigError(f"encoder: global_pool={encoder.global_pool!r} must be 'token' or '' to keep the final norm")
 
 
 def _decoder_ffn(encoder: VisionTransformer, variant: str | None) -> Callable[..., nn.Module]:
-    """The decoder's mlp_layer: settings and, unless `variant` says otherwise, variant of the encoder's FFN."""
-    mlp = getattr(encoder.blocks[0], "mlp", None)
+    """Return the decoder's `mlp_layer`, with the settings and by default the variant of the encoder's FFN."""
+    mlp = encoder.blocks[0].mlp
     if isinstance(mlp, FFN):
         return ffn_layer(variant or mlp.spec.variant, **ffn_settings(mlp))
     if variant is None and type(mlp) is Mlp and type(mlp.act) is nn.GELU:
         variant = "gelu"
     if variant is None:
-        raise ValueError(
-            f"decoder_ffn=None: the encoder's {type(mlp).__name__} is none of {', '.join(VARIANTS)}; name one of them"
+        raise ConfigError(
+            f"decoder_ffn=None, but the encoder's {type(mlp).__name__} has no equivalent among the variants; "
+            f"set decoder_ffn to one of {', '.join(VARIANTS)}"
         )
     return ffn_layer(variant)
 
@@ -373,84 +320,59 @@ def create_mae(
     encoder_args: Mapping[str, Any] | None = None,
     **mae_args: Any,
 ) -> MAE:
-    """Build a MAE from plain values, which it keeps as `mae.config` for `export`.
+    """Build a MAE from plain values, which `MAE.config` keeps for the export.
 
     Args:
-        encoder_name: a timm VisionTransformer's name, such as "vit_base_patch16_qdmoa".
-        img_size: pixels, one number or (H, W).
-        encoder_args: arguments of timm's VisionTransformer, and `ffn_*` where the name is one of ours.
-        mae_args: arguments of `MAE`.
+        encoder_name: timm name of a VisionTransformer, such as "vit_base_patch16_qdmoa".
+        img_size: Image size in pixels, one number or (height, width).
+        encoder_args: Arguments of timm's VisionTransformer, and `ffn_*` for the models of `moa_vision.vit`.
+        **mae_args: Arguments of `MAE`.
 
     Raises:
-        ValueError: a name or a value is not allowed; the message names it.
+        ConfigError: A name or value is invalid.
     """
     if not timm.is_model(encoder_name):
         close = difflib.get_close_matches(encoder_name, timm.list_models(), 3) or sorted(vit.default_cfgs)
-        raise ValueError(f"encoder {encoder_name!r} is not a timm model; did you mean {', '.join(close)}?")
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        raise ConfigError(f"encoder {encoder_name!r} is not a timm model; did you mean {', '.join(close)}?")
     args = dict(encoder_args or {})
-    if not 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE:
-        raise ValueError(f"img_size={img_size}: a side must be from 1 to {LARGEST_SIDE} pixels")
-    for name, given in (("encoder_args.depth", args), ("decoder_depth", mae_args)):
-        depth = given.get(name.rpartition(".")[2], 1)
-        if not isinstance(depth, int) or not 1 <= depth <= MOST_BLOCKS:
-            raise ValueError(f"{name}={depth!r}: must be an integer from 1 to {MOST_BLOCKS}")
-    allowed = set(inspect.signature(VisionTransformer).parameters) - set(_SET_BY_MAE)
+    allowed = set(inspect.signature(VisionTransformer).parameters) - _SET_BY_MAE
     if encoder_name in vit.default_cfgs:
         allowed |= set(FFN_ARGUMENTS)
     if unknown := set(args) - allowed:
-        raise ValueError(f"encoder_args: unknown {min(unknown)!r} for {encoder_name}; allowed: {sorted(allowed)}")
+        raise ConfigError(f"encoder_args: unknown {min(unknown)!r} for {encoder_name}; allowed: {sorted(allowed)}")
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     try:
         encoder = timm.create_model(encoder_name, img_size=(height, width), num_classes=0, **args)
-        mae = MAE(encoder, **mae_args)  # pyright: ignore[reportArgumentType]  # MAE checks the class
-    except ValueError:
-        raise
-    except BUILD_FAULTS as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"encoder {encoder_name!r} and its decoder cannot be built with encoder_args={args}, {mae_args}: {reason}"
+    except Exception as error:  # timm does not validate its arguments, so a wrong one can raise anything
+        raise ConfigError(
+            f"timm cannot build {encoder_name!r} with img_size={(height, width)}, encoder_args={args}: "
+            f"{type(error).__name__}: {error}"
         ) from error
+    mae = MAE(encoder, **mae_args)  # pyright: ignore[reportArgumentType]  # MAE checks the class
     mae.config = {"encoder_name": encoder_name, "img_size": [height, width], "encoder_args": args, **mae_args}
     return mae
 
 
 def parameter_counts(mae: MAE) -> dict[str, int]:
-    """Trained parameters: total = encoder + decoder; of these those of all FFNs, and of their mixing alone."""
+    """Count trainable parameters: total = encoder + decoder, and of these the FFNs and their mixing."""
 
     def count(*modules: nn.Module) -> int:
         return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
 
     blocks = [*mae.encoder.blocks, *mae.decoder_blocks]
-    ffns = [module for module in mae.modules() if isinstance(module, FFN)]
     total, encoder = count(mae), count(mae.encoder)
     return {
         "total": total,
         "encoder": encoder,
         "decoder": total - encoder,
         "ffn": count(*(block.mlp for block in blocks if isinstance(block.mlp, nn.Module))),
-        "mixing": sum(ffn.mixing_parameters() for ffn in ffns),
+        "mixing": sum(module.mixing_parameters() for module in mae.modules() if isinstance(module, FFN)),
     }
 
 
 def forward_flops(mae: MAE) -> int:
-    """Floating-point operations of one more image in a forward pass (a multiply-add is two), matrix products only.
+    """Count the FLOPs that one more image adds to a forward pass (`flops_per_image`).
 
-    What is computed, not what the plain formulation would take. Left out is the part that a batch of any size needs
-    once, the first decoder block's 6 L E^2 for the mask token. Counted by `torch.utils.flop_counter` on the meta
-    device: nothing is computed, and no weight is copied. Raises ValueError where the encoder's arguments do not go
-    together, as a pass shows.
+    The work that is done once per batch is not part of it: 6 L E^2 for the mask token in the first decoder block.
     """
-    weights = {name: tensor.to("meta") for name, tensor in (*mae.named_parameters(), *mae.named_buffers())}
-    (rows, columns), p = mae.grid_size, mae.patch_size
-
-    def flops(images: int) -> int:
-        batch = torch.empty(images, mae.in_chans, rows * p, columns * p, device="meta")
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(mae, weights, (batch,))
-        return counter.get_total_flops()
-
-    try:
-        return flops(2) - flops(1)
-    except BUILD_FAULTS as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"the model {mae.config or ''} cannot compute: {reason}") from error
+    return flops_per_image(mae, (mae.in_chans, *mae.image_size))

@@ -1,15 +1,17 @@
-"""Which activations the tokens use: every layer's mixing on a few held-out images, in numbers and as maps.
+"""Mixing diagnostics: the coefficients of every mixing FFN on a few held-out images, as statistics and as maps.
 
-FOLDER/step_XXXXXXXX.json    each recorded step: the coefficients' spread over all tokens, by layer
-FOLDER/index.json            of the last one: what maps.safetensors holds
-FOLDER/maps.safetensors      PART.coefficients, PART.shares: (N, layers, L, K) float16; NaN: not computed
+FOLDER/step_XXXXXXXX.json    every recorded step: spread of the coefficients over all tokens, by layer
+FOLDER/index.json            last step: what maps.safetensors holds
+FOLDER/maps.safetensors      PART.coefficients, PART.shares: (N, layers, L, K) float16; NaN = not computed
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -22,10 +24,14 @@ from moa_vision.mae import MAE
 
 
 class Maps(NamedTuple):
-    """What one part (encoder or decoder) does with N images of L patches, K terms a layer.
+    """Mixing of one part (encoder or decoder) on N images of L patches, with K terms per layer.
 
-    layers: names, such as "encoder.0". terms: names, such as "g·id". token_adaptive: False for learned constants.
-    coefficients, shares: (N, layers, L, K) float32, see `FFN.mixing`, `FFN.shares`; NaN: the layer skips the token.
+    Attributes:
+        layers: Layer names, such as "encoder.0".
+        terms: Term names, such as "g·id".
+        token_adaptive: False for constant coefficients.
+        coefficients: (N, layers, L, K) float32, see `FFN.mixing`; NaN where the layer skips the token.
+        shares: (N, layers, L, K) float32, see `FFN.shares`.
     """
 
     layers: tuple[str, ...]
@@ -37,109 +43,104 @@ class Maps(NamedTuple):
 
 @torch.no_grad()
 def mixing_maps(mae: MAE, images: Tensor, noise: Tensor) -> dict[str, Maps]:
-    """Run the encoder on whole images, the decoder under the mask, and note what every mixing layer does.
+    """Record the mixing of the encoder on whole images and of the decoder on masked ones.
 
     Args:
-        mae: not wrapped; it is run in evaluation mode and left in the mode it was in.
+        mae: Model without wrapper; its training mode is restored.
         images: (N, C, H, W) float, normalized, on the model's device.
-        noise: (N, L), fixes each image's mask.
+        noise: (N, L), sets each image's mask.
 
     Returns:
-        Maps by part; a part whose FFNs mix nothing is left out.
+        Maps by part ("encoder", "decoder"), without parts whose FFNs have no mixing.
     """
     training = mae.training
     mae.eval()
-    found: dict[str, Maps] = {}
-    prefix = mae.encoder.num_prefix_tokens
-    # Not through `mae(...)`: where the model is compiled, that would pass the hooks by.
-    with _noted(mae.encoder.blocks) as noted:
+    # Neither call goes through `mae(...)`: a compiled model would skip the hooks.
+    with _recording(mae.encoder.blocks) as encoder:
         mae.encoder.forward_features(images)
-    if noted:
-        found["encoder"] = _maps("encoder", noted, lambda values: values[:, prefix:])
-    with _noted(mae.decoder_blocks) as noted:
+    with _recording(mae.decoder_blocks) as decoder:
         mae.forward(images, noise)
-    if noted:
-        order = torch.cat(mae.split(mae.mask_from(noise)), dim=1)  # the decoder's tokens: visible, then masked
-        found["decoder"] = _maps("decoder", noted, lambda values: _in_place(values, order))
     mae.train(training)
+
+    found = {}
+    if encoder:
+        prefix = mae.encoder.num_prefix_tokens
+        found["encoder"] = _maps("encoder", encoder, [layer.values[:, :, prefix:] for layer in encoder])
+    if decoder:
+        order = torch.cat(mae.split(mae.mask_from(noise)), dim=1)
+        found["decoder"] = _maps("decoder", decoder, [_by_patch(layer.values, order) for layer in decoder])
     return found
 
 
 def save_mixing(maps: dict[str, Maps], keys: Sequence[str], grid: tuple[int, int], folder: Path, *, step: int) -> None:
-    """Write what `mixing_maps` found into `folder` (made if missing), each file whole or not at all.
+    """Write the result of `mixing_maps`, each file atomically; without maps nothing is written.
 
     Args:
-        maps: by part; nothing is written if there is none.
-        keys: names of the N images.
-        grid: rows and columns of patches.
-        folder: where to.
-        step: training step of the weights.
+        maps: Maps by part.
+        keys: Names of the N images.
+        grid: Rows and columns of patches.
+        folder: Target, created if missing.
+        step: Training step of the weights.
     """
     if not maps:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{part}.{name}": getattr(own, name).half().contiguous()
-        for part, own in maps.items()
-        for name in ("coefficients", "shares")
-    }
-    parts = {part: {"layers": own.layers, "coefficients": own.terms} for part, own in maps.items()}
-    write_json(folder / f"step_{step:08d}.json", {"step": step, "layers": [*_spread(maps.values())]})
+    tensors, parts, rows = {}, {}, []
+    for part, own in maps.items():
+        tensors[f"{part}.coefficients"] = own.coefficients.half().contiguous()
+        tensors[f"{part}.shares"] = own.shares.half().contiguous()
+        parts[part] = {"layers": own.layers, "coefficients": own.terms}
+        for index, layer in enumerate(own.layers):
+            tokens, shares = (values[:, index].flatten(0, 1) for values in (own.coefficients, own.shares))
+            rows.append(mixing_row(layer, own.terms, own.token_adaptive, tokens, shares))
+    write_json(folder / f"step_{step:08d}.json", {"step": step, "layers": [row for row in rows if row is not None]})
     write_bytes(folder / "maps.safetensors", save(tensors))
     write_json(folder / "index.json", {"step": step, "grid": grid, "keys": [*keys], "parts": parts})
 
 
-def _spread(maps: Iterable[Maps]) -> Iterator[dict[str, Any]]:
-    """One row a layer: of each coefficient over all tokens of all images, and of its term's share."""
-    for own in maps:
-        for index, layer in enumerate(own.layers):
-            tokens, shares = (values[:, index].flatten(0, 1) for values in (own.coefficients, own.shares))
-            row = mixing_row(layer, own.terms, own.token_adaptive, tokens, shares)
-            if row is not None:
-                yield row
-
-
-class _Noted(NamedTuple):
-    ffn: FFN
+class _Recorded(NamedTuple):
     layer: int
-    coefficients: Tensor  # (N, tokens, K)
-    shares: Tensor
+    ffn: FFN
+    values: Tensor  # (2, N, tokens, K) float32: coefficients and shares
 
 
 @contextmanager
-def _noted(blocks: nn.Module) -> Iterator[list[_Noted]]:
-    """While entered, every call of a mixing FFN of the blocks is noted, in order."""
-    noted: list[_Noted] = []
+def _recording(blocks: nn.Module) -> Iterator[list[_Recorded]]:
+    """Record every call of a mixing FFN in `blocks` while the context is active."""
+    recorded: list[_Recorded] = []
 
-    def note(index: int, ffn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record(layer: int, ffn: nn.Module, inputs: tuple[Tensor]) -> None:
         assert isinstance(ffn, FFN)
-        x = inputs[0]
-        noted.append(_Noted(ffn, index, ffn.mixing(x).flatten(-2).float(), ffn.shares(x).flatten(-2).float()))
+        (x,) = inputs
+        values = torch.stack([ffn.mixing(x).flatten(-2).float(), ffn.shares(x).flatten(-2).float()])
+        recorded.append(_Recorded(layer, ffn, values))
 
     handles = [
-        block.mlp.register_forward_pre_hook(partial(note, index))
-        for index, block in enumerate(blocks.children())
-        if isinstance(block.mlp, FFN) and block.mlp.spec.num_coefficients
+        ffn.register_forward_pre_hook(partial(record, layer))
+        for layer, ffn in enumerate(block.mlp for block in blocks.children())
+        if isinstance(ffn, FFN) and ffn.spec.num_coefficients
     ]
     try:
-        yield noted
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _maps(part: str, noted: list[_Noted], place: Callable[[Tensor], Tensor]) -> Maps:
-    spec = noted[0].ffn.spec
-    values = (torch.stack([place(getattr(own, name)) for own in noted], dim=1) for name in ("coefficients", "shares"))
-    layers = tuple(f"{part}.{own.layer}" for own in noted)
-    return Maps(layers, spec.terms, spec.token_adaptive, *values)
+def _maps(part: str, recorded: list[_Recorded], values: list[Tensor]) -> Maps:
+    """Stack values (2, N, L, K) per layer."""
+    spec = recorded[0].ffn.spec
+    coefficients, shares = torch.stack(values, dim=2)
+    layers = tuple(f"{part}.{own.layer}" for own in recorded)
+    return Maps(layers, spec.terms, spec.token_adaptive, coefficients, shares)
 
 
-def _in_place(values: Tensor, order: Tensor) -> Tensor:
-    """The decoder's values (N, tokens, K), which end as `order` (N, L) does, to (N, L, K) row by row of patches.
+def _by_patch(values: Tensor, order: Tensor) -> Tensor:
+    """Sort decoder values (2, N, tokens, K) by patch, (2, N, L, K).
 
-    A layer that computes the masked tokens only has fewer than L: the others become NaN.
+    The last tokens are the patches `order` (N, L): visible, then masked. A layer that computes masked tokens only
+    gives NaN for visible ones.
     """
-    values = values[:, -order.shape[1] :]
-    where = order[:, -values.shape[1] :].unsqueeze(-1).expand_as(values)
-    return values.new_full((*order.shape, values.shape[-1]), torch.nan).scatter(1, where, values)
+    values = values[:, :, -order.shape[1] :]
+    where = order[:, -values.shape[2] :, None].expand_as(values)
+    return values.new_full((2, *order.shape, values.shape[-1]), torch.nan).scatter(2, where, values)

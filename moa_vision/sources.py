@@ -1,7 +1,9 @@
-"""Where images to be packed come from: folders, tars, torchvision's and Hugging Face's data sets.
+"""Sources of images to be packed: folders, tars, torchvision and Hugging Face data sets.
 
-A source lists its images as `items`, cheap to send to another process, and reads one at a time.
+A source lists its images as `items`, which are cheap to send to another process, and reads one at a time.
 """
+
+from __future__ import annotations
 
 import json
 import logging
@@ -10,67 +12,74 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import yaml
 from PIL import Image
 
+from moa_train.errors import ConfigError, DataError
+from moa_train.manifest import MANIFEST
 from moa_train.progress import CountBar
-from moa_vision import cache
-from moa_vision.cache import Shard
-from moa_vision.images import FORMATS, ImageError
-from moa_vision.index import MANIFEST, expand, read_manifest, short_names
+from moa_vision.cache import Shard, ShardCache, default_cache_dir, short_hash
+from moa_vision.images import ImageError
+from moa_vision.index import load_manifest, manifest_shard
+from moa_vision.patterns import expand, short_names
 from moa_vision.table import IMAGE_EXTENSIONS, Member, image_member, scan_tar
 
 log = logging.getLogger(__name__)
 
 _ALLOWED = "allowed are a folder of images, tars by path, brace or glob, torchvision:NAME and hf:NAME"
-_LISTED = 8  # suffixes that a message names
 
 
 class Item(NamedTuple):
-    """One image of a source: its key in the shard, its name for reports, and what the source needs to read it."""
+    """One image of a source: its key in the shard, its name in reports, and what the source needs to read it."""
 
     key: str
     name: str
     where: tuple[Any, ...]
 
 
-class Raw(NamedTuple):
-    """An image as the source has it (encoded, or decoded), its label or None, and what else its JSON shall say."""
+class RawSample(NamedTuple):
+    """An image as the source stores it (encoded or decoded), its label or None, and further fields of its JSON."""
 
     image: bytes | Image.Image
     label: int | None
     extra: dict[str, Any]
 
 
-class Source(Protocol):
-    """A set of images."""
+class Source:
+    """A set of images.
+
+    Attributes:
+        items: The images in a fixed order.
+        label_names: Names of the labels 0, 1, ...; empty if unknown.
+    """
 
     items: list[Item]
-    label_names: tuple[str, ...]
+    label_names: tuple[str, ...] = ()
 
-    def read(self, item: Item) -> Raw:
-        """Reads one image; raises whatever shows that it cannot be read."""
-        ...
+    def read(self, item: Item) -> RawSample:
+        """Read one image; any exception means that it is unreadable."""
+        raise NotImplementedError
 
-    def state(self, item: Item) -> tuple[Any, ...]:
-        """What changes when the image does, as far as that can be seen without reading it."""
-        ...
+    def fingerprint(self, item: Item) -> tuple[Any, ...]:
+        """Return values that change with the image, as far as is known without reading it."""
+        return ()
 
 
 def open_source(text: str, cache_dir: str | Path | None = None, image_key: str | None = None) -> Source:
-    """The source that `text` names.
+    """Open the source that `text` names.
 
     Args:
-        text: a folder of images (the folders in it are the classes) | tars as in `open_index` |
+        text: A folder of images (its subfolders are the classes) | tars as in `moa_vision.index.open_index` |
             torchvision:NAME:root=DIR[:split=train][:ARGUMENT=VALUE...] | hf:NAME[:config=NAME][:split=train].
-        cache_dir: for remote and compressed tars.
-        image_key: which member of a tar's sample is the image, as in `moa_vision.table.image_member`; or which column
-            of a Hugging Face data set.
+        cache_dir: Cache of remote and compressed tars.
+        image_key: Image member of a tar's samples, as in `moa_vision.table.image_member`, or column of a Hugging Face
+            data set.
 
     Raises:
-        ValueError: if it names none, or an empty one.
+        ConfigError: `text` does not name a source.
+        DataError: The source has no image, or cannot be read.
     """
     if text.startswith("torchvision:"):
         source: Source = TorchvisionSource(text)
@@ -79,93 +88,84 @@ def open_source(text: str, cache_dir: str | Path | None = None, image_key: str |
     elif Path(text).is_dir() and not (Path(text) / MANIFEST).exists() and not list(Path(text).glob("*.tar*")):
         source = FolderSource(Path(text))
     else:
-        source = TarSource(text, cache.default_cache_dir() if cache_dir is None else Path(cache_dir), image_key)
+        source = TarSource(text, Path(cache_dir) if cache_dir else default_cache_dir(), image_key)
     if not source.items:
-        raise ValueError(f"source {text!r} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
+        raise DataError(f"source {text!r} has no image ({', '.join(IMAGE_EXTENSIONS)})")
     return source
 
 
-class FolderSource:
-    """Image files below a folder, links followed (not in circles); the first folder on the way is the class.
-
-    What is left out, as no image by its suffix (without one: by its first bytes), is logged.
-    """
+class FolderSource(Source):
+    """Image files below a folder; the first folder below it is the class. Other files are counted and ignored."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        found, others = [], Counter[str]()
-        for file in _files_below(folder):
-            if _is_image(file):
-                found.append(file.relative_to(folder))
-            else:
-                others[file.suffix.lower() or "no suffix"] += 1
-        found.sort()
-        if others:
-            suffixes = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common(_LISTED))
-            log.warning("%d files below %s are left out, being no images: %s", others.total(), folder, suffixes)
-        classes = [file.parts[0] if len(file.parts) > 1 else None for file in found]
-        self.label_names = tuple(sorted({name for name in classes if name is not None}))
+        files = sorted(file.relative_to(folder) for file in _files_below(folder))
+        images = [file for file in files if file.suffix.lower()[1:] in IMAGE_EXTENSIONS]
+        if others := Counter(file.suffix or "no suffix" for file in files) - Counter(file.suffix for file in images):
+            suffixes = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common())
+            log.warning("%d files below %s are not images and are ignored: %s", others.total(), folder, suffixes)
+        self.label_names = tuple(sorted({file.parts[0] for file in images if len(file.parts) > 1}))
         labels = {name: number for number, name in enumerate(self.label_names)}
-        keys = _keys([str(file.with_suffix("")) for file in found])
+        keys = _unique_keys([str(file.with_suffix("")) for file in images])
         self.items = [
-            Item(key, str(file), (None if name is None else labels[name],))
-            for key, file, name in zip(keys, found, classes, strict=True)
+            Item(key, str(file), (labels.get(file.parts[0]) if len(file.parts) > 1 else None,))
+            for key, file in zip(keys, images, strict=True)
         ]
 
-    def read(self, item: Item) -> Raw:
-        """See `Source`."""
-        return Raw((self.folder / item.name).read_bytes(), item.where[0], {})
+    def read(self, item: Item) -> RawSample:
+        """Read one image and its label."""
+        return RawSample((self.folder / item.name).read_bytes(), item.where[0], {})
 
-    def state(self, item: Item) -> tuple[Any, ...]:
-        """See `Source`."""
+    def fingerprint(self, item: Item) -> tuple[Any, ...]:
+        """Return values that change with the image."""
         stat = (self.folder / item.name).stat()
         return stat.st_size, stat.st_mtime_ns
 
 
-class TarSource:
-    """Samples of existing shards, with their labels and JSON."""
+class TarSource(Source):
+    """Samples of existing shards with their labels and JSON."""
 
     def __init__(self, pattern: str, cache_dir: Path, image_key: str | None = None) -> None:
         self.image_key = image_key
         shards: list[Shard] = []
-        self.label_names: tuple[str, ...] = ()
         for name in expand(pattern, _ALLOWED):
             if name.endswith(MANIFEST):
-                listed = read_manifest(name, cache_dir, whole=True)
-                shards += listed.shards
-                self.label_names = self.label_names or listed.label_names
+                manifest = load_manifest(name)
+                shards += [manifest_shard(name, entry) for entry in manifest["shards"]]
+                self.label_names = self.label_names or tuple(manifest["label_names"])
             else:
                 shards.append(Shard(name))
+        cache = ShardCache(cache_dir)
         rows: list[tuple[str, str, tuple[Any, ...]]] = []
         with CountBar(total=len(shards), title="reading shards", unit="shard") as bar:
             for shard, short in zip(shards, short_names([shard.url for shard in shards]), strict=True):
-                path = cache.local_path(shard, cache_dir)
+                path = cache.fetch(shard)
                 for key, members in scan_tar(path, shard.url)[0].items():
                     rows.append((key, f"{short}/{key}", (path, members)))
                 bar.update()
-        keys = _keys([row[0] for row in rows])
+        keys = _unique_keys([row[0] for row in rows])
         self.items = [Item(key, name, where) for key, (_, name, where) in zip(keys, rows, strict=True)]
 
-    def read(self, item: Item) -> Raw:
-        """See `Source`. Raises ImageError if the sample lacks an image or has a malformed label or JSON."""
+    def read(self, item: Item) -> RawSample:
+        """Read one image and its label."""
         path, members = item.where
         image = image_member(members, self.image_key)
         try:
             label = int(_read(path, members["cls"])) if "cls" in members else None
             extra = json.loads(_read(path, members["json"])) if "json" in members else {}
         except (ValueError, RecursionError) as error:
-            raise ImageError(f"its .cls is no number or its .json no JSON: {error}") from error
-        return Raw(_read(path, image), label, extra if isinstance(extra, dict) else {"json": extra})
+            raise ImageError(f"its .cls is not a number or its .json is not valid: {error}") from error
+        return RawSample(_read(path, image), label, extra if isinstance(extra, dict) else {"json": extra})
 
-    def state(self, item: Item) -> tuple[Any, ...]:
-        """See `Source`."""
+    def fingerprint(self, item: Item) -> tuple[Any, ...]:
+        """Return values that change with the image."""
         path, members = item.where
         stat = path.stat()
         return stat.st_size, stat.st_mtime_ns, sorted(members.items()), self.image_key
 
 
-class TorchvisionSource:
-    """A data set class of torchvision.datasets that yields (image, label)."""
+class TorchvisionSource(Source):
+    """A data set of torchvision.datasets that yields (image, label)."""
 
     def __init__(self, text: str) -> None:
         from torchvision import datasets
@@ -173,124 +173,110 @@ class TorchvisionSource:
         name, arguments = _parse(text)
         kind = getattr(datasets, name, None)
         if not (isinstance(kind, type) and issubclass(kind, datasets.VisionDataset)):
-            raise ValueError(f"source {text!r}: torchvision.datasets has no data set {name!r}")
-        if "split" in arguments and "train" in kind.__init__.__annotations__:  # CIFAR10 and MNIST say train=bool
+            raise ConfigError(f"source {text!r}: torchvision.datasets has no data set {name!r}")
+        if "split" in arguments and "train" in kind.__init__.__annotations__:  # CIFAR10 and MNIST have train=bool
             split = arguments.pop("split")
             if split not in ("train", "test", "val"):
-                raise ValueError(f"source {text!r}: split is {split!r}; allowed: train, test")
+                raise ConfigError(f"source {text!r}: split is {split!r}; allowed are train and test")
             arguments["train"] = split == "train"
         try:
             self.data: Any = kind(**arguments)
         except ImportError as error:
-            raise ValueError(f"source {text!r}: {error}; install it, as by pip install {error.name}") from error
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"source {text!r}: {error}") from error
+            raise ConfigError(f"source {text!r}: {error}; install it, for example pip install {error.name}") from error
+        except (TypeError, RuntimeError) as error:  # a wrong argument; the data are absent
+            raise ConfigError(f"source {text!r}: {error}") from error
         self.label_names = tuple(map(str, getattr(self.data, "classes", ())))
         self.items = [Item(f"{i:08d}", f"{name}[{i}]", (i,)) for i in range(len(self.data))]
 
-    def read(self, item: Item) -> Raw:
-        """See `Source`."""
+    def read(self, item: Item) -> RawSample:
+        """Read one image and its label."""
         image, label = self.data[item.where[0]]
-        return Raw(image, label if isinstance(label, int) else None, {})
-
-    def state(self, item: Item) -> tuple[Any, ...]:
-        """See `Source`."""
-        return ()
+        return RawSample(image, label if isinstance(label, int) else None, {})
 
 
-class HubSource:
-    """A data set that `datasets.load_dataset` finds, on the Hub or in a folder.
+class HubSource(Source):
+    """A data set of Hugging Face `datasets`, on the Hub or in a folder.
 
-    Its images are column `image_key`, by default the first of images.
+    The images are column `image_key`, by default the first image column.
     """
 
     def __init__(self, text: str, image_key: str | None = None) -> None:
         import datasets
 
         name, arguments = _parse(text)
-        unknown = sorted(set(arguments) - {"config", "split"})
-        if unknown:
-            raise ValueError(f"source {text!r}: {unknown[0]!r} is unknown; allowed: config, split")
+        if unknown := sorted(set(arguments) - {"config", "split"}):
+            raise ConfigError(f"source {text!r}: unknown argument {unknown[0]!r}; allowed are config and split")
         try:
             data = datasets.load_dataset(name, arguments.get("config"), split=str(arguments.get("split", "train")))
         except (OSError, ValueError) as error:
-            raise ValueError(f"source {text!r}: {error}") from error
-        kinds = data.features or {}
-        images = [column for column, kind in kinds.items() if isinstance(kind, datasets.Image)]
+            raise DataError(f"source {text!r}: {error}") from error
+        columns = data.features or {}
+        images = [column for column, kind in columns.items() if isinstance(kind, datasets.Image)]
         if image_key:
             images = [image_key] if image_key in images else []
         if not images:
             wanted = f"image column {image_key!r}" if image_key else "image column"
-            raise ValueError(f"source {text!r} has no {wanted}, only {', '.join(kinds)}")
-        labels = [column for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+            raise ConfigError(f"source {text!r} has no {wanted}, only {', '.join(columns)}")
+        labels = [column for column, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
         self.image, self.label = images[0], labels[0] if labels else None
         self.data: Any = data.cast_column(self.image, datasets.Image(decode=False))
-        self.label_names = tuple(kinds[self.label].names) if self.label else ()
+        self.label_names = tuple(columns[self.label].names) if self.label else ()
         self.items = [Item(f"{i:08d}", f"{name}[{i}]", (i,)) for i in range(len(self.data))]
 
-    def read(self, item: Item) -> Raw:
-        """See `Source`."""
+    def read(self, item: Item) -> RawSample:
+        """Read one image and its label."""
         row = self.data[item.where[0]]
         encoded = row[self.image]
         data = encoded["bytes"] if encoded["bytes"] is not None else Path(encoded["path"]).read_bytes()
-        return Raw(data, row[self.label] if self.label else None, {})
+        return RawSample(data, row[self.label] if self.label else None, {})
 
-    def state(self, item: Item) -> tuple[Any, ...]:
-        """See `Source`."""
-        return (self.data._fingerprint,)  # of the data and all that was done to it
+    def fingerprint(self, item: Item) -> tuple[Any, ...]:
+        """Return values that change with the image."""
+        return (self.data._fingerprint,)
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
-    """KIND:NAME:ARGUMENT=VALUE:... -> NAME and the arguments, their values as YAML reads them."""
+    """Parse KIND:NAME:ARGUMENT=VALUE:... into NAME and the arguments, whose values are YAML."""
     _, name, *rest = text.split(":")
     if not name or not all("=" in argument for argument in rest):
-        raise ValueError(f"source {text!r}: allowed is KIND:NAME[:ARGUMENT=VALUE...]")
+        raise ConfigError(f"source {text!r} must have the form KIND:NAME[:ARGUMENT=VALUE...]")
     arguments = {}
     for key, value in (argument.split("=", 1) for argument in rest):
         try:
             arguments[key] = yaml.safe_load(value)
-        except Exception as error:  # besides its own errors yaml's tags raise AttributeError, ValueError, ...
-            raise ValueError(f"source {text!r}: {key} is {value!r}, which is no YAML; put it in quotes") from error
+        except Exception as error:  # yaml raises many types for tags
+            raise ConfigError(f"source {text!r}: {key} is {value!r}, which is not valid YAML; quote it") from error
     return name, arguments
 
 
-def _is_image(file: Path) -> bool:
-    """Whether a file is an image by its suffix; without one, by its first bytes."""
-    if file.suffix or not file.is_file():
-        return file.suffix.lower()[1:] in IMAGE_EXTENSIONS
-    try:
-        with Image.open(file, formats=FORMATS):
-            return True
-    except Exception:  # PIL's readers raise many types
-        return False
+def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield all files below `folder`; links are followed, except to a folder in `above`."""
+    real = folder.resolve()
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files_below(Path(entry.path), above | {real})
+            else:
+                yield Path(entry.path)
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """All files below `folder`, links followed, except into a folder that is on the way already."""
-    on_way: dict[str, frozenset[tuple[int, int]]] = {}
-    for at, folders, names in os.walk(folder, followlinks=True):
-        stat = Path(at).stat()
-        here, above = (stat.st_dev, stat.st_ino), on_way.get(str(Path(at).parent), frozenset())
-        if here in above:
-            folders.clear()
-            continue
-        on_way[str(Path(at))] = above | {here}
-        yield from (Path(at) / name for name in names)
-
-
-def _keys(names: list[str]) -> list[str]:
-    """Names as keys: short, plain characters, no dot (webdataset ends a key there), no two alike."""
+def _unique_keys(names: list[str]) -> list[str]:
+    """Return names as unique keys: short, of plain characters, without the dot that ends a key in webdataset."""
     keys: dict[str, None] = {}
-    attempts: Counter[str] = Counter()  # a name may occur in every tar
+    attempts: Counter[str] = Counter()
     for name in names:
         plain = key = re.sub(r"[^A-Za-z0-9_-]", "_", name)
         while len(key) > 80 or key in keys:
-            key = f"{plain[:64]}-{cache.short_hash(name, attempts[name])[:12]}"
+            key = f"{plain[:64]}-{short_hash(name, attempts[name])[:12]}"
             attempts[name] += 1
         keys[key] = None
     return list(keys)
 
 
 def _read(path: Path, member: Member) -> bytes:
+    offset, size = member
     with path.open("rb") as file:
-        return os.pread(file.fileno(), member[1], member[0])
+        file.seek(offset)
+        return file.read(size)

@@ -1,10 +1,11 @@
 """ViTs with any FFN of the family, registered with timm as `vit_{size}_patch16_{variant}`, 224 pixels.
 
-Every model is timm's own `VisionTransformer`; only its `mlp_layer` is ours, so that everything timm does with a ViT
-works here too; `use_naflex=True` or TIMM_USE_NAFLEXVIT=true gives its `NaFlexVit` instead. Beside timm's arguments,
-`ffn_*` keyword arguments set the layer (`FFN_ARGUMENTS`), for example
-`timm.create_model("vit_base_patch16_qdmoa", ffn_mixing_gate="tanh", ffn_gate_activations="g,s")`.
+Each model is timm's own `VisionTransformer` with `moa_ffn.FFN` as its `mlp_layer`, or timm's `NaFlexVit` with
+`use_naflex=True` or TIMM_USE_NAFLEXVIT=true. In addition to timm's arguments, `ffn_*` keyword arguments set the FFN
+(`FFN_ARGUMENTS`): `timm.create_model("vit_base_patch16_qdmoa", ffn_mixing_gate="tanh", ffn_gate_activations="g,s")`.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.naflexvit import NaFlexVit, _create_naflexvit_from_classic  # undocumented; seen in timm 1.0.31
+from timm.models.naflexvit import NaFlexVit, _create_naflexvit_from_classic  # private; present in timm 1.0.31
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -31,26 +32,32 @@ SIZES: dict[str, dict[str, int]] = {
 """Widths and depths of timm's vit_*_patch16_224."""
 
 _SETTINGS = (
-    *("mixing_gate", "gate_activations", "up_activations", "mixed_branch", "mix_bias"),
-    *("mix_init_std", "coef_init", "backend"),
+    "mixing_gate",
+    "gate_activations",
+    "up_activations",
+    "mixed_branch",
+    "mix_bias",
+    "mix_init_std",
+    "coef_init",
+    "backend",
 )
 FFN_ARGUMENTS: tuple[str, ...] = tuple(f"ffn_{name}" for name in _SETTINGS)
-"""Keyword arguments of every model here; each is `moa_ffn.FFN`'s argument of the same name without `ffn_`."""
+"""Keyword arguments of every model here: the arguments of `moa_ffn.FFN` with the prefix `ffn_`."""
 
 
 class TimmFFN(FFN):
-    """`FFN` with the constructor and the hooks that timm expects of an `mlp_layer`.
+    """`FFN` with the constructor and hooks that timm expects of an `mlp_layer`.
 
     Args:
-        in_features: width of the tokens.
-        hidden_features: hidden width of the two-matrix MLP; a Type-II FFN takes 2/3 of it (nearest multiple of 8),
-            which keeps the parameter count (Shazeer, arXiv:2002.05202).
-        act_layer: ignored, the variant decides.
-        norm_layer: must be None.
-        variant, settings: see `FFN`.
+        in_features: Token width.
+        hidden_features: Hidden width of the two-matrix MLP. A Type-II FFN uses 2/3 of it, rounded to a multiple of 8,
+            so that parameter counts agree (Shazeer, arXiv:2002.05202).
+        act_layer: Ignored; the variant sets the activations.
+        norm_layer: Must be None.
+        bias, drop, device, dtype, variant, **settings: As in `FFN`.
 
     Raises:
-        ValueError: `norm_layer` is given (timm's `scale_mlp_norm`), or a setting is not allowed.
+        ValueError: `norm_layer` is given (timm's `scale_mlp_norm`), or a setting is invalid.
     """
 
     def __init__(
@@ -68,7 +75,7 @@ class TimmFFN(FFN):
         **settings: Any,
     ) -> None:
         if norm_layer is not None:
-            raise ValueError("scale_mlp_norm=True: not supported with these FFNs; allowed: False")
+            raise ValueError("scale_mlp_norm=True is not supported with these FFNs")
         if FFNSpec(variant).type_two:
             hidden_features = max(8, 8 * round(hidden_features / 12))
         super().__init__(
@@ -76,27 +83,32 @@ class TimmFFN(FFN):
         )
 
     def reset_parameters(self) -> None:
-        """The layer's own initialization; timm's `init_weights("reset")` calls it after resetting the projections."""
+        """Initialize all parameters; timm's `init_weights("reset")` calls this after resetting the projections."""
         self.init_weights()
 
     @property
     def fc2(self) -> nn.Linear:
-        """The output projection under the name that timm's `fix_init` scales."""
+        """Output projection, under the name that timm's `fix_init` scales."""
         return self.down_proj
 
 
 def ffn_layer(variant: str, **settings: Any) -> Callable[..., TimmFFN]:
-    """A timm `mlp_layer` that builds `variant` with `settings` (`FFN`'s keyword arguments)."""
+    """Return a timm `mlp_layer` that builds `variant` with `settings` (keyword arguments of `FFN`)."""
     return partial(TimmFFN, variant=variant, **settings)
 
 
 def ffn_settings(ffn: FFN) -> dict[str, Any]:
-    """The keyword arguments that `ffn` was built with, all but its variant and sizes."""
+    """Return the keyword arguments that `ffn` was built with, except variant and sizes."""
     return {name: getattr(ffn.spec if hasattr(ffn.spec, name) else ffn, name) for name in _SETTINGS}
 
 
+def constant_coefficients(model: nn.Module) -> set[str]:
+    """Return the names of the constant mixing coefficients (LA variants), which get no weight decay."""
+    return {name for name, _ in model.named_parameters() if name.endswith("mix_coef")}
+
+
 def model_name(size: str, variant: str) -> str:
-    """Name in timm's registry.
+    """Return the timm name of a size and variant.
 
     Raises:
         ValueError: `size` or `variant` is unknown.
@@ -108,9 +120,9 @@ def model_name(size: str, variant: str) -> str:
 
 
 def _load_filter(state_dict: dict[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
-    """timm's own conversion (position grid, patch size), then the last norm under the name that this model uses.
+    """Apply timm's conversion of positions and patch size, and rename the final norm to the model's name for it.
 
-    `global_pool="avg"` moves the norm behind the pooling, where timm calls it `fc_norm`.
+    With `global_pool="avg"` timm moves the norm after the pooling and calls it `fc_norm`.
     """
     state_dict = checkpoint_filter_fn(state_dict, model)
     ours, theirs = ("norm.", "fc_norm.") if isinstance(model.fc_norm, nn.Identity) else ("fc_norm.", "norm.")
@@ -123,10 +135,9 @@ def _create(
     given = {key for key in kwargs if key.startswith("ffn_")}
     if unknown := given - set(FFN_ARGUMENTS):
         raise ValueError(f"{name}: unknown argument {min(unknown)!r}; allowed: {', '.join(FFN_ARGUMENTS)}")
-    if kwargs.get("act_layer") is not None:
-        raise ValueError(f"{name}: act_layer must be left out, the FFN variant decides the activations")
-    if "mlp_layer" in kwargs:
-        raise ValueError(f"{name}: mlp_layer must be left out, the name decides the FFN")
+    for key in ("act_layer", "mlp_layer"):
+        if kwargs.get(key) is not None:
+            raise ValueError(f"{name}: {key} is not allowed, because the model name sets the FFN")
     settings = {key.removeprefix("ffn_"): kwargs.pop(key) for key in given}
     arguments = {"patch_size": 16, **SIZES[size], **kwargs, "mlp_layer": ffn_layer(variant, **settings)}
     if use_naflex is None:

@@ -1,4 +1,6 @@
-"""Compare results of lm_eval on one page; see `moa_eval.cli`."""
+"""Compare results of lm-eval on one page; see `moa_eval.cli`."""
+
+from __future__ import annotations
 
 import sys
 

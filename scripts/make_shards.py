@@ -1,4 +1,4 @@
-"""Packs images into tar shards with an index and a manifest, which training reads by offset.
+"""Pack images into tar shards with an index and a manifest, which training reads by offset.
 
   python scripts/make_shards.py --source photos/ --out data/photos --val-fraction 0.05
   python scripts/make_shards.py --source imagenet/train --out data/imagenet/train --short-side 320 --workers 32
@@ -6,111 +6,84 @@
   python scripts/make_shards.py --source torchvision:CIFAR10:root=DIR:download=true:split=train --out data/cifar10
   python scripts/make_shards.py --source hf:uoft-cs/cifar100:split=test --out data/cifar100-val
 
-Stopped or failed? Run the same command again: finished shards are verified and kept.
+After an interruption run the same command again: finished shards are verified and kept.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
 import sys
-from typing import Any
 
-from moa_train.errors import DataError
-from moa_vision.shards import ShardSettings, make_shards
+from moa_train.errors import ConfigError, DataError
+from moa_vision.encoding import ShardSettings
+from moa_vision.shards import make_shards
 
-_SHOWN = 10  # skipped images that are printed; the manifest has them all
+_SHOWN = 10
+"""Skipped images to print; the manifest lists them all."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     description, _, examples = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     defaults = ShardSettings()
-
-    def add(name: str, text: str, **options: Any) -> None:
-        parser.add_argument(name, help=text, **options)
-
+    add = parser.add_argument
     add(
         "--source",
-        "folder of images (its folders are the classes) | tars by path, {brace}, glob, http(s)://, hf://, pipe: "
-        "| torchvision:NAME:root=DIR[:split=train] | hf:NAME[:config=NAME][:split=train]",
         required=True,
+        help="folder of images (subfolders are classes) | tars by path, {brace}, glob, http(s)://, hf://, pipe: "
+        "| torchvision:NAME:root=DIR[:split=train] | hf:NAME[:config=NAME][:split=train]",
     )
-    add("--out", "folder of the data set; of train/ and val/ with --val-fraction", required=True)
-    add(
-        "--short-side",
-        "make larger images smaller, to this short side (default: keep sizes)",
-        type=int,
-        metavar="PIXELS",
-    )
-    add(
-        "--samples-per-shard",
-        "images of a shard (default: %(default)s)",
-        type=int,
-        default=defaults.samples_per_shard,
-        metavar="N",
-    )
-    add(
-        "--val-fraction",
-        "part of the images that goes to a validation set (default: none)",
-        type=float,
-        default=0.0,
-        metavar="F",
-    )
-    add(
-        "--quality",
-        "of JPEGs that must be encoded anew (default: %(default)s); others keep their bytes",
-        type=int,
-        default=defaults.quality,
-    )
-    add(
-        "--channels",
-        "of the images: 3 (RGB) and 1 (grey) make JPEGs of any image; other numbers take .npy, TIFF and PNG of so "
-        "many channels and make .npy (default: %(default)s)",
-        type=int,
-        default=defaults.channels,
-        metavar="C",
-    )
-    add("--seed", "of the order and the split (default: %(default)s)", type=int, default=defaults.seed)
-    add("--workers", "processes (default: %(default)s)", type=int, default=os.cpu_count() or 1, metavar="N")
-    add(
-        "--image-key",
-        "the image among the members of a tar's sample, e.g. input.jpg, or input.jpg;jpg in order of preference; "
-        "the column of an hf: data set",
-        metavar="NAME",
-    )
-    add("--cache-dir", "for remote or compressed tars (default: ~/.cache/moa_vision)", metavar="DIR")
+    add("--out", required=True, help="output folder; with --val-fraction, of train/ and val/")
+    add("--short-side", type=int, metavar="PIXELS", help="reduce larger images to this short side (default: keep)")
+    add("--samples-per-shard", type=int, default=defaults.samples_per_shard, metavar="N",
+        help="images of a shard (default: %(default)s)")  # fmt: skip
+    add("--val-fraction", type=float, default=0.0, metavar="F",
+        help="fraction of the images for the validation set (default: none)")  # fmt: skip
+    add("--quality", type=int, default=defaults.quality,
+        help="quality of JPEGs that are re-encoded; others keep their bytes (default: %(default)s)")  # fmt: skip
+    add("--channels", type=int, default=defaults.channels, metavar="C",
+        help="3 (RGB) and 1 (grey) write JPEGs of any image; other numbers write .npy of .npy, TIFF and PNG images "
+        "with that number of channels (default: %(default)s)")  # fmt: skip
+    add("--seed", type=int, default=defaults.seed, help="seed of the order and the split (default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
+    add("--image-key", metavar="NAME",
+        help="image member of a tar's samples, e.g. input.jpg, or input.jpg;jpg in order of preference; image column "
+        "of an hf: data set")  # fmt: skip
+    add("--cache-dir", metavar="DIR", help="cache of remote or compressed tars (default: ~/.cache/moa_vision)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; 0 if it succeeded."""
-    given = parse(arguments)
+    """Run the command and return its exit code."""
+    args = parse(arguments)
     try:
-        settings = ShardSettings(given.short_side, given.quality, given.samples_per_shard, given.seed, given.channels)
-        print(f"packing {given.source} into {given.out} with {given.workers} processes", flush=True)
+        settings = ShardSettings(args.short_side, args.quality, args.samples_per_shard, args.seed, args.channels)
+        print(f"packing {args.source} into {args.out} with {args.workers} processes", flush=True)
         reports = make_shards(
-            given.source,
-            given.out,
+            args.source,
+            args.out,
             settings,
-            val_fraction=given.val_fraction,
-            workers=given.workers,
-            cache_dir=given.cache_dir,
-            image_key=given.image_key,
+            val_fraction=args.val_fraction,
+            workers=args.workers,
+            cache_dir=args.cache_dir,
+            image_key=args.image_key,
         )
-    except (ValueError, OSError, DataError) as error:
-        print(f"make_shards: {error}", file=sys.stderr)
-        return 1
+    except (ConfigError, DataError, OSError) as error:
+        print(f"make_shards: error: {error}", file=sys.stderr)
+        return 2
     for report in reports:
         print(
             f"{report.folder}: {report.samples} images in {report.shards} shards ({report.kept_shards} kept), "
             f"{report.bytes / 2**20:.1f} MiB, {len(report.skipped)} images skipped"
         )
-        for entry in report.skipped[:_SHOWN]:
-            print(f"  skipped {entry['source']}: {entry['reason']}")
+        for image in report.skipped[:_SHOWN]:
+            print(f"  skipped {image['source']}: {image['reason']}")
         if len(report.skipped) > _SHOWN:
-            print(f"  ... and {len(report.skipped) - _SHOWN} more: see {report.folder / 'manifest.json'}")
+            print(f"  ... and {len(report.skipped) - _SHOWN} more; see {report.folder / 'manifest.json'}")
     return 0
 
 

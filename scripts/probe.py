@@ -1,14 +1,14 @@
-"""Tell what a trained encoder is worth: k nearest neighbours, a linear probe, fine-tuning.
+"""Evaluate trained encoders: k nearest neighbours, linear probe, fine-tuning.
 
     python scripts/probe.py RUN                                                 k nearest neighbours
     python scripts/probe.py RUN RUN --method knn linear --train SHARDS --val SHARDS
     python scripts/probe.py runs/SWEEP                                          all finished runs of a sweep
     accelerate launch scripts/probe.py RUN --method finetune --config configs/probe/imagenet_vit_b16.yaml
-    python scripts/probe.py --help                                              every key
+    python scripts/probe.py --help                                              all keys
 
-RUN is a finished run's folder, an export folder or a sweep's folder; results go to
-each run's folder probe, from where reports take them.
-Exit codes: 0 finished, 1 failed, 2 wrong configuration, 75 stopped and saved (the same command continues).
+RUN is the folder of a finished run, an export folder or the folder of a sweep. Results are written to RUN/probe, where
+reports find them.
+Exit codes: 0 finished, 1 failed, 2 invalid configuration or data, 75 stopped and saved (the same command resumes).
 """
 
 import sys

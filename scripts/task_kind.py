@@ -1,8 +1,11 @@
-"""Which half, vision or language, a configuration is for, and so which script trains it."""
+"""The training script of a config: vision or language."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from moa_train.errors import ConfigError
 from moa_train.reading import read_yaml
 
 HERE = Path(__file__).resolve().parent
@@ -11,16 +14,16 @@ VISION, LANGUAGE = HERE / "pretrain_mae.py", HERE / "pretrain_lm.py"
 
 
 def training_script(files: Sequence[Path]) -> Path:
-    """Return the script that trains what configuration files, layered in order, describe together.
+    """Return the script that trains the model of config files, layered in order.
 
-    A masked autoencoder's `model` has an encoder, a language model's has none.
+    The `model` of a masked autoencoder has an encoder; that of a language model has none.
 
     Raises:
-        ValueError: a file cannot be read, or none of them describes a model.
+        ConfigError: No file describes a model.
+        DataError: A file cannot be read.
     """
     trees = [read_yaml(file, "--config takes YAML files of keys with values", empty=True) for file in files]
     models = [tree["model"] for tree in trees if isinstance(tree.get("model"), dict)]
     if not models:
-        named = ", ".join(map(str, files)) or "nothing"
-        raise ValueError(f"--config names {named}; one file at least must describe a model, by keys below 'model'")
+        raise ConfigError(f"--config is {', '.join(map(str, files))}; one file at least must have keys below 'model'")
     return VISION if any("encoder" in model for model in models) else LANGUAGE

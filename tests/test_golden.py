@@ -100,6 +100,10 @@ def moments(tensor: torch.Tensor) -> dict[str, float]:
 def training(task: str, folder: Path) -> dict[str, Any]:
     """Train the two demo runs of a task, shortened; return their losses and exports."""
     family, shortened = DEMOS[task]
+    if task == "mae":
+        from moa_vision.photographs import make_photograph_shards
+
+        make_photograph_shards(folder / "data/photographs")
     found = {}
     for ffn in ("swiglu", "qdmoa"):
         config = ROOT / "configs" / task / f"{family}_{ffn}.yaml"

@@ -1,4 +1,6 @@
-"""lm-eval's model "moa": any causal language model, scored with everything that requests share computed once."""
+"""lm-eval's model "moa": scores any causal language model and computes shared prefixes once."""
+
+from __future__ import annotations
 
 from moa_startup.extras import require
 

@@ -1,4 +1,6 @@
-"""Requests that HFLM cuts or fails at: what is scored instead, and how many there were."""
+"""Requests that do not fit or do not tokenize cleanly: how each is scored, and counts by task."""
+
+from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Set
@@ -8,29 +10,36 @@ from moa_eval.harness.prefix_tree import Request, truncated
 
 TRUNCATION = ("left", "skip", "error")
 KINDS = {
-    "context_truncated": "context cut from the left to max_length={max_length}, BOS and beginning lost, as by hf",
+    "context_truncated": "context truncated from the left to max_length={max_length}, without BOS, as by hf",
     "continuation_truncated": "continuation longer than max_length={max_length}, only its last tokens scored",
-    "skipped": "longer than max_length={max_length} and not scored (log-likelihood -inf), by truncation=skip",
-    "empty": "continuation without a token, not scored (log-likelihood -inf)",
+    "skipped": "request longer than max_length={max_length}, not scored (log-likelihood -inf) by truncation=skip",
+    "empty": "continuation without tokens, not scored (log-likelihood -inf)",
     "merged": "continuation that begins within the context's last token, scored from that token on",
 }
 
 
 class Irregular(NamedTuple):
-    """A kind (one of `KINDS`), and the item that it is found in."""
+    """A kind (one of `KINDS`), and the item that it occurs in."""
 
     kind: str
     task: str
-    document: int
+    doc_id: int
 
 
 def fit(request: Request, merged: bool, max_length: int, truncation: str) -> tuple[Request | None, list[str]]:
-    """The request as it is to be scored, None if it is not, and its kinds; `truncation` is one of `TRUNCATION`."""
-    context, continuation = request
+    """Return the request to score (None: do not score it) and the kinds of irregularity.
+
+    Args:
+        request: Tokens of the whole request.
+        merged: Whether the continuation begins within the context's last token.
+        max_length: Number of tokens that the model reads.
+        truncation: "left" or "skip".
+    """
+    continuation = request.continuation
     kinds = ["merged"] if merged else []
     if not continuation:
         return None, ["empty"]
-    if len(context) + len(continuation) <= max_length + 1:
+    if fits(request, max_length):
         return request, kinds
     if truncation == "skip":
         return None, ["skipped"]
@@ -38,19 +47,23 @@ def fit(request: Request, merged: bool, max_length: int, truncation: str) -> tup
     return truncated(request, max_length), kinds
 
 
+def fits(request: Request, max_length: int) -> bool:
+    """Return whether the model can read a request; it does not read the last token."""
+    return len(request.context) + len(request.continuation) <= max_length + 1
+
+
 def counts(items: Set[Irregular]) -> dict[str, dict[str, int]]:
-    """How many items of each task are of each kind."""
+    """Return the number of items by task and kind."""
     tasks = sorted({item.task for item in items})
     return {task: dict(Counter(item.kind for item in sorted(items) if item.task == task)) for task in tasks}
 
 
 def warnings(items: Set[Irregular], max_length: int) -> list[str]:
-    """A line for each kind: what it means, how many items of which task, and the first of them."""
+    """Return a line per kind: its meaning, the number of items by task, and the first item."""
     lines = []
     for kind, meaning in KINDS.items():
-        own = sorted(item for item in items if item.kind == kind)
-        if own:
-            tasks = ", ".join(f"{task} {count}" for task, count in Counter(item.task for item in own).items())
-            first = f"first: {own[0].task}, doc_id {own[0].document}"
+        if found := sorted(item for item in items if item.kind == kind):
+            tasks = ", ".join(f"{task} {count}" for task, count in Counter(item.task for item in found).items())
+            first = f"first: {found[0].task}, doc_id {found[0].doc_id}"
             lines.append(f"{meaning.format(max_length=max_length)}; items: {tasks} ({first})")
     return lines

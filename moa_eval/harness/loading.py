@@ -1,25 +1,27 @@
-"""What can be wrong with a checkpoint that is to be evaluated: found early, and said in one line."""
+"""Checks of a checkpoint before and after loading, with errors of one line."""
 
-import difflib
-import inspect
+from __future__ import annotations
+
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from moa_train.errors import DataError
+
+logger = logging.getLogger("lm_eval.models.moa")  # with lm-eval's format and LMEVAL_LOG_LEVEL
 
 
-class ModelError(ValueError, SystemExit):
-    """A checkpoint or an argument that cannot be evaluated; the message says which one and what to do.
+class ModelError(DataError, SystemExit):
+    """A checkpoint or model argument that cannot be used; the message names it and gives the remedy.
 
-    Catch it as the ValueError that it is. Left uncaught it ends the process as SystemExit does: the message as one
-    line on stderr and exit status 1, without a traceback, because `lm_eval`'s command line is not ours to wrap. Of
-    several processes each prints it: whichever comes first, the launcher stops the others.
+    lm-eval's command line catches no errors. An uncaught ModelError ends the process like SystemExit, with the message
+    as one line on stderr and exit status 1. Of several processes each one prints it until the launcher stops them.
     """
 
     def __init__(self, message: str) -> None:
@@ -28,79 +30,70 @@ class ModelError(ValueError, SystemExit):
 
 
 @contextmanager
-def one_line(doing: str) -> Iterator[None]:
-    """Turn what a library raises for a damaged checkpoint, which can be anything, into a ModelError of one line."""
+def one_line(action: str) -> Iterator[None]:
+    """Raise any error of a library as a ModelError of one line; LMEVAL_LOG_LEVEL=DEBUG shows the traceback.
+
+    transformers, tokenizers and safetensors raise errors of many types for damaged files.
+    """
     try:
         yield
     except ModelError:
         raise
     except Exception as error:
+        logger.debug("cannot %s", action, exc_info=True)
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"cannot {doing}: {lines[0].rstrip(' :')}") from error
+        raise ModelError(f"cannot {action}: {lines[0].rstrip(' :')}") from error
 
 
-def check_folder(pretrained: str, arguments: dict[str, Any]) -> None:
-    """Refuse what is meant as a local folder and is none, before anything asks the network for it."""
+def check_checkpoint(pretrained: str, arguments: dict[str, Any]) -> None:
+    """Check the files of a local checkpoint and its adapter before anything is loaded or downloaded.
+
+    Raises:
+        ModelError: A folder or config.json is missing, weights are pickled, or a safetensors file is damaged.
+    """
     path = Path(pretrained).expanduser()
     if not path.is_dir():
         if path.exists() or pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1:
-            raise ModelError(f"checkpoint folder {pretrained} does not exist or is no folder")
-        return
-    if not (path / (arguments.get("subfolder") or "") / "config.json").is_file() and not arguments.get("gguf_file"):
-        adapter = (path / "adapter_config.json").is_file()
-        hint = (
-            f"it is an adapter: pass pretrained=BASE,peft={pretrained}" if adapter else "name a transformers checkpoint"
-        )
-        raise ModelError(f"{pretrained} holds no config.json: {hint}")
-    _require_safetensors(path / (arguments.get("subfolder") or ""), "model")
-    _require_safetensors(Path(arguments.get("peft") or path).expanduser(), "adapter_model")
+            raise ModelError(f"checkpoint folder {pretrained} does not exist or is not a folder")
+        return  # a name on the hub
+    folder = path / (arguments.get("subfolder") or "")
+    if not (folder / "config.json").is_file() and not arguments.get("gguf_file"):
+        is_adapter = (path / "adapter_config.json").is_file()
+        remedy = f"it is an adapter, pass pretrained=BASE,peft={pretrained}" if is_adapter else "pass a checkpoint"
+        raise ModelError(f"{pretrained} has no config.json: {remedy}")
+    _check_weights(folder, "model")
+    _check_weights(Path(arguments.get("peft") or path).expanduser(), "adapter_model")
 
 
-def _require_safetensors(folder: Path, name: str) -> None:
-    """Refuse weights that would be unpickled; an index may name such files too."""
-    pickled: list[str] = []
-    if not any(folder.glob(f"{name}*.safetensors")):
-        pickled += sorted(path.name for path in folder.glob(f"*{name}*.bin"))
-    with suppress(OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):  # transformers tells
-        files = json.loads((folder / f"{name}.safetensors.index.json").read_bytes())["weight_map"].values()
-        pickled += [str(file) for file in files if not str(file).endswith(".safetensors")]
+def _check_weights(folder: Path, name: str) -> None:
+    files = sorted(folder.glob(f"{name}*.safetensors"))
+    pickled = [] if files else sorted(path.name for path in folder.glob(f"*{name}*.bin"))
+    index = folder / f"{name}.safetensors.index.json"
+    if index.is_file():
+        with one_line(f"read {index}"):
+            named = {str(file) for file in json.loads(index.read_bytes())["weight_map"].values()}
+        pickled += sorted(file for file in named if not file.endswith(".safetensors"))
     if pickled:
-        raise ModelError(
-            f"{folder} has its weights in {pickled[0]}, and pickles are not read: convert it to safetensors "
-            "(save_pretrained writes them)"
-        )
-
-
-def unknown_argument(name: str, function: Callable[..., Any]) -> str:
-    """Name the argument of a function that was probably meant."""
-    known = [*inspect.signature(function).parameters][1:-1]
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown model argument {name!r}" + (f": did you mean {close[0]!r}?" if close else "")
-
-
-def unreadable(folder: Path, error: SafetensorError) -> str:
-    """Name the file of a folder that safetensors cannot open."""
-    for path in sorted(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} has pickled weights ({pickled[0]}): convert them to safetensors by save_pretrained")
+    for file in files:
         try:
-            with safe_open(path, "pt"):
+            with safe_open(file, "pt"):
                 pass
-        except (SafetensorError, OSError) as reason:
-            return f"{path} is truncated or damaged ({reason}): copy or download it again"
-    return f"the weights in {folder} cannot be read ({error}): copy or download them again"
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is truncated or damaged ({error}): copy or download it again") from error
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
-    """Refuse parameters with NaN or infinity; a sum finds them without a temporary of the weights' size."""
-    suspects = [
-        (parameter, weight)
-        for parameter, weight in model.named_parameters()
-        if weight.dtype in CHECKED_DTYPES
-        and weight.device.type != "meta"
-        and not torch.isfinite(weight.detach().sum(dtype=torch.float32))
-    ]
-    if broken := [parameter for parameter, weight in suspects if not torch.isfinite(weight).all()]:
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise ModelError(
-            f"{name} has weights that are not finite: {broken[0]}{more}; training diverged or the file is damaged, "
-            "use an earlier checkpoint"
-        )
+    """Check that all parameters are finite. A sum needs no temporary of the weights' size.
+
+    Raises:
+        ModelError: A parameter has NaN or infinity.
+    """
+    for parameter, weight in model.named_parameters():
+        if not weight.is_floating_point() or weight.itemsize == 1 or weight.is_meta:
+            continue  # quantized or offloaded
+        if not weight.detach().sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+            raise ModelError(
+                f"{name} has NaN or infinity in {parameter}: training diverged or the file is damaged, use an earlier "
+                "checkpoint"
+            )

@@ -1,18 +1,21 @@
-"""Log-likelihoods of many continuations, shared prefixes computed once. Knows torch and transformers, not lm_eval.
+"""Log-likelihoods of many continuations with shared prefixes computed once; independent of lm-eval.
 
-Requests become token trees (`prefix_tree.py`); several trees, alike in size, are laid end to end in ONE row of
-tokens without padding, so that embeddings, norms, linear layers and routers see exactly the positions needed. Only
-attention takes the trees apart (`tree_attention.py`). Position ids are depths in the tree, so that rotary and
-learned positions are those of the plain text. The head computes logits for the positions that score something, and
-log-softmax runs in float32 over a few rows at a time.
+Requests become token trees (`prefix_tree`). Several trees of similar size are packed into one row of tokens without
+padding, so that embeddings, norms, linear layers and routers compute exactly the positions needed; only attention
+separates the trees (`tree_attention`). Position ids are depths in the tree, so rotary and learned positions are those
+of the plain text. The head computes logits only for positions that score something, and log-softmax runs in float32
+over a few rows at a time.
 
-This is exact for models whose layers other than attention treat positions independently. Whether a model is one of
-them is not believed but tried: `PrefixTreeScorer.refusal` compares a few short trees with the model's own forward
-pass, and reads from the config beyond which length attention windows or position scalings would matter.
+This is exact for models in which only attention mixes positions. `PrefixTreeScorer.unsupported_reason` tests that by
+comparing a few short trees with the model's own forward pass, and reads from the config from which length on attention
+windows or position scaling matter.
 """
 
+from __future__ import annotations
+
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,74 +23,69 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from moa_eval.harness.prefix_tree import Batch, Request, Segment, batches, pack, plan, truncated
+from moa_eval.harness.prefix_tree import Request, Segment, batches, plan, truncated
 from moa_eval.harness.tree_attention import NotPackableError, Packing, packed
 from moa_lm.transformers_internals import uses_attention_interface
 
-# What one batch may hold if the batch size is left to us. Enough positions to fill the processor; logits of this many
-# bytes are what HFLM holds for one or two sequences on a CPU, and for a fraction of its batch on a GPU.
-AUTO_TOKENS = {"cpu": 1024}
-AUTO_LOGIT_BYTES = {"cpu": 48 * 2**20}
-AUTO_TOKENS_DEVICE, AUTO_LOGIT_BYTES_DEVICE = 16384, 512 * 2**20
-SOFTMAX_BYTES = {"cpu": 8 * 2**20}
-SOFTMAX_BYTES_DEVICE = 128 * 2**20
-# Relative disagreement with the model's own forward pass that rounding explains; a wrong mask is far above.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 2e-2}
-TOLERANCE_OTHERWISE = 1e-1
+"""Largest disagreement with the model's own forward pass that rounding explains, relative to the spread of scores."""
+TOLERANCE_LOW_PRECISION = 1e-1
+
+
+class Limits(NamedTuple):
+    """What one batch may hold on a kind of device if the batch size is automatic."""
+
+    tokens: int
+    logit_bytes: int
+    softmax_bytes: int
+
+
+CPU_LIMITS = Limits(1024, 48 * 2**20, 8 * 2**20)
+"""Logits of one or two sequences of HFLM."""
+GPU_LIMITS = Limits(16384, 512 * 2**20, 128 * 2**20)
+"""Positions that fill the device, logits of a fraction of HFLM's batch."""
 
 
 class Score(NamedTuple):
-    """Result of request number `request`: log-probability of its continuation; whether greedy decoding gives it."""
+    """Result of request number `request`: log-probability of its continuation, and whether greedy decoding gives it."""
 
     request: int
     log_probability: float
     is_greedy: bool
 
 
-def _fetch(result: Tensor) -> Callable[[], Tensor]:
-    """Start copying to the host; the function returned waits for that copy, not for work queued after it."""
-    if result.device.type != "cuda":
-        return result.cpu
-    host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
-    host.copy_(result, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(result.device))
+class _Launched:
+    """A batch whose results are being copied to the host, so that the next one can start before they are read."""
 
-    def wait() -> Tensor:
-        copied.synchronize()
-        return host
+    def __init__(self, packing: Packing, result: Tensor) -> None:
+        self.requests, self.counts = packing.requests, packing.counts
+        self.host = result.to("cpu", non_blocking=result.is_cuda)
+        self.copied = None
+        if result.is_cuda:
+            self.copied = torch.cuda.Event()
+            self.copied.record(torch.cuda.current_stream(result.device))
 
-    return wait
-
-
-def _declared_windows(config: Any) -> set[int]:
-    """Attention windows or chunks that a config names, whether or not a layer passes them on."""
-    types = getattr(config, "layer_types", None)
-    if types and all(kind == "full_attention" for kind in types):
-        return set()
-    names = ("sliding_window", "attention_chunk_size", "window_size", "attention_window", "attn_window_size")
-    return {value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0}
-
-
-def _rescaled_beyond(config: Any) -> int | None:
-    """Length from which rotary frequencies depend on the longest text of the batch, if they ever do."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    lengths = [
-        entry.get("original_max_position_embeddings", getattr(config, "max_position_embeddings", 0))
-        for entry in (rope, *rope.values())
-        if isinstance(entry, dict) and entry.get("rope_type") in ("dynamic", "longrope")
-    ]
-    return min(lengths, default=None)
+    def scores(self) -> Iterator[Score]:
+        """Wait for the results; yield one score per request."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        parts = self.host.double().split(self.counts, dim=1)
+        for request, (log_probabilities, greedy) in zip(self.requests, parts, strict=True):
+            yield Score(request, log_probabilities.sum().item(), bool(greedy.all()))
 
 
 class PrefixTreeScorer:
-    """Scores continuations with a transformers causal language model.
+    """Scorer of continuations by a causal language model of transformers.
 
-    `max_length`: positions the model can read. `batch_size`: 1 or "auto" let the
-    scorer choose a batch that fills the device and whose logits stay small; a larger number allows a batch the
-    positions and logit rows of that many sequences as long as the longest request, never more than HFLM holds at that
-    batch size. Scores do not depend on it beyond rounding. `softmax_dtype` and `autocast_dtype` are HFLM's
-    `softmax_dtype` (float32 if None) and `mixed_precision_dtype`.
+    Args:
+        model: The model, which may be wrapped by an adapter of peft.
+        device: Device of the model's inputs.
+        max_length: Number of positions that the model can read.
+        batch_size: 1 or "auto" choose batches that fill the device and keep logits small. A larger number bounds a
+            batch by the positions and logit rows of that many requests as long as the longest, which is at most what
+            HFLM holds at this batch size. Scores do not depend on it beyond rounding.
+        softmax_dtype: Dtype of log-softmax (default: float32).
+        autocast_dtype: Dtype of autocast (default: no autocast).
     """
 
     def __init__(
@@ -104,67 +102,137 @@ class PrefixTreeScorer:
         self.max_length, self.batch_size = max_length, batch_size
         self.softmax_dtype = softmax_dtype or torch.float32
         self.autocast_dtype = autocast_dtype
-        inner = getattr(model, "get_base_model", None)  # below an adapter of the peft library
-        self.base: Any = inner() if callable(inner) else model
-        self._reason: str | None = None
-        self._limits: list[tuple[int, str]] | None = None
+        get_base_model = getattr(model, "get_base_model", None)  # of a peft adapter
+        self.base: Any = get_base_model() if callable(get_base_model) else model
 
-    # ---- which models -------------------------------------------------------------------------------------------
+    # ---- scoring ------------------------------------------------------------------------------------------------
 
-    def refusal(self, depth: int) -> str | None:
-        """Why texts of `depth` tokens cannot be scored exactly here, or None if they can. Slow at the first call."""
-        if self._limits is None:
-            self._limits = []
-            self._reason = self._unsupported() or self._disagreement()
-        if self._reason:
-            return self._reason
-        return next((why for limit, why in self._limits if depth > limit), None)
+    def stream(self, requests: Sequence[Request]) -> Iterator[Score]:
+        """Score every request; yield results batch by batch, in arbitrary order.
 
-    def _unsupported(self) -> str | None:
+        Requests must fit `max_length` (`prefix_tree.truncated`), and `unsupported_reason` of the longest must be None.
+        Results of a batch are read while the next one runs.
+        """
+        longest = max((len(request.context) + len(request.continuation) - 1 for request in requests), default=0)
+        max_tokens, max_rows = self.batch_limits(longest)
+        segments = plan(requests, self._pairs_per_position(), max_tokens)
+        running: list[_Launched] = []
+        for chosen in batches(segments, max_tokens, max_rows):
+            launched = self._launch(chosen)
+            for batch in running:
+                yield from batch.scores()
+            running = launched
+        for batch in running:
+            yield from batch.scores()
+
+    def batch_limits(self, longest: int) -> tuple[int, int]:
+        """Return the positions and logit rows that a batch may hold, for requests of at most `longest` positions."""
+        if isinstance(self.batch_size, int) and self.batch_size > 1:
+            return self.batch_size * longest, self.batch_size * longest
+        weight = getattr(self.base.get_output_embeddings(), "weight", None)
+        vocabulary = weight.shape[0] if weight is not None else self.base.config.get_text_config().vocab_size
+        row = vocabulary * (self.autocast_dtype or self.base.dtype).itemsize
+        return self._limits.tokens, self._limits.logit_bytes // row
+
+    @property
+    def _limits(self) -> Limits:
+        return CPU_LIMITS if self.device.type == "cpu" else GPU_LIMITS
+
+    def _pairs_per_position(self) -> float:
+        """Return the number of attention pairs that take as long as the rest of the model for one position.
+
+        A layer takes 24 d^2 operations per position (12 d^2 weights) and 4 d per pair: 6 d pairs at equal speed.
+        Attention runs at about a quarter of the speed of matrix products.
+        """
+        return 1.5 * self.base.get_input_embeddings().embedding_dim
+
+    def _launch(self, segments: list[Segment]) -> list[_Launched]:
+        """Start a batch; if memory is insufficient, start two halves."""
+        packing = Packing(segments, self.device)
+        try:
+            return [_Launched(packing, self._forward(packing))]
+        except torch.OutOfMemoryError:
+            if len(segments) == 1:
+                raise
+        del packing  # its masks
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # fragments of the failed attempt
+        half = len(segments) // 2
+        return self._launch(segments[:half]) + self._launch(segments[half:])
+
+    @torch.inference_mode()
+    def _forward(self, packing: Packing) -> Tensor:
+        """Return (2, P) float32: log-probability of each scored token, and 1 where it has the highest logit."""
+        batch = packing.tensors
+        with packed(self.base, packing), self._autocast():
+            logits = self.model(
+                input_ids=batch.tokens[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                logits_to_keep=batch.kept,
+            ).logits[0]
+        row, target = batch.row.to(logits.device), batch.target.to(logits.device)
+        step = max(1, self._limits.softmax_bytes // (4 * logits.shape[-1]))
+        parts = [(rows.to(self.softmax_dtype).logsumexp(-1), rows.argmax(-1)) for rows in logits.split(step)]
+        normalizer, best = (torch.cat(part) for part in zip(*parts, strict=True))
+        score = logits[row, target].to(self.softmax_dtype) - normalizer[row]
+        return torch.stack((score.float(), (best[row] == target).float()))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    # ---- supported models ---------------------------------------------------------------------------------------
+
+    def unsupported_reason(self, length: int) -> str | None:
+        """Return why texts of `length` tokens cannot be scored exactly, or None. The first call runs the model."""
+        return next((reason for limit, reason in self._unsupported if length > limit), None)
+
+    @cached_property
+    def _unsupported(self) -> list[tuple[int, str]]:
+        """Reasons why texts longer than a limit cannot be scored exactly."""
         if not isinstance(self.base, PreTrainedModel):
-            return "it is not a transformers model"
+            return [(-1, "it is not a transformers model")]
         parameters = inspect.signature(self.base.forward).parameters
-        missing = [name for name in ("position_ids", "logits_to_keep") if name not in parameters]
-        if missing:
-            return f"its forward pass takes no {' and no '.join(missing)}"
+        if missing := [name for name in ("position_ids", "logits_to_keep") if name not in parameters]:
+            return [(-1, f"its forward pass does not take {' or '.join(missing)}")]
         if not uses_attention_interface(self.base):
-            return "its attention does not go through transformers' attention interface"
-        return None
+            return [(-1, "its attention does not use transformers' attention interface")]
+        return self._compare_with_plain()
 
-    def _disagreement(self) -> str | None:
+    def _compare_with_plain(self) -> list[tuple[int, str]]:
         """Compare packed trees with the model's own forward pass, text by text."""
         config = self.base.config.get_text_config(decoder=True)
         windows = _declared_windows(config)
         requests = self._check_requests(max([window + 16 for window in windows if window <= 256], default=40))
-        segments = plan(requests, pairs_per_position=64, max_tokens=10_000)
-        batch = pack(segments)
+        packing = Packing(plan(requests, pairs_per_position=64, max_tokens=10_000), self.device)
         try:
-            packing = Packing(batch, self.device)
             ours = self._forward(packing)[0].float().cpu()
-            theirs = torch.cat([self._plain(requests[index]) for index in batch.requests])
+            theirs = torch.cat([self._plain(requests[index]) for index in packing.requests])
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever an unknown model does with an unusual input is a reason not to use it
-            return str(error) if isinstance(error, NotPackableError) else f"a packed row made it raise {error!r}"
+        except NotPackableError as error:
+            return [(-1, str(error))]
+        except Exception as error:  # anything that an unknown model raises for an unusual input
+            return [(-1, f"it raises {error!r} for packed texts")]
         if not packing.calls:
-            return "its attention does not go through transformers' attention interface"
+            return [(-1, "its attention does not use transformers' attention interface")]
         dtype = self.autocast_dtype or self.base.dtype
         exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-        allowed = TOLERANCE.get(dtype, TOLERANCE_OTHERWISE) if exact else TOLERANCE_OTHERWISE
-        # relative to how much the scores vary: an untrained model's hardly do
+        allowed = TOLERANCE.get(dtype, TOLERANCE_LOW_PRECISION) if exact else TOLERANCE_LOW_PRECISION
+        # relative to the spread of the scores, which is small for untrained models
         error = (ours - theirs).abs().quantile(0.9).item() / max(theirs.std().item(), 1e-12)
-        if not error <= allowed and torch.isfinite(theirs).all():
-            return f"packed texts give it other scores than plain ones (relative difference {error:.1e})"
-        self._limits = [
-            (window, f"its config declares a window of {window} tokens that its attention is not told of")
+        if not error <= allowed and theirs.isfinite().all():
+            return [(-1, f"packed texts have different scores from plain ones (relative difference {error:.1e})")]
+        reasons = [
+            (window, f"its config declares a window of {window} tokens that it does not pass to attention")
             for window in sorted(windows - packing.windows)
         ]
         if (limit := _rescaled_beyond(config)) is not None:
-            self._limits.append((limit, f"its rotary scaling depends on the longest text beyond {limit} tokens"))
-        return None
+            reasons.append((limit, f"its rotary scaling depends on the longest text of a batch beyond {limit} tokens"))
+        return reasons
 
     def _check_requests(self, length: int) -> list[Request]:
-        """Trees that branch early, late and twice, a chain of `length` tokens, duplicates; random tokens."""
+        """Return random trees that branch early, late and twice, a chain of `length` tokens, and duplicates."""
         vocabulary = self.base.get_input_embeddings().num_embeddings
         tokens = torch.randint(vocabulary, (length + 60,), generator=torch.Generator().manual_seed(0)).tolist()
         answers = [tokens[20:25], tokens[20:23] + tokens[30:32], tokens[40:41], tokens[20:25]]
@@ -174,7 +242,7 @@ class PrefixTreeScorer:
 
     @torch.inference_mode()
     def _plain(self, request: Request) -> Tensor:
-        """Log-probabilities of a continuation's tokens by the model's own forward pass."""
+        """Return log-probabilities of a continuation's tokens by the model's own forward pass."""
         sequence = torch.tensor([*request.context, *request.continuation], device=self.device)
         with self._autocast():
             logits = self.model(input_ids=sequence[None, :-1], use_cache=False).logits[0]
@@ -182,79 +250,22 @@ class PrefixTreeScorer:
         rows = functional.log_softmax(logits[-count:], dim=-1, dtype=self.softmax_dtype)
         return rows.gather(1, sequence[-count:, None].to(rows.device))[:, 0].float().cpu()
 
-    # ---- scoring ------------------------------------------------------------------------------------------------
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Score]:
-        """Score every request; results come batch by batch, in an order of the scorer's choosing.
+def _declared_windows(config: Any) -> set[int]:
+    """Return attention windows or chunks that a config declares, whether or not a layer uses them."""
+    types = getattr(config, "layer_types", None)
+    if types and all(kind == "full_attention" for kind in types):
+        return set()
+    names = ("sliding_window", "attention_chunk_size", "window_size", "attention_window", "attn_window_size")
+    return {value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0}
 
-        Requests must fit `max_length` (`prefix_tree.truncated`); ask `refusal` with the longest one first. Results of
-        one batch are fetched while the next one runs: one synchronization a batch.
-        """
-        longest = max((len(request.context) + len(request.continuation) - 1 for request in requests), default=0)
-        max_tokens, max_rows = self.limits(longest)
-        segments = plan(requests, self._pairs_per_position(), max_tokens)
-        waiting: list[tuple[Batch, Callable[[], Tensor]]] = []
-        for chosen in batches(segments, max_tokens, max_rows):
-            launched = self._launch(chosen)
-            yield from self._collect(waiting)
-            waiting = launched
-        yield from self._collect(waiting)
 
-    def limits(self, longest: int) -> tuple[int, int]:
-        """Positions and logit rows that a batch may hold, for requests of at most `longest` positions."""
-        if isinstance(self.batch_size, int) and self.batch_size > 1:
-            return self.batch_size * longest, self.batch_size * longest
-        kind = self.device.type
-        head = self.base.get_output_embeddings()
-        weight = getattr(head, "weight", None)
-        vocabulary = weight.shape[0] if weight is not None else self.base.config.get_text_config().vocab_size
-        row = vocabulary * (self.autocast_dtype or self.base.dtype).itemsize
-        return AUTO_TOKENS.get(kind, AUTO_TOKENS_DEVICE), AUTO_LOGIT_BYTES.get(kind, AUTO_LOGIT_BYTES_DEVICE) // row
-
-    def _pairs_per_position(self) -> float:
-        """Attention pairs that cost as much time as the rest of the model for one position.
-
-        A layer takes 24 d^2 operations a position (12 d^2 weights) and 4 d a pair: 6 d pairs, if attention ran at the
-        speed of matrix products. It runs at about a quarter of it.
-        """
-        return 1.5 * self.base.get_input_embeddings().embedding_dim
-
-    def _launch(self, segments: list[Segment]) -> list[tuple[Batch, Callable[[], Tensor]]]:
-        """Start a batch; if the device has too little memory, in halves."""
-        batch = pack(segments, multiple_of=1 if self.device.type == "cpu" else 16)
-        try:
-            result = self._forward(Packing(batch, self.device))
-        except torch.OutOfMemoryError:
-            if len(segments) == 1:
-                raise
-        else:
-            return [(batch, _fetch(result))]
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the failed attempt left in pieces
-        half = len(segments) // 2
-        return self._launch(segments[:half]) + self._launch(segments[half:])
-
-    def _collect(self, launched: list[tuple[Batch, Callable[[], Tensor]]]) -> Iterator[Score]:
-        for batch, result in launched:
-            parts = result().double().split(batch.counts.tolist(), dim=1)
-            for index, (log_probabilities, greedy) in zip(batch.requests, parts, strict=True):
-                yield Score(index, log_probabilities.sum().item(), bool(greedy.all()))
-
-    @torch.inference_mode()
-    def _forward(self, packing: Packing) -> Tensor:
-        """(2, P) float32: log-probability of each scored token, and 1 where it has the highest logit."""
-        tokens, positions, *_, kept, row, target = packing.tensors
-        with packed(self.base, packing), self._autocast():
-            logits = self.model(
-                input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=kept
-            ).logits[0]
-        row, target = row.to(logits.device), target.to(logits.device)
-        step = max(1, SOFTMAX_BYTES.get(logits.device.type, SOFTMAX_BYTES_DEVICE) // (4 * logits.shape[-1]))
-        parts = [(rows.to(self.softmax_dtype).logsumexp(-1), rows.argmax(-1)) for rows in logits.split(step)]
-        normalizer, best = (torch.cat(part) for part in zip(*parts, strict=True))
-        score = logits[row, target].to(self.softmax_dtype) - normalizer[row]
-        return torch.stack((score.float(), (best[row] == target).float()))
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.autocast_dtype is not None
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled)
+def _rescaled_beyond(config: Any) -> int | None:
+    """Return the length beyond which rotary frequencies depend on the longest text of the batch, if they do."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    lengths = [
+        entry.get("original_max_position_embeddings", getattr(config, "max_position_embeddings", 0))
+        for entry in (rope, *rope.values())
+        if isinstance(entry, dict) and entry.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(lengths, default=None)

@@ -1,1 +1,1 @@
-"""Harness results -> comparison -> verdict, tables and figure."""
+"""Comparison of lm-eval results: reader, paired tests, and the page section with verdict, tables and figure."""

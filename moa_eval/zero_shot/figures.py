@@ -1,45 +1,36 @@
-"""What the figure of harness results shows: accuracies with their intervals."""
+"""Figure of zero-shot results: accuracies with 95 % intervals."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
 import altair as alt
 import numpy as np
-from numpy.typing import NDArray
+from scipy import stats
 
-from moa_eval.page.charts import GRID, INK, Chart, colours, draw, shapes
+from moa_eval.page import charts
+from moa_eval.zero_shot.comparison import Comparison
 
-_Z_95 = 1.959964  # half the width of a normal 95 % interval, in standard errors
 
-
-def accuracies(
-    rows: Sequence[str],
-    labels: Sequence[str],
-    values: NDArray[np.float64],
-    errors: NDArray[np.float64],
-    name: str,
-) -> Chart:
-    """Accuracies of several models in several tasks, as points with their normal 95 % intervals.
-
-    Args:
-        rows: What to call each task, from top to bottom.
-        labels: What to call each model; the first is the baseline.
-        values, errors: Percent (tasks, models), the standard errors NaN where unknown.
-        name: The figure's name.
-    """
-    half = _Z_95 * np.nan_to_num(errors)
-    points = [
-        {"run": model, "model": label, "task": task, "accuracy": float(values[row, model])}
-        | {"low": float((values - half)[row, model]), "high": float((values + half)[row, model])}
-        for row, task in enumerate(rows)
-        for model, label in enumerate(labels)
-    ]
+def draw(comparison: Comparison) -> dict[str, charts.Chart]:
+    """Draw the headline accuracies of all models; no chart if no task has scores in [0, 1]."""
+    models = comparison.models
+    measures = [m for m in comparison.measures if m.headline and m.is_fraction(models)]
+    if not measures:
+        return {}
+    tasks, labels = [measure.label for measure in measures], [model.label for model in models]
+    points = []
+    for measure in measures:
+        for run, model in enumerate(models):
+            accuracy = 100 * measure.value(model)
+            half = 100 * stats.norm.ppf(0.975) * np.nan_to_num(measure.stderr(model))
+            interval = {"low": accuracy - half, "high": accuracy + half}
+            points.append({"run": run, "model": model.label, "task": measure.label, "accuracy": accuracy} | interval)
     data = alt.Chart(alt.InlineData(values=points))
     place = {
-        "y": alt.Y("task:N").sort(list(rows)).title(None).axis(labelColor=INK, labelFontSize=12),
-        "yOffset": alt.YOffset("model:N").sort(list(labels)).scale(domain=list(labels), paddingOuter=0.8),
-        "color": alt.Color("model:N").scale(colours(labels)),
+        "y": alt.Y("task:N").sort(tasks).title(None).axis(labelColor=charts.INK, labelFontSize=12),
+        "yOffset": alt.YOffset("model:N").sort(labels).scale(domain=labels, paddingOuter=0.8),
+        "color": alt.Color("model:N").scale(charts.colours(labels)),
     }
-    x = alt.X("accuracy:Q").title("accuracy, %").scale(zero=False).axis(grid=True, gridColor=GRID, tickCount=6)
+    x = alt.X("accuracy:Q").title("accuracy, %").scale(zero=False).axis(grid=True, gridColor=charts.GRID, tickCount=6)
     tooltip = [
         alt.Tooltip("model:N"),
         alt.Tooltip("task:N"),
@@ -52,8 +43,9 @@ def accuracies(
             **place, x=alt.X("low:Q").scale(zero=False), x2=alt.X2("high:Q"), tooltip=tooltip
         ),
         data.mark_point(filled=True, size=45, opacity=1).encode(
-            **place, x=x, shape=alt.Shape("model:N").scale(shapes(labels)), tooltip=tooltip
+            **place, x=x, shape=alt.Shape("model:N").scale(charts.shapes(labels)), tooltip=tooltip
         ),
     ]
-    height = len(rows) * (18 + 12 * len(labels))
-    return draw(name, "Accuracy, with 95 % intervals over items", alt.layer(*layers), height=height)
+    height = len(tasks) * (18 + 12 * len(labels))
+    title = "Accuracy, with 95 % intervals over items"
+    return {"accuracy": charts.draw("accuracy", title, alt.layer(*layers), height=height)}

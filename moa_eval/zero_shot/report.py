@@ -1,269 +1,253 @@
-"""Harness results -> one section of a page: the paper's zero-shot table, the paired tests and one figure."""
+"""Page section of lm-eval results: verdict, zero-shot table, paired tests, figure and settings."""
+
+from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moa_eval.page import formatting
-from moa_eval.page.charts import Chart
 from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row, Section, Series
 from moa_eval.training.configuration import config_difference
 from moa_eval.zero_shot import paired
-from moa_eval.zero_shot.contrasts import (
-    AVERAGE,
-    HEADLINE,
-    ZERO_SHOT,
-    Contrast,
-    ZeroShot,
-    compare_evaluations,
-    label_of,
-)
-from moa_eval.zero_shot.figures import accuracies
-from moa_eval.zero_shot.output import Evaluation, read_evaluation
-from moa_eval.zero_shot.verdict import ALPHA, averaged, caveats, verdict
+from moa_eval.zero_shot.comparison import ZERO_SHOT, Comparison, Contrast, Measure, compare_evaluations, task_label
+from moa_eval.zero_shot.figures import draw
+from moa_eval.zero_shot.results import Evaluation, read_evaluation
 
-_TORCH = re.compile(r"^PyTorch version: (.+)$", re.MULTILINE)
-_GPU = re.compile(r"^GPU 0: (.+)$", re.MULTILINE)
+_ENVIRONMENT = {"torch": re.compile(r"^PyTorch version: (.+)$", re.M), "GPU": re.compile(r"^GPU 0: (.+)$", re.M)}
 
 
 def zero_shot_section(
     results: Sequence[str | Path], *, slug: str = "zero-shot", title: str | None = None, baseline: str | None = None
 ) -> Section:
-    """Compare harness results, the first of which is the baseline unless another is named.
+    """Return the page section that compares lm-eval results.
 
     Args:
-        results: Folders that lm_eval wrote, or results files.
+        results: Folders that lm-eval wrote, or results files.
         slug: Name of the section in file names and ids.
-        title: Heading (default: the models' names).
-        baseline: A model's name, or one of `results`.
+        title: Heading (default: the models' labels).
+        baseline: Label, model name or path of the baseline (default: the first result).
 
     Raises:
-        ResultsError: Results are missing or broken.
-        NotComparableError: They did not ask the same questions in the same way, or none is called `baseline`.
+        DataError: Results are missing, damaged, or not comparable.
+        ConfigError: There is no result called `baseline`.
     """
     comparison = compare_evaluations([read_evaluation(path) for path in results], baseline)
-    settings, differences = settings_rows(comparison), difference_rows(comparison)
+    labels = [model.label for model in comparison.models]
+    tables = {
+        "zero_shot": score_rows(comparison),
+        "paired": [_paired_row(contrast) for contrast in comparison.contrasts],
+        "settings": settings_rows(comparison),
+        "config": difference_rows(comparison),
+    }
     return Section(
         slug=slug,
-        title=title or _title(comparison),
+        title=title or _title(labels),
         template="zero_shot",
         content={
-            "comparison": comparison,
-            "labels": comparison.labels,
-            "average_of": averaged(comparison) if comparison.averages() else "",
+            "labels": labels,
+            "average_of": averaged_tasks(comparison) if comparison.average else "",
             "cells": _cells(comparison),
             "tests": _tests(comparison),
-            "settings": settings,
-            "differences": differences,
+            "settings": tables["settings"],
+            "differences": tables["config"],
             "resamples": paired.RESAMPLES,
             "seed": paired.SEED,
         },
-        tables={
-            "zero_shot": score_rows(comparison),
-            "paired": paired_rows(comparison),
-            "settings": settings,
-            "config": differences,
-        },
+        tables=tables,
         charts=draw(comparison),
-        verdict=verdict(comparison),
-        caveats=caveats(comparison),
-        series=[Series(label, label, model) for model, label in enumerate(comparison.labels)],
+        verdict=sentences("zero_shot_verdict.txt", comparison),
+        caveats=sentences("zero_shot_caveats.txt", comparison),
+        series=[Series(label, label, run) for run, label in enumerate(labels)],
     )
 
 
-def score_rows(comparison: ZeroShot) -> list[Row]:
-    """Every model's value in every metric of every task, as the harness has it; the averages after their tasks."""
-    first = comparison.evaluations[0]
-    rows = []
-    for task in _ordered(comparison):
-        average = task == AVERAGE
-        for metric in comparison.averages() if average else comparison.metrics(task):
-            for model, label in enumerate(comparison.labels):
-                value, stderr = comparison.score(task, metric, model)
-                row: Row = {"task": task, "label": label_of(task), "metric": metric}
-                row["headline"] = metric == (HEADLINE if average else comparison.headline(task))
-                row["shots"] = "" if average else first.tasks[task].shots
-                row["items"] = comparison.items if average else len(first.tasks[task].items)
-                rows.append(row | {"model": label, "value": value, "stderr": stderr})
-    return rows
+def sentences(template: str, comparison: Comparison) -> list[str]:
+    """Render a text template of moa_eval.page; return one sentence per line."""
+    environment = Environment(
+        loader=PackageLoader("moa_eval.page"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    for function in (formatting.accuracy, formatting.points, formatting.grouped, formatting.probability):
+        environment.filters[function.__name__] = function
+    runs = [model.evaluation for model in comparison.models]
+    primary = comparison.of(comparison.primary)
+    tests = [c for c in comparison.contrasts if math.isfinite(c.p_holm) and not c.measure.is_average]
+    plain = next((m for m in comparison.measures if m.is_average and not m.headline), None)
+    text = environment.get_template(template).render(
+        comparison=comparison,
+        models=comparison.models,
+        baseline=comparison.baseline,
+        tasks=averaged_tasks(comparison),
+        primary=primary,
+        best=max(primary, key=lambda contrast: contrast.measure.value(contrast.model), default=None),
+        plain=comparison.of(plain),
+        tests=tests,
+        significant=[test for test in tests if test.significant],
+        missing=[task.label for name, task in ZERO_SHOT.items() if name not in runs[0].tasks],
+        shots={task_label(name): task.shots for name, task in runs[0].tasks.items() if task.shots},
+        settings={
+            "Model types": [show(run.config.get("model")) for run in runs],
+            "Dtypes": [show(run.config.get("model_dtype")) for run in runs],
+            "Context lengths": [show(run.content.get("max_length")) for run in runs],
+            "lm-eval versions": [show(run.content.get("lm_eval_version")) for run in runs],
+        },
+    )
+    return [line for line in text.splitlines() if line.strip()]
 
 
-def paired_rows(comparison: ZeroShot) -> list[Row]:
-    """Every contrast with the baseline, as plain values; counts are NaN for scores other than right and wrong."""
-    rows = []
-    for c in comparison.contrasts:
-        table = c.table or (math.nan,) * 4
-        rows.append(
-            {
-                "task": c.task,
-                "label": label_of(c.task),
-                "metric": c.metric,
-                "headline": c.headline,
-                "model": comparison.labels[c.model],
-                "baseline": comparison.labels[0],
-                "items": c.items,
-                **dict(
-                    zip(("both_right", "only_model_right", "only_baseline_right", "none_right"), table, strict=True)
-                ),
-                "model_value": c.score,
-                "baseline_value": c.baseline,
-                "difference": c.difference,
-                "low_95": c.interval.low,
-                "high_95": c.interval.high,
-                "standard_error": c.stderr,
-                "detectable": c.detectable,
-                "p_value": c.p_value,
-                "p_holm": c.p_holm,
-            }
-        )
-    return rows
+def averaged_tasks(comparison: Comparison) -> str:
+    """Return the names of the paper's tasks that are present; "the four tasks" if all are."""
+    names = [task.label for name, task in ZERO_SHOT.items() if name in comparison.baseline.evaluation.tasks]
+    return "the four tasks" if len(names) == len(ZERO_SHOT) else ", ".join(names)
 
 
-def settings_rows(comparison: ZeroShot) -> list[Row]:
-    """How each result came about, one column per model; what no result records is left out."""
-    settings = [_settings(evaluation) for evaluation in comparison.evaluations]
+def score_rows(comparison: Comparison) -> list[Row]:
+    """Return every model's value in every measure."""
     return [
-        {"key": key} | {label: own[key] or "–" for label, own in zip(comparison.labels, settings, strict=True)}
-        for key in settings[0]
-        if any(own[key] for own in settings)
+        {
+            "task": measure.task,
+            "label": measure.label,
+            "metric": measure.metric,
+            "headline": measure.headline,
+            "shots": "" if measure.is_average else measure.shots,
+            "items": measure.items,
+            "model": model.label,
+            "value": measure.value(model),
+            "stderr": measure.stderr(model),
+        }
+        for measure in comparison.measures
+        for model in comparison.models
     ]
 
 
-def difference_rows(comparison: ZeroShot) -> list[Row]:
-    """The keys of the harness's settings and of the tasks' files that differ, one column per model."""
-    configs = [
-        evaluation.config
-        | {name: {k: v for k, v in t.config.items() if k != "metadata"} for name, t in evaluation.tasks.items()}
-        for evaluation in comparison.evaluations
-    ]  # the metadata repeat the model's arguments
+def settings_rows(comparison: Comparison) -> list[Row]:
+    """Return how each result was produced, one column per model, without settings that no result records."""
+    settings = pd.DataFrame({model.label: _settings(model.evaluation) for model in comparison.models})
+    recorded = settings[settings.ne("").any(axis=1)].replace("", "–")
+    return recorded.rename_axis("key").reset_index().to_dict("records")
+
+
+def difference_rows(comparison: Comparison) -> list[Row]:
+    """Return the keys of lm-eval's settings and task configs that differ, one column per model."""
+    configs = []
+    for run in (model.evaluation for model in comparison.models):
+        # without the metadata, which repeat the model arguments
+        tasks = {name: {k: v for k, v in task.config.items() if k != "metadata"} for name, task in run.tasks.items()}
+        configs.append(run.config | tasks)
+    labels = [model.label for model in comparison.models]
     return [
-        {"key": key} | dict(zip(comparison.labels, map(show, values), strict=True))
+        {"key": key} | dict(zip(labels, map(show, values), strict=True))
         for key, values in config_difference(configs).items()
     ]
 
 
-def draw(comparison: ZeroShot) -> dict[str, Chart]:
-    """The figure of all accuracies; none where no task has a score between 0 and 1 per item."""
-    shown = []
-    for task in _ordered(comparison):
-        metric = HEADLINE if task == AVERAGE else comparison.headline(task)
-        if comparison.is_fraction(task, metric):
-            shown.append((label_of(task), [comparison.score(task, metric, m) for m in range(len(comparison.labels))]))
-    if not shown:
-        return {}
-    scores = 100 * np.array([row for _, row in shown])  # (tasks, models, value and error)
-    labels = [label for label, _ in shown]
-    return {"accuracy": accuracies(labels, comparison.labels, scores[..., 0], scores[..., 1], "accuracy")}
-
-
-def _ordered(comparison: ZeroShot) -> list[str]:
-    """The rows of the table: the paper's tasks, their average, then what else there is."""
-    average = [AVERAGE] if comparison.averages() else []
-    return [*comparison.averaged, *average, *(task for task in comparison.tasks if task not in ZERO_SHOT)]
-
-
-def _settings(evaluation: Evaluation) -> dict[str, str]:
-    """What a reader asks about a result, as text; empty where it is not recorded."""
-    content, config = evaluation.content, evaluation.config
-    environment = str(content.get("pretty_env_info") or "")
-    arguments = ",".join(f"{key}={show(value)}" for key, value in config["model_args"].items())
-    shots = {label_of(name): task.shots for name, task in evaluation.tasks.items()}
-    same = len(set(shots.values())) == 1
-    seconds, date = _number(content.get("total_evaluation_time_seconds")), _number(content.get("date"))
-    parameters = _number(config.get("model_num_parameters"))
+def _paired_row(contrast: Contrast) -> Row:
+    counts = contrast.table or (math.nan,) * 4
     return {
-        "model type": _text(config.get("model")),
-        "model arguments": arguments,
-        "parameters": formatting.count(parameters, 4) if parameters > 0 else "",
-        "dtype": _text(config.get("model_dtype")),
-        "revision": _text(config.get("model_sha")) or _text(config.get("model_revision")),
-        "context length": _text(content.get("max_length")),
-        "batch size": _text(config.get("batch_size")),
-        "device": _text(config.get("device")),
-        "shots": show(next(iter(shots.values()))) if same else ", ".join(f"{k} {show(v)}" for k, v in shots.items()),
-        "limit": "none" if evaluation.limit is None else f"{evaluation.limit:g}",
-        "few-shot seed": _text(config.get("fewshot_seed")),
-        "lm-eval": _text(content.get("lm_eval_version")),
-        "transformers": _text(content.get("transformers_version")),
-        "torch": match[1] if (match := _TORCH.search(environment)) else "",
-        "GPU": match[1] if (match := _GPU.search(environment)) else "",
-        "git commit": _text(content.get("git_hash")),
-        "started": f"{datetime.fromtimestamp(date, UTC):%Y-%m-%d %H:%M:%S} UTC" if math.isfinite(date) else "",
-        "time": formatting.duration(seconds) if math.isfinite(seconds) else "",
-        "results file": str(evaluation.path),
+        "task": contrast.measure.task,
+        "label": contrast.measure.label,
+        "metric": contrast.measure.metric,
+        "headline": contrast.measure.headline,
+        "model": contrast.model.label,
+        "baseline": contrast.baseline.label,
+        "items": contrast.measure.items,
+        **dict(zip(("both_right", "only_model_right", "only_baseline_right", "none_right"), counts, strict=True)),
+        "model_value": contrast.measure.value(contrast.model),
+        "baseline_value": contrast.measure.value(contrast.baseline),
+        "difference": contrast.difference,
+        "low_95": contrast.interval.low,
+        "high_95": contrast.interval.high,
+        "standard_error": contrast.stderr,
+        "detectable": contrast.detectable,
+        "p_value": contrast.p_value,
+        "p_holm": contrast.p_holm,
     }
 
 
-def _text(value: Any) -> str:
-    return "" if value is None or value == "" else show(value)
+def _settings(evaluation: Evaluation) -> dict[str, str]:
+    """Return the settings of a result as text; empty where not recorded."""
+    content, config = evaluation.content, evaluation.config
+    environment = str(content.get("pretty_env_info"))
+    shots = {task_label(name): show(task.shots) for name, task in evaluation.tasks.items()}
+    parameters = config.get("model_num_parameters", 0)
+    started, seconds = content.get("date"), float(content.get("total_evaluation_time_seconds", "nan"))
+    recorded = {
+        "model type": config.get("model"),
+        "model arguments": ",".join(f"{key}={show(value)}" for key, value in config["model_args"].items()),
+        "parameters": formatting.count(parameters, 4) if parameters > 0 else None,
+        "dtype": config.get("model_dtype"),
+        "revision": config.get("model_sha") or config.get("model_revision"),
+        "context length": content.get("max_length"),
+        "batch size": config.get("batch_size"),
+        "device": config.get("device"),
+        "shots": ", ".join(f"{name} {own}" for name, own in shots.items())
+        if len({*shots.values()}) > 1
+        else next(iter(shots.values())),
+        "limit": "none" if evaluation.limit is None else f"{evaluation.limit:g}",
+        "few-shot seed": config.get("fewshot_seed"),
+        "lm-eval": content.get("lm_eval_version"),
+        "transformers": content.get("transformers_version"),
+        **{name: match[1] if (match := line.search(environment)) else None for name, line in _ENVIRONMENT.items()},
+        "git commit": content.get("git_hash"),
+        "started": f"{datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M:%S} UTC" if started else None,
+        "time": formatting.duration(seconds) if math.isfinite(seconds) else None,
+        "results file": str(evaluation.path),
+    }
+    return {key: "" if value in (None, "") else show(value) for key, value in recorded.items()}
 
 
-def _number(value: Any) -> float:
-    """A number that the harness may have written as text; NaN for anything else."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _title(comparison: ZeroShot) -> str:
-    baseline, *others = comparison.labels
-    if not others:
-        return f"{baseline}: zero-shot accuracy"
-    return f"{', '.join(others) if len(others) <= 2 else f'{len(others)} models'} against {baseline}"
-
-
-def _cells(comparison: ZeroShot) -> list[Row]:
-    """The paper's table as text: per task its headline metric, then its others, each with one score per model."""
-    first = comparison.evaluations[0]
+def _cells(comparison: Comparison) -> list[Row]:
+    """Return the results table as text: one row per task, one line per metric, one score per model."""
     rows = []
-    for task in _ordered(comparison):
-        lines = []
-        for metric in comparison.averages() if task == AVERAGE else comparison.metrics(task):
-            shown = formatting.accuracy if comparison.is_fraction(task, metric) else formatting.loss
-            scores = (comparison.score(task, metric, model) for model in range(len(comparison.labels)))
-            texts = [
-                f"{shown(value)}\u00a0±\u00a0{shown(error)}" if math.isfinite(error) else shown(value)
-                for value, error in scores
-            ]
-            lines.append({"metric": metric, "scores": texts})
-        row: Row = {"label": label_of(task), "lines": lines, "average": task == AVERAGE}
-        row["size"] = comparison.items if task == AVERAGE else len(first.tasks[task].items)
-        row["shots"] = None if task == AVERAGE else first.tasks[task].shots
-        rows.append(row | {"extra": task not in ZERO_SHOT and task != AVERAGE})
+    for _, measures in groupby(comparison.measures, key=lambda measure: measure.task):
+        first, *_ = measures = list(measures)
+        row = {"label": first.label, "average": first.is_average, "size": first.items, "shots": first.shots}
+        row["extra"] = not first.is_average and first.task not in ZERO_SHOT
+        row["lines"] = [{"metric": measure.metric, "scores": _scores(measure, comparison)} for measure in measures]
+        rows.append(row)
     return rows
 
 
-def _tests(comparison: ZeroShot) -> list[Row]:
-    """Every other model with its contrasts as text, in the order of the table; the headline metrics first."""
-    order = _ordered(comparison)
-    tables = []
-    for model in range(1, len(comparison.labels)):
-        own = [contrast for contrast in comparison.contrasts if contrast.model == model]
-        own.sort(key=lambda contrast: (not contrast.headline, order.index(contrast.task)))
-        tables.append({"model": model, "rows": [_test(comparison, contrast) for contrast in own]})
-    return tables
+def _scores(measure: Measure, comparison: Comparison) -> list[str]:
+    shown = formatting.accuracy if measure.is_fraction(comparison.models) else formatting.loss
+    values = [(measure.value(model), measure.stderr(model)) for model in comparison.models]
+    return [f"{shown(v)}\u00a0±\u00a0{shown(error)}" if math.isfinite(error) else shown(v) for v, error in values]
 
 
-def _test(comparison: ZeroShot, contrast: Contrast) -> Row:
-    shown = formatting.points if comparison.is_fraction(contrast.task, contrast.metric) else formatting.signed
+def _tests(comparison: Comparison) -> list[Row]:
+    """Return every model's contrasts as text: headline measures first, each in the order of the results table."""
+    order = {measure: (not measure.headline, place) for place, measure in enumerate(comparison.measures)}
+    contrasts = sorted(comparison.contrasts, key=lambda contrast: order[contrast.measure])
+    return [
+        {"run": run, "rows": [_test_row(contrast, comparison) for contrast in contrasts if contrast.model is model]}
+        for run, model in enumerate(comparison.models)
+        if run > 0
+    ]
+
+
+def _test_row(contrast: Contrast, comparison: Comparison) -> Row:
+    shown = formatting.points if contrast.measure.is_fraction(comparison.models) else formatting.signed
     return {
-        "label": label_of(contrast.task),
-        "metric": contrast.metric,
-        "headline": contrast.headline,
-        "average": contrast.task == AVERAGE,
-        "size": contrast.items,
+        "measure": contrast.measure,
         "table": contrast.table,
         "difference": shown(contrast.difference),
         "interval": " to ".join(map(shown, contrast.interval)),
         "p_value": formatting.probability(contrast.p_value),
         "p_holm": formatting.probability(contrast.p_holm),
         "detectable": shown(contrast.detectable).lstrip("+"),
-        "seen": contrast.p_holm < ALPHA,
+        "significant": contrast.p_holm < paired.ALPHA,
     }
+
+
+def _title(labels: Sequence[str]) -> str:
+    baseline, *others = labels
+    if not others:
+        return f"{baseline}: zero-shot accuracy"
+    return f"{', '.join(others) if len(others) <= 2 else f'{len(others)} models'} against {baseline}"

@@ -1,1 +1,1 @@
-"""Many runs from one command: which there are, how each is doing, here or on a cluster, and one table of all."""
+"""Sweeps: the cross product of configs, values and seeds, run on this machine or on a Slurm cluster."""

@@ -1,115 +1,75 @@
-"""Configs x values x seeds -> named runs, checked before the first one starts."""
+"""The runs of a sweep: configs x values x seeds, named, and checked before the first one starts."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import io
 import itertools
+import math
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from decimal import Decimal
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import yaml
+
+from moa_train.errors import ConfigError
 from moa_train.reading import read_yaml
+from moa_train.run_folder import RunFolder
+from moa_train.sweep.state import SweepRun
 
 OWN_KEYS = {"name": "the sweep names its runs", "seed": "use --seeds", "out": "use --out", "config": "use --config"}
-"""Keys that the sweep itself sets, and what to do instead of setting them."""
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run of a sweep.
-
-    Attributes:
-        name: Its name, unique in the sweep; its folder is out/name.
-        config: The configuration file.
-        settings: What is set on top of it, {dotted key: value as given}.
-        seed: Its seed.
-        out: Folder of the sweep's runs.
-        extra: Arguments that every run of the sweep gets.
-    """
-
-    name: str
-    config: Path
-    settings: Mapping[str, str]
-    seed: int
-    out: Path
-    extra: tuple[str, ...] = ()
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return self.out / self.name
-
-    @property
-    def log(self) -> Path:
-        """The file that its output goes to; outside of the run folder, which belongs to the run."""
-        return self.out / "logs" / f"{self.name}.log"
-
-    @property
-    def arguments(self) -> list[str]:
-        """The training script's arguments."""
-        own = {**self.settings, "name": self.name, "seed": self.seed, "out": self.out}
-        return ["--config", str(self.config), *self.extra, *(f"--{key}={value}" for key, value in own.items())]
+"""Keys that the sweep sets, with what to do instead of setting them."""
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return {"optim.lr": ("3e-4", "6e-4")} for ["optim.lr=3e-4,6e-4"].
 
-    Commas inside brackets, braces or quotes do not separate; quotes around a value are taken off.
+    The values form a YAML list, so commas inside brackets, braces or quotes do not separate. Quotes are removed.
 
     Raises:
-        ValueError: not KEY=VALUE, a key or a value given twice, or a key that the sweep itself sets.
+        ConfigError: A text is not KEY=VALUE,..., or a key is repeated or set by the sweep itself.
     """
     settings: dict[str, tuple[str, ...]] = {}
     for text in texts:
-        key, equals, listed = text.partition("=")
-        key = key.strip().removeprefix("--")
-        values = tuple(split_values(listed))
-        if not (key and equals and all(values)):
-            raise ValueError(f"--set is {text!r}; it must be KEY=VALUE,VALUE,..., e.g. optim.lr=3e-4,6e-4")
+        key, _, listed = text.partition("=")
         if key in OWN_KEYS:
-            raise ValueError(f"--set names {key!r}, which it cannot: {OWN_KEYS[key]}")
+            raise ConfigError(f"--set {key}: {OWN_KEYS[key]}")
         if key in settings:
-            raise ValueError(f"--set names {key!r} twice; give all its values at once: {key}=A,B")
-        _refuse_twice(f"--set {key}", [short(value) or value for value in values])
-        settings[key] = values
+            raise ConfigError(f"--set {key} is given twice; give all values at once: {key}=A,B")
+        settings[key] = tuple(_split(listed))
+        if not (key and settings[key]):
+            raise ConfigError(f"--set is {text!r}; it must be KEY=VALUE,VALUE,..., e.g. optim.lr=3e-4,6e-4")
     return settings
 
 
-def split_values(text: str) -> list[str]:
-    """Return the parts of `text` between its commas, those inside brackets, braces or quotes aside."""
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "\"'":
-            quote = letter
-        else:
-            depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [re.sub(r"^(['\"])(.*)\1$", r"\2", part.strip()) for part in parts]
+def _split(text: str) -> list[str]:
+    """Return the items of a YAML list without its brackets, each as it is written."""
+    source = f"[{text}]"
+    try:
+        items = yaml.compose(source, Loader=yaml.SafeLoader).value
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set values {text!r} are not a YAML list; quote special characters") from error
+    return [
+        item.value if isinstance(item, yaml.ScalarNode) else source[item.start_mark.index : item.end_mark.index]
+        for item in items
+    ]
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Return (0, 1, 2) for "3" and (0, 5) for "0,5"; "5," is seed 5 alone. Raises ValueError."""
-    numbers = [part.strip() for part in text.removesuffix(",").split(",")]
-    if not all(re.fullmatch(r"\d+", number) for number in numbers) or text == "0":
-        raise ValueError(f"--seeds is {text!r}; it must be how many (3 is 0, 1, 2) or which (0,1,5; '5,' is 5 alone)")
-    seeds = [int(number) for number in numbers]
-    _refuse_twice("--seeds", seeds)
-    return tuple(seeds) if "," in text else tuple(range(seeds[0]))
+    """Return (0, 1, 2) for "3", (0, 5) for "0,5" and (5,) for "5,".
 
-
-def _refuse_twice(where: str, values: Sequence[Any]) -> None:
-    twice = [value for value, count in Counter(values).items() if count > 1]
-    if twice:
-        raise ValueError(f"{where} gives {twice[0]!r} twice; give each value once")
+    Raises:
+        ConfigError: The text is neither a count nor a list.
+    """
+    numbers = text.removesuffix(",").split(",")
+    if not all(number.isdecimal() for number in numbers) or text == "0":
+        raise ConfigError(f"--seeds is {text!r}; it must be a count (3: 0, 1, 2) or a list (0,1,5; one seed: '5,')")
+    seeds = tuple(map(int, numbers))
+    return seeds if "," in text else tuple(range(seeds[0]))
 
 
 def expand(
@@ -119,119 +79,101 @@ def expand(
     *,
     out: Path | None = None,
     extra: Sequence[str] = (),
-) -> list[PlannedRun]:
-    """Return every combination, in an order that completes comparable sets early: seed, then values, then config.
+) -> list[SweepRun]:
+    """Return all combinations, seed outermost and config innermost, so that comparable sets complete early.
 
     Args:
-        configs: Configuration files.
-        settings: {dotted key: values}; all combinations of them are taken.
-        seeds: Seeds.
-        out: Folder of the runs; by default runs/sweep_ and what the configs' names begin with.
-        extra: Arguments for every run.
+        configs: Config files.
+        settings: {dotted key: values}.
+        seeds: Random seeds.
+        out: Folder of the sweep; by default runs/sweep_ and the common beginning of the configs' names.
+        extra: Arguments for all runs.
 
     Raises:
-        ValueError: a config file cannot be read or is given twice, or `extra` sets what the sweep sets.
+        ConfigError: Two combinations share a name, or `extra` sets a key of the sweep.
+        DataError: A config file cannot be read.
     """
-    _refuse_twice("--config", [str(path) for path in configs])
-    _check_extra(extra, settings)
-    names = name_configs(configs)
-    out = default_out(names.values()) if out is None else out
-    keys = short_keys(settings)
-    labels = {key: label_values(values) for key, values in settings.items()}
-    runs = []
-    for seed in seeds:
-        for values in itertools.product(*settings.values()):
-            chosen = dict(zip(settings, values, strict=True))
-            parts = [f"{keys[key]}{labels[key][value]}" for key, value in chosen.items()] + [f"s{seed}"]
-            for config in configs:
-                name = "_".join([names[config], *parts])
-                runs.append(PlannedRun(name, config, chosen, seed, out, tuple(extra)))
-    return _told_apart(runs)
-
-
-def _told_apart(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Return the runs; where an underscore in a value makes two of one name, each gets a mark of its own."""
-    count = Counter(run.name for run in runs)
-    return [
-        run if count[run.name] == 1 else replace(run, name=f"{run.name}-{_digest(f'{run.config} {run.settings}')}")
-        for run in runs
-    ]
-
-
-def _check_extra(extra: Sequence[str], settings: Mapping[str, Any]) -> None:
     for argument in extra:
         key = argument.removeprefix("--").partition("=")[0]
-        if argument.startswith("--") and key in (OWN_KEYS.keys() - {"config"}) | settings.keys():
-            raise ValueError(f"--{key} stands after --, which cannot be: {OWN_KEYS.get(key, 'it is among --set')}")
+        if argument.startswith("--") and key in {*OWN_KEYS, *settings} - {"config"}:
+            raise ConfigError(f"--{key} after -- is not allowed: {OWN_KEYS.get(key, 'it is already in --set')}")
+    names = _name_configs(configs)
+    common = os.path.commonprefix(list(names.values())).rstrip("_.-")  # noqa: RUF071 (of characters)
+    out = out or Path("runs") / f"sweep_{common or names[configs[0]]}"
+    keys = _short_keys(settings)
+    runs = []
+    for seed, values, config in itertools.product(seeds, itertools.product(*settings.values()), configs):
+        chosen = dict(zip(settings, values, strict=True))
+        name = "_".join([names[config], *(f"{keys[key]}{label(value)}" for key, value in chosen.items()), f"s{seed}"])
+        own = {**chosen, "name": name, "seed": seed, "out": out}
+        arguments = ["--config", str(config), *extra, *(f"--{key}={value}" for key, value in own.items())]
+        runs.append(SweepRun(name, out / name, out / "logs" / f"{name}.log", arguments))
+    repeated = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"several runs would be named {repeated[0]}; give each config, value and seed once")
+    return runs
 
 
-def name_configs(configs: Sequence[Path]) -> dict[Path, str]:
-    """Return each file's `name`; where several have the same one, or none, the file's name without its ending.
-
-    Raises ValueError for a file that cannot be read or files that could not be told apart.
-    """
-    names = {}
-    for path in configs:
-        tree = read_yaml(path, "--config takes YAML files of keys with values", empty=True)
-        names[path] = str(tree.get("name") or path.stem)
+def _name_configs(configs: Sequence[Path]) -> dict[Path, str]:
+    """Return the `name` in each config file, or the file's name where several configs share it or have none."""
+    trees = {path: read_yaml(path, "--config takes YAML files of keys with values", empty=True) for path in configs}
+    names = {path: str(tree.get("name") or path.stem) for path, tree in trees.items()}
     count = Counter(names.values())
-    names = {path: name if count[name] == 1 else path.stem for path, name in names.items()}
-    clash = next((name for name, times in Counter(names.values()).items() if times > 1), None)
-    if clash is not None:
-        paths = ", ".join(str(path) for path, name in names.items() if name == clash)
-        raise ValueError(f"--config: {paths} would all be called {clash!r}; give each a `name` of its own")
-    return {path: safe(name) for path, name in names.items()}
+    return {path: _safe(name if count[name] == 1 else path.stem) for path, name in names.items()}
 
 
-def default_out(names: Iterable[str]) -> Path:
-    """Return runs/sweep_NAME, where NAME is what all `names` begin with, or the first of them."""
-    names = list(names)
-    common = "".join(a[0] for a in itertools.takewhile(lambda a: len(set(a)) == 1, zip(*names, strict=False)))
-    return Path("runs") / f"sweep_{common.rstrip('_.-') or names[0]}"
+def _short_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Return the last part of each dotted key, or all parts where several keys end alike."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    count = Counter(last.values())
+    return {key: part if count[part] == 1 else key.replace(".", "-") for key, part in last.items()}
 
 
-def short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Return the last part of each dotted key, or as many parts as tell it from the others."""
-    keys = list(keys)
-
-    def tail(key: str, parts: int) -> str:
-        return "-".join(key.split(".")[-parts:])
-
-    return {
-        key: next(
-            (tail(key, n) for n in range(1, 1 + key.count(".")) if [tail(k, n) for k in keys].count(tail(key, n)) == 1),
-            tail(key, 0),
-        )
-        for key in keys
-    }
+def label(text: str) -> str:
+    """Return a value for a folder name: numbers in their shortest form ("3e-4" for "0.0003"), else safe characters."""
+    try:
+        number = float(text)
+    except ValueError:
+        return _safe(text)
+    if number == 0 or 0.01 <= abs(number) < 1e6 or not math.isfinite(number):
+        return np.format_float_positional(number, trim="-")
+    return np.format_float_scientific(number, trim="-", exp_digits=1).replace("e+", "e")
 
 
-def label_values(values: Sequence[str]) -> dict[str, str]:
-    """Return a short text for each value that can stand in a file name, different for different values."""
-    labels = {value: short(value) or safe(value) for value in values}
-    count = Counter(labels.values())
-    return {v: label if count[label] == 1 else f"{label}-{_digest(v)}" for v, label in labels.items()}
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:6]
-
-
-def safe(text: str) -> str:
-    """Return `text` with every run of characters that a folder name should not have as one dash."""
+def _safe(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-") or "-"
 
 
-def short(text: str) -> str:
-    """Return a number's shortest usual form ("3e-4" for "0.0003", "0.05" for "5e-2"), "" for what is no number."""
-    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text.strip()):
-        return ""
-    number = Decimal(text.strip()).normalize()
-    if number == 0:
-        return "0"
-    sign, digits, _ = number.as_tuple()
-    if -3 < number.adjusted() < 6:
-        return f"{number:f}"
-    mantissa = "".join(map(str, digits))
-    mantissa = mantissa[0] + ("." + mantissa[1:] if mantissa[1:] else "")
-    return f"{'-' * sign}{mantissa}e{number.adjusted()}"
+class Trainer(NamedTuple):
+    """A training script.
+
+    Attributes:
+        script: Its path.
+        main: Its function, which takes the arguments and parses them by `moa_train.config.parse_config`.
+        mutable_keys: Keys of the config that may change when a run is resumed.
+    """
+
+    script: Path
+    main: Callable[[Sequence[str]], Any]
+    mutable_keys: frozenset[str]
+
+
+def check(run: SweepRun, trainer: Trainer) -> None:
+    """Check the config, model, data and folder of a run, and set its state if it is done.
+
+    Raises:
+        ConfigError: The training script rejects the config, or the folder holds another run.
+        DataError: A file of the run folder is damaged.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = trainer.main([*run.arguments, "--check"])
+        except SystemExit as end:
+            code = end.code
+    if code:
+        message = re.sub(r"^(\S+: )?error: ", "", err.getvalue().strip())
+        raise ConfigError(f"{run.name}: {message}")
+    config = yaml.safe_load(out.getvalue())
+    if not RunFolder(run.folder).check(config, config["resume"], trainer.mutable_keys):
+        run.settle("waiting")

@@ -1,160 +1,129 @@
-"""How each run is doing, as its folder tells, and how long all will take."""
+"""The runs of a sweep with their states and progress, as their folders record them, and the display of all runs."""
 
 from __future__ import annotations
 
-import os
-import statistics
+import sys
+import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa_train.reading import read_json
-from moa_train.run_folder import RunFolder, parse_row
-from moa_train.sweep.grid import PlannedRun
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-TAIL_BYTES = 1 << 16
-"""What is read of a metrics file to see how far the run is: its last rows."""
+from moa_train.reading import read_json
+from moa_train.run_folder import RunFolder
 
 DONE = ("finished", "diverged")
-"""States in which a run has said what it had to say."""
+"""States of runs that need no further training."""
+
+STATES = (*DONE, "running", "queued", "waiting", "stopped", "failed")
+"""All states of a run."""
+
+SHOW_S = 5.0
+"""Update interval of the progress line, seconds."""
+
+LOG_TAIL_LINES = 15
+"""Lines of a failed run's log that are printed."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is.
+@dataclass(eq=False)
+class SweepRun:
+    """One run of a sweep.
 
     Attributes:
-        state: "none" (nothing written yet), "begun", "finished" or "diverged" (its last loss or gradient not finite).
-        step, total: Finished optimizer steps, and all; 0 while unknown.
-        loss, val_loss: The newest training and validation loss.
-        throughput: Samples or tokens a second, newest; None while a session warms up.
-        wall_s: Seconds of training so far.
-        counter: What the throughput counts, "samples" or "tokens".
-        seen: How many of them so far.
+        name: Unique name, also that of the folder.
+        folder: Run folder.
+        log: File for the output of the run.
+        arguments: Arguments of the training script.
+        state: One of `STATES`.
+        step, total_steps: Optimizer steps so far and of the whole run, 0 while unknown.
+        loss, val_loss: Newest losses; None if there is none or it is not finite.
     """
 
-    state: str = "none"
+    name: str
+    folder: Path
+    log: Path
+    arguments: list[str]
+    state: str = "waiting"
     step: int = 0
-    total: int = 0
+    total_steps: int = 0
     loss: float | None = None
     val_loss: float | None = None
-    throughput: float | None = None
-    wall_s: float = 0.0
-    counter: str = "samples"
-    seen: int = 0
-
-    @property
-    def duration_s(self) -> float | None:
-        """Seconds of training that the whole run takes, at the newest throughput; None while unknown."""
-        if self.step == self.total > 0:
-            return self.wall_s
-        if not (self.step and self.total and self.seen and self.throughput):
-            return None
-        return self.wall_s + max(0, self.total - self.step) * self.seen / self.step / self.throughput
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds of training to go, None while unknown."""
-        if self.state in DONE:
-            return 0.0
-        return None if self.duration_s is None else self.duration_s - self.wall_s
-
-
-GOING = ("waiting", "queued", "running", "elsewhere")
-"""States in which a run is still to be done by this sweep."""
-
-
-@dataclass
-class Job:
-    """A run of a sweep and what has become of it.
-
-    Attributes:
-        run: The run.
-        state: "waiting", "queued" (on the cluster), "running", "elsewhere" (another process is at it), "finished",
-            "diverged", "stopped" or "failed".
-        progress: How far it is, as last seen.
-        skipped: It was done before this session.
-    """
-
-    run: PlannedRun
-    state: str = "waiting"
-    progress: Progress = field(default_factory=Progress)
-    skipped: bool = False
 
     @property
     def done(self) -> bool:
-        """Whether the run has said what it had to say."""
+        """Whether the run needs no further training."""
         return self.state in DONE
 
-    def look(self) -> None:
-        """Bring `progress` up to date."""
-        self.progress = observe(self.run.folder)
+    def refresh(self) -> dict[str, Any]:
+        """Read steps and losses from the run folder; return the newest training row, {} if there is none."""
+        rows = RunFolder(self.folder).rows()
+        train, val = ([row for row in rows if row["kind"] == kind] for kind in ("train", "val"))
+        if not train:
+            return {}
+        environment = read_json(self.folder / "env.json", "delete the run folder to start the run again")
+        self.step, self.total_steps = train[-1]["step"], environment.get("total_steps", 0)
+        self.loss = train[-1].get("loss")
+        self.val_loss = val[-1].get("loss_norm", val[-1].get("loss")) if val else None
+        return train[-1]
+
+    def settle(self, otherwise: str) -> None:
+        """Set the state of a run that has no process: finished, diverged (last loss not finite), or `otherwise`."""
+        last = self.refresh()
+        diverged = any(key in last and last[key] is None for key in ("loss", "grad_norm"))
+        finished = RunFolder(self.folder).status() == "finished"
+        self.state = "finished" if finished else "diverged" if diverged else otherwise
 
 
-def time_left_s(jobs: Sequence[Job], at_once: int) -> float | None:
-    """Return the seconds until no run is left to do, `at_once` at a time; None while no run's duration is known.
-
-    A run that has not begun is taken to last as long as the others do on average. Training alone is counted, and
-    runs that have failed or stopped are not.
-    """
-    known = [job.progress.duration_s for job in jobs if job.progress.duration_s is not None]
-    if not known:
-        return None
-    usual = statistics.fmean(known)
-    left = [usual if job.progress.left_s is None else job.progress.left_s for job in jobs if job.state in GOING]
-    return max([sum(left) / at_once, *left], default=0.0)
+def summarize(runs: Sequence[SweepRun]) -> str:
+    """Return the number of runs in each state, e.g. "24 run(s): 7 finished, 2 running, 15 waiting"."""
+    count = Counter(run.state for run in runs)
+    return f"{len(runs)} run(s): " + ", ".join(f"{count[state]} {state}" for state in STATES if count[state])
 
 
-def observe(folder: Path) -> Progress:
-    """Return how far the run in `folder` is; a folder that is missing or holds no rows has not begun."""
-    rows = last_rows(folder / "metrics.jsonl")
-    train = [row for row in rows if row["kind"] == "train"]
-    val = [row for row in rows if row["kind"] == "val"]
-    if not train:
-        return Progress()
-    last = train[-1]
-    return Progress(
-        state=_state(folder, last),
-        step=last["step"],
-        total=total_steps(folder),
-        loss=last.get("loss"),
-        val_loss=val[-1].get("loss_norm", val[-1].get("loss")) if val else None,
-        throughput=last.get("throughput"),
-        counter="tokens" if "tokens" in last else "samples",
-        wall_s=last.get("wall_s") or 0.0,
-        seen=last.get("tokens") or last.get("samples") or 0,
-    )
+class ProgressLine(Progress):
+    """Progress of all runs on one line of a terminal; elsewhere only starts and ends are printed."""
+
+    def __init__(self, runs: Sequence[SweepRun]) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        super().__init__(*columns, disable=not sys.stdout.isatty(), speed_estimate_period=3600)
+        self.runs = runs
+        self.line = self.add_task(summarize(runs), total=len(runs))
+        self.next_s = 0.0
+
+    def say(self, state: str, text: str) -> None:
+        """Print a message above the line."""
+        self.console.print(f"{state:<11} {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def say_ended(self, run: SweepRun) -> None:
+        """Print the state of a run that has ended, with the end of its log if it failed."""
+        self.say(run.state, f"{run.name} (log: {run.log})")
+        if run.state == "failed" and run.log.exists():
+            for line in run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]:
+                self.say("", line)
+
+    def show(self) -> None:
+        """Update the line, at most every `SHOW_S` seconds."""
+        if self.disable or time.monotonic() < self.next_s:
+            return
+        self.next_s = time.monotonic() + SHOW_S
+        for run in self.runs:
+            if run.state == "running":
+                run.refresh()
+        completed = sum(run.done or run.step / max(run.total_steps, 1) for run in self.runs)
+        self.update(self.line, description=summarize(self.runs), completed=completed)
 
 
-def _state(folder: Path, last: dict[str, Any]) -> str:
-    if last.get("loss", 0.0) is None or last.get("grad_norm", 0.0) is None:  # NaN and infinity are written as null
-        return "diverged"
-    return "finished" if RunFolder(folder).status() == "finished" else "begun"
-
-
-def total_steps(folder: Path) -> int:
-    """Return the steps of the whole run, as its env.json says; 0 if unknown."""
-    try:
-        total = read_json(folder / "env.json", "").get("total_steps")
-    except ValueError:
-        return 0
-    return total if isinstance(total, int) and 0 < total < 2**63 else 0
-
-
-def last_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the whole rows in the end of a metrics file, none if there is no file."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]  # a last line without an end is still being written
-    except OSError:
-        return []
-    rows = []
-    for line in lines[1:] if size > TAIL_BYTES else lines:
-        try:
-            rows.append(parse_row(line))
-        except ValueError:
-            continue  # the run itself will refuse it and say which line
-    return rows
+def print_table(runs: Sequence[SweepRun]) -> None:
+    """Print a table of all runs."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("run", "state", "step", "total", "loss", "validation"):
+        table.add_column(title, justify="left" if title in ("run", "state") else "right", no_wrap=True)
+    for run in runs:
+        losses = ("" if loss is None else f"{loss:.4g}" for loss in (run.loss, run.val_loss))
+        table.add_row(run.name, run.state, f"{run.step:,}", f"{run.total_steps:,}", *losses)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -1,1 +1,1 @@
-"""What a frozen or fine-tuned encoder is worth: nearest neighbours, linear probe, fine-tuning."""
+"""Evaluation of a trained encoder: k nearest neighbours, linear probe, fine-tuning."""

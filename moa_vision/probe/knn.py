@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification by frozen features: no training, one number that says how good they are."""
+"""k-nearest-neighbour classification on frozen features, without training."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch import Tensor, nn
 
 from moa_train.errors import require
 from moa_train.progress import CountBar
-from moa_vision.data import DataConfig, normalize
+from moa_vision.data import DataConfig, ImageBatch, normalize
 from moa_vision.probe.encoders import Pool
-from moa_vision.probe.labelled import LabelledImages
+
+SIMILARITIES = 2**27
+"""Maximum number of similarities computed at a time; 512 MiB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KNNConfig:
-    """The nearest-neighbour classifier of Wu et al. (arXiv:1805.01978) as DINO uses it (arXiv:2104.14294).
+    """The weighted nearest-neighbour classifier of Wu et al. (arXiv:1805.01978), as in DINO (arXiv:2104.14294).
 
     Args:
-        k: Neighbours that vote; of several numbers the first one's accuracy is the result, the
-            others' stand beside it.
+        k: Number of voting neighbours. With several numbers the first gives the result; the others are recorded too.
         temperature: A neighbour's vote is exp(cosine similarity / temperature).
-        pool: Features: the mean of the patch tokens (avg) or the class token (cls), after the last norm.
+        pool: Features: mean of the patch tokens (avg) or class token (cls), after the final norm.
     """
 
     k: tuple[int, ...] = (20,)
@@ -33,7 +34,7 @@ class KNNConfig:
     pool: Pool = "avg"
 
     def __post_init__(self) -> None:
-        """Check the ranges; ValueError names the key."""
+        """Check the ranges."""
         require("knn.k", self.k, bool(self.k) and min(self.k) >= 1, "one or more numbers, 1 or above")
         require("knn.temperature", self.temperature, self.temperature > 0, "above 0")
 
@@ -46,17 +47,17 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
-def extract(
-    model: nn.Module, batches: Iterable[LabelledImages], data: DataConfig, *, total: int, bf16: bool = False
+def extract_features(
+    model: nn.Module, batches: Iterable[ImageBatch], data: DataConfig, *, total: int, bf16: bool = False
 ) -> Features:
-    """Return the features of all images, in order, on the model's device.
+    """Return the features of all images in order, on the model's device.
 
     Args:
-        model: Images (B, C, H, W) to features (B, D).
-        batches: Images as they are read.
-        data: Their normalization.
-        total: How many images there are, for the progress bar.
-        bf16: Compute under bf16 autocast.
+        model: Module from images (B, C, H, W) to features (B, D).
+        batches: Labelled images, not normalized.
+        data: Normalization.
+        total: Number of images, for the progress bar.
+        bf16: Use bf16 autocast.
     """
     device = next(model.parameters()).device
     values, labels = [], []
@@ -71,62 +72,28 @@ def extract(
     return Features(torch.cat(values), torch.cat(labels))
 
 
-def neighbours(queries: Tensor, bank: Tensor, k: int, chunk: int = 4096) -> tuple[Tensor, Tensor]:
-    """Return the cosine similarities (Q, k), falling, and the numbers (Q, k) of each query's nearest in the bank.
-
-    Exact: all pairs are compared, a chunk of the bank at a time, so that at most Q * (chunk + k) are held.
-
-    Args:
-        queries: (Q, D) of length 1.
-        bank: (N, D) of length 1, N >= k.
-        k: Neighbours.
-        chunk: Rows of the bank that are compared at a time.
-    """
-    similarity, number = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.int64)
-    for start in range(0, len(bank), chunk):
-        part = queries @ bank[start : start + chunk].T
-        numbers = torch.arange(start, start + part.shape[1], device=bank.device).expand_as(part)
-        candidates = torch.cat([similarity, part], dim=1)
-        similarity, kept = candidates.topk(min(k, candidates.shape[1]), dim=1)
-        number = torch.cat([number, numbers], dim=1).gather(1, kept)
-    return similarity, number
-
-
-def votes(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
-    """Return each class's votes (Q, num_classes): the sum of exp(similarity / temperature) over its neighbours.
-
-    Args:
-        similarity: (Q, k) cosine similarities.
-        labels: (Q, k) int64, the neighbours' labels.
-        num_classes: Columns of the result.
-        temperature: See `KNNConfig`.
-    """
-    weights = (similarity / temperature).exp()
-    return torch.zeros(len(weights), num_classes, device=weights.device).scatter_add(1, labels, weights)
-
-
 def knn_accuracies(
-    train: Features, val: Features, num_classes: int, config: KNNConfig, chunk: int = 1024
+    train: Features, val: Features, num_classes: int, config: KNNConfig
 ) -> dict[int, tuple[float, float]]:
-    """Return {k: (accuracy, accuracy of the five classes with the most votes)}, fractions, for every k.
+    """Return {k: (top-1 accuracy, top-5 accuracy)} as fractions, by exact search.
 
     Args:
-        train: The neighbours, as many as the largest k or more.
-        val: What is classified, `chunk` at a time.
-        num_classes: Labels are 0 ... num_classes - 1.
+        train: Neighbours, at least the largest k.
+        val: Images to classify.
+        num_classes: Number of classes.
         config: The classifier.
-        chunk: Queries at a time.
     """
-    most = max(config.k)
-    right = dict.fromkeys(config.k, torch.zeros(2, dtype=torch.int64))
+    correct = {k: torch.zeros(2, dtype=torch.int64) for k in config.k}
+    chunk = max(1, SIMILARITIES // len(train.labels))
     with CountBar(total=len(val.labels), title="neighbours", unit="img") as bar:
-        for start in range(0, len(val.labels), chunk):
-            queries, truth = val.values[start : start + chunk], val.labels[start : start + chunk]
-            similarity, number = neighbours(queries, train.values, most)
+        for queries, labels in zip(val.values.split(chunk), val.labels.split(chunk), strict=True):
+            similarity, index = (queries @ train.values.T).topk(max(config.k), dim=1)
+            neighbours = train.labels[index]
             for k in config.k:
-                ballot = votes(similarity[:, :k], train.labels[number[:, :k]], num_classes, config.temperature)
-                best = ballot.topk(min(5, num_classes), dim=1)
-                top = (best.indices == truth[:, None]) & (best.values > 0)  # a class without a vote is no answer
-                right[k] = right[k] + torch.stack([top[:, 0].sum(), top.sum()]).cpu()
-            bar.update(len(truth))
-    return {k: (int(one) / len(val.labels), int(five) / len(val.labels)) for k, (one, five) in right.items()}
+                weights = (similarity[:, :k] / config.temperature).exp()
+                votes = weights.new_zeros(len(labels), num_classes).scatter_add(1, neighbours[:, :k], weights)
+                best = votes.topk(min(5, num_classes), dim=1)
+                hits = (best.indices == labels[:, None]) & (best.values > 0)  # a class without votes is no prediction
+                correct[k] += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()
+            bar.update(len(labels))
+    return {k: (int(top1) / len(val.labels), int(top5) / len(val.labels)) for k, (top1, top5) in correct.items()}

@@ -177,10 +177,10 @@ def write_results(
     root, model="models/base", *, seed=0, skill=0.5, items=40, tasks=HARNESS_TASKS, shots=0, limit=None,
     date="2026-11-21T10-11-12.345678", log_samples=True,
 ):  # fmt: skip
-    """Write what `lm_eval --output_path root --log_samples` (0.4.13) writes; return the results file.
+    """Write results as `lm_eval --output_path root --log_samples` (0.4.13) does; return the results file.
 
-    `tasks` maps a task to its metrics, each right (1) or wrong (0) for `skill` of the items; equal seeds give equal
-    answers but for the items that another skill turns.
+    `tasks` maps a task to its metrics. Each metric is 1 for a share `skill` of the items and 0 for the others. Equal
+    seeds give equal answers, up to the items that a different skill changes.
     """
     folder = root / model.replace("/", "__")
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def _sample(task, index, shots, metrics):
 
 @pytest.fixture(scope="session", name="write_results")
 def write_results_fixture():
-    """`write_results` itself."""
+    """The function `write_results`."""
     return write_results
 
 

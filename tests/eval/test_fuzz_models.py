@@ -1,7 +1,4 @@
-"""Checkpoints that something has damaged, read as `lm_eval --model moa` does: scores, or one line says what is wrong.
-
-What transformers, tokenizers and safetensors raise for a damaged file is of many types; MoALM makes it one.
-"""
+"""Damaged checkpoints: MoALM scores, or raises a ModelError of one line that names the checkpoint."""
 
 import json
 
@@ -16,8 +13,7 @@ from transformers.utils import logging
 from moa_eval.harness import MoALM, ModelError
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
 
-# lm-eval, transformers and tokenizers warn of much that is odd in a file
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval, transformers and tokenizers
 
 FILES = ("config.json", "config.json", "model.safetensors", "generation_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -26,7 +22,7 @@ PAIRS = (("a man", " sits"), ("", "on a roof"))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small checkpoint with a tokenizer; whoever damages it mends it."""
+    """A small checkpoint with a tokenizer."""
     folder = tmp_path_factory.mktemp("checkpoint")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Nothing asks a network; transformers is quiet."""
+    """Use no network; silence transformers."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
@@ -57,7 +53,7 @@ def score(folder):
 
 
 @pytest.mark.parametrize(("files", "examples"), [(FILES, 10), (TOKENIZER, 10)], ids=["model", "tokenizer"])
-def test_checkpoints(fuzz, fuzzing, folder, offline, files, examples):
+def test_damaged_checkpoints(fuzz, fuzzing, folder, offline, files, examples):
     def attempt(example):
         name, content = example
         with fuzzing.replaced(folder / name, content):
@@ -67,28 +63,18 @@ def test_checkpoints(fuzz, fuzzing, folder, offline, files, examples):
     fuzz(fuzzing.damage(folder, files), attempt, examples=examples)
 
 
-FAULTS = {
-    "a field's type": ("config.json", {"mlp_bias": "no"}, "cannot read the config of .*mlp_bias"),
-    "missing layers": ("config.json", {"num_hidden_layers": 2}, r"lacks 'model\.layers\.1"),
-    "no memory for it": (
-        "config.json",
-        {"intermediate_size": 2**20},
-        r"has the shape .*config\.json means \(.*1048576",
-    ),
-    "of no use": ("tokenizer.json", {"post_processor": 7}, "cannot load the tokenizer of"),
-    "no number": ("tokenizer_config.json", {"model_max_length": "x"}, "cannot load the tokenizer of"),
-    "no end": ("tokenizer_config.json", {"bos_token": None, "eos_token": None}, "neither bos_token nor eos_token"),
-    "more tokens": (
-        "tokenizer_config.json",
-        {"bos_token": "<new>"},
-        r"gives token (\d+), but the model has \1 embedd",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_named(fault, folder, fuzzing, offline):
-    name, change, message = FAULTS[fault]
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", {"num_hidden_layers": 2}, r"lacks 'model\.layers\.1"),
+        ("config.json", {"intermediate_size": 2**20}, r"cannot load the weights of .*shape"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "cannot load a tokenizer from"),
+        ("tokenizer_config.json", {"bos_token": None, "eos_token": None}, "neither bos_token nor eos_token"),
+        ("tokenizer_config.json", {"bos_token": "<new>"}, r"yields token (\d+), but the model has \1 embedd"),
+    ],
+    ids=["layers", "memory", "number", "no prefix", "vocabulary"],
+)
+def test_faults_are_named(name, change, message, folder, fuzzing, offline):
     content = json.dumps(json.loads((folder / name).read_text()) | change).encode()
     with fuzzing.replaced(folder / name, content), pytest.raises(ModelError, match=message):
         score(folder)

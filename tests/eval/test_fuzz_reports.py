@@ -10,7 +10,7 @@ from moa_eval import cli
 from moa_eval.page.formatting import show
 from moa_eval.training.comparison import NotComparableError
 from moa_eval.training.reading import RunFolderError
-from moa_eval.zero_shot.output import ResultsError
+from moa_train.errors import ConfigError, DataError
 
 
 def damage(fuzzing, folder, weight=lambda path: 1):
@@ -92,7 +92,7 @@ def test_lists_of_an_earlier_page(fuzz, fuzzing, make_run, no_figures, tmp_path)
 
 
 def test_errors_are_those_that_commands_say():
-    assert set(cli.READABLE) == {RunFolderError, ResultsError, NotComparableError, OSError}
+    assert set(cli.READABLE) == {ConfigError, DataError, RunFolderError, NotComparableError, OSError}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

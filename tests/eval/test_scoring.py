@@ -1,8 +1,7 @@
-"""Packed token trees give the scores of plain forward passes, text by text, for models made here from configs."""
+"""Scores of packed token trees against the plain forward passes of transformers' models."""
 
 import random
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -39,6 +38,7 @@ GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_po
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2}
 MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, **IDS}
 BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, **IDS}
+XGLM = {"vocab_size": VOCABULARY, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, **IDS}
 CHUNKS = {**HEAD, "attention_chunk_size": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
 
 EXACT = {
@@ -50,13 +50,14 @@ EXACT = {
     "mistral_window": ("MistralForCausalLM", "MistralConfig", {**COMMON, "sliding_window": 8}),
     "gemma3_windows": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**COMMON, **HEAD, "sliding_window": 8}),
 }
-REFUSED = {
+UNSUPPORTED = {
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**COMMON, **HEAD}, "softcap"),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**COMMON, **HEAD, **EXPERTS}, "s_aux"),
     "bloom": ("BloomForCausalLM", "BloomConfig", BLOOM, "position_ids"),
     "mamba": ("MambaForCausalLM", "MambaConfig", MAMBA, "position_ids"),
-    "bert": ("BertLMHeadModel", "BertConfig", SAME, "later tokens"),
-    "llama4_chunks": ("Llama4ForCausalLM", "Llama4TextConfig", {**COMMON, **CHUNKS}, "other scores"),
+    "bert": ("BertLMHeadModel", "BertConfig", SAME, "reads later tokens"),
+    "xglm": ("XGLMForCausalLM", "XGLMConfig", XGLM, "attention interface"),
+    "llama4_chunks": ("Llama4ForCausalLM", "Llama4TextConfig", {**COMMON, **CHUNKS}, "different scores"),
 }
 
 
@@ -76,8 +77,8 @@ def llama():
 
 
 @torch.inference_mode()
-def plainly(model, request, max_length):
-    """Score and greediness of one request by the model's stock forward pass and torch's log_softmax."""
+def plain_score(model, request, max_length):
+    """Score and greediness of one request by the model's own forward pass and torch's log_softmax."""
     sequence = torch.tensor([*request.context, *request.continuation][-(max_length + 1) :])
     logits = model(input_ids=sequence[None, :-1]).logits[0].float()
     count = len(request.continuation)
@@ -91,15 +92,18 @@ def scores(scorer, requests):
     return [results[index] for index in range(len(requests))]
 
 
-def assert_as_plain(model, scorer, requests, max_length=LONGEST):
-    for ours, request in zip(scores(scorer, requests), requests, strict=True):
-        log_probability, greedy = plainly(model, request, max_length)
-        assert ours[0] == pytest.approx(log_probability, abs=1e-4)
-        assert ours[1] == greedy
+def assert_same(found, expected):
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def assert_plain_scores(model, scorer, requests, max_length=LONGEST):
+    assert scorer.unsupported_reason(max_length) is None
+    assert_same(scores(scorer, requests), [plain_score(model, request, max_length) for request in requests])
 
 
 def mixed_requests(seed, count=60, vocabulary=VOCABULARY):
-    """Questions with answers that begin alike, two beginnings with one ending, duplicates, single tokens, singles."""
+    """Answers that begin alike, two contexts with one continuation, duplicates, and single tokens, shuffled."""
     generator = random.Random(seed)
 
     def tokens(low, high):
@@ -117,62 +121,53 @@ def mixed_requests(seed, count=60, vocabulary=VOCABULARY):
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_scores_of_plain_forward_passes(name):
+def test_scores_match_plain_forward_passes(name):
     model = build(*EXACT[name])
-    scorer = scorer_of(model)
-    assert scorer.refusal(LONGEST) is None
-    assert_as_plain(model, scorer, mixed_requests(1))
+    assert_plain_scores(model, scorer_of(model), mixed_requests(1))
 
 
 @pytest.mark.parametrize("experts", [{}, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}])
-def test_our_models(experts):
+def test_scores_of_moa_llama(experts):
     torch.manual_seed(0)
     model = MoALlamaForCausalLM(MoALlamaConfig(**COMMON, ffn_variant="qdmoa", **experts)).eval()
-    scorer = scorer_of(model)
-    assert scorer.refusal(LONGEST) is None
-    assert_as_plain(model, scorer, mixed_requests(2))
+    assert_plain_scores(model, scorer_of(model), mixed_requests(2))
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_models_that_trees_are_not_exact_for(name):
-    *what, reason = REFUSED[name]
-    assert reason in (scorer_of(build(*what)).refusal(10) or "")
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_models_are_detected(name):
+    *what, reason = UNSUPPORTED[name]
+    assert reason in (scorer_of(build(*what)).unsupported_reason(10) or "")
 
 
 @pytest.mark.filterwarnings("ignore")  # of the peft library
-def test_adapters():
-    """LoRA changes weights only; virtual tokens change what attention sees."""
+def test_lora_is_supported_and_prompt_tuning_is_not():
     lora = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(build(*EXACT["llama"]), lora).eval()
-    scorer = scorer_of(model)
-    assert scorer.refusal(LONGEST) is None
-    assert_as_plain(model, scorer, mixed_requests(8, 20))
+    assert_plain_scores(model, scorer_of(model), mixed_requests(8, 20))
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    assert "one row" in (scorer_of(peft.get_peft_model(build(*EXACT["llama"]), prompt)).refusal(10) or "")
+    reason = scorer_of(peft.get_peft_model(build(*EXACT["llama"]), prompt)).unsupported_reason(10)
+    assert "one row" in (reason or "")
 
 
-def test_a_layer_that_mixes_positions_is_found():
+def test_layers_that_mix_positions_are_detected():
     model = build(*EXACT["llama"])
-    mlp = model.model.layers[0].mlp
-    mlp.register_forward_hook(lambda module, inputs, output: output.cumsum(1))
-    assert "other scores" in (scorer_of(model).refusal(10) or "")
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output.cumsum(1))
+    assert "different scores" in (scorer_of(model).unsupported_reason(10) or "")
 
 
-def test_a_window_that_attention_is_not_told_of(llama):
-    llama.config.sliding_window = 32  # as if masks alone applied it
-    try:
-        scorer = scorer_of(llama)
-        assert scorer.refusal(32) is None
-        assert "window of 32" in (scorer.refusal(33) or "")
-    finally:
-        del llama.config.sliding_window
+def test_unused_window_limits_the_length():
+    model = build(*EXACT["llama"])
+    model.config.sliding_window = 32  # as if only masks applied it
+    scorer = scorer_of(model)
+    assert scorer.unsupported_reason(32) is None
+    assert "window of 32" in (scorer.unsupported_reason(33) or "")
 
 
-def test_rotary_scaling_that_depends_on_the_batch():
+def test_dynamic_rotary_scaling_limits_the_length():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 48}
     scorer = scorer_of(build("LlamaForCausalLM", "LlamaConfig", {**COMMON, "rope_parameters": rope}))
-    assert scorer.refusal(48) is None
-    assert "longest text beyond 48" in (scorer.refusal(49) or "")
+    assert scorer.unsupported_reason(48) is None
+    assert "beyond 48 tokens" in (scorer.unsupported_reason(49) or "")
 
 
 TOKENS = st.lists(st.integers(3, 5), min_size=1, max_size=12)
@@ -182,29 +177,16 @@ TOKENS = st.lists(st.integers(3, 5), min_size=1, max_size=12)
 @given(
     st.lists(st.builds(Request, TOKENS, st.lists(st.integers(3, 5), min_size=1, max_size=6)), min_size=1, max_size=8),
     st.integers(6, 20),
-    st.sampled_from([1, 2, 5, "auto"]),
+    st.sampled_from([1, 2, 5, 64, "auto"]),
 )
-def test_any_requests(llama, requests, max_length, batch_size):
-    """Three tokens only, so that nearly everything is shared; contexts longer than the model reads."""
+def test_arbitrary_truncated_requests(llama, requests, max_length, batch_size):
+    """With three different tokens, nearly all requests share prefixes."""
     requests = [prefix_tree.truncated(request, max_length) for request in requests]
-    assert_as_plain(llama, scorer_of(llama, max_length, batch_size=batch_size), requests, max_length)
+    assert_plain_scores(llama, scorer_of(llama, max_length, batch_size=batch_size), requests, max_length)
 
 
-def test_scores_do_not_depend_on_batch_order_or_limit(llama):
-    requests = mixed_requests(3)
-    expected = scores(scorer_of(llama), requests)
-    order = list(range(len(requests)))
-    random.Random(0).shuffle(order)
-    for batch_size in (1, 2, 7, 64, "auto"):
-        shuffled = scores(scorer_of(llama, batch_size=batch_size), [requests[index] for index in order])
-        few = scores(scorer_of(llama, batch_size=batch_size), requests[:5])
-        for got, index in zip([*shuffled, *few], [*order, *range(5)], strict=True):
-            assert got[0] == pytest.approx(expected[index][0], abs=1e-4)
-            assert got[1] == expected[index][1]
-
-
-def computed(model, scorer, requests):
-    """Positions that pass through the model's layers and rows that pass through its head."""
+def count_positions(model, scorer, requests):
+    """Positions that pass the model's layers, rows that pass its head, and forward passes."""
     counts = {"positions": 0, "rows": 0, "calls": 0}
 
     def layer(module, inputs, output):
@@ -216,56 +198,36 @@ def computed(model, scorer, requests):
         counts["rows"] += inputs[0].shape[1]
 
     handles = [model.model.layers[0].mlp.register_forward_hook(layer), model.lm_head.register_forward_hook(head)]
-    try:
-        scores(scorer, requests)
-    finally:
-        for handle in handles:
-            handle.remove()
+    scores(scorer, requests)
+    for handle in handles:
+        handle.remove()
     return counts
 
 
-def test_one_question_computes_each_distinct_prefix_once(llama):
-    context = list(range(3, 23))
+def test_each_distinct_prefix_is_computed_once(llama):
+    begun = list(range(3, 20))
+    contexts = [[*begun, 50], [*begun, 51]]  # as in WinoGrande
     answers = [[30, 31, 32], [30, 31, 33, 34], [30], [35], [30, 31, 32], [36, 37]]
-    requests = [Request(context, answer) for answer in answers]
-    read = [tuple(context + answer[:-1]) for answer in answers]
+    requests = [Request(context, answer) for context in contexts for answer in answers]
+    read = [(*context, *answer[:-1]) for context, answer in requests]
     prefixes = {text[:length] for text in read for length in range(1, len(text) + 1)}
-    scored = {text[:length] for text in read for length in range(len(context), len(text) + 1)}
-    counts = computed(llama, scorer_of(llama), requests)
+    scored = {prefix for prefix in prefixes if len(prefix) > len(begun)}
+    counts = count_positions(llama, scorer_of(llama), requests)
     assert counts == {"positions": len(prefixes), "rows": len(scored), "calls": 1}
 
 
-def test_the_two_sentences_of_a_schema_share_their_beginning(llama):
-    begun, ending = list(range(3, 20)), [40, 41, 42, 43]
-    requests = [Request([*begun, option], ending) for option in (50, 51)]
-    assert computed(llama, scorer_of(llama), requests)["positions"] == len(begun) + 2 * len(ending)
-
-
-def test_batches_keep_their_bounds(llama):
+def test_batches_respect_their_limits():
     requests = mixed_requests(4)
-    scorer = scorer_of(llama, batch_size=3)
-    longest = max(len(request.context) + len(request.continuation) - 1 for request in requests)
-    segments = prefix_tree.plan(requests, 48.0, 3 * longest)
+    segments = prefix_tree.plan(requests, 48.0, 100)
     assert sorted(index for segment in segments for index in segment.requests) == list(range(len(requests)))
-    for chosen in prefix_tree.batches(segments, 3 * longest, 40):
-        assert len(chosen) == 1 or sum(map(len, chosen)) <= 3 * longest
-        assert len(chosen) == 1 or sum(segment.logit_rows for segment in chosen) <= 40
-    assert computed(llama, scorer, requests)["positions"] == sum(map(len, segments))
+    groups = list(prefix_tree.batches(segments, 100, 40))
+    assert [segment for group in groups for segment in group] == segments
+    for group in groups:
+        assert len(group) == 1 or sum(map(len, group)) <= 100
+        assert len(group) == 1 or sum(segment.logit_rows for segment in group) <= 40
 
 
-def test_a_tree_holds_the_text_of_every_request():
-    requests = mixed_requests(5)
-    for segment in prefix_tree.plan(requests, 1000.0, 500):
-        index = np.arange(len(segment))
-        for request, rows, target in zip(segment.requests, segment.rows, segment.targets, strict=True):
-            ancestors = (index <= rows[-1]) & (rows[-1] < segment.end)
-            text = [*requests[request].context, *requests[request].continuation]
-            assert segment.tokens[ancestors].tolist() == text[:-1]
-            assert segment.depth[ancestors].tolist() == list(range(len(text) - 1))
-            assert target.tolist() == list(requests[request].continuation)
-
-
-def test_too_little_memory_halves_the_batch(llama, monkeypatch):
+def test_batch_is_halved_when_memory_is_insufficient(llama, monkeypatch):
     requests = mixed_requests(6)
     expected = scores(scorer_of(llama), requests)
     scorer = scorer_of(llama)
@@ -278,11 +240,11 @@ def test_too_little_memory_halves_the_batch(llama, monkeypatch):
         return forward(packing)
 
     monkeypatch.setattr(scorer, "_forward", limited)
-    assert [score for score, _ in scores(scorer, requests)] == pytest.approx([s for s, _ in expected], abs=1e-4)
+    assert_same(scores(scorer, requests), expected)
     assert max(sizes) > 2
 
 
-def test_attention_is_given_back(llama, monkeypatch):
+def test_attention_of_the_model_is_restored(llama, monkeypatch):
     before = llama.config._attn_implementation
     scores(scorer_of(llama), mixed_requests(7, 5))
     assert llama.config._attn_implementation == before != IMPLEMENTATION
@@ -292,13 +254,8 @@ def test_attention_is_given_back(llama, monkeypatch):
     assert llama.config._attn_implementation == before
 
 
-def test_half_precision_keeps_its_softmax_in_float32():
+def test_log_softmax_of_a_bfloat16_model_is_float32():
     model = build(*EXACT["llama"]).bfloat16()
-    request = Request([5, 6, 7], [8])
     logits = model(torch.tensor([[5, 6, 7]]), logits_to_keep=1).logits[0, 0]
     expected = torch.log_softmax(logits.double(), -1)[8].item()
-    assert scores(scorer_of(model), [request])[0][0] == pytest.approx(expected, abs=1e-4)
-
-
-def test_no_requests(llama):
-    assert list(scorer_of(llama).stream([])) == []
+    assert scores(scorer_of(model), [Request([5, 6, 7], [8])])[0][0] == pytest.approx(expected, abs=1e-4)

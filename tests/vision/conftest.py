@@ -1,16 +1,18 @@
-"""Photographs, tars written by tarfile, a web server that misbehaves, and a cache folder of the test's own."""
+"""Photographs, tars written by tarfile, an HTTP server with faults, and a cache folder for each test."""
+
+from __future__ import annotations
 
 import http.server
 import io
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import skimage.data
+from hypothesis import strategies as st
 from PIL import Image
 
 from moa_vision import cache
@@ -18,14 +20,14 @@ from moa_vision import cache
 
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing that a test caches outlives it."""
+    """A default cache folder that is removed with the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
     return tmp_path / "cache-home"
 
 
 @pytest.fixture(scope="session")
 def photos() -> list[Image.Image]:
-    """Four photographs of different shapes, short side 128 or so."""
+    """Four photographs of different shapes, short side about 128."""
     arrays = [getattr(skimage.data, name)() for name in ("astronaut", "coffee", "chelsea", "rocket")]
     images = [Image.fromarray(array) for array in arrays]
     for image, side in zip(images, (128, 120, 140, 101), strict=True):
@@ -47,11 +49,11 @@ def encode() -> Callable[..., bytes]:
 
 @pytest.fixture(scope="session")
 def write_tar() -> Callable[..., Path]:
-    """write_tar(path, [(member name, bytes), ...], mode="w") -> path, by tarfile."""
+    """write_tar(path, [(member name, bytes), ...]) -> path, by tarfile."""
 
-    def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> Path:
+    def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, mode) as tar:
+        with tarfile.open(path, "w") as tar:
             for name, data in members:
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -61,9 +63,29 @@ def write_tar() -> Callable[..., Path]:
     return write_tar
 
 
+@pytest.fixture(scope="session")
+def mutations() -> Callable[[bytes], st.SearchStrategy[bytes]]:
+    """mutations(data) -> strategy of `data` with bytes changed, a piece removed or the end cut off."""
+
+    def mutated(data: bytes, edits, cut, end) -> bytes:
+        changed = bytearray(data)
+        for at, new in edits:
+            changed[at : at + len(new)] = new
+        if cut is not None:
+            del changed[cut[0] : cut[0] + cut[1]]
+        return bytes(changed[:end])
+
+    def mutations(data: bytes) -> st.SearchStrategy[bytes]:
+        edits = st.lists(st.tuples(st.integers(0, len(data) - 1), st.binary(min_size=1, max_size=12)), max_size=6)
+        cuts = st.tuples(st.integers(0, len(data)), st.integers(0, 600))
+        return st.builds(mutated, st.just(data), edits, st.none() | cuts, st.none() | st.integers(0, len(data)))
+
+    return mutations
+
+
 @pytest.fixture
 def shards(tmp_path: Path, photos, encode, write_tar) -> Path:
-    """A folder of 5 tars with 9, 4, 7, 1 and 11 JPEG photographs each, labelled; keys a0, a1, ..., e10."""
+    """A folder of 5 tars with 9, 4, 7, 1 and 11 labelled JPEG photographs; keys a0, a1, ..., e10."""
     folder = tmp_path / "shards"
     number = 0
     for letter, count in zip("abcde", (9, 4, 7, 1, 11), strict=True):
@@ -77,17 +99,15 @@ def shards(tmp_path: Path, photos, encode, write_tar) -> Path:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder; `faults` maps a file's name to what goes wrong at its next requests.
+    """A server of a folder; `faults` maps a file name to the faults of its next requests.
 
-    A fault is a status, "cut" (half of the file comes), "silent cut" (so that only its content tells), "stall",
-    "endless" (zeros follow for as long as they are taken) or "garbled" (it does not begin as HTTP does).
+    A fault is a status, "cut" (half of the file), "silent cut" (without a length header), "stall", or "garbled".
     """
 
     def __init__(self, folder: Path, mixin: type | None = None) -> None:
         self.faults: dict[str, list[int | str]] = {}
         self.requests: list[str] = []
-        self.sent = 0  # bytes of what is endless
-        self.stalled = threading.Event()  # set: whoever stalls ends
+        self.stalled = threading.Event()
         handler = type("Handler", (mixin, Handler) if mixin else (Handler,), {})
         super().__init__(("127.0.0.1", 0), partial(handler, directory=str(folder)))
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -109,23 +129,20 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         kind = fault.pop(0)
         if isinstance(kind, int):
             return self.send_error(kind)
-        data = (Path(self.directory) / name).read_bytes()
+        self.close_connection = True
         if kind == "garbled":
             self.wfile.write(b"HTTP/x.y zzz\r\n\r\n")
-            self.close_connection = True
             return None
+        data = (Path(self.directory) / name).read_bytes()
         self.send_response(200)
-        if kind not in ("silent cut", "endless"):
+        if kind != "silent cut":
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[: len(data) // 2])
         self.wfile.flush()
         if kind == "stall":
             self.server.stalled.wait(120)
-        with suppress(ConnectionError):  # the other side has had enough
-            while kind == "endless" and self.server.sent < 2**28:
-                self.server.sent += self.wfile.write(bytes(2**16))
-        self.close_connection = True
+        return None
 
     def log_message(self, format: str, *args: object) -> None:
         pass

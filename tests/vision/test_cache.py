@@ -1,129 +1,174 @@
-"""A cache with a limit, shared by processes that read, make room and are killed."""
+"""The shard cache: transfers, retries, checksums and eviction, shared by processes that may be killed."""
 
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
 import multiprocessing
 import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from moa_vision.cache import ATTEMPTS, LostShard, Shard, local_path, open_shard
+from moa_train.errors import ConfigError, DataError
+from moa_vision import cache
+from moa_vision.cache import ATTEMPTS, LostShard, Shard, ShardCache
 from moa_vision.cache_eviction import hold, make_room, release
 from moa_vision.index import ShardReader, open_index
 
 FORK = multiprocessing.get_context("fork")
 
 
-def fill(folder, *sizes):
-    """Files 0, 1, ... of these sizes, the first used longest ago."""
-    folder.mkdir(parents=True)
-    for number, size in enumerate(sizes):
-        (folder / f"{number}.tar").write_bytes(bytes(size))
-        os.utime(folder / f"{number}.tar", (1000 + number, 1000 + number))
+@pytest.fixture
+def server(shards, serve):
+    return serve(shards)
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_least_recently_used_go_first(tmp_path):
-    fill(tmp_path / "shards", 10, 20, 30, 40)
-    make_room(tmp_path / "shards", 100)
-    assert len(names(tmp_path / "shards")) == 4
-    release(hold(tmp_path / "shards" / "0.tar"))  # used now
-    make_room(tmp_path / "shards", 100, wanted=15)
-    assert names(tmp_path / "shards") == ["0.tar", "2.tar", "3.tar"]
-    make_room(tmp_path / "shards", 0, keep=tmp_path / "shards" / "2.tar")
-    assert names(tmp_path / "shards") == ["2.tar"]
+# --- transfers ----------------------------------------------------------------------------------------------------
 
 
-def test_files_in_use_stay(tmp_path, caplog):
-    fill(tmp_path / "shards", 10, 20, 30)
-    files = [hold(tmp_path / "shards" / "0.tar"), hold(tmp_path / "shards" / "0.tar")]
-    make_room(tmp_path / "shards", 5)
-    assert names(tmp_path / "shards") == ["0.tar"] and "above data.cache_gib" in caplog.text
-    release(files[0])
-    make_room(tmp_path / "shards", 5)
-    assert names(tmp_path / "shards") == ["0.tar"], "one of two readers is left"
-    release(files[1])
-    make_room(tmp_path / "shards", 5)
-    assert not names(tmp_path / "shards")
-    with pytest.raises(FileNotFoundError):
-        hold(tmp_path / "shards" / "0.tar")
+@pytest.mark.parametrize("faults", [[503], ["cut", 500, "cut"], [429, 408], ["garbled"]])
+def test_temporary_errors_are_retried(server, shards, tmp_path, faults):
+    server.faults["a.tar"] = list(faults)
+    path = ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar"))
+    assert path.read_bytes() == (shards / "a.tar").read_bytes()
+    assert len(server.requests) == len(faults) + 1
+    assert sorted(child.suffix for child in path.parent.iterdir()) == [".lock", ".tar"]
 
 
-def test_what_killed_transfers_left_is_removed(tmp_path):
-    folder = tmp_path / "shards"
-    fill(folder, 10)
-    for name in ("a.tar", "b.tar"):
-        (folder / f"{name}.tmp").write_bytes(b"half")
-        (folder / f"{name}.tmp.unpacked").write_bytes(b"half")
-        (folder / f"{name}.lock").write_bytes(b"")
-    with FileLock(folder / "b.tar.lock"):  # this one goes on
-        make_room(folder, None)
-        left = [name for name in names(folder) if not name.endswith(".lock")]
-        assert left == ["0.tar", "b.tar.tmp", "b.tar.tmp.unpacked"]
+@pytest.mark.parametrize(("fault", "tries", "text"), [
+    (404, 1, "FileNotFound"), (403, 1, "403"), (500, ATTEMPTS, "500"), ("cut", ATTEMPTS, f"attempt {ATTEMPTS} of"),
+])  # fmt: skip
+def test_final_error_names_the_url(server, tmp_path, fault, tries, text):
+    server.faults["a.tar"] = [fault] * 9
+    with pytest.raises(LostShard, match=rf"cannot fetch http.*a\.tar.*{text}"):
+        ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar"))
+    assert len(server.requests) == tries
+    assert not list(tmp_path.glob("cache/shards/*.tar*tmp*"))
 
 
-def test_a_process_killed_within_a_transfer_leaves_nothing_behind(shards, serve, tmp_path):
-    cache = tmp_path / "cache"
-    server = serve(shards)
-    server.faults["a.tar"] = ["stall"]
-    process = FORK.Process(target=local_path, args=(Shard(f"{server.url}/a.tar"), cache))
-    process.start()
-    end = time.monotonic() + 120
-    while not list(cache.glob("shards/*.tmp")) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert list(cache.glob("shards/*.tmp"))
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
-    local_path(Shard(f"{server.url}/b.tar"), cache)
-    assert not list(cache.glob("shards/*.tmp")) and len(list(cache.glob("shards/*.tar"))) == 1
-    assert local_path(Shard(f"{server.url}/a.tar"), cache).read_bytes() == (shards / "a.tar").read_bytes()
+def test_checksum_is_verified_after_the_transfer(server, shards, tmp_path):
+    data = (shards / "a.tar").read_bytes()
+    with pytest.raises(LostShard, match=r"a\.tar.*SHA-256 differs"):
+        ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar", len(data), "0" * 64))
+    assert len(server.requests) == ATTEMPTS
+    good = Shard(f"{server.url}/a.tar", len(data), hashlib.sha256(data).hexdigest())
+    assert ShardCache(tmp_path / "cache").fetch(good).read_bytes() == data
 
 
-def test_a_shard_that_goes_between_look_up_and_opening_is_fetched_again(shards, serve, tmp_path, monkeypatch):
-    server = serve(shards)
+def test_a_stalled_transfer_fails(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "STALL_S", 0.2)
+    monkeypatch.setattr(cache, "ATTEMPTS", 2)
+    server.faults["a.tar"] = ["stall"] * 2
+    with pytest.raises(LostShard, match=r"attempt 2 of 2.*Timeout"):
+        ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar"))
+
+
+def test_failing_pipe_reports_its_exit_status(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(cache, "BACKOFF_S", 0.0)
+    with pytest.raises(LostShard, match="exit status 3"):
+        ShardCache(tmp_path / "cache").fetch(Shard(f"pipe:head -c 5000 {shards}/a.tar; exit 3"))
+
+
+def test_unknown_scheme_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="cannot open zzz://"):
+        ShardCache(tmp_path / "cache").fetch(Shard("zzz://host/a.tar"))
+
+
+def test_full_disk_is_not_a_lost_shard(server, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache, "_transfer", full)
+    with pytest.raises(DataError, match=r"cannot store .*No space left.*data\.cache_gib.*data\.cache_dir") as error:
+        ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar"))
+    assert not isinstance(error.value, LostShard)
+
+
+class Hub:
+    """The endpoints of the Hugging Face Hub that list and serve the files of one data set."""
+
+    def do_GET(self):
+        name = self.path.split("?")[0]
+        files = sorted(Path(self.directory).glob("*.tar"))
+        if name in ("/api/datasets/timm/imagenet-1k-wds", "/api/datasets/timm/imagenet-1k-wds/revision/main"):
+            self.answer({"id": "timm/imagenet-1k-wds", "sha": "0" * 40, "siblings": []})
+        elif name.endswith("/tree/main"):
+            self.answer([{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files])
+        elif "/resolve/main/" in name:
+            self.path = f"/{name.split('/')[-1]}"
+            super().do_GET()
+        else:
+            self.send_error(404)
+
+    do_POST = do_GET
+
+    def answer(self, value):
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def test_hub_data_sets_are_read(shards, tmp_path, monkeypatch, serve):
+    from huggingface_hub import constants
+
+    for number, path in enumerate(sorted(shards.glob("*.tar"))):  # the layout of timm/imagenet-1k-wds
+        path.rename(shards / f"imagenet1k-train-{number:04d}.tar")
+    local = open_index(str(shards))
+    server = serve(shards, Hub)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    url = "hf://datasets/timm/imagenet-1k-wds/imagenet1k-train-"
+    for pattern in (f"{url}{{0000..0004}}.tar", f"{url}*.tar"):
+        index = open_index(pattern, tmp_path / "cache")
+        assert index.identity() == local.identity()
+        assert ShardReader(index).read(31).tobytes() == ShardReader(local).read(31).tobytes()
+
+
+# --- shared by processes ------------------------------------------------------------------------------------------
+
+
+def test_a_shard_is_fetched_once_by_any_number_of_processes(server, tmp_path):
+    shard = Shard(f"{server.url}/e.tar")
+    readers = [FORK.Process(target=ShardCache(tmp_path / "cache").fetch, args=(shard,)) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(600)
+    assert [reader.exitcode for reader in readers] == [0, 0, 0] and server.requests == ["e.tar"]
+
+
+def test_a_lost_shard_is_not_retried_by_other_readers_of_the_run(server, tmp_path, monkeypatch):
     shard = Shard(f"{server.url}/a.tar")
-    taken = []
-
-    def hold_too_late(path):
-        if not taken:
-            taken.append(path)
-            path.unlink()
-        return hold(path)
-
-    monkeypatch.setattr("moa_vision.cache.hold", hold_too_late)
-    opened = open_shard(shard, tmp_path)
-    assert os.pread(opened.file, 10**7, 0) == (shards / "a.tar").read_bytes()
-    opened.close()
-    assert server.requests == ["a.tar"] * 2
-
-
-def test_a_shard_that_is_cut_when_it_is_fetched_again_is_not_kept(shards, serve, tmp_path, caplog):
-    """No manifest tells its size: the index does. Nor is one used that was let in cut."""
-    server = serve(shards)
-    index = open_index(f"{server.url}/a.tar", tmp_path / "cache")
-    (kept,) = (tmp_path / "cache" / "shards").glob("*.tar")
-    whole = ShardReader(index).read(8).tobytes()
-    kept.unlink()  # as whoever makes room does
-    server.faults["a.tar"] = ["silent cut"] * 2
-    assert ShardReader(index).read(8).tobytes() == whole and not server.faults["a.tar"]
-    assert "bytes came, and its samples end at " in caplog.text
-    kept.write_bytes(kept.read_bytes()[:-30_000])
-    assert ShardReader(index).read(8).tobytes() == whole
-    assert server.requests == ["a.tar"] * 5
-    kept.unlink()
-    server.faults["a.tar"] = ["silent cut"] * ATTEMPTS
-    with pytest.raises(LostShard, match=r"a\.tar .*it is cut, or has changed"):
-        ShardReader(index).read(0)
-    assert not kept.exists()
+    first, second = ShardCache(tmp_path / "cache"), ShardCache(tmp_path / "cache")
+    server.faults["a.tar"] = [500] * ATTEMPTS
+    for shard_cache in (first, second):
+        with pytest.raises(LostShard, match=rf"cannot fetch .*attempt {ATTEMPTS} of {ATTEMPTS}"):
+            shard_cache.fetch(shard)
+    assert len(server.requests) == ATTEMPTS
+    assert ShardCache(tmp_path / "cache").fetch(shard).exists(), "a run that starts later tries again"
+    server.faults["b.tar"] = [404]
+    with pytest.raises(LostShard):
+        first.fetch(Shard(f"{server.url}/b.tar"))
+    monkeypatch.setattr(cache, "LOST_S", -1.0)
+    assert first.fetch(Shard(f"{server.url}/b.tar")).exists(), "tried again after a while"
 
 
 def hammer(url, cache_dir, limit_gib, expected, seed, reads):
-    """Reads samples at random and compares them; exit code 1 where one differs."""
+    """Compare samples read in random order; exit with 1 at a difference."""
     index = open_index(url, cache_dir, limit_gib)
     reader = ShardReader(index, open_files=1)
     draw = random.Random(seed)
@@ -135,13 +180,12 @@ def hammer(url, cache_dir, limit_gib, expected, seed, reads):
 
 
 def test_processes_share_a_bounded_cache(write_tar, serve, tmp_path):
-    """Three processes, one of them killed on the way, read 12 shards where there is room for about five."""
+    """Three processes, one of them killed, read 12 shards with room for about five."""
     expected = [bytes([number]) * 20_000 for number in range(24)]
+    size = 0
     for number in range(12):
-        write_tar(tmp_path / "set" / f"{number:02d}.tar", [
-            (f"{2 * number}.jpg", expected[2 * number]), (f"{2 * number + 1}.jpg", expected[2 * number + 1]),
-        ])  # fmt: skip
-    size = (tmp_path / "set" / "00.tar").stat().st_size
+        members = [(f"{i}.jpg", expected[i]) for i in (2 * number, 2 * number + 1)]
+        size = write_tar(tmp_path / "set" / f"{number:02d}.tar", members).stat().st_size
     server = serve(tmp_path / "set")
     arguments = (f"{server.url}/{{00..11}}.tar", tmp_path / "cache", 5.5 * size / 2**30, expected)
     processes = [FORK.Process(target=hammer, args=(*arguments, seed, 80)) for seed in range(3)]
@@ -154,8 +198,92 @@ def test_processes_share_a_bounded_cache(write_tar, serve, tmp_path):
     for process in processes:
         process.join(200)
     assert [process.exitcode for process in processes[1:]] == [0, 0]
-    assert len(server.requests) > 24, "shards went and came again"
-    local_path(Shard(f"{server.url}/00.tar"), tmp_path / "cache", limit=int(5.5 * size))
+    assert len(server.requests) > 24, "shards were evicted and fetched again"
+    make_room(tmp_path / "cache" / "shards", int(5.5 * size))
     kept = [path for path in (tmp_path / "cache" / "shards").iterdir() if path.suffix != ".lock"]
-    assert sum(path.stat().st_size for path in kept) <= 5.5 * size
-    assert all(path.suffix == ".tar" for path in kept)
+    assert sum(path.stat().st_size for path in kept) <= 5.5 * size and {path.suffix for path in kept} == {".tar"}
+
+
+def test_a_refetched_shard_must_hold_its_samples(server, tmp_path, caplog):
+    """Without a manifest only the index tells that a transfer was cut."""
+    index = open_index(f"{server.url}/a.tar", tmp_path / "cache")
+    (kept,) = tmp_path.glob("cache/shards/*.tar")
+    whole = ShardReader(index).read(8).tobytes()
+    kept.unlink()
+    server.faults["a.tar"] = ["silent cut"] * 2
+    assert ShardReader(index).read(8).tobytes() == whole and not server.faults["a.tar"]
+    assert "but its samples end at byte " in caplog.text
+
+
+# --- eviction -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """cached(sizes) -> a folder of files 0.tar, 1.tar, ... of these sizes, the first used longest ago."""
+
+    def cached(*sizes):
+        folder = tmp_path / "cached"
+        folder.mkdir()
+        for number, size in enumerate(sizes):
+            (folder / f"{number}.tar").write_bytes(bytes(size))
+            os.utime(folder / f"{number}.tar", (1000 + number, 1000 + number))
+        return folder
+
+    return cached
+
+
+def test_least_recently_used_are_evicted_first(cached):
+    folder = cached(10, 20, 30, 40)
+    make_room(folder, 100)
+    assert len(names(folder)) == 4
+    release(hold(folder / "0.tar"))  # used now
+    make_room(folder, 100, incoming=15)
+    assert names(folder) == ["0.tar", "2.tar", "3.tar"]
+
+
+def test_files_in_use_are_not_evicted(cached, caplog):
+    folder = cached(10, 20, 30)
+    files = [hold(folder / "0.tar"), hold(folder / "0.tar")]
+    make_room(folder, 5)
+    assert names(folder) == ["0.tar"] and "exceeds data.cache_gib" in caplog.text
+    release(files[0])
+    make_room(folder, 5)
+    assert names(folder) == ["0.tar"], "the second reader is left"
+    release(files[1])
+    make_room(folder, 5)
+    assert not names(folder)
+
+
+def test_leftovers_of_killed_transfers_are_removed(cached):
+    folder = cached(10)
+    for name in ("a.tar", "b.tar"):
+        (folder / f"{name}.tmp").write_bytes(b"half")
+        (folder / f"{name}.lock").write_bytes(b"")
+    with FileLock(folder / "b.tar.lock"):  # in progress
+        make_room(folder, None)
+        assert [name for name in names(folder) if not name.endswith(".lock")] == ["0.tar", "b.tar.tmp"]
+
+
+# --- local shards -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["preadv", "open"])
+def test_a_local_shard_that_fails_once_is_opened_again(shards, tmp_path, monkeypatch, name):
+    """A stale handle of a network file system."""
+    monkeypatch.setattr("moa_train.open_files.RETRY_S", 0.0)
+    index = open_index(str(shards), tmp_path / "cache")
+    expected = ShardReader(index).read(0).tobytes()
+    faults, original = [1], getattr(os, name)
+
+    def fail(*arguments):
+        if faults:
+            faults.pop()
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return original(*arguments)
+
+    monkeypatch.setattr(os, name, fail)
+    assert ShardReader(index).read(0).tobytes() == expected and not faults
+    faults += [1, 1]
+    with pytest.raises(OSError, match="Stale file handle"):
+        ShardReader(index).read(0)

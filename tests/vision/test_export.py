@@ -1,4 +1,4 @@
-"""The export folder through timm's own `local-dir:` loading, and the whole MAE read back."""
+"""The export folder, read by timm's `local-dir:` and by `load_mae`."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ DECODER: dict[str, Any] = {"decoder_dim": 24, "decoder_depth": 1, "decoder_heads
 
 def make(name: str = "vit_tiny_patch16_qdmoa", img_size: Any = 32, **encoder_args: Any) -> MAE:
     mae = create_mae(name, img_size=img_size, encoder_args={**ENCODER, **encoder_args}, **DECODER).eval()
-    with torch.no_grad():  # norms as they are initialized would hide that they were not loaded
+    with torch.no_grad():  # initial norms would hide that they were not loaded
         for norm in (module for module in mae.modules() if isinstance(module, nn.LayerNorm)):
             norm.weight.add_(torch.randn_like(norm.weight))
             norm.bias.add_(torch.randn_like(norm.bias))
@@ -45,15 +45,7 @@ def exported(tmp_path: Path) -> tuple[MAE, Path]:
     return mae, tmp_path / "export"
 
 
-def test_features_are_equal(exported):
-    mae, folder = exported
-    model, x = load(folder), images(32)
-    assert torch.equal(model.forward_features(x), mae.encoder.forward_features(x))
-    assert torch.equal(model(x), mae.encoder.forward_features(x)[:, 0])
-    assert model.num_classes == 0
-
-
-def test_preprocessing_is_kept(exported):
+def test_preprocessing_is_exported(exported):
     config = timm.data.resolve_model_data_config(load(exported[1]))
     assert (tuple(config["mean"]), tuple(config["std"])) == (MEAN, STD)
     assert config["input_size"] == (3, 32, 32) and config["interpolation"] == "bicubic"
@@ -71,14 +63,13 @@ def test_pooling_and_head(exported, global_pool, num_classes):
 
 
 @pytest.mark.parametrize("source", [32, (24, 48)])
-def test_other_image_size_resamples_the_positions(tmp_path, source):
+def test_positions_are_resampled_for_other_image_sizes(tmp_path, source):
     mae = make(img_size=source)
     export_encoder(mae, tmp_path / "export", MEAN, STD)
     model = load(tmp_path / "export", img_size=160)
     assert model(images(160)).shape == (2, 32)
-    rows, columns = mae.grid_size
     assert mae.encoder.pos_embed is not None and model.pos_embed is not None
-    positions = mae.encoder.pos_embed[:, 1:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    positions = mae.encoder.pos_embed[:, 1:].unflatten(1, mae.grid_size).permute(0, 3, 1, 2)
     resized = nn.functional.interpolate(positions, (20, 20), mode="bicubic", antialias=True)
     torch.testing.assert_close(model.pos_embed[:, 1:], resized.flatten(2).transpose(1, 2))
 
@@ -93,42 +84,36 @@ def test_dynamic_image_size(exported):
 def test_features_only(exported):
     mae, folder = exported
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=[0, 1]).eval()
-    x = images(32)
-    expected = mae.encoder.forward_intermediates(x, intermediates_only=True)
-    for feature, intermediate in zip(model(x), expected, strict=True):
-        assert feature.shape == (2, 32, 4, 4)
+    expected = mae.encoder.forward_intermediates(images(32), intermediates_only=True)
+    for feature, intermediate in zip(model(images(32)), expected, strict=True):
         torch.testing.assert_close(feature, intermediate)
 
 
-def test_ffn_settings_come_back(tmp_path):
+def test_ffn_settings_are_exported_and_run_settings_are_not(tmp_path):
     settings = {"ffn_mixing_gate": "tanh", "ffn_gate_activations": ["r", "s"], "ffn_up_activations": "id,t,g"}
     mae = make(**settings, ffn_mix_bias=True, drop_path_rate=0.2, proj_drop_rate=0.1, ffn_backend="eager")
     export_encoder(mae, tmp_path / "export", MEAN, STD)
     model, x = load(tmp_path / "export"), images(32)
     assert torch.equal(model.forward_features(x), mae.encoder.forward_features(x))
     for ffn in (module for module in model.modules() if isinstance(module, FFN)):
-        assert ffn.spec.mixing_gate == "tanh" and ffn.spec.mix_bias
-        assert ffn.spec.gate_activations == ("relu", "silu")
-        assert ffn.spec.up_activations == ("identity", "tanh", "gelu")
+        assert ffn.spec == mae.encoder.blocks[0].mlp.spec
     model_args = json.loads((tmp_path / "export" / "config.json").read_text())["model_args"]
     assert not {"drop_path_rate", "proj_drop_rate", "ffn_backend"} & model_args.keys()
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224"])
-def test_a_plain_timm_encoder_exports_too(tmp_path, name):
-    mae = make(name)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_tiny_patch16_qdmoa"])
+def test_encoder_comes_back(tmp_path, name):
+    mae, x = make(name), images(32)
     export_encoder(mae, tmp_path / "export", MEAN, STD)
-    x = images(32)
     assert torch.equal(load(tmp_path / "export").forward_features(x), mae.encoder.forward_features(x))
 
 
 @pytest.mark.parametrize("img_size", [32, (16, 48)])
-def test_the_whole_mae_comes_back(tmp_path, img_size):
+def test_whole_mae_comes_back(tmp_path, img_size):
     mae = make(img_size=img_size, ffn_mixing_gate="softmax", drop_path_rate=0.1)
     export_encoder(mae, tmp_path / "export", MEAN, STD)
     again = load_mae(tmp_path / "export").eval()
-    height, width = mae.grid_size[0] * 8, mae.grid_size[1] * 8
-    x, noise = images(height, width), torch.rand(2, mae.num_patches)
+    x, noise = images(*mae.image_size), torch.rand(2, mae.num_patches)
     for ours, theirs in zip(mae(x, noise), again(x, noise), strict=True):
         assert torch.equal(ours, theirs)
     assert again.config == mae.config
@@ -136,17 +121,16 @@ def test_the_whole_mae_comes_back(tmp_path, img_size):
     assert document["mean"] == list(MEAN) and document["std"] == list(STD)
 
 
-def test_exporting_again_replaces_the_folder(exported):
+def test_an_older_export_is_replaced(exported):
     _, folder = exported
     (folder / "stale.txt").write_text("old")
     export_encoder(make(), folder, MEAN, STD)
+    files = {"config.json", "model.safetensors", "mae.json", "mae.safetensors"}
     assert {path.name for path in folder.parent.iterdir()} == {"export"}
-    assert {path.name for path in folder.iterdir()} == {
-        *("config.json", "model.safetensors", "mae.json", "mae.safetensors")
-    }
+    assert {path.name for path in folder.iterdir()} == files
 
 
-def test_a_failed_export_leaves_the_old_one(exported, monkeypatch):
+def test_a_failed_export_keeps_the_older_one(exported, monkeypatch):
     mae, folder = exported
 
     def fail(*_: object) -> None:
@@ -159,45 +143,27 @@ def test_a_failed_export_leaves_the_old_one(exported, monkeypatch):
     assert load(folder).num_classes == 0
 
 
-def test_errors_say_which_and_what(exported, tmp_path):
-    mae, _ = exported
-    with pytest.raises(ValueError, match=r"elsewhere.mae\.json is not an exported MAE"):
-        load_mae(tmp_path / "elsewhere")
+def test_only_models_of_create_mae_can_be_exported(exported, tmp_path):
     with pytest.raises(ValueError, match="built by create_mae"):
-        export_encoder(MAE(mae.encoder, **DECODER), tmp_path / "export", MEAN, STD)
+        export_encoder(MAE(exported[0].encoder, **DECODER), tmp_path / "export", MEAN, STD)
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("mae.json", b"{"),
-        ("mae.json", b"[]"),
-        ("mae.json", b"[" * 100_000),
         ("mae.json", b'{"model": 7}'),
-        ("mae.json", b'{"model": {"encoder_name": null}}'),
         ("mae.json", b'{"model": {"encoder_name": "vit_tiny_patch16_qdmoa", "img_size": "x"}}'),
-        ("mae.safetensors", b""),
         ("mae.safetensors", b"\xff" * 64),
         ("mae.safetensors", None),
     ],
-    ids=["cut", "a list", "deep", "a number", "no name", "no size", "empty", "noise", "another's"],
+    ids=["cut", "no arguments", "wrong type", "no tensors", "other tensors"],
 )
-def test_a_damaged_export_is_named(exported, tmp_path, name, content):
+def test_damaged_exports_are_reported(exported, name, content):
     _, folder = exported
     if content is None:
-        export_encoder(make(embed_dim=64), tmp_path / "other", MEAN, STD)
-        content = (tmp_path / "other" / name).read_bytes()
+        export_encoder(make(embed_dim=64), folder.parent / "other", MEAN, STD)
+        content = (folder.parent / "other" / name).read_bytes()
     (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=r"mae\.json is not an exported MAE"):
+    with pytest.raises(ValueError, match=r"mae\.json (is not a valid MAE export|cannot be read)"):
         load_mae(folder)
-
-
-@pytest.mark.parametrize("change", [{"depth": 10**9}, {"embed_dim": 2**20}, {"mlp_ratio": 1e6}])
-def test_an_export_of_another_size_takes_no_memory(exported, change):
-    """A model of these arguments would have terabytes of weights, or a billion layers."""
-    path = exported[1] / "mae.json"
-    document = json.loads(path.read_text())
-    document["model"]["encoder_args"] |= change
-    path.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"mae\.json is not an exported MAE .*mae\.safetensors"):
-        load_mae(exported[1])

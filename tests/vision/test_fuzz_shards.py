@@ -1,69 +1,152 @@
-"""Folders of shards that something has damaged: `make_shards` goes on, or says what is wrong."""
+"""Malformed tars, manifests and indices: every reader returns a result or raises DataError."""
 
-import shutil
+from __future__ import annotations
 
-import numpy as np
+import io
+import json
+import struct
+import tarfile
+
 import pytest
-from PIL import Image
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moa_train.errors import DataError
-from moa_vision import shards
-from moa_vision.shards import ShardSettings, make_shards
+from moa_vision.images import ImageError
+from moa_vision.index import ShardReader, open_index
+from moa_vision.shards import make_shards
+from moa_vision.sources import TarSource
+from moa_vision.table import BadSample, SampleTable, index_tar
 
-SETTINGS = ShardSettings(samples_per_shard=3)
-
-
-def stop(*_):
-    raise KeyboardInterrupt
-
-
-@pytest.fixture
-def images(tmp_path):
-    """Eight small pictures and something else."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i in range(8):
-        Image.fromarray(np.full((6, 7, 3), 30 * i, np.uint8)).save(folder / f"{i}.png")
-    (folder / "8.png").write_bytes(b"no picture")
-    return folder
+FUZZ = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+EXAMPLES = [50, pytest.param(2000, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("state", ["finished", "broken off"])
-def test_going_on(fuzz, fuzzing, images, tmp_path, monkeypatch, state):
-    """A folder of an earlier run with one file damaged, and the same command again; nothing else is touched."""
-    monkeypatch.setattr("os.fsync", lambda file: None)  # the power stays on
-    out = tmp_path / "sets" / "set"
-    if state == "finished":
-        make_shards(str(images), out, SETTINGS)
-    else:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(shards, "_publish", stop)
-            make_shards(str(images), out, SETTINGS)
-    names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and path.stat().st_size)
-    assert len(names) > 4
+def tar(*members, form=tarfile.GNU_FORMAT):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as out:
+        for member in members:
+            name, data, kind, link = (*member, *(tarfile.REGTYPE, "")[len(member) - 2 :])
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = len(data), kind, link
+            out.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
 
-    def attempt(example):
-        name, content = example
-        again = shutil.copytree(out, tmp_path / "sets" / "again")
+
+LONG_NAMES = [(f"{'d/' * 80}{'n' * 120}{i}.jpg", b"image") for i in range(2)]
+TARS = {
+    "gnu": tar(("a.jpg", b"image"), ("a.cls", b"1"), ("a.json", b"{}"), *LONG_NAMES),
+    "pax": tar(("ä" * 150 + ".jpg", b"image"), ("b.png", b"x"), *LONG_NAMES, form=tarfile.PAX_FORMAT),
+    "links": tar(("a.jpg", b"image"), ("b.jpg", b"", tarfile.SYMTYPE, "/etc/passwd"),
+                 ("c.jpg", b"", tarfile.LNKTYPE, "a.jpg"), ("d.jpg", b"", tarfile.CHRTYPE),
+                 ("e.jpg", b"", tarfile.FIFOTYPE)),
+}  # fmt: skip
+
+
+def read_tar(path):
+    """Read a tar by every reader, as far as it goes."""
+    try:
+        table = index_tar(path)
+        source = TarSource(str(path), path.parent / "cache")
+        index = open_index(str(path), path.parent / "cache")
+    except DataError as error:
+        assert str(path) in str(error)
+        return
+    reader = ShardReader(index)
+    for sample in range(len(table)):
+        assert len(reader.read(sample)) == table.sizes[sample]
+    for item in source.items:
         try:
-            (again / name).write_bytes(content)
-            error = fuzzing.refusal(lambda: make_shards(str(images), again, SETTINGS), ValueError, DataError, OSError)
-        finally:
-            shutil.rmtree(again)
-        assert error is None or str(again) in str(error), error
-        assert [path.name for path in (tmp_path / "sets").iterdir()] == ["set"] and len([*images.iterdir()]) == 9
-
-    fuzz(fuzzing.damage(out, names), attempt, examples=6)
+            source.read(item)
+        except ImageError:
+            continue
 
 
-def test_a_record_of_another_file_deletes_nothing(images, tmp_path):
-    """A shard that an earlier run recorded and this one has no use for is deleted: only if it is one."""
-    out = tmp_path / "set"
-    (tmp_path / "kept.tar").write_text("mine")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shards, "_publish", stop)
-        make_shards(str(images), out, SETTINGS)
-    record = next(out.rglob("*.tar.json"))
-    record.with_name("x.tar.json").write_text(record.read_text().replace("shard-000000.tar", "../kept.tar"))
-    make_shards(str(images), out, SETTINGS)
-    assert (tmp_path / "kept.tar").read_text() == "mine"
+@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.parametrize("kind", TARS)
+def test_mutated_tars(kind, examples, tmp_path, mutations):
+    path = tmp_path / "x.tar"
+
+    @settings(max_examples=examples, **FUZZ)
+    @given(mutations(TARS[kind]))
+    def check(data):
+        path.write_bytes(data)
+        read_tar(path)
+
+    check()
+
+
+def header(name, *, size=b"00000000005\0", kind=b"0"):
+    """Return a tar header with any bytes as size and the right checksum."""
+    block = bytearray(struct.pack("100s8s8s8s12s12s8sc100s8s247x", name, b"0", b"0", b"0", size, b"0", b" " * 8, kind,
+                                  b"", b"ustar  \0"))  # fmt: skip
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def test_tar_headers_with_impossible_sizes(tmp_path):
+    huge = b"\x80" + (2**70).to_bytes(11, "big")
+    negative = b"\xff" + (-1024).to_bytes(11, "big", signed=True)
+    beyond = b"\x80" + (2**62).to_bytes(11, "big")
+    for size in (huge, negative, beyond, b"77777777777\0", b"zzzz\0"):
+        for kind in b"0SKLxg57":
+            content = header(b"a.jpg", size=size, kind=bytes([kind])) + b"image" + bytes(507) + bytes(1024)
+            (tmp_path / "x.tar").write_bytes(header(b"ok.jpg") + b"image" + bytes(507) + content)
+            read_tar(tmp_path / "x.tar")
+    (tmp_path / "x.tar").write_bytes((header(b"l", kind=b"L") + b"name" + bytes(508)) * 5000)
+    read_tar(tmp_path / "x.tar")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from([2**63, 10**400]) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def at(tree, place):
+    for key in place:
+        tree = tree[key]
+    return tree
+
+
+def test_manifests_with_a_random_field(shards, tmp_path):
+    make_shards(str(shards), tmp_path / "set")
+    path = tmp_path / "set" / "manifest.json"
+    good = path.read_text()
+    places = [(), ("index",), ("shards", 0)]
+    fields = [(*place, key) for place in places for key in at(json.loads(good), place)]
+
+    @settings(max_examples=150, **FUZZ)
+    @given(st.sampled_from(fields), VALUES)
+    def check(field, value):
+        manifest = json.loads(good)
+        at(manifest, field[:-1])[field[-1]] = value
+        path.write_text(json.dumps(manifest))
+        try:
+            assert len(open_index(str(path.parent), tmp_path / "cache")) == 32
+        except DataError as error:
+            assert str(path) in str(error)
+
+    check()
+    path.write_text("[" * 10**6)
+    with pytest.raises(DataError, match="not valid JSON"):
+        open_index(str(path.parent))
+
+
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_mutated_indices(examples, mutations):
+    rows = [(f"k{i}", 512 * i, 100, i) for i in range(5)]
+
+    @settings(max_examples=3 * examples, **FUZZ)
+    @given(mutations(SampleTable.from_rows(rows, [BadSample("s", "k", "r")]).to_bytes()))
+    def check(data):
+        try:
+            table = SampleTable.from_bytes(data)
+        except DataError as error:
+            assert "not a sample table" in str(error)
+        else:
+            assert all(isinstance(table.key(sample), str) for sample in range(len(table)))
+            assert all(isinstance(problem, BadSample) for problem in table.problems)
+
+    check()

@@ -1,4 +1,4 @@
-"""The MAE against transformers.ViTMAEForPreTraining and timm's own forward pass, and its own invariants."""
+"""The MAE against transformers' ViTMAE, timm's forward pass and a plain decoder."""
 
 import math
 import re
@@ -11,60 +11,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel  # torch 2.11's counter knows no other kernel on CPUs
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from moa_ffn import FFN
+from moa_train.errors import ConfigError
 from moa_vision.mae import MAE, MAEOutput, create_mae, forward_flops, parameter_counts, sincos_positions
 
 TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8}
 DECODER: dict[str, Any] = {"decoder_dim": 24, "decoder_depth": 2, "decoder_heads": 3}
-ALLOWED_ERROR = 1e-5
+TOLERANCE = 1e-5
 
 
 def tiny_mae(variant: str = "gelu", img_size: Any = 32, **kwargs: Any) -> MAE:
     encoder_args = {**TINY, **kwargs.pop("encoder_args", {})}
-    name = f"vit_tiny_patch16_{variant}"
-    return create_mae(name, img_size=img_size, encoder_args=encoder_args, **{**DECODER, **kwargs})
+    return create_mae(
+        f"vit_tiny_patch16_{variant}", img_size=img_size, encoder_args=encoder_args, **{**DECODER, **kwargs}
+    )
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def batch(mae: MAE, size: int = 3) -> tuple[Tensor, Tensor]:
-    (rows, columns), p = mae.grid_size, mae.patch_size
-    return 2 * random(size, mae.in_chans, rows * p, columns * p) - 1, random(size, mae.num_patches, seed=1)
+def make_batch(mae: MAE, size: int = 3) -> tuple[Tensor, Tensor]:
+    return 2 * random(size, mae.in_chans, *mae.image_size) - 1, random(size, mae.num_patches, seed=1)
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
-# ---- transformers.ViTMAEForPreTraining ----
+# transformers.ViTMAEForPreTraining
 
 
 def reference(img_size: Any, **kwargs: Any) -> ViTMAEForPreTraining:
-    config = ViTMAEConfig(
-        image_size=img_size,
-        patch_size=8,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=128,
-        layer_norm_eps=1e-6,
-        decoder_hidden_size=24,
-        decoder_num_hidden_layers=2,
-        decoder_num_attention_heads=3,
-        decoder_intermediate_size=96,
-        **kwargs,
-    )
-    return ViTMAEForPreTraining(config)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    decoder = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    sizes |= {f"decoder_{name}": value for name, value in decoder.items()}
+    return ViTMAEForPreTraining(ViTMAEConfig(image_size=img_size, patch_size=8, layer_norm_eps=1e-6, **sizes, **kwargs))
 
 
-RENAMED = [  # transformers' name, ours; the older of its two naming schemes first
+RENAMED = [  # transformers' name -> ours; the first five convert its older naming scheme to its newer one
     (r"encoder\.layer\.", "layers."),
     (r"attention\.attention\.(query|key|value)", lambda match: f"attention.{match[1][0]}_proj"),
     (r"attention\.output\.dense", "attention.o_proj"),
@@ -91,7 +79,7 @@ RENAMED = [  # transformers' name, ours; the older of its two naming schemes fir
 
 
 def translated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' tensors under our names, query, key and value stacked."""
+    """Rename transformers' tensors and stack query, key and value."""
     named = {}
     for name, tensor in tensors.items():
         for pattern, ours in RENAMED:
@@ -104,8 +92,8 @@ def translated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def share_weights(theirs: ViTMAEForPreTraining, ours: MAE) -> None:
-    """Theirs into ours, noise added; the positions go the other way (5.23 leaves them zero without a checkpoint)."""
+def copy_weights(theirs: ViTMAEForPreTraining, ours: MAE) -> None:
+    """Copy noisy weights to our model and our positions to theirs, which are zero without a checkpoint."""
     for parameter in theirs.parameters():  # zero biases and unit norms would hide a swap
         parameter.add_(0.1 * torch.randn_like(parameter))
     tensors = theirs.state_dict()
@@ -119,11 +107,11 @@ def share_weights(theirs: ViTMAEForPreTraining, ours: MAE) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_equals_vitmae(norm_pix_loss, attention):
+def test_loss_mask_and_gradients_equal_vitmae(norm_pix_loss, attention):
     theirs = reference(32, norm_pix_loss=norm_pix_loss, attn_implementation=attention)
     ours = tiny_mae(norm_pix_loss=norm_pix_loss)
-    share_weights(theirs, ours)
-    images, noise = batch(ours)
+    copy_weights(theirs, ours)
+    images, noise = make_batch(ours)
 
     expected = theirs(pixel_values=images, noise=noise)
     output = ours(images, noise)
@@ -131,66 +119,63 @@ def test_equals_vitmae(norm_pix_loss, attention):
     output.loss.backward()
 
     assert torch.equal(output.mask, expected.mask)
-    assert abs(output.loss.item() - expected.loss.item()) < ALLOWED_ERROR
+    assert abs(output.loss.item() - expected.loss.item()) < TOLERANCE
     masked = expected.logits[expected.mask.bool()].view_as(output.prediction)
-    assert (output.prediction - masked).abs().max() < ALLOWED_ERROR
+    assert (output.prediction - masked).abs().max() < TOLERANCE
     gradients = translated({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
     trained = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
     assert gradients.keys() == trained.keys()
     for name, gradient in trained.items():
         assert gradient is not None
-        if name.endswith("qkv.bias"):  # the key's part is zero but for rounding: softmax ignores it
-            assert (gradient - gradients[name]).norm() < ALLOWED_ERROR
+        if name.endswith("qkv.bias"):  # the gradient of the key's bias is rounding error
+            assert (gradient - gradients[name]).norm() < TOLERANCE
         else:
-            assert relative_error(gradient, gradients[name]) < ALLOWED_ERROR, name
+            assert relative_error(gradient, gradients[name]) < TOLERANCE, name
 
 
-def test_equals_vitmae_on_an_image_that_is_not_square():
-    theirs = reference((16, 64))  # its own forward refuses such images, its parts do not
+def test_equals_vitmae_on_non_square_images():
+    theirs = reference((16, 64))  # its forward rejects such images, its parts do not
     ours = tiny_mae(img_size=(16, 64), norm_pix_loss=False)
-    share_weights(theirs, ours)
-    images, noise = batch(ours)
+    copy_weights(theirs, ours)
+    images, noise = make_batch(ours)
 
     encoded = theirs.vit(images, noise=noise)
     logits = theirs.decoder(encoded.last_hidden_state, encoded.ids_restore).logits
     target = theirs.patchify(images, interpolate_pos_encoding=True)
     output = ours(images, noise)
 
-    torch.testing.assert_close(ours.patchify(images), target, rtol=0, atol=0)
+    assert torch.equal(ours.patchify(images), target)
     masked = logits[encoded.mask.bool()].view_as(output.prediction)
-    assert (output.prediction - masked).abs().max() < ALLOWED_ERROR
-    loss = (logits - target).square()[encoded.mask.bool()].mean()
-    assert abs(output.loss.item() - loss.item()) < ALLOWED_ERROR
+    assert (output.prediction - masked).abs().max() < TOLERANCE
+    assert abs(output.loss.item() - (logits - target).square()[encoded.mask.bool()].mean().item()) < TOLERANCE
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (2, 4), (5, 3)])
-def test_positions_equal_vitmae_s(grid):
+@pytest.mark.parametrize("grid", [(4, 4), (5, 3)])
+def test_positions_equal_vitmae(grid):
     expected = build_2d_sinusoidal_position_embedding(*grid, embed_dim=32)
-    swapped = torch.cat([expected[:, 16:], expected[:, :16]], dim=1)  # as ViTMAE does: the column comes first
-    torch.testing.assert_close(sincos_positions(grid, 32), swapped, rtol=0, atol=1e-6)
+    column_first = torch.cat([expected[:, 16:], expected[:, :16]], dim=1)  # as ViTMAE reorders them
+    torch.testing.assert_close(sincos_positions(grid, 32), column_first, rtol=0, atol=1e-6)
 
 
 def test_parameters_and_flops_of_the_official_size():
     with torch.device("meta"):
         theirs = ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True))
         ours = create_mae("vit_base_patch16_gelu", img_size=224)
-    trained = sum(parameter.numel() for parameter in theirs.parameters() if parameter.requires_grad)
     counts = parameter_counts(ours)
-    assert counts["total"] == counts["encoder"] + counts["decoder"] == trained
-    assert counts["mixing"] == 0
+    assert counts["total"] == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert counts["total"] == counts["encoder"] + counts["decoder"] and counts["mixing"] == 0
 
-    def block(tokens: int, width: int) -> int:  # 12 weight products and two attention products, two a multiply-add
+    def block(tokens: int, width: int) -> int:  # 12 weight products and two attention products, two per multiply-add
         return 2 * (12 * tokens * width**2 + 2 * tokens**2 * width)
 
     encoder = 2 * 49 * 768 * 768 + 12 * block(50, 768)
     decoder = 2 * 50 * 768 * 512 + 8 * block(197, 512) + 2 * 147 * 512 * 768
-    first = 2 * 147 * 3 * 512**2  # q, k, v of the mask tokens in the first decoder block, once a batch
-    last = 2 * 50 * (9 * 512**2 + 2 * 197 * 512)  # the 50 seen tokens skip the last decoder block but for q, k, v
+    first = 2 * 147 * 3 * 512**2  # q, k, v of the mask tokens in the first decoder block, once per batch
+    last = 2 * 50 * (9 * 512**2 + 2 * 197 * 512)  # visible tokens in the last decoder block, except q, k, v
     assert forward_flops(ours) == encoder + decoder - first - last
-    assert encoder + decoder == pytest.approx(19.6e9, rel=0.03)
 
 
-# ---- any timm ViT ----
+# timm encoders
 
 
 @pytest.mark.parametrize(
@@ -200,39 +185,37 @@ def test_parameters_and_flops_of_the_official_size():
         "deit3_small_patch16_224",  # positions without class token, layer scale
         "vit_small_patch14_reg4_dinov2",  # register tokens
         "vit_base_patch16_clip_224",  # norm before the blocks, no bias in the patch embedding
-        "vit_tiny_patch16_swiglu",
         "vit_tiny_patch16_qdmoa",
     ],
 )
-def test_encoding_every_patch_is_timm_s_forward(name):
+def test_encoding_all_patches_equals_timm(name):
     encoder = timm.create_model(name, img_size=(32, 48), patch_size=16, depth=2, num_classes=9)
     assert isinstance(encoder, VisionTransformer)
     mae = MAE(encoder, **DECODER).eval()
-    images, noise = batch(mae)
+    images, noise = make_batch(mae)
     everything = torch.arange(mae.num_patches).expand(3, -1)
     torch.testing.assert_close(mae.encode(mae.patchify(images), everything), encoder.forward_features(images))
-    output = mae(images, noise)
-    output.loss.backward()
-    assert output.prediction.shape == (3, 6 - 1, 16 * 16 * 3)
+    mae(images, noise).loss.backward()
     assert [name for name, p in mae.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("resnet18", {}, "ResNet; allowed: a timm VisionTransformer"),
+        ("resnet18", {}, "ResNet, expected a timm VisionTransformer"),
         ("vit_tiny_patch16_224", {"img_size": 40}, "img_size=.40, 40. must be a multiple of patch_size=16"),
         ("vit_tiny_patch16_224", {"patch_size": (16, 8)}, "must be square"),
         ("vit_tiny_patch16_224", {"pos_embed": "none"}, "absolute position embedding"),
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate must be 0"),
         ("vit_tiny_patch16_224", {"global_pool": "avg"}, "global_pool='avg' must be 'token'"),
-        ("vit_tiny_patch16_224", {"global_pool": "map"}, "global_pool='map' must be 'token'"),
         ("deit_tiny_distilled_patch16_224", {}, "prefix tokens"),
         ("vit_tiny_r_s16_p8_224", {}, "patch_embed must be"),
+        ("vit_small_patch16_18x2_224", {}, "blocks with one `mlp` each"),
+        ("vit_tiny_patch16_224", {"depth": 0}, "at least one block"),
     ],
 )
-def test_encoders_that_cannot_be_masked(name, arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_unsupported_encoders_are_rejected(name, arguments, message):
+    with pytest.raises(ConfigError, match=message), torch.device("meta"):
         MAE(timm.create_model(name, **arguments))  # pyright: ignore[reportArgumentType]
 
 
@@ -244,31 +227,31 @@ def test_encoders_that_cannot_be_masked(name, arguments, message):
         ("vit_tiny_patch16_qdmoa", {"encoder_args": {"ffn_gates": "tanh"}}, "unknown 'ffn_gates' .*ffn_mixing_gate"),
         ("vit_tiny_patch16_224", {"encoder_args": {"ffn_mixing_gate": "tanh"}}, "unknown 'ffn_mixing_gate'"),
         ("vit_tiny_patch16_qdmoa", {"encoder_args": {"num_heads": 5}}, "num_heads"),
-        ("vit_tiny_patch16_qdmoa", {"img_size": 30}, "img_size=.30, 30. must be a multiple"),
+        ("vit_tiny_patch16_qdmoa", {"encoder_args": {"norm_layer": 3}}, "encoder_args={'norm_layer': 3}"),
         ("vit_tiny_patch16_qdmoa", {"mask_ratio": 1.0}, "mask_ratio=1.0 leaves 0 of 4 patches"),
         ("vit_tiny_patch16_qdmoa", {"mask_ratio": 0.0}, "mask_ratio=0.0 leaves 4 of 4 patches"),
         ("vit_tiny_patch16_qdmoa", {"decoder_heads": 5}, "decoder_heads=5"),
-        ("vit_tiny_patch16_qdmoa", {"decoder_ffn": "geglu"}, "variant='geglu' is not one of relu2, gelu"),
+        ("vit_tiny_patch16_qdmoa", {"decoder_ffn": "geglu"}, "'geglu' is not one of relu2, gelu"),
     ],
 )
-def test_create_mae_says_what_is_wrong(name, arguments, message):
+def test_invalid_arguments_are_rejected(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         create_mae(name, **{"img_size": 32, **arguments})
 
 
-def test_wrong_shapes():
+def test_wrong_shapes_are_rejected():
     mae = tiny_mae()
-    images, noise = batch(mae)
-    with pytest.raises(ValueError, match=r"allowed: \(B, 3, 32, 32\)"):
+    images, noise = make_batch(mae)
+    with pytest.raises(ValueError, match=r"expected \(B, 3, 32, 32\)"):
         mae(images[..., :16])
-    with pytest.raises(ValueError, match=r"allowed: \(B, 16\)"):
+    with pytest.raises(ValueError, match=r"expected \(B, 16\)"):
         mae(images, noise[:, :5])
 
 
-# ---- initialization and FFN settings ----
+# initialization and FFN settings
 
 
-@pytest.mark.parametrize("variant", ["qdmoa", "bila", "gelu"])
+@pytest.mark.parametrize("variant", ["qdmoa", "bila"])
 def test_initialization(variant):
     args = {"embed_dim": 96, "ffn_mix_init_std": 0.3, "ffn_coef_init": 0.7}
     mae = tiny_mae(variant, decoder_dim=96, encoder_args=args)
@@ -284,24 +267,21 @@ def test_initialization(variant):
             assert module.mix_proj.weight.std().item() == pytest.approx(0.3, rel=0.15)
         if isinstance(module, FFN) and module.mix_coef is not None:
             assert torch.all(module.mix_coef == 0.7)
-    patch_embedding = mae.encoder.patch_embed.proj.weight
     bound = math.sqrt(6 / (96 + 8 * 8 * 3))
-    assert 0.97 * bound < patch_embedding.abs().max() <= bound
+    assert 0.97 * bound < mae.encoder.patch_embed.proj.weight.abs().max() <= bound
     assert mae.encoder.cls_token is not None and mae.encoder.pos_embed is not None
     for token in (mae.encoder.cls_token, mae.mask_token):
         assert token.std().item() == pytest.approx(0.02, rel=0.3)
     assert not mae.encoder.pos_embed.requires_grad
 
 
-def test_decoder_ffn_follows_the_encoder():
+@pytest.mark.parametrize("decoder_ffn", [None, "bimoa"])
+def test_decoder_ffn_has_the_settings_of_the_encoder(decoder_ffn):
     args = {"ffn_mixing_gate": "tanh", "ffn_gate_activations": "r,s", "ffn_mix_bias": True}
-    for decoder_ffn, variant in ((None, "qdmoa"), ("bimoa", "bimoa")):
-        mae = tiny_mae("qdmoa", encoder_args=args, decoder_ffn=decoder_ffn)
-        for block in mae.decoder_blocks:
-            spec = block.mlp.spec
-            assert isinstance(block.mlp, FFN)
-            assert spec.variant == variant and spec.mixing_gate == "tanh" and spec.mix_bias
-            assert spec.gate_activations == ("relu", "silu")
+    for block in tiny_mae("qdmoa", encoder_args=args, decoder_ffn=decoder_ffn).decoder_blocks:
+        spec = block.mlp.spec
+        assert (spec.variant, spec.mixing_gate, spec.mix_bias) == (decoder_ffn or "qdmoa", "tanh", True)
+        assert spec.gate_activations == ("relu", "silu")
 
 
 def test_decoder_ffn_of_a_plain_timm_encoder():
@@ -309,91 +289,52 @@ def test_decoder_ffn_of_a_plain_timm_encoder():
     gated = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, mlp_layer=timm.layers.GluMlp)
     assert isinstance(plain, VisionTransformer) and isinstance(gated, VisionTransformer)
     assert {b.mlp.spec.variant for b in MAE(plain, **DECODER).decoder_blocks} == {"gelu"}
-    with pytest.raises(ValueError, match="decoder_ffn=None: the encoder's GluMlp is none of relu2, gelu"):
+    with pytest.raises(ConfigError, match="GluMlp has no equivalent among the variants"):
         MAE(gated)
     assert {b.mlp.spec.variant for b in MAE(gated, decoder_ffn="qdmoa").decoder_blocks} == {"qdmoa"}
 
 
 def test_parameter_counts_of_mixing():
     swiglu, qdmoa = (parameter_counts(tiny_mae(variant)) for variant in ("swiglu", "qdmoa"))
-    assert qdmoa["mixing"] == 6 * (3 * 32 + 2 * 24)  # 3 x 2 vectors a layer
+    assert qdmoa["mixing"] == 6 * (3 * 32 + 2 * 24)  # 3 x 2 vectors per layer
     assert qdmoa["total"] - swiglu["total"] == qdmoa["ffn"] - swiglu["ffn"] == qdmoa["mixing"]
 
 
-def test_no_weight_decay_on_constant_coefficients():
-    names = tiny_mae("qdla").no_weight_decay()
-    expected = {f"encoder.blocks.{i}.mlp.mix_coef" for i in range(3)} | {
-        f"decoder_blocks.{i}.mlp.mix_coef" for i in range(2)
-    }
-    assert names == expected
-    assert tiny_mae("qdmoa").no_weight_decay() == set()
+def test_constant_coefficients_get_no_weight_decay():
+    blocks = [*(f"encoder.blocks.{i}" for i in range(3)), *(f"decoder_blocks.{i}" for i in range(2))]
+    assert tiny_mae("qdla").no_weight_decay() == {f"{block}.mlp.mix_coef" for block in blocks}
 
 
-# ---- forward pass ----
+# forward pass
 
 
-def test_compiles_without_graph_break():
+@pytest.mark.slow
+def test_compiles_without_graph_breaks():
     mae = tiny_mae("qdmoa", encoder_args={"depth": 1})
-    images, noise = batch(mae)
+    images, noise = make_batch(mae)
     mae(images, noise).loss.backward()
     gradient = mae.decoder_embed.weight.grad
     mae.zero_grad()
-    compiled = torch.compile(mae, fullgraph=True, backend="aot_eager")
-    output = compiled(images, noise)
+    output = torch.compile(mae, fullgraph=True, backend="aot_eager")(images, noise)
     output.loss.backward()
     torch.testing.assert_close(output, mae(images, noise))
     torch.testing.assert_close(mae.decoder_embed.weight.grad, gradient)
-    with torch.no_grad():
-        assert compiled(images).loss.isfinite()
 
 
 def test_loss_stays_float32_under_autocast():
     mae = tiny_mae("qdmoa")
-    images, noise = batch(mae)
+    images, noise = make_batch(mae)
     expected = mae(images, noise).loss
     with torch.autocast("cpu", torch.bfloat16):
         output = mae(images, noise)
         losses = mae.reconstruction_losses(images, output)
-    assert output.loss.dtype == torch.float32 and output.prediction.dtype == torch.bfloat16
-    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    assert output.prediction.dtype == torch.bfloat16
+    assert {loss.dtype for loss in (output.loss, *losses.values())} == {torch.float32}
     torch.testing.assert_close(output.loss, expected, rtol=2e-2, atol=0)
 
 
-def test_gradient_checkpointing_and_drop_path():
-    mae = tiny_mae("qdmoa", encoder_args={"drop_path_rate": 0.3})
-    images, noise = batch(mae)
-    assert mae(images, noise).loss.isfinite()
-    mae.eval()
-    mae(images, noise).loss.backward()
-    gradient = mae.encoder.patch_embed.proj.weight.grad
-    mae.zero_grad()
-    mae.encoder.set_grad_checkpointing()
-    mae(images, noise).loss.backward()
-    torch.testing.assert_close(mae.encoder.patch_embed.proj.weight.grad, gradient)
-
-
-def test_noise_fixes_the_mask():
-    mae = tiny_mae(mask_ratio=0.6)
-    noise = random(5, 16)
-    mask = mae.mask_from(noise)
-    assert mask.sum(1).tolist() == [10] * 5
-    for row, noise_row in zip(mask, noise, strict=True):
-        assert noise_row[row == 0].max() < noise_row[row == 1].min()
-    torch.manual_seed(3)
-    first = mae(batch(mae)[0]).mask
-    assert not torch.equal(first, mae(batch(mae)[0]).mask)
-    torch.manual_seed(3)
-    assert torch.equal(first, mae(batch(mae)[0]).mask)
-
-
-def test_the_last_block_computes_the_last_tokens_of_the_whole():
-    block = tiny_mae("qdmoa").decoder_blocks[0]
-    x = random(2, 9, 24)
-    torch.testing.assert_close(block(x, outputs=4), block(x)[:, -4:])
-
-
-def plainly_decoded(mae: MAE, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-    """Every token of every image through the whole of every block."""
+def plain_decode(mae: MAE, latent: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+    """Decode with all tokens of all images in every block."""
     x = mae.decoder_embed(latent)
     prefix = x.shape[1] - visible.shape[1]
     seen = x[:, prefix:] + mae.decoder_pos[visible]
@@ -404,14 +345,14 @@ def plainly_decoded(mae: MAE, latent: Tensor, visible: Tensor, masked: Tensor) -
 
 
 def decoder_gradients(mae: MAE, prediction: Tensor, latent: Tensor) -> dict[str, Tensor]:
-    """Gradients of `latent` and of the decoder's parameters, for a weighted sum; positive, so that images add up."""
+    """Return gradients of a weighted sum; the weights are positive, so that images do not cancel."""
     parameters = {name: p for name, p in mae.named_parameters() if not name.startswith("encoder.")}
     wanted = {"latent": latent, **parameters}
     weights = random(*prediction.shape, seed=2)
     return dict(zip(wanted, torch.autograd.grad((prediction * weights).sum(), list(wanted.values())), strict=True))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     images=st.integers(1, 5),
     depth=st.integers(1, 3),
@@ -419,46 +360,39 @@ def decoder_gradients(mae: MAE, prediction: Tensor, latent: Tensor) -> dict[str,
     registers=st.integers(0, 2),
     seed=st.integers(0, 99),
 )
-def test_decoding_equals_the_plain_formulation(images, depth, mask_ratio, registers, seed):
+def test_decode_equals_the_plain_decoder(images, depth, mask_ratio, registers, seed):
     args = {"depth": 1, "reg_tokens": registers}
     mae = tiny_mae("qdmoa", encoder_args=args, decoder_depth=depth, mask_ratio=mask_ratio).double()
     visible, masked = mae.split(mae.mask_from(random(images, 16, seed=seed)))
     latent = random(images, 1 + registers + mae.num_visible, 32).double().requires_grad_()
-    prediction, expected = mae.decode(latent, visible, masked), plainly_decoded(mae, latent, visible, masked)
+    prediction, expected = mae.decode(latent, visible, masked), plain_decode(mae, latent, visible, masked)
     torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-12)
     gradients, expected = decoder_gradients(mae, prediction, latent), decoder_gradients(mae, expected, latent)
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() <= 1e-12 * (1 + expected[name].norm()), name
 
 
-def test_gradients_of_a_large_batch_do_not_drown_in_bfloat16():
+def test_bf16_gradients_of_a_large_batch_are_as_exact_as_plain_ones():
     mae = tiny_mae("qdmoa")
     visible, masked = mae.split(mae.mask_from(random(1024, 16)))
     latent = random(1024, 1 + mae.num_visible, 32).requires_grad_()
-    exact = decoder_gradients(mae, plainly_decoded(mae, latent, visible, masked), latent)
+    exact = decoder_gradients(mae, plain_decode(mae, latent, visible, masked), latent)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, plain = mae.decode(latent, visible, masked), plainly_decoded(mae, latent, visible, masked)
+        ours, plain = mae.decode(latent, visible, masked), plain_decode(mae, latent, visible, masked)
     ours, plain = (decoder_gradients(mae, prediction, latent) for prediction in (ours, plain))
     for name in ("mask_token", "decoder_blocks.0.norm1.weight", "decoder_blocks.0.qkv.weight"):
-        rounding = relative_error(plain[name], exact[name])
-        assert relative_error(ours[name], exact[name]) < 2 * rounding, name
+        assert relative_error(ours[name], exact[name]) < 2 * relative_error(plain[name], exact[name]), name
 
 
-# ---- patches and pictures ----
+# patches and reconstructions
 
 
-@settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 4), columns=st.integers(2, 4), p=st.sampled_from([2, 4, 6]), channels=st.integers(1, 3))
-def test_patches_and_back(rows, columns, p, channels):
+@settings(max_examples=20)
+@given(rows=st.integers(1, 4), columns=st.integers(2, 4), p=st.sampled_from([2, 6]), channels=st.integers(1, 3))
+def test_patchify_and_unpatchify(rows, columns, p, channels):
     args = {"embed_dim": 8, "num_heads": 1, "depth": 1, "patch_size": p, "in_chans": channels}
-    mae = create_mae(
-        "vit_tiny_patch16_gelu",
-        img_size=(rows * p, columns * p),
-        encoder_args=args,
-        mask_ratio=0.5,
-        **{**DECODER, "decoder_depth": 1},
-    )
-    images, noise = batch(mae)
+    mae = tiny_mae(img_size=(rows * p, columns * p), encoder_args=args, mask_ratio=0.5)
+    images, _ = make_batch(mae)
     patches = mae.patchify(images)
     for row in range(rows):
         for column in range(columns):
@@ -466,47 +400,29 @@ def test_patches_and_back(rows, columns, p, channels):
             assert torch.equal(patches[:, row * columns + column], patch.permute(0, 2, 3, 1).flatten(1))
     assert torch.equal(mae.unpatchify(patches), images)
 
-    mask = mae.mask_from(noise)
-    scattered = mae.unpatchify(patches[mask.bool()].view(3, -1, patches.shape[-1]), mask)
-    assert torch.equal(mae.patchify(scattered), patches * mask.unsqueeze(-1))
-
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_reconstruction(norm_pix_loss):
+def test_reconstruction_and_its_losses(norm_pix_loss):
     mae = tiny_mae("qdmoa", img_size=(24, 32), norm_pix_loss=norm_pix_loss)
-    images, noise = batch(mae)
+    images, noise = make_batch(mae)
     output = mae(images, noise)
     reconstruction = mae.reconstruct(images, output)
     seen = output.mask.unsqueeze(-1) == 0
-    assert reconstruction.shape == images.shape
     assert torch.equal(mae.patchify(reconstruction) * seen, mae.patchify(images) * seen)
 
     losses = mae.reconstruction_losses(images, output)
-    assert {loss.shape for loss in losses.values()} == {(3,)}
     trained = losses["loss_norm" if norm_pix_loss else "loss_pixel"]
     torch.testing.assert_close(trained.mean(), output.loss)
     pixel = (reconstruction - images).square().sum(dim=(1, 2, 3)) / (output.mask.sum(1) * 8 * 8 * 3)
     torch.testing.assert_close(losses["loss_pixel"], pixel)
 
 
-def test_a_perfect_prediction_gives_the_image():
+def test_a_perfect_prediction_reconstructs_the_image():
     mae = tiny_mae(norm_pix_loss=True)
-    images, noise = batch(mae)
+    images, noise = make_batch(mae)
     mask = mae.mask_from(noise)
     patches = mae.patchify(images)[mask.bool()].view(3, -1, 192)
     perfect = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     output = MAEOutput(torch.zeros(()), perfect, mask)
     torch.testing.assert_close(mae.reconstruct(images, output), images)
     assert max(loss.max().item() for loss in mae.reconstruction_losses(images, output).values()) < 1e-9
-
-
-def test_flops_are_those_of_real_forward_passes():
-    mae = tiny_mae("qdmoa", img_size=(16, 32))
-
-    def counted(images: int) -> int:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            mae(*batch(mae, images))
-        return counter.get_total_flops()
-
-    once = 6 * mae.num_patches * 24**2  # q, k, v of the mask token at every position
-    assert [counted(images) for images in (1, 5)] == [once + images * forward_flops(mae) for images in (1, 5)]
