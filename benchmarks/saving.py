@@ -6,7 +6,7 @@ MAE ViT-B/16 with AdamW: weights and two moments, with checksums, synced to the 
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,14 +46,15 @@ def run(args: argparse.Namespace) -> None:
         return checkpoint.snapshot(model, optimizer, {})
 
     with TemporaryDirectory(dir=args.folder) as folder:
-        saver = Saver(Path(folder), keep=1, keep_every=None)
+        saver = Saver(Path(folder), keep_latest=1)
 
         def saving(*, wait: bool) -> None:
             saver.begin({"step": next(steps)}, copy())
-            raise_failure(saver, wait=wait)
+            if wait:
+                saver.wait()
             train()
 
-        settled = partial(raise_failure, saver, wait=True)  # waits, so that no write reaches into the next run
+        settled: Callable[[], object] = saver.wait  # so that no write reaches into the next run
         what = f"{args.steps} steps"
         cases = [Case({"what": what}, lambda _: train(), prepare=settled)]
         for when, wait in (("during", False), ("before", True)):
@@ -62,14 +63,7 @@ def run(args: argparse.Namespace) -> None:
         labels = {"what": "the copy to the CPU alone"}
         cases.append(Case(labels, lambda _: copy(), prepare=settled, baseline=cases[0]))
         measure(cases, args.device, args.rounds, memory=False)
-        raise_failure(saver, wait=True)
+        saver.wait()
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors")) / 1e6
     remark = f"batch {args.batch}, {precision_name(precision)}, a checkpoint of {size:,.0f} MB"
     report("saving: MAE ViT-B/16, qd-MoA", cases, [*times(), *time_ratio()], args.device, args.out, remark)
-
-
-def raise_failure(saver: Saver, *, wait: bool) -> None:
-    """Raise the error of the last checkpoint, if any."""
-    error = saver.outcome(wait=wait)
-    if error is not None:
-        raise error

@@ -1,4 +1,4 @@
-"""The run: configuration, optimizer, the only training loop, exact checkpoints and the run folder; knows no model."""
+"""Training runs: configs, optimizers, the training loop, exact checkpoints and run folders; independent of models."""
 
 from moa_startup.extras import require
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, synced to the disk, then renamed."""
+"""Atomic file writes: content goes to a temporary file, is synced to the disk, and is renamed into place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as indented JSON. Raises ValueError for NaN or infinity, which JSON lacks."""
+    """Replace `path` by `value` as indented JSON. Raises ValueError for NaN and infinity, which JSON lacks."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -50,9 +50,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Give an empty folder to fill; on leaving without an error it is synced and renamed to `final`.
+    """Yield an empty folder to fill; sync it and rename it to `final` on leaving without an error.
 
-    An older folder of that name is replaced; it leaves its place only when the new one is complete.
+    An older folder of that name is replaced once the new one is complete.
     """
     temporary, previous = (final.with_name(f".{final.name}.{kind}") for kind in ("tmp", "old"))
     for leftover in (temporary, previous):
@@ -72,40 +72,24 @@ def new_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _end_of_lines(path: Path) -> int:
-    """Return the size of a file of lines in bytes, without a last line that was cut short."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            first = max(0, end - 65536)
-            file.seek(first)
-            newline = file.read(end - first).rfind(b"\n")
-            if newline >= 0:
-                return first + newline + 1
-            end = first
-    return 0
-
-
 class LineFile:
-    """A file of lines that one process adds to.
+    """A file of lines that one process appends to; lines are complete or absent.
 
-    A line is handed to the system at once, so that a killed process loses none; what a crash cut short is taken away
-    before the next one.
+    Each line is written with one system call, so a killed process loses none. The first append removes a last line
+    that a crash cut short.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._waiting: list[str] = []
-        self._mended = False
+        self._repaired = False
 
     def append(self, line: str) -> None:
-        """Add a line. Raises OSError if it cannot be written (a full disk); it is then added with the next one."""
-        self._waiting.append(line + "\n")
-        content = "".join(self._waiting).encode("utf-8")
+        """Append a line. Raises OSError, with nothing of the line written, if the disk is full."""
+        content = (line + "\n").encode("utf-8")
         with self.path.open("ab", buffering=0) as file:
-            if not self._mended:
-                file.truncate(_end_of_lines(self.path))
-                self._mended = True
+            if not self._repaired:
+                file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+                self._repaired = True
             end = file.seek(0, os.SEEK_END)
             try:
                 if file.write(content) < len(content):
@@ -113,4 +97,3 @@ class LineFile:
             except OSError:
                 file.truncate(end)
                 raise
-        self._waiting.clear()

@@ -1,4 +1,4 @@
-"""Checks of a data set's files against its manifest: what one finds, and many of them in worker processes."""
+"""Checks of packed data sets against their manifests, in worker processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+from moa_train.errors import require
 from moa_train.progress import CountBar
 from moa_train.signals import end_with_parent
 
@@ -15,12 +16,12 @@ _SHARD = re.compile(r".+\.(tar|tar\.gz|tgz)|shard-.+\.safetensors")
 
 
 class Problem(NamedTuple):
-    """What is wrong with a file or with a sample in it.
+    """A problem of a file or of a sample in it.
 
     Attributes:
-        file: its path or address.
-        sample: its name; "" where the file as a whole is meant.
-        text: what is wrong.
+        file: Path or URL.
+        sample: Name of the sample; "" for the whole file.
+        text: Description of the problem.
     """
 
     file: str
@@ -34,12 +35,12 @@ class Problem(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What the check of one file found.
+    """Result of checking one file.
 
     Attributes:
-        samples: how many were looked at; of token shards, tokens.
-        bytes: how many were read.
-        problems: all there are.
+        samples: Number of samples checked; of token shards, tokens.
+        bytes: Number of bytes read.
+        problems: All problems found.
     """
 
     samples: int
@@ -48,15 +49,15 @@ class Checked(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a data set is checked.
+    """Checks of a data set.
 
     Attributes:
-        name: of the set.
-        unit: what its samples are.
-        bytes: of all files, as the manifest says.
-        problems: those found without reading the shards.
-        checks: one a shard; each may run in a process of its own.
-        note: what is not checked.
+        name: Name of the data set.
+        unit: Name of a sample.
+        bytes: Size of all files in the manifest.
+        problems: Problems found without reading the shards.
+        checks: One check per shard; each may run in another process.
+        note: What is not checked.
     """
 
     name: str
@@ -68,26 +69,24 @@ class Plan(NamedTuple):
 
 
 def shards_in(folder: Path) -> list[str]:
-    """Return the names of what are shards of images or tokens by their names, sorted; none if there is no folder."""
+    """Return the sorted names of image and token shards in a folder; empty without the folder."""
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
 
 
 def unlisted(folder: Path, names: Sequence[str]) -> list[Problem]:
-    """Return the shards in a data set's folder that its manifest does not list: no run reads them."""
-    text = "its manifest does not list it; make or copy the set again, or delete what is none of it"
+    """Return a problem for each shard in the folder that the manifest does not list."""
+    text = "the manifest does not list it; pack or copy the data set again, or delete this file"
     return [Problem(str(folder / name), "", text) for name in shards_in(folder) if name not in set(names)]
 
 
 def run_checks(plan: Plan, workers: int) -> Iterator[Checked]:
-    """Run the checks of a plan, `workers` at a time (1: in this process), and yield what each found as it ends.
+    """Run the checks of a plan in `workers` processes (1: in this process); yield their results as they finish.
 
-    Raises:
-        ValueError: there is no worker.
+    Raises ConfigError if `workers` is below 1.
     """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; allowed: 1 or more")
+    require("workers", workers, workers >= 1, "1 or above")
     with CountBar(total=plan.bytes, title=f"check {plan.name}", unit="B") as bar:
         bar.unit_scale = True
         for checked in _results(plan.checks, workers):

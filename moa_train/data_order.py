@@ -1,11 +1,12 @@
-"""Which position of which epoch a step takes, the random numbers that belong to it, and the loader of such batches.
+"""Order of the training samples, their random generators, and the loader of their batches.
 
-Numbers come from counter-based Philox generators, whose key is the seed and whose counter is (epoch, position): every
-position has a stream of its own, and none is replayed to reach another. No worker, rank or device has a say.
+Random numbers come from counter-based Philox generators: the key is the seed, the counter is (epoch, position). Each
+position has its own stream, on any worker, rank or device, and no stream is replayed to reach another.
 """
 
+from __future__ import annotations
+
 import errno
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -15,24 +16,23 @@ from accelerate.utils import recursively_apply
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from moa_train.errors import ConfigError, require
 from moa_train.torch_internals import MORE_SHARED_MEMORY, WorkerError, WorkerLoader
 
 Batch = TypeVar("Batch")
 
-ORDER, SAMPLE = 0, 1  # what a generator is for; the two never share a stream
-
-SHARED_MEMORY = "/dev/shm"
+ORDER, SAMPLE = 0, 1
+"""Purposes of a generator; they never share a stream."""
 
 
 def philox_key(seed: int, purpose: int) -> np.ndarray:
-    """(2,) uint64. Raises ValueError for a negative seed."""
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; allowed: 0 or more")
+    """Return the key (2,) uint64 of a seed and a purpose. Raises ConfigError for a negative seed."""
+    require("seed", seed, seed >= 0, "0 or above")
     return np.random.SeedSequence((seed, purpose)).generate_state(2, np.uint64)
 
 
 def generator(key: np.ndarray, epoch: int, position: int) -> np.random.Generator:
-    """The stream of (key, epoch, position), 2^64 blocks long."""
+    """Return the generator of (key, epoch, position); its stream is 2^64 blocks long."""
     return np.random.Generator(np.random.Philox(key=key, counter=(0, position, epoch, 0)))
 
 
@@ -40,26 +40,24 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
     """The (epoch, position) lists of one rank's micro-batches, step after step, from any step on.
 
     Args:
-        epoch_length: positions of an epoch, at least `global_batch`; the last partial global batch is dropped.
-        global_batch: positions of a step, over all ranks and micro-batches.
-        micro_batch: positions of one list.
-        rank: of this process.
-        world_size: number of ranks.
-        steps: which steps, counted from 0 over all epochs.
+        epoch_length: Positions of an epoch, at least `global_batch`; the last partial global batch is dropped.
+        global_batch: Positions of a step, over all ranks and micro-batches.
+        micro_batch: Positions of one list.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        steps: The steps, counted from 0 over all epochs.
 
     Raises:
-        ValueError: if the global batch does not split into micro-batches.
+        ConfigError: The global batch is no multiple of world_size * micro_batch.
     """
 
     def __init__(
         self, epoch_length: int, global_batch: int, micro_batch: int, rank: int, world_size: int, steps: range
     ) -> None:
         if global_batch % (world_size * micro_batch):
-            per_rank = [b for b in range(1, global_batch // world_size + 1) if global_batch % (world_size * b) == 0]
-            nearest = sorted(per_rank, key=lambda b: abs(b - micro_batch))[:3]
-            raise ValueError(
+            raise ConfigError(
                 f"a global batch of {global_batch} does not split over {world_size} ranks into micro-batches of "
-                f"{micro_batch}; the nearest micro-batches that work: {nearest or 'none'}"
+                f"{micro_batch}; use a multiple of {world_size * micro_batch}"
             )
         self.steps_per_epoch = epoch_length // global_batch
         self.global_batch = global_batch
@@ -80,12 +78,12 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 
 
 def batch_loader(dataset: Dataset[Batch], batches: Iterable[Any], workers: int) -> DataLoader[Batch]:
-    """A loader of what the data set's `__getitems__` makes of each of `batches`, in their order.
+    """Return a loader of `dataset.__getitems__(batch)` for each of `batches`, in their order.
 
     Args:
-        dataset: with a `__getitems__` that takes one of `batches` and returns a whole batch.
-        batches: a sampler or a list, iterated anew for each epoch of the loader.
-        workers: processes beside this one; 0: none.
+        dataset: Has a `__getitems__` that takes one of `batches` and returns a whole batch.
+        batches: A sampler or a list, iterated anew for each epoch of the loader.
+        workers: Number of worker processes; 0 loads in this process.
     """
     return WorkerLoader(
         dataset,
@@ -94,38 +92,39 @@ def batch_loader(dataset: Dataset[Batch], batches: Iterable[Any], workers: int) 
         collate_fn=to_main_process,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
-        generator=torch.Generator(),  # its own, so that beginning an epoch leaves the run's generator alone
+        generator=torch.Generator(),  # its own: starting an epoch must not draw from the global generator
     )
 
 
 def end_workers(batches: Iterable[Any]) -> None:
-    """End the worker processes of a loader of `batch_loader`, if it is one; its next iteration starts new ones."""
+    """End the worker processes of a loader from `batch_loader`; other iterables are left alone."""
     if isinstance(batches, WorkerLoader):
         batches.end_workers()
 
 
 def worker_died(error: Exception) -> WorkerError | None:
-    """Return what to tell instead of an error of torch's about a loader's worker that something has killed."""
+    """Return a WorkerError if `error` is torch's report of a killed data worker, else None."""
     if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in str(error):
         return None
     reason = str(error).partition("\n")[0]
     return WorkerError(
-        f"a process that reads the data has ended ({reason}), mostly for want of memory, its own or /dev/shm's: use "
-        f"fewer data.workers, give them more memory, or {MORE_SHARED_MEMORY}. The same command continues"
+        f"a data worker was killed ({reason}), usually because memory or /dev/shm is full; use fewer data.workers, or "
+        f"{MORE_SHARED_MEMORY}"
     )
 
 
 def to_main_process(batch: Any, augment: Callable[[Any], Any] | None = None) -> Any:
-    """Return a batch with its tensors in shared memory, if this is a loader's worker; for a `collate_fn`.
+    """Return a batch with its tensors in shared memory if this is a data worker; a loader's `collate_fn`.
 
-    The queue's feeder thread would put them there, and lose a batch that does not fit while the main process waits.
+    torch would move them in a background thread of its queue, where a batch that does not fit is lost and the main
+    process waits for it forever.
 
     Args:
         batch: Tensors in any nesting of tuples, lists and dicts.
-        augment: Makes of it the batch that is sent.
+        augment: Function applied to the batch first.
 
     Raises:
-        WorkerError: there is too little shared memory.
+        WorkerError: Shared memory is full.
     """
     batch = batch if augment is None else augment(batch)
     worker = get_worker_info()
@@ -137,16 +136,6 @@ def to_main_process(batch: Any, augment: Callable[[Any], Any] | None = None) -> 
         if not any(f"({number})" in str(error) for number in (errno.ENOSPC, errno.ENOMEM)):
             raise
         raise WorkerError(
-            f"data.workers is {worker.num_workers}, and a batch of one does not fit into shared memory{_free()}: "
-            f"{MORE_SHARED_MEMORY}, or use fewer data.workers (0: none) or a smaller "
-            "loop.micro_batch_size. The same command continues"
+            f"data.workers is {worker.num_workers}, and a batch does not fit into shared memory; {MORE_SHARED_MEMORY}, "
+            "use fewer data.workers, or a smaller loop.micro_batch_size"
         ) from error
-
-
-def _free() -> str:
-    """Return e.g. " (/dev/shm: 3 of 64 MiB free)", "" where there is no such folder."""
-    try:
-        usage = shutil.disk_usage(SHARED_MEMORY)
-    except OSError:
-        return ""
-    return f" ({SHARED_MEMORY}: {usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB free)"

@@ -1,4 +1,4 @@
-"""What a device can do and what a run asks of it: peak rates, memory held and needed."""
+"""Devices: peak FLOP/s, memory and links; memory that a model needs and a process uses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # the import that torch's documentation gives
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from moa_train.errors import ConfigError
 
 BF16_PEAK_FLOPS = {
     "B200": 2250e12,
@@ -34,11 +36,11 @@ BF16_PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 """Dense bf16 tensor-core peak with float32 accumulation, FLOP/s, from NVIDIA's data sheets. The first name whose
-words occur in `torch.cuda.get_device_name()` counts, so longer names stand before those they contain."""
+words occur in `torch.cuda.get_device_name()` counts, so longer names come before those that they contain."""
 
 
 def bf16_peak_flops(device_name: str) -> float | None:
-    """Return the device's dense bf16 peak in FLOP/s, or None for one the table lacks (laptop chips, MIG slices)."""
+    """Return the dense bf16 peak in FLOP/s, None for unlisted devices, laptop chips and MIG slices."""
     words = device_name.replace("-", " ").split()
     if "Laptop" in words or "MIG" in words:
         return None
@@ -50,11 +52,11 @@ def bf16_peak_flops(device_name: str) -> float | None:
 
 
 class Gpu(NamedTuple):
-    """What a plan knows of a device.
+    """A device as the planner knows it.
 
     Attributes:
-        name: As in `BF16_PEAK_FLOPS` (with the memory behind it where there are several), or "cpu".
-        memory_gib: Device memory, of which drivers and error correction leave programs up to 6 % less.
+        name: Name in `BF16_PEAK_FLOPS`, followed by the memory where it varies, or "cpu".
+        memory_gib: Device memory; drivers and error correction take up to 6 % of it.
         link_gb_s: Bandwidth to the other devices of a node in one direction, 1e9 bytes/s: NVLink, else PCIe x16.
     """
 
@@ -64,7 +66,7 @@ class Gpu(NamedTuple):
 
     @property
     def peak_flops(self) -> float | None:
-        """The dense bf16 peak in FLOP/s."""
+        """Dense bf16 peak in FLOP/s."""
         return bf16_peak_flops(self.name)
 
 
@@ -88,18 +90,18 @@ GPUS = (
     Gpu("RTX 3090", 24, 32),
     Gpu("cpu", None, None),
 )
-"""Devices that a plan can be made for, from NVIDIA's data sheets."""
+"""Devices of the planner, from NVIDIA's data sheets."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return the device of `GPUS` with this name, in any case, with spaces, dashes or nothing between words.
+    """Return the device of `GPUS` with this name, ignoring case, spaces and dashes.
 
-    Raises ValueError naming those that are known.
+    Raises ConfigError with the known names for any other.
     """
     known = {_plain(gpu.name): gpu for gpu in GPUS}
     if _plain(name) not in known:
         listed = ", ".join(gpu.name.lower().replace(" ", "-") for gpu in GPUS)
-        raise ValueError(f"gpu is {name!r}; it must be one of {listed}")
+        raise ConfigError(f"gpu is {name!r}; it must be one of {listed}")
     return known[_plain(name)]
 
 
@@ -113,15 +115,15 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Return the most memory held so far, MiB: by the allocator of a GPU, else by this process."""
+    """Return the peak memory so far, MiB: of a GPU's allocator, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+    return held / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
 
 
 def state_bytes(model: nn.Module, with_one_moment: Collection[str] = ()) -> int:
-    """Return the bytes of weights, gradients and the optimizer's moments: AdamW's two, Muon's one where named."""
+    """Return the bytes of weights, gradients and moments: one for the parameters `with_one_moment`, else two."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     spared = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name in with_one_moment)
@@ -129,10 +131,10 @@ def state_bytes(model: nn.Module, with_one_moment: Collection[str] = ()) -> int:
 
 
 def saved_bytes_per_sample(model: nn.Module, loss: Callable[[Any], Tensor], example: Callable[[int], Any]) -> int:
-    """Return the bytes that eager autograd keeps for backward, for each sample of a batch.
+    """Return the bytes per sample that eager autograd saves for backward.
 
-    Counted in two forward passes, of one and of two samples (`loss(example(n))`), as the growth of the distinct
-    storages saved, parameters aside. torch.compile keeps less. The random generators are left as they were.
+    It is the difference between the forward passes of two and of one sample, `loss(example(n))`, in the distinct
+    storages saved, without parameters. torch.compile saves less. The random generators are restored.
     """
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
@@ -141,8 +143,11 @@ def saved_bytes_per_sample(model: nn.Module, loss: Callable[[Any], Tensor], exam
 
 
 class SavedBytes(NamedTuple):
-    """What eager autograd keeps for backward: bytes whatever the batch (weights cast by autocast, gradients that the
-    loss makes early), and bytes for each sample.
+    """Bytes that eager autograd saves for backward.
+
+    Attributes:
+        fixed: Independent of the batch: weights cast by autocast, gradients that the loss computes early.
+        per_sample: For each sample.
     """
 
     fixed: int
@@ -150,15 +155,15 @@ class SavedBytes(NamedTuple):
 
 
 def trace_saved_bytes(model: nn.Module, loss: Callable[[int], Tensor], *, bf16: bool) -> SavedBytes:
-    """Count what `loss(n)`, the loss of n samples through `model`, keeps for backward; nothing is computed or stored.
+    """Return the bytes that `loss(n)`, the loss of n samples, saves for backward, without computing anything.
 
-    Forward passes of one and two samples with torch's fake tensors, which have a shape, a dtype and a storage without
-    memory. Activations are those of a CPU in eager mode, under autocast with `bf16`.
+    Forward passes of one and two samples run on torch's fake tensors, which have no memory. Activations are those of
+    a CPU in eager mode.
 
     Args:
-        model: On torch's "meta" device.
-        loss: Makes its batch itself, with the model and torch's usual functions.
-        bf16: As loop.precision.
+        model: The model, on torch's "meta" device.
+        loss: Makes a batch of n samples and returns its loss through `model`.
+        bf16: Whether to use bf16 autocast.
     """
 
     class Loss(nn.Module):
@@ -182,7 +187,7 @@ def trace_saved_bytes(model: nn.Module, loss: Callable[[int], Tensor], *, bf16: 
 
 
 def _saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages that autograd saves in `loss()`, but for those of the parameters."""
+    """Return the bytes of the distinct storages that autograd saves in `loss()`, without those of the parameters."""
     own = {StorageWeakRef(parameter.untyped_storage()) for parameter in parameters}  # an identity, of fake ones too
     storages: dict[StorageWeakRef, torch.UntypedStorage] = {}
 

@@ -1,4 +1,4 @@
-"""Muon for stacks of matrices, as experts are, and for matrices in shards: torch.optim.Muon's arithmetic."""
+"""Muon for stacks of matrices, such as experts, and for matrices in shards, with torch.optim.Muon's arithmetic."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moa_train.distributed import full, local, place_like
+from moa_train.distributed import full, local, shard_like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic that an iteration applies to the singular values (Keller Jordan's Muon, and torch.optim.Muon)."""
+"""Coefficients of the quintic applied to the singular values (Keller Jordan's Muon, and torch.optim.Muon)."""
 
 ITERATIONS = 5
 
 EPS = 1e-7
-"""Smallest norm that a matrix is divided by."""
+"""Lower bound of the norm by which a matrix is divided."""
 
 
 class UpdateScale(NamedTuple):
-    """What multiplies the orthogonalized update of a matrix of A rows and B columns: as text, and of (A, B)."""
+    """Scale of the orthogonalized update of a matrix (A, B), as text and as a function."""
 
     formula: str
     factor: Callable[[int, int], float]
@@ -31,32 +31,30 @@ UPDATE_SCALES = {
     "match_rms_adamw": UpdateScale("0.2 sqrt(max(A, B))", lambda rows, columns: 0.2 * math.sqrt(max(rows, columns))),
     "original": UpdateScale("sqrt(max(1, A / B))", lambda rows, columns: math.sqrt(max(1.0, rows / columns))),
 }
-"""By the names that torch.optim.Muon gives them (`adjust_lr_fn`)."""
+"""Scales by the names that torch.optim.Muon uses (`adjust_lr_fn`)."""
 
 
 class StackedMuon(torch.optim.Optimizer):
-    """Muon for parameters of shape (E, A, B), each of whose E matrices (A, B) is orthogonalized on its own.
+    """Muon for parameters (E, A, B), whose E matrices (A, B) are orthogonalized separately.
 
-    Each matrix W takes the same step as in `torch.optim.Muon`, which knows matrices only, and these only whole. With
-    gradient G, momentum m and rate r: M <- m M + (1 - m) G, then W <- (1 - r weight_decay) W - r scale(A, B)
-    orthogonalize(m M + (1 - m) G). A stack's matrices share their products, so the two agree up to the rounding of
-    bfloat16. The state of a parameter is one tensor, "momentum_buffer". A matrix whose gradient is zero, as that of
-    an expert without a token in a step, is stepped in full along its momentum: the size of an update does not depend
-    on that of the gradient.
+    Each matrix W takes the step of `torch.optim.Muon`, which supports whole matrices only. With gradient G, momentum m
+    and learning rate r: M <- m M + (1 - m) G, then W <- (1 - r weight_decay) W - r scale(A, B) orthogonalize(m M +
+    (1 - m) G). The two agree up to the rounding of bfloat16. The state of a parameter is one tensor,
+    "momentum_buffer". A matrix with zero gradient, such as an expert without tokens, takes a full step along its
+    momentum: the size of an update does not depend on that of the gradient.
 
-    Parameters may be in shards of their first dimension (FSDP2), and their momentum is then. Of a stack each process
-    has whole matrices and steps them alone. A matrix (A, B), a stack of one, is gathered: its momentum blended with
-    its gradient is orthogonalized on every process, which keeps its own rows.
+    With FSDP2, parameters and momenta are in shards of their first dimension. A rank steps its matrices of a stack
+    alone. A matrix (A, B) is gathered and orthogonalized on every rank, which keeps its own rows.
 
     Args:
         params: Parameters (E, A, B) or (A, B), or groups of them.
-        lr: Rate.
+        lr: Learning rate.
         weight_decay: Decoupled weight decay.
         momentum: Nesterov momentum, in [0, 1).
         adjust_lr_fn: A key of `UPDATE_SCALES`.
 
     Raises:
-        ValueError: a parameter is neither a matrix nor a stack of them, or `adjust_lr_fn` is unknown.
+        ValueError: A parameter has another number of dimensions, or `adjust_lr_fn` is unknown.
     """
 
     def __init__(
@@ -73,7 +71,7 @@ class StackedMuon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of matrices and stacks. Raises ValueError for a parameter that is neither."""
+        """Add a group of matrices and stacks of matrices. Raises ValueError for other parameters."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             if parameter.ndim not in (2, 3):
@@ -84,7 +82,7 @@ class StackedMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient; return what `closure` returns, if there is one."""
+        """Step every parameter that has a gradient; return the result of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -102,25 +100,25 @@ class StackedMuon(torch.optim.Optimizer):
 
 
 def _look_ahead(state: dict[str, Tensor], gradient: Tensor, momentum: float) -> Tensor:
-    """Take the gradient into the momentum; return Nesterov's blend of both, in the gradient's shape."""
+    """Update the momentum; return Nesterov's blend of it with the gradient, in the gradient's shape."""
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = torch.zeros_like(gradient)
     return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
 
 
 def _orthogonal(blend: Tensor) -> Tensor:
-    """Return this process's part of the orthogonalized matrices (E, A, B) or matrix (A, B)."""
-    if blend.ndim == 3:  # in shards of whole matrices
+    """Return this rank's part of the orthogonalized matrices (E, A, B) or matrix (A, B)."""
+    if blend.ndim == 3:  # shards of whole matrices
         return orthogonalize(local(blend))
-    return local(place_like(blend, orthogonalize(full(blend)[None])[0]))
+    return local(shard_like(blend, orthogonalize(full(blend)[None])[0]))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Return about U V^T of every matrix U S V^T of a stack (E, A, B), in bfloat16.
+    """Return approximately U V^T for every matrix U S V^T of a stack (E, A, B), in bfloat16.
 
     Five steps of a quintic Newton-Schulz iteration, X <- a X + b (X X^T) X + c (X X^T)^2 X, from X / norm(X)
-    (https://kellerjordan.github.io/posts/muon/). They keep the singular vectors and take every singular value of at
-    least 0.005 of the norm to between 0.68 and 1.16, smaller ones less far up. A matrix of zeros stays zero.
+    (https://kellerjordan.github.io/posts/muon/). They keep the singular vectors and map singular values of at least
+    0.005 of the norm to between 0.68 and 1.16, smaller ones to less. A zero matrix stays zero.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -134,10 +132,10 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def orthogonalize_flops(shape: Sequence[int]) -> int:
-    """Return the FLOPs of `orthogonalize` for a stack (E, A, B) or a matrix (A, B), a multiply-add being two.
+    """Return the FLOPs of `orthogonalize` for a stack (E, A, B) or a matrix (A, B), two per multiply-add.
 
-    With sides s <= l an iteration has 2 s^2 l for X X^T, 2 s^3 for its square and 2 s^2 l for the product with X.
-    Matrix products only, which torch.optim.Muon has as many of.
+    With sides s <= l an iteration takes 2 s^2 l for X X^T, 2 s^3 for its square and 2 s^2 l for the product with X.
+    Only matrix products are counted; torch.optim.Muon has the same number.
     """
     *stack, rows, columns = shape
     short, long = sorted((rows, columns))

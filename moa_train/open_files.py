@@ -1,7 +1,4 @@
-"""File descriptors for reading by offset: the last used stay open, and every process has its own.
-
-On a network file system a descriptor may fail for good (ESTALE), or once (EIO), while the file can be opened again.
-"""
+"""Cache of open file descriptors for reads by offset; each process has its own."""
 
 from __future__ import annotations
 
@@ -13,17 +10,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-RETRY_S = 1.0  # the pause before a file that could not be read is opened again
+RETRY_S = 1.0
+"""Pause before a file that could not be read is opened again."""
 
 Result = TypeVar("Result")
 
 
 class OpenFiles:
-    """The descriptors of the files that were used last.
+    """The most recently used file descriptors.
 
     Args:
-        limit: How many stay open; 1 or more.
-        close: What closes a descriptor.
+        limit: Number of descriptors that stay open, 1 or more.
+        close: Function that closes a descriptor.
     """
 
     def __init__(self, limit: int, close: Callable[[int], object] = os.close) -> None:
@@ -32,7 +30,7 @@ class OpenFiles:
         self._files: OrderedDict[Hashable, int] = OrderedDict()
 
     def get(self, name: Hashable, opened: Callable[[], int]) -> int:
-        """Return the descriptor of file `name`; one that is not open is opened by `opened`, whose errors pass."""
+        """Return the descriptor of file `name`, opened by `opened` if it is not open."""
         if name not in self._files:
             self._files[name] = opened()
             if len(self._files) > self.limit:
@@ -41,34 +39,32 @@ class OpenFiles:
         return self._files[name]
 
     def read(self, name: Hashable, opened: Callable[[], int], read: Callable[[int], Result]) -> Result:
-        """Return `read` of the descriptor that `get` returns.
+        """Return `read(descriptor)`; after an OSError reopen the file and try once more.
 
-        An OSError closes the file, which is opened and read once more after a pause; a second one passes.
+        A descriptor on a network file system may become stale (ESTALE) or fail once (EIO).
         """
         try:
             return read(self.get(name, opened))
         except OSError:
             if name in self._files:
-                with suppress(OSError):  # of the same fault
+                with suppress(OSError):
                     self._close(self._files.pop(name))
         time.sleep(RETRY_S)
         return read(self.get(name, opened))
 
     def close(self) -> None:
-        """Close the files; `get` opens them again."""
+        """Close all files; `get` opens them again."""
         while self._files:
             self._close(self._files.popitem()[1])
 
     def __del__(self) -> None:
-        """Leave none open."""
-        if "_files" in self.__dict__:  # else it was never finished
+        if "_files" in self.__dict__:  # absent if the constructor failed
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Go to another process without the files."""
         return {"limit": self.limit, "_close": self._close, "_files": OrderedDict()}
 
 
 def open_to_read(path: Path) -> int:
-    """Return a new descriptor of a file, for `os.preadv`. Raises OSError."""
+    """Return a new descriptor of a file, for `os.preadv`."""
     return os.open(path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one live line and messages, on the main process only."""
+"""Progress display: a live line on a terminal, occasional lines in a log, and the throughput behind them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from tqdm import tqdm
 LAYOUT = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}"
 
 LINE_EVERY_S = 30.0
-"""Without a terminal: at most one progress line in this many seconds."""
-
+"""Interval of progress lines without a terminal."""
 
 WARMUP_STEPS = 5
-"""Steps of a session that are never timed: they compile, fill caches and start the loader's workers."""
+"""First steps of a session, which are not timed: they compile, fill caches and start data workers."""
 
 MIN_STEPS, MIN_SECONDS = 5, 2.0
-"""Timed steps, and their total duration, before a rate and a time left are reported."""
+"""Timed steps and their total duration before throughput and remaining time are reported."""
 
 WINDOW_STEPS = 50
-"""Most recent steps whose mean duration gives the rate."""
+"""Most recent steps that the throughput is averaged over."""
 
 
 class StepTimer:
@@ -33,7 +32,7 @@ class StepTimer:
         self._recent_s: deque[float] = deque(maxlen=WINDOW_STEPS)
 
     def add(self, seconds: float) -> bool:
-        """Record the duration of the step that just finished; return False for a warm-up step, which is not timed."""
+        """Record the duration of a step; return whether it counts (warm-up steps do not)."""
         if self._warmup_left:
             self._warmup_left -= 1
             return False
@@ -41,7 +40,7 @@ class StepTimer:
         return True
 
     def step_s(self) -> float | None:
-        """Return the seconds that a step takes, None until enough steps were timed."""
+        """Return the mean seconds per step, None until enough steps have been timed."""
         total = sum(self._recent_s)
         if len(self._recent_s) < MIN_STEPS or (total < MIN_SECONDS and len(self._recent_s) < WINDOW_STEPS):
             return None
@@ -49,7 +48,7 @@ class StepTimer:
 
 
 class Progress:
-    """A live line on a terminal; elsewhere (a log file) a line now and then. Silent unless `visible`."""
+    """Progress of a run: a live line on a terminal, a line every `LINE_EVERY_S` elsewhere. Silent unless `visible`."""
 
     def __init__(self, *, visible: bool, step: int, total_steps: int) -> None:
         self.visible = visible
@@ -59,7 +58,7 @@ class Progress:
         self._bar: tqdm[Any] | None = None
 
     def update(self, step: int, epoch: float, loss: float, lr: float, rate: str) -> None:
-        """Show where the run is; `rate` is the throughput and the time left, as text."""
+        """Show the progress; `rate` is throughput and remaining time as text."""
         if not self.visible:
             return
         text = f"loss {loss:.4f}, lr {lr:.2e}, {rate}"
@@ -70,9 +69,9 @@ class Progress:
             self._bar.update(step - self._bar.n)
         elif time.monotonic() >= self._next_line_s or step == self.total_steps:
             self._next_line_s = time.monotonic() + LINE_EVERY_S
-            self.say(f"step {step}/{self.total_steps}, epoch {epoch:.2f}: {text}")
+            self.print(f"step {step}/{self.total_steps}, epoch {epoch:.2f}: {text}")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a message above the live line."""
         if self.visible:
             tqdm.write(text)
@@ -85,19 +84,19 @@ class Progress:
 
 
 class CountBar(tqdm):
-    """tqdm that also serves a log: on a terminal a live bar; elsewhere a line now and then, with rate and time left.
+    """tqdm with a live bar on a terminal and a line every `LINE_EVERY_S`, with rate and remaining time, elsewhere.
 
     Args:
-        total: How many there are.
-        title: What is done with them.
-        unit: What they are, e.g. "img".
+        total: Number of items.
+        title: Name of the activity.
+        unit: Name of an item, e.g. "img".
     """
 
     def __init__(self, *, total: int, title: str, unit: str) -> None:
         self._live = sys.stderr.isatty()
         form = None if self._live else "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left"
         every_s = 0.1 if self._live else LINE_EVERY_S
-        # delay: the first line is due after that time too, so that what is quick says nothing in a log
+        # delay: a quick loop prints nothing
         super().__init__(
             total=total, desc=title, unit=unit, leave=False, bar_format=form, mininterval=every_s, delay=every_s
         )
@@ -106,7 +105,7 @@ class CountBar(tqdm):
         """Draw the bar or print the line; called by tqdm."""
         if self._live:
             super().display(msg, pos)
-        elif msg is None:  # "" is how tqdm takes a bar away
+        elif msg is None:  # tqdm clears a bar with ""
             print(self, flush=True)
 
 

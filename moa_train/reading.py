@@ -1,117 +1,78 @@
-"""JSON and YAML of run folders, read and checked: whatever is wrong is one ValueError that names the file."""
+"""Reading of JSON and YAML files, and comparison of nested configs by dotted key."""
 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-LARGEST, DEEPEST = 100_000, 50
-"""Nodes and levels that a YAML text may have; a configuration of ours has about a hundred, in three."""
-
-_FAULTS = (OSError, ValueError, RecursionError)
-# What PyYAML's constructors raise for a tag that does not fit its value, such as "!!bool x" or "!!timestamp x".
-_YAML_FAULTS = (*_FAULTS, yaml.YAMLError, AttributeError, LookupError, TypeError, OverflowError)
+from moa_train.errors import DataError
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Args:
-        path: The file, UTF-8.
-        remedy: What to do if it cannot be read; the end of the message.
+        path: A UTF-8 file.
+        remedy: What to do if it cannot be read; the end of the error message.
 
     Raises:
-        ValueError: it is missing, is no JSON, or holds something else than an object.
+        DataError: The file is missing, is not JSON, or holds anything but an object.
     """
-    try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
-    except _FAULTS as error:
-        raise _unreadable(path, error, remedy) from error
+    return _read(path, json.loads, remedy)
 
 
 def read_yaml(path: Path, remedy: str, *, empty: bool = False) -> dict[str, Any]:
-    """Return the YAML mapping in a file; keys are text at every depth.
+    """Return the YAML mapping in a file.
 
     Args:
-        path: The file, UTF-8.
-        remedy: What to do if it cannot be read; the end of the message.
-        empty: Take an empty file for a mapping without keys.
+        path: A UTF-8 file.
+        remedy: What to do if it cannot be read; the end of the error message.
+        empty: Accept an empty file as a mapping without keys.
 
     Raises:
-        ValueError: it is missing, is no YAML, holds something else than a mapping, or `check_shape` refuses it.
+        DataError: The file is missing, is not YAML, or holds anything but a mapping.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        check_shape(text)
+
+    def parse(text: str) -> Any:
         content = yaml.safe_load(text)
-        return _mapping({} if content is None and empty else content)
-    except _YAML_FAULTS as error:
-        raise _unreadable(path, error, remedy) from error
+        return {} if content is None and empty else content
+
+    return _read(path, parse, remedy)
 
 
-def check_shape(text: str) -> None:
-    """Refuse a YAML text that is nested more than `DEEPEST` levels, or comes to more than `LARGEST` nodes.
-
-    Aliases count as what they stand for: a few lines can stand for a billion nodes, and whoever walks through them,
-    or prints them, does not come back. On a deep text PyYAML's parser in C, which jsonargparse uses, takes the whole
-    interpreter down. What is no YAML at all passes; who reads the text will say so.
-
-    Raises:
-        ValueError: it is.
-    """
-    nodes: list[float] = [0]  # of the document, and of the lists and mappings that are open
-    anchors: list[str | None] = [None]
-    known: dict[str | None, float] = {}
+def _read(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[str, Any]:
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.CollectionStartEvent):
-                nodes.append(1)
-                anchors.append(event.anchor)
-                known[event.anchor] = math.inf  # below itself it has no end
-            elif isinstance(event, yaml.CollectionEndEvent):
-                nodes[-2] += nodes[-1]
-                known[anchors.pop()] = nodes.pop()
-            elif isinstance(event, yaml.ScalarEvent):
-                known[event.anchor] = 1
-                nodes[-1] += 1
-            elif isinstance(event, yaml.AliasEvent):
-                nodes[-1] += known.get(event.anchor, 0)
-            if len(nodes) > DEEPEST + 1:
-                raise _Shape(f"it is nested more than {DEEPEST} levels deep")
-            if nodes[-1] > LARGEST:
-                raise _Shape(f"it comes to more than {LARGEST:,} values, its aliases followed; write out what is meant")
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, _Shape):
-            raise
-
-
-class _Shape(ValueError):
-    """What `check_shape` refuses, told from what the parser does."""
-
-
-def _mapping(content: Any) -> dict[str, Any]:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); {remedy}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not keys with values")
-    _check_keys(content)
+        raise DataError(f"{path} cannot be read (it holds a {type(content).__name__}, not keys with values); {remedy}")
     return content
 
 
-def _check_keys(content: Any) -> None:
-    """Raise ValueError for a key that is no text (YAML has numbers, dates and null as keys), at any depth."""
-    if isinstance(content, dict):
-        for key, value in content.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{key!r} is a key, but no text")
-            _check_keys(value)
-    elif isinstance(content, list):
-        for value in content:
-            _check_keys(value)
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"optim.lr": ...} for {"optim": {"lr": ...}}; an empty dict stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and value
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
 
 
-def _unreadable(path: Path, error: Exception, remedy: str) -> ValueError:
-    reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-    return ValueError(f"{path} cannot be read ({reason or repr(error)}); {remedy}")
+def differing_keys(
+    old: dict[str, Any], new: dict[str, Any], *, mutable_keys: frozenset[str] = frozenset()
+) -> list[str]:
+    """Return "optim.lr: 0.001 -> 0.002" for every dotted key outside `mutable_keys` whose value differs."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
+        for key in sorted(before.keys() | after.keys())
+        if key not in mutable_keys and before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+
+
+_ABSENT = object()

@@ -1,4 +1,4 @@
-"""The checkpoint that a session begins with: the run's newest valid one, or another run's (`start_from`)."""
+"""Choice of the checkpoint that a session starts from: the run's newest valid one, or another run's (`start_from`)."""
 
 from __future__ import annotations
 
@@ -7,123 +7,128 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-
 from moa_train import checkpoint
 from moa_train.checkpoint import DamagedCheckpoint
-from moa_train.config import START_FROM_MUTABLE_KEYS, RunConfig, as_tree, differing_keys
+from moa_train.config import START_FROM_MUTABLE_KEYS, RunConfig, as_tree
+from moa_train.errors import ConfigError, DataError
+from moa_train.reading import differing_keys
 from moa_train.run_folder import RunFolder
 from moa_train.schedule import Plan
 
 
-class Origin(NamedTuple):
-    """What `choose` found.
+class Start(NamedTuple):
+    """Start of a session.
 
-    newest: the run's newest valid checkpoint. source: that one, or another run's to begin with. damaged: a message
-    for each of the run's checkpoints that were passed over.
+    Attributes:
+        checkpoint: Checkpoint to load; None starts with new weights.
+        own: Whether it is one of the run's own checkpoints.
+        finished: Whether the run is already finished.
+        warnings: Messages for the user.
     """
 
-    newest: Path | None
-    source: Path | None
-    damaged: list[str]
+    checkpoint: Path | None
+    own: bool
+    finished: bool
+    warnings: list[str]
 
 
-def choose(config: RunConfig, plan: Plan, accelerator: Accelerator, mutable_keys: frozenset[str]) -> Origin:
-    """Look for the checkpoint to begin with; to be called by all processes.
+def find_start(config: RunConfig, plan: Plan, identity: Mapping[str, Any], mutable_keys: frozenset[str]) -> Start:
+    """Return the start of a session of the run; called on the main process with the run folder locked.
 
-    The main process looks, and all take what it found: a file system may not show them the same.
+    Args:
+        config: The run's config.
+        plan: Its schedule in steps.
+        identity: Checksums of the task's data.
+        mutable_keys: Keys that may differ from the run's earlier sessions.
 
     Raises:
-        ValueError: the run is without a checkpoint that it must have had, `start_from` names one that is damaged or
-            does not fit (`mutable_keys` keys may differ), or this process does not see what the main one found.
+        ConfigError: Config or schedule do not fit the run or the checkpoint.
+        DataError: All checkpoints of the run are lost or damaged, or the data have changed.
     """
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        newest, damaged = checkpoint.newest_valid(RunFolder(config.folder).checkpoints)
-        if newest is None and config.resume != "force":
-            _check_nothing_lost(RunFolder(config.folder), damaged, plan.total_steps, config.checkpoint.interval)
-        found = [(newest, newest or _start(config, plan, mutable_keys), damaged)]
-    origin = Origin(*broadcast_object_list(found)[0])
-    if origin.source is not None and not origin.source.exists():
-        raise ValueError(f"{origin.source} is there for the main process, but not here: all must see the same folder")
-    return origin
+    folder = RunFolder(config.folder)
+    changed = folder.check(as_tree(config), config.resume, mutable_keys)
+    newest, damaged = checkpoint.newest_valid(folder.checkpoints)
+    warnings = [f"skipped a damaged checkpoint: {message}" for message in damaged]
+    warnings += [f"continuing with another value of {message}" for message in changed]
+    finished = folder.finished_steps() == plan.total_steps
+    if newest is None and not finished and config.resume != "force":
+        _require_checkpoint(folder, damaged, config.checkpoint.interval)
+    source = newest or _other_run(config, plan, mutable_keys)
+    if source is not None:
+        warnings += _check_state(source, config, plan, identity)
+    return Start(source, newest is not None, finished, warnings)
 
 
-def _check_nothing_lost(folder: RunFolder, damaged: list[str], total_steps: int, save_every: int) -> None:
-    """Raise ValueError if an unfinished run without a usable checkpoint got further than a crash can undo.
+def _require_checkpoint(folder: RunFolder, damaged: list[str], interval: int) -> None:
+    """Raise DataError if a run without a usable checkpoint must have had one.
 
-    To begin it again at step 0 would drop its rows, and the damaged checkpoints that somebody may want to mend.
+    Starting again at step 0 would drop its rows and the damaged checkpoints. The first checkpoint is complete before
+    the second one is begun.
     """
     reached = max((row["step"] for row in folder.rows()), default=0)
-    if folder.finished_steps() == total_steps or (not damaged and reached <= save_every):
-        return
-    listed = "".join(f"\n  {message}" for message in damaged)
-    raise ValueError(
-        f"{folder.path} holds {reached:,} steps of a run, but no checkpoint that can be used.{listed}\n"
-        f"Bring one back into {folder.checkpoints}, choose another name, or begin again at step 0, all that is there "
-        "dropped, with --resume force."
-    )
+    if damaged or reached > 2 * interval:
+        reasons = f" ({'; '.join(damaged)})" if damaged else ""
+        raise DataError(
+            f"{folder.path} holds {reached:,} steps of a run, but no usable checkpoint{reasons}; restore one in "
+            f"{folder.checkpoints}, choose another name, or start again at step 0 with --resume force"
+        )
 
 
-def check_fit(path: Path, config: RunConfig, identity: Mapping[str, Any] | None) -> None:
-    """Raise ValueError if the checkpoint holds another algorithm's state, or was trained on something else.
-
-    `identity` is what the task tells of its data (`task.Identified`).
-    """
+def _check_state(path: Path, config: RunConfig, plan: Plan, identity: Mapping[str, Any]) -> list[str]:
+    """Check that a checkpoint fits the data, the optimizer and the length of the run; return warnings."""
     state = checkpoint.read_state(path)
-    known, own = state.get("identity") or {}, identity or {}
-    changed = sorted(key for key in known.keys() & own.keys() if known[key] != own[key])
+    known = state["identity"]
+    changed = sorted(key for key in known.keys() & identity.keys() if known[key] != identity[key])
     if changed and config.resume != "force":
-        raise ValueError(
-            f"{path} was trained on other data: {', '.join(changed)} changed since. Bring back what it was, "
-            "begin a new run, or continue all the same with --resume force"
+        raise DataError(
+            f"{path} was trained on other data: {', '.join(changed)} changed since; restore the data, choose another "
+            "name, or continue with --resume force"
         )
-    saved = state.get("config", {}).get("optim", {}).get("algorithm", "adamw")
-    if saved != config.optim.algorithm:
-        raise ValueError(
-            f"optim.algorithm is {config.optim.algorithm!r}, but {path} holds the optimizer state of "
-            f"{saved!r}; go back to it, or begin a new run"
+    algorithm = state["config"]["optim"]["algorithm"]
+    if algorithm != config.optim.algorithm:
+        raise ConfigError(
+            f"optim.algorithm is {config.optim.algorithm!r}, but {path} holds the state of {algorithm!r}; restore it, "
+            "or choose another name"
         )
+    if state["step"] > plan.total_steps:
+        raise ConfigError(f"{path} is past the end of this config, step {plan.total_steps}; use a longer schedule")
+    then, now = state["global_batch"], plan.global_batch
+    if then == now:
+        return []
+    return [f"schedule.batch_size was {then} and is {now} now: some samples are repeated or left out"]
 
 
-def _start(config: RunConfig, plan: Plan, mutable_keys: frozenset[str]) -> Path | None:
-    """Return the other run's checkpoint to begin with, if the configuration names one and it fits."""
+def _other_run(config: RunConfig, plan: Plan, mutable_keys: frozenset[str]) -> Path | None:
+    """Return the checkpoint of another run that `start_from` names, after checking that it fits."""
     if config.start_from is None:
         return None
     path = Path(config.start_from)
     try:
         state = checkpoint.verify(path)
     except DamagedCheckpoint as error:
-        raise ValueError(f"start_from cannot be used: {error}") from error
-    if config.resume != "force":
-        _check_same_run(path, state, config, mutable_keys)
-        _check_phase(path, state, plan, config.schedule.decay_fraction)
+        raise DataError(f"start_from cannot be used: {error}") from error
+    if config.resume == "force":
+        return path
+    allowed = mutable_keys | START_FROM_MUTABLE_KEYS
+    different = differing_keys(state["config"], as_tree(config), mutable_keys=allowed)
+    if different:
+        raise ConfigError(
+            f"start_from {path} has another config ({'; '.join(different)}); restore these values, or use --resume "
+            "force"
+        )
+    _check_phase(path, state, plan, config.schedule.decay_fraction)
     return path
 
 
-def _check_same_run(path: Path, state: Mapping[str, Any], config: RunConfig, mutable_keys: frozenset[str]) -> None:
-    """Raise ValueError unless this run is the one that wrote the checkpoint, but for how and when it ends."""
-    different = differing_keys(
-        state.get("config", {}), as_tree(config), mutable_keys=mutable_keys | START_FROM_MUTABLE_KEYS
-    )
-    if different:
-        listed = "\n  ".join(different)
-        raise ValueError(
-            f"start_from {path} is of a run with another configuration:\n  {listed}\n"
-            "Go back to these values, or begin with it all the same with --resume force."
-        )
-
-
 def _check_phase(path: Path, state: Mapping[str, Any], plan: Plan, decay_fraction: float) -> None:
-    """Raise ValueError unless the checkpoint was written at the peak rate, and its step has it here too."""
+    """Raise ConfigError unless the learning rate is at its peak at this step, in the other run and in this one."""
     step = state["step"]
-    if not state.get("stable", True) or step < plan.warmup_steps:
-        raise ValueError(f"start_from {path}: its rate still rose, or fell already; take another checkpoint")
+    if not state["stable"] or step < plan.warmup_steps:
+        raise ConfigError(f"start_from {path} is from the warm-up or the decay; use a checkpoint between them")
     if plan.is_decaying(step):
-        enough = math.ceil(step / (1 - decay_fraction)) if decay_fraction < 1 else 0
-        longer = f"{enough:,} steps or more" if enough else "a decay_fraction below 1"
-        raise ValueError(
-            f"start_from {path} is of step {step:,}, but this schedule's rate falls from step "
-            f"{plan.total_steps - plan.decay_steps:,} on; it takes {longer}"
+        steps = math.ceil(step / (1 - decay_fraction)) if decay_fraction < 1 else 0
+        fix = f"train for {steps:,} steps or more" if steps else "set schedule.decay_fraction below 1"
+        raise ConfigError(
+            f"start_from {path} is from step {step:,}, but this schedule decays from step "
+            f"{plan.total_steps - plan.decay_steps:,}; {fix}"
         )

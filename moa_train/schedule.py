@@ -1,27 +1,22 @@
-"""How long a run is, how its global batch is split, and the learning rate of each step."""
+"""Length of a run, split of its global batch, and learning rate of each step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from moa_train.errors import ConfigError, require
+from moa_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from moa_train.config import RunConfig
 
 DecayType = Literal["cosine", "linear", "1-sqrt"]
-DECAY_SHAPES: tuple[str, ...] = get_args(DecayType)
-
-
-LARGEST_BATCH = 10**9
-"""Samples of a global batch, far beyond any; what shares it is found in moments."""
 
 
 class Budget(NamedTuple):
-    """Optimizer steps of a run, and of its warm-up."""
+    """Optimizer steps of a run and of its warm-up."""
 
     total_steps: int
     warmup_steps: int
@@ -35,15 +30,14 @@ def lr_at(
     warmup_steps: int,
     total_steps: int,
     decay_steps: int | None = None,
-    shape: DecayType = "cosine",
+    decay_type: DecayType = "cosine",
 ) -> float:
-    """Return the learning rate of the optimizer step that follows `step` finished ones.
+    """Return the learning rate of the optimizer step that follows `step` finished steps.
 
-    Linear from 0 over the first `warmup_steps`, then `lr`, then from `lr` to `min_lr` over the last `decay_steps`.
-    With all steps after the warm-up in the decay, the default, and half a cosine it is the MAE recipe
-    (facebookresearch/mae, util/lr_sched.py), step by step rather than epoch by epoch; with fewer it is
-    warmup-stable-decay (arXiv:2404.06395). With p the part of the decay that is done, the rate above `min_lr` falls
-    as (1 + cos(pi p)) / 2, as 1 - p, or as 1 - sqrt(p) (arXiv:2405.18392).
+    It rises linearly from 0 over the first `warmup_steps`, stays at `lr`, and falls to `min_lr` over the last
+    `decay_steps`. A cosine over all steps after the warm-up, the default, is the MAE recipe (facebookresearch/mae,
+    util/lr_sched.py), updated every step. With fewer decay steps it is warmup-stable-decay (arXiv:2404.06395). At a
+    progress p of the decay, (lr - min_lr) is scaled by (1 + cos(pi p)) / 2, 1 - p, or 1 - sqrt(p) (arXiv:2405.18392).
     """
     if step < warmup_steps:
         return lr * step / warmup_steps
@@ -54,7 +48,7 @@ def lr_at(
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
         "linear": 1.0 - progress,
         "1-sqrt": 1.0 - math.sqrt(progress),
-    }[shape]
+    }[decay_type]
     return min_lr + (lr - min_lr) * left
 
 
@@ -63,10 +57,10 @@ class Plan:
     """A run's schedule, counted in optimizer steps.
 
     Attributes:
-        steps_per_epoch: Whole global batches in the training set; what is left over is dropped.
-        total_steps, warmup_steps, decay_steps: Length of the run, of its warm-up, and of the fall of its rate.
+        steps_per_epoch: Whole global batches in the training set; the remainder is dropped.
+        total_steps, warmup_steps, decay_steps: Length of the run, its warm-up and its decay.
         global_batch: Samples of one optimizer step = accumulation * world_size * micro_batch.
-        accumulation: Micro-batches that one device accumulates in a step.
+        accumulation: Micro-batches that one rank accumulates in a step.
     """
 
     steps_per_epoch: int
@@ -82,7 +76,7 @@ class Plan:
     decay_type: DecayType
 
     def lr_at(self, step: int) -> float:
-        """Return the rate of the step that follows `step` finished ones; see `moa_train.schedule.lr_at`."""
+        """Return the learning rate of the step that follows `step` finished steps; see `moa_train.schedule.lr_at`."""
         return lr_at(
             step,
             lr=self.lr,
@@ -90,53 +84,49 @@ class Plan:
             warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
             decay_steps=self.decay_steps,
-            shape=self.decay_type,
+            decay_type=self.decay_type,
         )
 
     def is_decaying(self, step: int) -> bool:
-        """Tell whether the rate has begun to fall before `step` steps are finished."""
+        """Return whether the learning rate has begun to decay within `step` steps."""
         return step > self.total_steps - self.decay_steps
 
     def is_stable(self, step: int) -> bool:
-        """Tell whether, after `step` steps, the warm-up is over and the rate has not begun to fall."""
+        """Return whether, after `step` steps, the warm-up is over and the decay has not begun."""
         return self.warmup_steps <= step and not self.is_decaying(step)
 
     def epoch(self, step: int) -> float:
-        """Return the epochs that `step` finished steps come to."""
+        """Return the number of epochs in `step` steps."""
         return step / self.steps_per_epoch
 
     def due(self, step: int, every: int) -> bool:
-        """Tell whether something done every so many steps, and after the last one, is due after `step` steps."""
+        """Return whether an action with the interval `every`, and after the last step, is due after `step` steps."""
         return step > 0 and (step % every == 0 or step == self.total_steps)
 
 
 def divisors(number: int) -> list[int]:
-    """Return the divisors of a positive number, ascending; found up to its root, so that no batch takes long."""
+    """Return the divisors of a positive number, ascending."""
     below = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*below, *(number // n for n in below)})
 
 
 def make_plan(config: RunConfig, samples_per_epoch: int, budget: Callable[[int], Budget], world_size: int) -> Plan:
-    """Count a run in steps and split the global batch; `budget` turns the steps of an epoch into those of the run.
+    """Count a run in steps and split its global batch; `budget` turns the steps of an epoch into those of the run.
 
     Raises:
-        ConfigError: the training set is smaller than a batch, that above `LARGEST_BATCH`, or no multiple of
-            world_size * loop.micro_batch_size; the message gives the nearest of each that work.
+        ConfigError: The global batch is larger than the training set, or no multiple of world_size *
+            loop.micro_batch_size; the message gives the nearest values that work.
     """
     batch, micro = config.schedule.batch_size, config.loop.micro_batch_size
-    require("schedule.batch_size", batch, batch <= LARGEST_BATCH, f"at most {LARGEST_BATCH:,}")
     at_once = world_size * micro
     if batch % at_once:
         below, above = batch // at_once * at_once, (batch // at_once + 1) * at_once
-        shares = divisors(batch // world_size) if batch >= world_size and batch % world_size == 0 else []
-        fitting = max((m for m in shares if m < micro), default=None)
-        shared = divisors(batch // micro) if batch >= micro and batch % micro == 0 else []  # numbers of processes
-        nearest = [*[n for n in shared if n < world_size][-1:], *[n for n in shared if n > world_size][:1]]
+        per_rank = divisors(batch // world_size) if batch % world_size == 0 else []
+        fitting = max((divisor for divisor in per_rank if divisor < micro), default=None)
         raise ConfigError(
-            f"schedule.batch_size is {batch}; it must be a multiple of {at_once} ({world_size} processes x "
+            f"schedule.batch_size is {batch}; it must be a multiple of {at_once} (world size {world_size} x "
             f"loop.micro_batch_size {micro}): the nearest are {f'{below} and ' if below else ''}{above}"
-            + (f", or keep it with loop.micro_batch_size {fitting}" if fitting else "")
-            + (f", or with {' or '.join(map(str, nearest))} processes" if nearest else "")
+            + (f"; or set loop.micro_batch_size to {fitting}" if fitting else "")
         )
     steps_per_epoch = samples_per_epoch // batch
     if not steps_per_epoch:

@@ -1,4 +1,4 @@
-"""Which losses stand out above those just before them."""
+"""Detection of loss spikes: losses far above their running mean."""
 
 from __future__ import annotations
 
@@ -6,42 +6,42 @@ import math
 from dataclasses import dataclass
 
 MEMORY = 50
-"""Steps over which recent losses are averaged, with exponential weights; the first so many are never spikes."""
+"""Steps of the exponential average of recent losses; the first steps of a run are never spikes."""
 
 DEVIATIONS = 5.0
-"""Standard deviations above the recent mean from which on a loss is a spike."""
+"""Standard deviations above the running mean from which a loss is a spike."""
 
 FLOOR = 1e-3
-"""Smallest standard deviation that counts, relative to the mean: a loss that hardly moves has no spikes."""
+"""Lower bound of the standard deviation, relative to the mean: a nearly constant loss has no spikes."""
 
 TINY = 1e-12
-"""Smallest standard deviation that counts at all."""
+"""Lower bound of the standard deviation of a loss around zero."""
 
 
 @dataclass
 class RecentLoss:
-    """Mean and variance of the losses of recent steps; part of what a checkpoint keeps, so that a resumed run finds
-    the same spikes.
+    """Exponentially weighted mean and variance of recent losses; stored in checkpoints.
 
     Attributes:
-        count: Losses taken.
-        mean, variance: Exponentially weighted, the latter of the deviations from the mean of their time.
+        count: Number of losses.
+        mean: Mean.
+        variance: Variance of the deviations from the mean at their time.
     """
 
     count: int = 0
     mean: float = 0.0
     variance: float = 0.0
 
-    def take(self, loss: float) -> float | None:
-        """Take the next (finite) loss in; return how many standard deviations it stands above the recent mean if it
-        is a spike, else None.
+    def update(self, loss: float) -> float | None:
+        """Add the next finite loss; return its deviation in standard deviations if it is a spike, else None.
 
-        A spike counts in the mean and variance as the largest loss that is none, so that it does not hide the next.
+        A spike enters the mean and variance clipped to the threshold, so that it does not hide the next one.
         """
         deviation = max(math.sqrt(self.variance), FLOOR * abs(self.mean), TINY)
-        spike = self.count >= MEMORY and loss > self.mean + DEVIATIONS * deviation
+        threshold = self.mean + DEVIATIONS * deviation
+        spike = self.count >= MEMORY and loss > threshold
         above = (loss - self.mean) / deviation if spike else None
-        self._add(self.mean + DEVIATIONS * deviation if spike else loss)
+        self._add(threshold if spike else loss)
         return above
 
     def _add(self, loss: float) -> None:

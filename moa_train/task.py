@@ -1,45 +1,49 @@
-"""What a half (vision, language) gives the loop."""
+"""Interface between a task (a model with its data and losses) and the trainer."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moa_train.config import OptimConfig
+from moa_train.optim import build_optimizer
 from moa_train.schedule import Budget, Plan
 
 WEIGHT = "weight"
-"""Key of `Task.val_losses` that is no loss."""
+"""Key of `Task.val_losses` that holds the samples' weights instead of a loss."""
 
 
 @dataclass(frozen=True)
 class DataParallelRank:
-    """One process's part of the work: it is number `rank` of `world_size`, and each takes `micro_batch` at a time."""
+    """A process's share of the data: number `rank` of `world_size`, with `micro_batch` samples at a time."""
 
     rank: int
     world_size: int
     micro_batch: int
 
 
-class Task(Protocol):
-    """A model, its batches and its losses. Batches are what `loss` takes: tensors in any nesting, moved to the device
-    by the loop.
+class Task(ABC):
+    """A model, its batches and its losses.
+
+    A batch is any nesting of tensors; the trainer moves it to the device. Methods from `optimizer` on are optional.
 
     Attributes:
         model: The bare module, on the CPU, initialized from the seed.
-        unit: Name in messages of what is counted, e.g. "img" or "tok".
-        counter: Column of the records that counts it: "samples", or "tokens" of which a sample has many.
-        units_per_sample: How many of it a sample has; 1 for images.
-        samples_per_epoch: Training samples.
-        val_samples: Held-out samples of one validation; 0: there is none.
-        forward_flops_per_sample: FLOPs of one sample's forward pass.
-        val_names: What `val_losses` returns, "loss" among them.
-        best_by: The one of them by which the best step is chosen.
+        unit: Name of the counted unit in messages, e.g. "img" or "tok".
+        counter: Column of the rows that counts units: "samples" or "tokens".
+        units_per_sample: Units of a sample; 1 for images.
+        samples_per_epoch: Number of training samples.
+        val_samples: Held-out samples of a validation; 0 disables validation.
+        forward_flops_per_sample: FLOPs of the forward pass of a sample.
+        val_names: Keys of `val_losses`; "loss" is among them.
+        best_by: The key of `val_names` that selects the best step.
+        weighted: Whether the loss is a mean over items, such as labels, whose number varies between micro-batches.
     """
 
     model: nn.Module
@@ -51,132 +55,95 @@ class Task(Protocol):
     forward_flops_per_sample: int
     val_names: tuple[str, ...]
     best_by: str
+    weighted: bool = False
 
+    @abstractmethod
     def budget(self, steps_per_epoch: int) -> Budget:
-        """Return how many optimizer steps the run takes, and its warm-up."""
-        ...
+        """Return the number of optimizer steps of the run and of its warm-up."""
 
+    @abstractmethod
     def startup_lines(self) -> dict[str, str]:
-        """Return lines of the announcement, title to text."""
-        ...
+        """Return lines to print at the start, by title."""
 
+    @abstractmethod
     def summary_fields(self) -> dict[str, Any]:
-        """Return what summary.json says of the task, e.g. "parameters" by part; asked on the main process only."""
-        ...
+        """Return the task's fields of summary.json, e.g. "parameters"; called on the main process only."""
 
-    def no_weight_decay(self) -> Collection[str]:
-        """Return names of parameters without weight decay, beyond those with fewer than two dimensions."""
-        ...
-
+    @abstractmethod
     def example_batch(self, count: int) -> Any:
-        """Return a made-up batch of `count` samples, to measure what `loss` needs."""
-        ...
+        """Return a made-up batch of `count` samples, for measuring memory."""
 
+    @abstractmethod
     def train_batches(self, share: DataParallelRank, plan: Plan, start_step: int) -> Iterable[Any]:
-        """Yield this process's micro-batches, in order, for the steps from `start_step` to the plan's end."""
-        ...
+        """Yield this rank's micro-batches, in order, from step `start_step` to the end of the plan."""
 
+    @abstractmethod
     def val_batches(self, share: DataParallelRank) -> Iterable[Any]:
-        """Yield this process's share of the held-out samples; over all processes each sample comes once."""
-        ...
+        """Yield this rank's part of the held-out samples; each sample belongs to one rank."""
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return a micro-batch's mean loss, () float32, through `model` (the bare module or a wrapper of it)."""
-        ...
+        """Return the mean loss of a micro-batch, () float32, through `model` (the bare module or a wrapper)."""
 
+    @abstractmethod
     def val_losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """Return each sample's losses, (B,) each, for every name of `val_names`.
+        """Return the losses (B,) of each sample for every name in `val_names`.
 
-        Where samples do not count alike in the mean, what each counts stands under `WEIGHT`, (B,).
+        The key `WEIGHT`, (B,), holds the samples' weights in the mean where they differ.
         """
-        ...
 
+    @abstractmethod
     def write_diagnostics(self, model: nn.Module, folder: Path, step: int) -> None:
-        """Draw what the model does on held-out samples, or what it has in their place, into the run folder `folder`.
+        """Write figures or statistics of held-out samples into the run folder `folder`.
 
-        Asked on the main process only, with `model` whole: it need not be the task's own, which may be in shards.
+        Called on the main process only. `model` is whole, and may be another object than `self.model`, which FSDP2
+        splits into shards.
         """
-        ...
 
+    @abstractmethod
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Write the trained model, in the form that others load, into the empty `folder`; as `write_diagnostics`."""
-        ...
-
-
-@runtime_checkable
-class OwnOptimizer(Protocol):
-    """A task that brings its own optimizer in place of `moa_train.optim.build_optimizer`'s AdamW.
-
-    A parameter group with an "lr_scale" (timm's name) is stepped at that multiple of the scheduled rate.
-    """
+        """Write the trained model for other libraries into the empty `folder`; `model` as in `write_diagnostics`."""
 
     def optimizer(self, config: OptimConfig) -> Optimizer:
-        """Return the optimizer of the task's model, which is on its device by then.
+        """Return the optimizer of `self.model`, which is on its device.
 
-        Every value of its state must be a tensor, so that a checkpoint can hold it.
+        All values in the optimizer's state must be tensors. A group with an "lr_scale" (timm's name) is stepped at
+        that multiple of the scheduled learning rate.
         """
-        ...
+        return build_optimizer(self.model, config, self.no_weight_decay(), self.hidden_matrices())
 
-
-@runtime_checkable
-class Observed(Protocol):
-    """A task that has more to say of its training steps than their loss."""
-
-    def observations(self) -> dict[str, Tensor]:
-        """Return values () for the training row of the step just finished, e.g. {"aux_loss": ...}, of which the mean
-        over all processes is written; a "loss" takes the place of what is trained on. Asked on every process, and
-        only for rows that are written.
-        """
-        ...
-
-
-@runtime_checkable
-class Weighted(Protocol):
-    """A task whose loss is a mean over items, such as labels, of which a micro-batch may have more than another.
-
-    A step's loss is then the mean over all items of the global batch, however that is split into micro-batches.
-
-    Attributes:
-        weighted: Whether they differ; if not, all is as for any other task.
-    """
-
-    weighted: bool
-
-    def items(self, batch: Any) -> Tensor:
-        """Return how many items a micro-batch has, () on its device."""
-        ...
-
-    def weighted_loss(self, model: nn.Module, batch: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss to train on, (), and without gradient `Task.loss`, ().
-
-        They differ in that the mean over items counts `weight` times, () float32: the micro-batch's items by the mean
-        of all micro-batches'. What is no mean over items counts once.
-        """
-        ...
-
-
-@runtime_checkable
-class Named(Protocol):
-    """A task that can tell which samples a batch consists of."""
-
-    def sample_names(self, batch: Any) -> list[str]:
-        """Return the names of a training batch's samples, by which a person finds them."""
-        ...
-
-
-@runtime_checkable
-class Identified(Protocol):
-    """A task that stands on something which its configuration names but does not hold, such as files of tokens."""
-
-    def identity(self) -> dict[str, Any]:
-        """Return what tells it from others, in JSON types, e.g. checksums. A run goes on with the same only."""
-        ...
-
-
-@runtime_checkable
-class HiddenMatrices(Protocol):
-    """A task whose model can be trained with Muon."""
+    def no_weight_decay(self) -> Collection[str]:
+        """Return names of parameters with two or more dimensions that get no weight decay."""
+        return ()
 
     def hidden_matrices(self) -> Collection[str]:
-        """Return the names of the parameters, matrices and stacks of matrices, that Muon is to step."""
-        ...
+        """Return names of the parameters, matrices and stacks of matrices, that Muon steps; empty without Muon."""
+        return ()
+
+    def observations(self) -> dict[str, Tensor]:
+        """Return further values () for the training row of the last step, e.g. {"aux_loss": ...}.
+
+        The row contains their means over all ranks. A "loss" replaces the training loss. Called on every rank, for
+        written rows only.
+        """
+        return {}
+
+    def items(self, batch: Any) -> Tensor:
+        """Return the number of items of a micro-batch, () on its device; for `weighted` tasks only."""
+        raise NotImplementedError
+
+    def weighted_loss(self, model: nn.Module, batch: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss () to train on and, without gradient, `loss` (); for `weighted` tasks only.
+
+        `weight`, () float32, is the number of items of the micro-batch divided by the mean number over all micro-
+        batches of the step. The mean over items is multiplied by it; other parts of the loss are not.
+        """
+        raise NotImplementedError
+
+    def sample_names(self, batch: Any) -> list[str]:
+        """Return the names of a training batch's samples, for reports of non-finite losses."""
+        return []
+
+    def identity(self) -> dict[str, Any]:
+        """Return checksums of the data, as JSON values; a run resumes only if they are unchanged."""
+        return {}

@@ -11,32 +11,33 @@ from weakref import WeakSet
 
 from torch.utils.data import DataLoader
 
+from moa_train.errors import RunError
+
 __all__ = ["MORE_SHARED_MEMORY", "WorkerError", "WorkerLoader"]
 
 Batch = TypeVar("Batch")
 
-
 MORE_SHARED_MEMORY = "make /dev/shm larger (docker run --shm-size=8g, or --ipc=host)"
 
 
-class WorkerError(RuntimeError):
-    """A loader's worker lacks memory, shared or its own; the message says what to change."""
+class WorkerError(RunError):
+    """A data worker that ran out of memory; the message says which setting to change."""
 
 
 class WorkerLoader(DataLoader[Batch]):
-    """A `DataLoader` whose worker processes can be ended, also when the loader itself is already gone.
+    """A DataLoader whose worker processes are killed when they are no longer needed, at exit at the latest.
 
-    torch ends workers when the iterator is garbage-collected: after a failure that comes too late for its queues,
-    waits 10 seconds a worker, and lets workers live that ignore SIGTERM.
+    torch ends workers when the iterator is garbage-collected. After a failure that is too late for its queues, and it
+    never ends workers that ignore SIGTERM.
     """
 
     def _get_iterator(self) -> Any:
         try:
             iterator = super()._get_iterator()
-        except OSError as error:  # of a semaphore, which lies in shared memory, or of a new process
+        except OSError as error:  # no room for a semaphore in /dev/shm, or no memory for a process
             raise WorkerError(
-                f"data.workers is {self.num_workers}, and they cannot be started ({error}): {MORE_SHARED_MEMORY}, or "
-                "use fewer data.workers (0: none). The same command continues"
+                f"data.workers is {self.num_workers}, and the workers cannot be started ({error}); "
+                f"{MORE_SHARED_MEMORY}, or use fewer data.workers"
             ) from error
         _ITERATORS.add(iterator)
         return iterator
@@ -44,22 +45,22 @@ class WorkerLoader(DataLoader[Batch]):
     def end_workers(self) -> None:
         """End the workers; the next iteration starts new ones."""
         if self._iterator is not None:
-            _shut_down(self._iterator)
+            _kill_workers(self._iterator)
             self._iterator = None
 
 
 _ITERATORS: WeakSet[Any] = WeakSet()
 
 
-def _shut_down(iterator: Any) -> None:
+def _kill_workers(iterator: Any) -> None:
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
         for worker in iterator._workers:
-            worker.kill()  # one that waits for a server is not waited for
+            worker.kill()
             worker.join(5)
 
 
 @atexit.register
-def _shut_down_all() -> None:
+def _kill_all_workers() -> None:
     for iterator in list(_ITERATORS):
-        _shut_down(iterator)
+        _kill_workers(iterator)

@@ -1,48 +1,50 @@
-"""The only training loop: lr -> micro-batches -> finite check -> step -> record -> validate -> save."""
+"""The training loop: learning rate -> micro-batches -> finite check -> update -> row -> validation -> checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
-from safetensors import SafetensorError
 from torch import Tensor
 
-from moa_train import checkpoint, distributed, resume
+from moa_train import checkpoint, distributed
 from moa_train.atomic_io import new_folder
 from moa_train.checkpoint import (
     Generators,
-    NotSaved,
+    SaveError,
     Saver,
-    Unreadable,
+    TrainState,
+    disk_errors,
     get_generators,
-    of_all_processes,
-    of_process,
     set_generators,
 )
 from moa_train.config import RESUME_MUTABLE_KEYS, RunConfig, as_tree
 from moa_train.data_order import worker_died
-from moa_train.errors import ConfigError, DataError
-from moa_train.failures import Together
-from moa_train.optim import build_optimizer, describe_groups, set_rate
+from moa_train.distributed import on_main_process, sum_over_ranks, total_norm
+from moa_train.errors import DataError, ReportedError, RunError, report
+from moa_train.evaluation import evaluating, validation_losses
+from moa_train.optim import describe_groups, set_rate
 from moa_train.plan import Costs, measure_costs
-from moa_train.run_folder import RunFolder, RunInUse, again
-from moa_train.run_logger import Journal, TrainState, check_trackers, end_trackers
+from moa_train.resume import Start, find_start
+from moa_train.run_folder import RunFolder
+from moa_train.run_logger import RunLogger
 from moa_train.schedule import make_plan
 from moa_train.signals import EXIT_STOPPED, StopRequests
-from moa_train.task import WEIGHT, DataParallelRank, HiddenMatrices, Identified, Named, OwnOptimizer, Task, Weighted
-from moa_train.torch_internals import WorkerError
+from moa_train.task import DataParallelRank, Task
+from moa_train.trackers import check_trackers, end_trackers
 
 
-class NonFiniteError(Exception):
-    """A loss or gradient is not finite; the message says at which step and how to continue."""
+class NonFiniteError(RunError):
+    """A loss, gradient or weight that is not finite; the message names the step and the remedies."""
+
+    on_all_ranks = True
 
 
 def run(
@@ -51,64 +53,41 @@ def run(
     *,
     mutable_keys: frozenset[str] = RESUME_MUTABLE_KEYS,
 ) -> int:
-    """Train to the end of the plan, or as far as a stop request lets it; return the process's exit code.
+    """Train to the end of the schedule or to a stop request; return the exit code.
 
-    0: finished. 1: a loss or gradient was not finite, the data failed, or the disk is full. 2: configuration, data or
-    run folder do not fit. `EXIT_STOPPED` (75): asked to stop, saved; the same command continues. Failures are told in
-    one message. A process that is asked to stop before training ends within this call, at once, with 75.
+    0: finished. 1: failed (non-finite loss, full disk, killed data worker). 2: config, data or run folder cannot be
+    used. `EXIT_STOPPED` (75): stopped on request and saved; the same command continues. Errors with these codes are
+    printed in one line; all others are raised.
 
     Args:
-        config: The configuration.
-        build_task: Called once the devices are known and the seed is set.
-        mutable_keys: Keys that may change between sessions of a run.
+        config: The run's config.
+        build_task: Builds the task, once the devices are known and the seed is set.
+        mutable_keys: Keys that may change when the run is resumed.
     """
-    with StopRequests() as stop, contextlib.ExitStack() as cleanup, Together() as together:
+    with StopRequests() as stop, contextlib.ExitStack() as cleanup:
+        stop.exit_at_once = True
         try:
-            with stop.at_once(together.stop):
-                check_trackers(config.loop.trackers)
-                accelerator = distributed.start(config.loop, config.folder / "trackers")
-                cleanup.callback(end_trackers, accelerator)
-                together.watch(accelerator)
-                set_seed(config.seed)
-                with accelerator.local_main_process_first():
-                    task = build_task()
-                trainer = Trainer(config, task, accelerator, stop, cleanup, mutable_keys)
-        except (ValueError, OSError, RunInUse) as error:
-            return together.fail(error, 2)
-        except (NotSaved, Unreadable) as error:
-            return together.fail(error, 1)
-        try:
-            with contextlib.closing(trainer.journal.progress):
-                return trainer.run()
-        except Exception as error:
-            error = _close_failed(trainer, error)
-            if (died := worker_died(error)) is not None:
-                return together.fail(died, 1)
-            if not isinstance(error, (NonFiniteError, NotSaved, WorkerError, ConfigError, DataError)):
+            check_trackers(config.loop.trackers)
+            accelerator = distributed.start(config.loop, config.folder / "trackers")
+            cleanup.callback(end_trackers, accelerator)
+            set_seed(config.seed)
+            with accelerator.local_main_process_first():
+                task = build_task()
+            trainer = Trainer(config, task, accelerator, stop, cleanup, mutable_keys)
+            stop.exit_at_once = False
+            return trainer.run()
+        except ReportedError as error:
+            return report(error)
+        except RuntimeError as error:
+            if (died := worker_died(error)) is None:
                 raise
-            return together.fail(error, 1)
-
-
-def _close_failed(trainer: Trainer, error: Exception) -> Exception:
-    """Record that the run failed; return the error to report.
-
-    torch raises the death of a loader's worker in a signal handler, wherever the main thread is, here included.
-    """
-    try:
-        with contextlib.suppress(OSError, NotSaved):  # what could not be written before may not be now
-            trainer.journal.close("failed")
-    except RuntimeError as other:
-        if worker_died(other) is None:
-            raise
-        return _close_failed(trainer, other)
-    return error
+            return report(died)
 
 
 def check(config: RunConfig, build_task: Callable[[], Task]) -> None:
-    """Raise the ValueError, or the task's own error, with which `run` would refuse the configuration anywhere.
+    """Raise the ConfigError or DataError with which `run` would refuse this config on one device.
 
-    The task is built without weights (on torch's "meta" device), nothing is written, and the run folder is not looked
-    at. What depends on the number of devices is left to `run`.
+    The task is built on torch's "meta" device. Nothing is written, and the run folder is not read.
     """
     check_trackers(config.loop.trackers)
     with torch.device("meta"):
@@ -117,13 +96,20 @@ def check(config: RunConfig, build_task: Callable[[], Task]) -> None:
 
 
 class Trainer:
-    """One session of a run; it takes the run up where its folder left it, and holds the folder until `held` ends.
+    """One session of a run; it continues from the run's newest checkpoint.
+
+    Args:
+        config: The run's config.
+        task: The task.
+        accelerator: From `moa_train.distributed.start`.
+        stop: Stop requests of this process.
+        cleanup: Releases the run folder at the end.
+        mutable_keys: Keys that may change when the run is resumed.
 
     Raises:
-        ValueError: the batch cannot be split, or the folder holds another run.
-        RunInUse: another process holds the folder.
-        NotSaved: the folder cannot be written to.
-        Unreadable: a checkpoint cannot be read now.
+        ConfigError: The batch cannot be split, or the folder holds another run or is in use.
+        DataError: The run's files or data cannot be used.
+        RunError: The run folder cannot be read or written.
     """
 
     def __init__(
@@ -132,352 +118,210 @@ class Trainer:
         task: Task,
         accelerator: Accelerator,
         stop: StopRequests,
-        held: contextlib.ExitStack,
+        cleanup: contextlib.ExitStack,
         mutable_keys: frozenset[str] = RESUME_MUTABLE_KEYS,
     ) -> None:
         self.config, self.task, self.accelerator, self.stop = config, task, accelerator, stop
-        self.mutable_keys = mutable_keys
-        self.identity = task.identity() if isinstance(task, Identified) else None
-        self.weighted = task if isinstance(task, Weighted) and task.weighted else None
-        self.device = accelerator.device
+        self.device, self.main = accelerator.device, accelerator.is_main_process
         self.folder = RunFolder(config.folder)
-        self.changed = self._check_folder()
         self.plan = make_plan(config, task.samples_per_epoch, task.budget, accelerator.num_processes)
-        self.share = DataParallelRank(
-            accelerator.process_index, accelerator.num_processes, config.loop.micro_batch_size
-        )
+        micro_batch = config.loop.micro_batch_size
+        self.rank = DataParallelRank(accelerator.process_index, accelerator.num_processes, micro_batch)
 
         self.bare = task.model.to(self.device)
-        self.costs = self._measure_costs()
-        self.spread = distributed.DistributedModel(self.bare, accelerator, compiled=config.loop.compile)
-        self.model = self.spread.model
-        self.optimizer = self._build_optimizer()
+        costs = self._measure_costs()
+        self.distributed = distributed.DistributedModel(self.bare, accelerator, compiled=config.loop.compile)
+        self.model = self.distributed.model
+        self.optimizer = task.optimizer(config.optim)
 
-        self.state, self.generators, self.begun_saving = TrainState(), Generators(), -1
-        beside = (self.folder.metrics, self.folder.events)
-        kept = {"keep": config.checkpoint.keep_latest, "keep_every": config.checkpoint.keep_interval}
-        self.saver = Saver(self.folder.checkpoints, **kept, beside=beside)
-        self.micro_batches: list[tuple[Tensor, list[str]]] = []  # of the step at hand: losses, names of the samples
-        self._take_folder(held)
-        self.warnings = self._resume()
-        self.begun_at = self.state.step
-        self.warnings += [f"continuing with another value of {message}" for message in self.changed]
-        self.journal = Journal(config, task, self.plan, self.costs, accelerator, self.state)
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        if isinstance(self.task, OwnOptimizer):
-            return self.task.optimizer(self.config.optim)
-        hidden = self._hidden_matrices()
-        return build_optimizer(self.bare, self.config.optim, self.task.no_weight_decay(), hidden)
-
-    def _hidden_matrices(self) -> Collection[str] | None:
-        return self.task.hidden_matrices() if isinstance(self.task, HiddenMatrices) else None
-
-    def _measure_costs(self) -> Costs:
-        def loss(batch: Any) -> Tensor:
-            with self.accelerator.autocast():
-                return self.task.loss(self.bare, send_to_device(batch, self.device))
-
-        by_muon = self._hidden_matrices() if self.config.optim.algorithm == "muon" else None
-        flops = self.task.forward_flops_per_sample
-        costs = measure_costs(self.bare, loss, self.task.example_batch, flops, by_muon or ())
-        shards = self.plan.world_size if distributed.shards_wanted() else 1
-        return replace(costs, state_bytes=costs.state_bytes // shards)
+        kept = {"keep_latest": config.checkpoint.keep_latest, "keep_interval": config.checkpoint.keep_interval}
+        self.saver = Saver(self.folder.checkpoints, **kept)
+        self.identity = task.identity()
+        self.start: Start = on_main_process(accelerator, lambda: self._open_folder(cleanup, mutable_keys))
+        self.state, self.generators = self._load_start()
+        self.saving_step = self.state.step if self.start.own else -1  # step of the last checkpoint that was begun
+        self.logger = RunLogger(config, task, self.plan, costs, accelerator, self.state)
 
     def run(self) -> int:
-        """Announce, train, export; return the exit code."""
-        if self.journal.finished():
-            self.journal.say_finished()
+        """Train and export; return the exit code."""
+        if self.start.finished:
+            self.logger.print_finished()
             return 0
-        with self._writing_to_folder():
-            self.journal.open(describe_groups(self.optimizer), self.warnings)
-        if not self.train():
-            self.journal.close("stopped")
-            self.journal.say_stopped(self.stop.received, self.saver.saved_step)
-            return EXIT_STOPPED
-        self._export()
-        self.journal.close("finished")
-        self.journal.say_finished()
-        return 0
-
-    def _check_folder(self) -> list[str]:
-        return self.folder.check(as_tree(self.config), self.config.resume, self.mutable_keys)
-
-    def _take_folder(self, held: contextlib.ExitStack) -> None:
-        """Keep other processes from running this run, before its checkpoints are looked at, until `held` ends."""
-        if self.accelerator.is_main_process:
-            with self._writing_to_folder():
-                self.folder.path.mkdir(parents=True, exist_ok=True)
-                held.enter_context(self.folder.held())
-                checkpoint.remove_leftovers(self.folder.checkpoints)
-            held.callback(self.saver.close)  # nobody else may have the folder before
-            self.changed = self._check_folder()  # again: whoever held it may have begun another run in it
-
-    @contextlib.contextmanager
-    def _writing_to_folder(self) -> Iterator[None]:
         try:
-            yield
-        except OSError as error:
-            raise NotSaved(f"the run folder cannot be written to: {error}") from error
+            with disk_errors("the run folder"):
+                self.logger.open(describe_groups(self.optimizer), self.start.warnings)
+            finished = self.train()
+            if finished:
+                self._export()
+        except BaseException:
+            with contextlib.suppress(SaveError):
+                self.logger.close("failed")
+            raise
+        self.logger.close("finished" if finished else "stopped")
+        self.accelerator.wait_for_everyone()  # srun ends all ranks once one has ended with 75
+        if finished:
+            self.logger.print_finished()
+            return 0
+        self.logger.print_stopped(self.stop.received)
+        return EXIT_STOPPED
 
     def train(self) -> bool:
-        """Run the steps left; return True at the end of the plan, False if asked to stop, and saved, before."""
-        batches = iter(self.task.train_batches(self.share, self.plan, self.state.step))
-        set_generators(self.generators, self.device)  # after the loader, which may draw from them as it starts
+        """Take the remaining steps; return False if a stop request ended them early."""
+        batches = iter(self.task.train_batches(self.rank, self.plan, self.state.step))
+        set_generators(self.generators, self.device)  # after the loader, which may draw from them when it starts
         self.bare.train()
-        going = self._go_on() and self._validate_if_due()
-        while going and self.state.step < self.plan.total_steps:
-            self._keep_up_with_saving()
-            begin, generators = time.perf_counter(), get_generators(self.device)
-            lr = self.plan.lr_at(self.state.step)
-            loss, gradients = self._accumulate(batches)
-            grad_norm = distributed.total_norm(gradients)
-            finite = math.isfinite(loss) and math.isfinite(grad_norm)
-            if finite:
-                self._update(lr, grad_norm)
+        proceed = self._validate_if_due()
+        while proceed and self.state.step < self.plan.total_steps:
+            self.train_step(batches)
+            proceed = self._validate_if_due()
+            last = not proceed or self.state.step == self.plan.total_steps
+            if last or self.state.step % self.config.checkpoint.interval == 0:
+                self._save(get_generators(self.device), wait=last)
+        return proceed
+
+    def train_step(self, batches: Iterator[Any]) -> None:
+        """Take one optimizer step on the next global batch; skip it if its loss or gradient is not finite."""
+        begin, generators = time.perf_counter(), get_generators(self.device)
+        lr = self.plan.lr_at(self.state.step)
+
+        total_loss = torch.zeros((), device=self.device)
+        micro_batches: list[tuple[Tensor, list[str]]] = []  # loss and sample names
+        for index, (batch, weight) in enumerate(self._micro_batches(batches)):
+            self.distributed.set_gradient_sync(index == self.plan.accumulation - 1)
+            if weight is None:
+                loss = self.task.loss(self.model, batch)
+                micro_batches.append((loss.detach(), self.task.sample_names(batch)))
             else:
-                self._leave_out(float(loss), float(grad_norm), lr, generators)
-            seconds = time.perf_counter() - begin
-            self.state.wall_s += seconds
-            if finite:
-                self.journal.train_row(float(loss), lr, float(grad_norm), seconds)
-            going = self._go_on() and self._validate_if_due()
-            last = not going or self.state.step == self.plan.total_steps
-            if last or self._saving_is_due():
-                saved = self._save(get_generators(self.device), wait=last)
-                if last and not saved:
-                    raise NotSaved("the last checkpoint could not be written; make room, the same command continues")
-            self._tell_of_saving(wait=False)
-        return going
+                loss, own_mean = self.task.weighted_loss(self.model, batch, weight)
+                micro_batches.append((own_mean, self.task.sample_names(batch)))
+            loss = loss / self.plan.accumulation
+            self.accelerator.backward(loss)
+            total_loss += loss.detach()
+        loss = float(self._reduce(total_loss, "mean"))
+        grad_norm = total_norm(p.grad for p in self.bare.parameters() if p.grad is not None)
 
-    def _saving_is_due(self) -> bool:
-        return self.state.step % self.config.checkpoint.interval == 0 or self._is_halfway()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            if self.config.optim.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.bare.parameters(), self.config.optim.max_grad_norm, grad_norm)
+            set_rate(self.optimizer, lr)
+            self.optimizer.step()
+        else:
+            self._skip(loss, float(grad_norm), lr, micro_batches, generators)
+        self.optimizer.zero_grad()
+        self.state.step += 1
 
-    def _is_halfway(self) -> bool:
-        every = self.config.checkpoint.interval
-        return every > 1 and self.state.step % every == every // 2
+        seconds = time.perf_counter() - begin
+        self.state.wall_s += seconds
+        if finite:
+            self.logger.train_row(loss, lr, float(grad_norm), seconds)
 
-    def _keep_up_with_saving(self) -> None:
-        """Wait for a checkpoint that is being written if, without it, a crash in the next step would lose too much.
-
-        It has half of `save_every` steps to be written in before anybody waits.
-        """
-        if self.accelerator.is_main_process:
-            safe = max(self.saver.saved_step, self.begun_at)
-            if self.state.step - safe >= self.config.checkpoint.interval:
-                self._tell_of_saving(wait=True)
-
-    def _accumulate(self, batches: Iterator[Any]) -> tuple[Tensor, list[Tensor]]:
-        """Add up one global batch's gradients; return its mean loss over all processes, and the gradients."""
-        total = torch.zeros((), device=self.device)
-        self.micro_batches.clear()
-        countdown = reversed(range(self.plan.accumulation))
-        for left, (batch, weight) in zip(countdown, self._of_a_step(batches), strict=True):
-            with self.spread.no_sync() if left else contextlib.nullcontext():
-                loss, own = self._loss(batch, weight)
-                loss = loss / self.plan.accumulation
-                self.accelerator.backward(loss)
-            total += loss.detach()
-            names = self.task.sample_names(batch) if isinstance(self.task, Named) else []
-            self.micro_batches.append((own, names))
-        gradients = [parameter.grad for parameter in self.bare.parameters() if parameter.grad is not None]
-        return self.accelerator.reduce(total, "mean"), gradients  # pyright: ignore[reportReturnType]
-
-    def _of_a_step(self, batches: Iterator[Any]) -> Iterator[tuple[Any, Tensor | None]]:
-        """Yield the next step's micro-batches, on the device, each with its weight if the task is `Weighted`."""
+    def _micro_batches(self, batches: Iterator[Any]) -> Iterator[tuple[Any, Tensor | None]]:
+        """Yield the micro-batches of a step, on the device, with their loss weights if the task is weighted."""
         count = self.plan.accumulation
         step = (send_to_device(next(batches), self.device, non_blocking=True) for _ in range(count))
-        if self.weighted is None:
+        if not self.task.weighted:
             yield from ((batch, None) for batch in step)
             return
-        taken = list(step)
-        items = torch.stack([self.weighted.items(batch) for batch in taken])
-        everyones = self.accelerator.reduce(items.sum(), "sum")
-        weights = items * (count * self.plan.world_size) / everyones.clamp_min(1)  # pyright: ignore[reportAttributeAccessIssue]
-        yield from zip(taken, weights, strict=True)
+        loaded = list(step)
+        items = torch.stack([self.task.items(batch) for batch in loaded])
+        weights = items * (count * self.plan.world_size) / self._reduce(items.sum(), "sum").clamp_min(1)
+        yield from zip(loaded, weights, strict=True)
 
-    def _loss(self, batch: Any, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the loss of a micro-batch as its step counts it, and without gradient its own mean."""
-        if self.weighted is not None and weight is not None:
-            return self.weighted.weighted_loss(self.model, batch, weight)
-        loss = self.task.loss(self.model, batch)
-        return loss, loss.detach()
+    def _reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction)  # pyright: ignore[reportReturnType]
 
-    def _leave_out(self, loss: float, grad_norm: float, lr: float, generators: Generators) -> None:
-        """Pass over a step whose loss or gradient is not finite, nothing updated, and note its samples.
+    def _skip(
+        self,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        micro_batches: list[tuple[Tensor, list[str]]],
+        before: Generators,
+    ) -> None:
+        """Record a step without an update and its samples.
 
-        Raises NonFiniteError, the state before the step saved, if that was one more than `loop.max_nonfinite_steps`.
+        Raises NonFiniteError, after saving the state `before` the step, if `loop.max_nonfinite_steps` is exceeded.
         """
         self._require_finite_weights()
-        step, skipped = self.state.step + 1, self.state.skipped
-        skips = skipped < self.config.loop.max_nonfinite_steps
+        step, allowed = self.state.step + 1, self.config.loop.max_nonfinite_steps
+        skipped = self.state.skipped < allowed
         values = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
-        self.journal.event("nonfinite", step, **values, skipped=skips, micro_batches=self._everyones_micro_batches())
-        what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, at lr {lr:.3g}"
-        if not skips:
-            saved = self._save(generators, wait=True)
-            self.journal.write("train", step, **values)
-            raise NonFiniteError(self._how_to_continue(what, saved))
-        self.optimizer.zero_grad()
-        self.state.step += 1
+        own = [
+            {"rank": self.rank.rank, "loss": value if math.isfinite(value) else None, "samples": names}
+            for value, names in ((float(loss), names) for loss, names in micro_batches)
+        ]
+        self.logger.event("nonfinite", step, **values, skipped=skipped, micro_batches=gather_object(own))
+        what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm} at lr {lr:.3g}"
+        if not skipped:
+            self.logger.write("train", step, **values)
+            self._save(before, wait=True)
+            raise NonFiniteError(
+                f"{what}; the state before this step is saved, and {self.folder.events} lists its samples. Continue "
+                f"with --loop.max_nonfinite_steps {allowed + 1}{self._gentler_options()}"
+            )
         self.state.skipped += 1
-        allowed = self.config.loop.max_nonfinite_steps
-        self.journal.say(f"warning: {what}; left out, {skipped + 1} of {allowed} (loop.max_nonfinite_steps)")
+        self.logger.print(
+            f"warning: {what}; step skipped, {self.state.skipped} of {allowed} (loop.max_nonfinite_steps)"
+        )
+
+    def _gentler_options(self) -> str:
+        return "".join(f", or with --resume force {option}" for option in self.config.gentler())
 
     def _require_finite_weights(self) -> None:
-        """Raise NonFiniteError if the weights themselves are not finite: no step mends that, and none is saved."""
-        norm = float(distributed.total_norm(parameter.detach() for parameter in self.bare.parameters()))
-        if math.isfinite(norm):
-            return
-        step = self.state.step
-        self.journal.event("nonfinite_weights", step)
-        what = f"the weights are not finite after step {step} (their norm is {norm})"
-        if step == self.begun_at:
-            raise NonFiniteError(f"{what}, as the run found them; begin with another checkpoint, this one moved away")
-        raise NonFiniteError(
-            f"{what}. They are not saved: what is in {self.folder.checkpoints} is from before. Continue from there "
-            "with a lower rate, or with clipped gradients" + again(*self._gentler_options())
-        )
-
-    def _everyones_micro_batches(self) -> list[dict[str, Any]]:
-        """Return rank, loss and names of the samples of every micro-batch of the step; to be called by all processes.
-
-        A loss that is not finite is null, as in every row.
-        """
-        losses = [float(loss) for loss, _ in self.micro_batches]
-        own = [
-            {"rank": self.share.rank, "loss": loss if math.isfinite(loss) else None, "samples": names}
-            for loss, (_, names) in zip(losses, self.micro_batches, strict=True)
-        ]
-        return gather_object(own)
-
-    def _how_to_continue(self, what: str, saved: bool) -> str:
-        beside = f"--loop.max_nonfinite_steps {self.state.skipped + 1}"
-        state = f"{'is' if saved else 'could NOT be'} saved in {self.folder.checkpoints}"
-        return (
-            f"{what}. Nothing was updated; the state before this step {state}, and {self.folder.events} lists its "
-            "samples. Continue without this step, with a lower rate, or with clipped gradients"
-            + again(beside, *self._gentler_options())
-        )
-
-    def _gentler_options(self) -> list[str]:
-        return [f"--resume force {option}" for option in self.config.gentler()]
-
-    def _update(self, lr: float, grad_norm: Tensor) -> None:
-        if self.config.optim.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.bare.parameters(), self.config.optim.max_grad_norm, grad_norm)
-        set_rate(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.state.step += 1
+        """Raise NonFiniteError if the weights are not finite: no later step mends them, and they are never saved."""
+        norm = float(total_norm(parameter.detach() for parameter in self.bare.parameters()))
+        if not math.isfinite(norm):
+            self.logger.event("nonfinite_weights", self.state.step)
+            raise NonFiniteError(
+                f"the weights are not finite after step {self.state.step}; they are not saved. Continue from the last "
+                f"checkpoint{self._gentler_options().removeprefix(', or')}, or remove that checkpoint to continue from "
+                "an earlier one"
+            )
 
     def _validate_if_due(self) -> bool:
-        """Validate, and look at samples closely, if due and not done yet.
+        """Validate and write diagnostics if due; return False on all ranks once one was asked to stop.
 
-        Without held-out samples only the latter. Return False if a stop request cut it short: resuming then does it.
+        A stop request interrupts a validation; the next session repeats it.
         """
-        step = self.state.step
+        if any(sum_over_ranks(self.accelerator, bool(self.stop.received))):
+            return False
+        step, task = self.state.step, self.task
         if not self.plan.due(step, self.config.loop.val_every) or self.state.validated >= step:
             return True
-        with self._evaluating():
-            losses = self._validation_losses() if self.task.val_samples else {}
+        losses: dict[str, float] | None = {}
+        with evaluating(self.distributed, self.device):
+            if task.val_samples:
+                losses = validation_losses(task, self.distributed, self.rank, self.accelerator, self.stop)
             if losses is None:
                 return False
             if self.config.loop.num_diagnostic_samples:
-                self._visualize(step)
+                with self.distributed.whole() as model:
+                    if model is not None:
+                        with disk_errors("diagnostics"):
+                            task.write_diagnostics(model, self.folder.path, step)
         if losses:
-            self.journal.val_row(losses)
-        elif self.task.val_samples:
-            self.journal.say("warning: no held-out sample could be used; there is no validation loss of this step")
+            self.logger.val_row(losses)
+        elif task.val_samples:
+            self.logger.print("warning: no held-out sample could be used; this step has no validation loss")
         self.state.validated = step
         return True
 
-    def _visualize(self, step: int) -> None:
-        with self.spread.whole() as model:
-            if model is not None:  # on the main process
-                with self.journal.despite_full_disk("a picture or a note of what the model does"):
-                    self.task.write_diagnostics(model, self.folder.path, step)
+    def _save(self, generators: Generators, *, wait: bool) -> None:
+        """Save the finished steps in the background, with this rank's `generators`.
 
-    def _validation_losses(self) -> dict[str, float] | None:
-        """Return the held-out losses, averaged over samples, all processes together; none if no sample could be used.
-
-        None if a stop request came.
+        With `wait`, the checkpoint is complete on return, on all ranks. Raises SaveError if this checkpoint, with
+        `wait`, or the one before cannot be written.
         """
-        batches = iter(self.task.val_batches(self.share))
-        seen = self.task.example_batch(1)
-        sums = torch.zeros(1 + len(self.task.val_names), dtype=torch.float64)  # weights, then each loss
-        while True:
-            batch = next(batches, None)
-            stop, more = self._sum_over_processes(bool(self.stop.received), batch is not None)
-            if stop:
-                return None
-            if not more:
-                break
-            mine = batch is not None  # else only other processes have some left
-            if not (mine or self.spread.sharded):
-                continue
-            seen = batch if mine else seen  # in shards, every process takes part in every forward pass
-            losses = self.task.val_losses(self.bare, send_to_device(seen, self.device, non_blocking=True))
-            if mine:
-                values = torch.stack([losses[name] for name in self.task.val_names]).cpu().double()
-                weights = losses[WEIGHT].cpu().double() if WEIGHT in losses else torch.ones(values.shape[1]).double()
-                sums += torch.cat([weights.sum()[None], values @ weights])
-        whole, *totals = self._sum_over_processes(*sums.tolist())
-        if not whole:
-            return {}
-        return {name: total / whole for name, total in zip(self.task.val_names, totals, strict=True)}
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, and generators that training finds again as it left them."""
-        generators = get_generators(self.device)
-        self.bare.eval()
-        with torch.no_grad():
-            yield
-        self.spread.rest()
-        self.bare.train()
-        set_generators(generators, self.device)
-
-    def _go_on(self) -> bool:
-        """Return False on every process once any of them was asked to stop."""
-        return not any(self._sum_over_processes(bool(self.stop.received)))
-
-    def _sum_over_processes(self, *values: float) -> list[float]:
-        if self.plan.world_size == 1:
-            return list(values)
-        device_values = torch.tensor(values, dtype=torch.float64, device=self.device)
-        return self.accelerator.reduce(device_values, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _save(self, generators: Generators, *, wait: bool) -> bool:
-        """Begin a checkpoint of the finished steps, unless there is one; `generators` are this process's.
-
-        It is written while training goes on. With `wait` it is there on return, or was tried twice; return whether it
-        is, as far as known.
-        """
-        if self.begun_saving != self.state.step:
-            self._begin_saving(generators, passing=self._is_halfway() and not wait)
-        if not wait:
-            return True
-        if not self._is_saved():
-            self._begin_saving(generators)
-        return self._is_saved()
-
-    def _begin_saving(self, generators: Generators, *, passing: bool = False) -> None:
-        self._tell_of_saving(wait=True)  # one at a time
-        self._require_finite_weights()
-        self.begun_saving = self.state.step
-        self.journal.note_memory()
-        everyones = of_all_processes(generators, self.accelerator)
-        main = self.accelerator.is_main_process
-        tensors = checkpoint.snapshot(self.bare, self.optimizer, everyones, main=main)
-        if main:
-            self.saver.begin(self._saved_state(), tensors, passing=passing)
-
-    def _is_saved(self) -> bool:
-        """Wait for the last checkpoint; return on every process whether it is one of the finished steps."""
-        self._tell_of_saving(wait=True)
-        missing = self.accelerator.is_main_process and self.saver.saved_step != self.state.step
-        return not any(self._sum_over_processes(missing))
+        if self.saving_step != self.state.step:
+            self._require_finite_weights()
+            self.saving_step = self.state.step
+            self.logger.update_memory()
+            gathered = checkpoint.gather_generators(generators, self.accelerator)
+            tensors = checkpoint.snapshot(self.bare, self.optimizer, gathered, main=self.main)
+            on_main_process(self.accelerator, lambda: self.saver.begin(self._saved_state(), tensors))
+        if wait:
+            on_main_process(self.accelerator, self.saver.wait)
 
     def _saved_state(self) -> dict[str, Any]:
         return {
@@ -489,49 +333,42 @@ class Trainer:
             "config": as_tree(self.config),
         }
 
-    def _tell_of_saving(self, *, wait: bool) -> None:
-        """Warn if the last checkpoint could not be written; the run goes on with the one before."""
-        failed = self.saver.outcome(wait=wait)
-        if failed is not None:
-            newest = f"step {self.saver.saved_step}" if self.saver.saved_step >= 0 else "none yet"
-            self.journal.event("not_saved", self.begun_saving, reason=str(failed))
-            self.journal.say(f"warning: {failed}; the run goes on (newest checkpoint: {newest}). Make room on the disk")
+    def _open_folder(self, cleanup: contextlib.ExitStack, mutable_keys: frozenset[str]) -> Start:
+        """Lock the run folder until `cleanup` and find the start of this session."""
+        with disk_errors("the run folder"):
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            cleanup.enter_context(self.folder.lock())
+            cleanup.callback(self.saver.close)  # before the lock is released
+            checkpoint.remove_leftovers(self.folder.checkpoints)
+        return find_start(self.config, self.plan, self.identity, mutable_keys)
 
-    def _resume(self) -> list[str]:
-        """Take the newest valid checkpoint, if there is one; return what should be known of that."""
-        newest, source, damaged = resume.choose(self.config, self.plan, self.accelerator, self.mutable_keys)
-        warnings = [f"passed over a damaged checkpoint: {message}" for message in damaged]
-        if source is not None:
-            resume.check_fit(source, self.config, self.identity)
-            saved, generators = checkpoint.load(source, self.bare, self.optimizer)
-            self.state = TrainState.of(saved)
-            self.generators = of_process(generators, self.accelerator.process_index)
-            warnings += self._other_batch(saved)
-        if newest is not None:
-            self.begun_saving = self.saver.saved_step = self.state.step
-        if self.state.step > self.plan.total_steps:
-            raise ValueError(f"{source} is past the end of this configuration, step {self.plan.total_steps}")
-        # Every process has its own random numbers; one without a saved state (it was not there before) keeps these.
-        set_seed(self.config.seed + self.state.step, device_specific=True)
-        return warnings
+    def _load_start(self) -> tuple[TrainState, Generators]:
+        """Load the session's checkpoint; return progress and generator states."""
+        state, generators = TrainState(), Generators()
+        if self.start.checkpoint is not None:
+            if not self.start.checkpoint.exists():
+                raise DataError(f"{self.start.checkpoint} is missing on this machine; all must see the same run folder")
+            state, everyones = checkpoint.load(self.start.checkpoint, self.bare, self.optimizer)
+            generators = checkpoint.generators_of(everyones, self.rank.rank)
+        # A rank without saved generators, because the world size has grown, keeps these.
+        set_seed(self.config.seed + state.step, device_specific=True)
+        return state, generators
 
-    def _other_batch(self, saved: dict[str, Any]) -> list[str]:
-        then, now = saved.get("global_batch", self.plan.global_batch), self.plan.global_batch
-        told = f"its steps took {then} samples each, these take {now}: some samples are read again, or left out"
-        return [told] if then != now else []
+    def _measure_costs(self) -> Costs:
+        def loss(batch: Any) -> Tensor:
+            with self.accelerator.autocast():
+                return self.task.loss(self.bare, send_to_device(batch, self.device))
+
+        muon = self.task.hidden_matrices() if self.config.optim.algorithm == "muon" else ()
+        flops = self.task.forward_flops_per_sample
+        costs = measure_costs(self.bare, loss, self.task.example_batch, flops, muon)
+        shards = self.plan.world_size if distributed.fsdp_requested() else 1
+        return replace(costs, state_bytes=costs.state_bytes // shards)
 
     def _export(self) -> None:
-        with self.spread.whole() as model:
-            if model is not None:  # on the main process
-                self._write_export(self.accelerator.unwrap_model(model, keep_fp32_wrapper=False))
-        self.accelerator.wait_for_everyone()
-
-    def _write_export(self, model: torch.nn.Module) -> None:
-        try:
-            with new_folder(self.folder.path / "export") as folder:
+        with self.distributed.whole() as model:
+            if model is None:
+                return
+            model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            with disk_errors("the export"), new_folder(self.folder.path / "export") as folder:
                 self.task.export(model.eval(), folder)
-        except (OSError, SafetensorError) as error:
-            raise NotSaved(
-                f"the trained model could not be exported: {error}. Its last checkpoint is in "
-                f"{self.folder.checkpoints}; the same command exports it"
-            ) from error

@@ -15,7 +15,7 @@ from moa_train.config import EpochSchedule, RunConfig
 from moa_train.data_order import to_main_process
 from moa_train.schedule import Budget, Plan
 from moa_train.signals import ignore_stop_signals
-from moa_train.task import DataParallelRank
+from moa_train.task import DataParallelRank, Task
 from moa_vision.bad_samples import BadSamples
 from moa_vision.data import DataConfig, ImageBatch, normalize, require_cache_room, train_loader, val_loader
 from moa_vision.index import ShardIndex
@@ -37,7 +37,7 @@ class ImageRun(RunConfig):
     data: DataConfig
 
 
-class ImageTask:
+class ImageTask(Task):
     """Data side of a `moa_train.task.Task` on images; subclasses add model, losses and export.
 
     Args:

@@ -1,16 +1,20 @@
 """Pre-train a language model.
 
     python scripts/pretrain_lm.py                                   the laptop config, on tales that come with it
-    accelerate launch scripts/pretrain_lm.py --config FILE          any other, on any number of devices
-    python scripts/pretrain_lm.py --help                            every key
+    accelerate launch scripts/pretrain_lm.py --config FILE          any config, on any number of devices
+    python scripts/pretrain_lm.py --help                            all keys
 
-Exit codes: 0 finished, 1 failed, 2 wrong configuration, 75 stopped and saved (the same command continues).
+Exit codes: 0 finished, 1 failed, 2 wrong config or data, 75 stopped and saved (the same command continues).
 """
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from moa_lm.pretrain import main
 
 if __name__ == "__main__":
-    sys.exit(main(default=Path(__file__).parents[1] / "configs/lm/tales_qdmoa.yaml"))
+    sys.exit(record(main)(default=Path(__file__).parents[1] / "configs/lm/tales_qdmoa.yaml"))

@@ -1,9 +1,9 @@
-"""Runs several trainings one after the other in two processes, forks of one that has loaded what they need.
+"""Run several trainings one after the other in two processes, forked from one that has imported all modules.
 
-Its argument is a JSON file with a list of jobs: "main", a module or a script with a function `main(arguments)`;
-"arguments"; "fsdp", whether the model is to be in shards; "last", the step in which the processes are asked to stop;
-"code", the exit code that is expected, 0 unless given. Beside each run's files it leaves RUN/spread.json: what the
-parameters and the optimizer's state were, seen on rank 1, and of each rank its steps and a checksum of its weights.
+The argument is a JSON file with a list of jobs: "main", a module or script with a function `main(arguments)`;
+"arguments"; "fsdp", whether to use FSDP2; "last", the step in which the processes receive SIGTERM; "code", the expected
+exit code (0). Each run folder gets spread.json: the kinds of parameters and optimizer state on rank 1, and the steps
+and a checksum of the weights of each rank.
 """
 
 import contextlib
@@ -39,19 +39,19 @@ def constructed(trainer, *arguments, **named):
 
 @contextlib.contextmanager
 def stopping(last):
-    """Within it, a run of this process is asked to stop in the step `last` (from 1), which it ends; None: in none."""
-    accumulate = Trainer._accumulate
+    """Send SIGTERM to this process in the step `last` (from 1) of its run; None: in none."""
+    train_step = Trainer.train_step
 
-    def asked(trainer, batches):
+    def stopped(trainer, batches):
         if trainer.state.step + 1 == last:
             os.kill(os.getpid(), signal.SIGTERM)
-        return accumulate(trainer, batches)
+        return train_step(trainer, batches)
 
-    Trainer._accumulate = asked
+    Trainer.train_step = stopped
     try:
         yield
     finally:
-        Trainer._accumulate = accumulate
+        Trainer.train_step = train_step
 
 
 def refuse(*arguments, **named):
@@ -63,7 +63,7 @@ def kind(tensor):
 
 
 def progress(trainer):
-    """Return what has to be the same on every rank, of which each has its own."""
+    """Return values that must agree on all ranks."""
     weights = [full(parameter.detach()).numpy().tobytes() for parameter in trainer.bare.parameters()]
     sha256 = hashlib.sha256(b"".join(weights)).hexdigest()
     return {"steps": trainer.state.step, "skipped": trainer.state.skipped, "weights": sha256}
@@ -104,10 +104,10 @@ def run(job):
 
 
 def be(rank, jobs):
-    """Do the jobs as one of the processes, as a launcher places it."""
+    """Run the jobs as one rank."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     Trainer.__init__ = constructed
-    PartialState.destroy_process_group = lambda state, group=None: None  # the next job goes on with it
+    PartialState.destroy_process_group = lambda state, group=None: None  # the next job uses it
     pickle.load = torch.load = refuse
     for job in jobs:
         run(job)

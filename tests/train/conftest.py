@@ -58,7 +58,7 @@ class Runs:
         return self.toy.main(self.arguments(name, **changed))
 
     def rows(self, name, kind=None):
-        """Return the metrics rows without what the clock says."""
+        """Return the metrics rows without timings."""
         lines = (self.out / name / "metrics.jsonl").read_text().splitlines()
         rows = [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
         return [row for row in rows if kind in (None, row["kind"])]
@@ -67,13 +67,13 @@ class Runs:
         return json.loads((self.out / name / path).read_text())
 
     def final(self, name):
-        """Return the bytes of every tensor of the last checkpoint."""
+        """Return the bytes of all tensors of the last checkpoint."""
         last = self.out / name / "checkpoints" / (self.out / name / "checkpoints" / "LAST").read_text().strip()
         tensors = {file.name: load_file(file) for file in sorted(last.glob("*.safetensors"))}
         return {(file, key): t.tobytes() for file, part in tensors.items() for key, t in part.items()}
 
     def assert_same(self, name, other):
-        """Two runs have the same rows, tensors and summary, but for what the clock says."""
+        """Assert that two runs have the same rows, tensors and summary, apart from timings."""
         assert self.rows(name) == self.rows(other)
         assert self.final(name) == self.final(other)
         clock = ("name", "wall_s", "throughput", "peak_memory_mib")
@@ -83,7 +83,7 @@ class Runs:
 
 @pytest.fixture(scope="session")
 def make_runs():
-    """The class of `runs`, for folders other than a test's own."""
+    """Return the class of `runs`, for other folders than the test's."""
     return Runs
 
 
@@ -93,18 +93,17 @@ def runs(tmp_path):
 
 
 class Ranks:
-    """Processes of the run `name`, placed as srun would place them; forks of one that has loaded torch."""
+    """Processes of the run `name` with the environment that srun gives them, forked from one that has loaded torch."""
 
     def __init__(self, runs, name="run"):
         self.runs, self.name = runs, name
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["troubled"])
-        self.said = ""  # on stderr, by all
+        self.context.set_forkserver_preload(["toy"])
+        self.stderr = ""  # of all processes
 
     def start(self, trouble="", on=0, count=2, **changed):
-        """Begin; return the processes."""
-        target = importlib.import_module("troubled").forked
-        shared = {"TROUBLE": trouble, "ON": str(on), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        """Start and return the processes; `trouble` happens on rank `on`."""
+        shared = {"TROUBLE": trouble, "RANK_IN_TROUBLE": str(on), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         if count > 1:
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(count)}
         processes = []
@@ -112,12 +111,13 @@ class Ranks:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
             files = [str(self.runs.out / f"{self.name}.{stream}") for stream in ("out", "err")]
             arguments = self.runs.arguments(self.name, **changed)
+            target = importlib.import_module("toy").forked
             processes.append(self.context.Process(target=target, args=(shared | place, arguments, *files)))
             processes[-1].start()
         return processes
 
     def end(self, processes, seconds=900):
-        """Wait for all; return the exit codes, and keep what was said."""
+        """Wait for all processes; return their exit codes."""
         try:
             for process in processes:
                 process.join(seconds)
@@ -126,7 +126,7 @@ class Ranks:
             for process in processes:
                 process.kill()
         err = self.runs.out / f"{self.name}.err"
-        self.said = err.read_text()
+        self.stderr = err.read_text()
         err.write_text("")
         return codes
 
@@ -135,7 +135,7 @@ class Ranks:
 
 
 def free_port():
-    """A port of this worker's own, from below those that systems give out: nobody else takes it before it is used."""
+    """Return a port of this test worker's range, which lies below the ports that the system assigns."""
     for port in PORTS:
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return str(port)

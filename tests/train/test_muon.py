@@ -1,4 +1,4 @@
-"""Stacks of matrices are stepped as torch's Muon steps each of their matrices."""
+"""StackedMuon against torch's Muon, matrix by matrix."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from moa_train.muon import (
 )
 
 ROUNDING = 1e-2
-"""Relative error of an update: bfloat16 keeps 8 bits (0.4 %), and a batched product may sum in another order."""
+"""Relative error of an update in bfloat16, which has 8 bits of precision."""
 
 
 def relative_error(found, expected):
@@ -28,7 +28,7 @@ def relative_error(found, expected):
 
 @pytest.mark.parametrize("scale", list(UPDATE_SCALES))
 @pytest.mark.parametrize("shape", [(3, 40, 24), (3, 24, 40), (4, 32, 32), (2, 1, 7), (1, 9, 1)], ids=str)
-def test_a_stack_is_stepped_as_its_matrices_are(shape, scale):
+def test_stack_steps_like_its_matrices(shape, scale):
     torch.manual_seed(0)
     weights = 0.1 * torch.randn(shape)
     stack, matrices = nn.Parameter(weights.clone()), [nn.Parameter(weight.clone()) for weight in weights]
@@ -44,13 +44,13 @@ def test_a_stack_is_stepped_as_its_matrices_are(shape, scale):
         after = torch.stack(matrices).detach()
         assert relative_error(stack.detach() - before, after - before) < ROUNDING
         with torch.no_grad():
-            stack.copy_(after)  # or the error of one step would be part of the next one's
+            stack.copy_(after)  # do not accumulate the error
     buffers = torch.stack([theirs.state[matrix]["momentum_buffer"] for matrix in matrices])
     assert ours.state[stack].keys() == {"momentum_buffer"}
     assert torch.equal(ours.state[stack]["momentum_buffer"], buffers)
 
 
-def test_constants_are_those_of_torch():
+def test_defaults_match_torch():
     defaults = torch.optim.Muon([nn.Parameter(torch.zeros(2, 2))]).defaults
     names = ("ns_coefficients", "ns_steps", "eps", "nesterov")
     assert [defaults[name] for name in names] == [COEFFICIENTS, ITERATIONS, EPS, True]
@@ -59,7 +59,7 @@ def test_constants_are_those_of_torch():
 
 
 def stack_of(singular_values, rows, columns, seed):
-    """A stack of matrices with the same given singular values (R,), in float64: U, V and U S V^T."""
+    """Return U, V and a stack U S V^T of matrices with the given singular values (R,), in float64."""
     generator = torch.Generator().manual_seed(seed)
     u, v = (
         torch.linalg.qr(torch.randn(3, size, len(singular_values), generator=generator, dtype=torch.float64)).Q
@@ -74,7 +74,7 @@ def stack_of(singular_values, rows, columns, seed):
     extra=st.tuples(st.integers(0, 9), st.integers(0, 9)),
     size=st.floats(1e-4, 1e4),
 )
-def test_singular_vectors_stay_and_values_go_through_the_quintic(singular_values, extra, size):
+def test_singular_values_follow_the_quintic(singular_values, extra, size):
     rows, columns = (len(singular_values) + more for more in extra)
     u, v, matrices = stack_of(singular_values, rows, columns, seed=rows * 100 + columns)
     found = u.mT @ orthogonalize(size * matrices).double() @ v
@@ -84,11 +84,11 @@ def test_singular_vectors_stay_and_values_go_through_the_quintic(singular_values
         expected = a * expected + b * expected**3 + c * expected**5
     assert expected.min() > 0.68 and expected.max() < 1.16
     error = (found - torch.diag(torch.from_numpy(expected))).abs().max()
-    assert error < 0.12  # bfloat16 makes up to 0.08; an iteration more or less, 0.2 to 0.4
+    assert error < 0.12  # bfloat16: up to 0.08; one iteration more or less: 0.2 to 0.4
 
 
 @pytest.mark.parametrize("shape", [(4, 96, 32), (4, 32, 96), (4, 48, 64)], ids=str)
-def test_the_result_is_orthogonal(shape):
+def test_result_is_orthogonal(shape):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
     assert values.min() > 0.6 and values.max() < 1.3
@@ -98,14 +98,14 @@ SHAPES = [(96, 32), (32, 96), (48, 48), (1, 7), (5, 96, 32), (5, 32, 96), (3, 48
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_flops_are_those_that_torch_counts(shape):
+def test_flops_match_torch_counter(shape):
     with FlopCounterMode(display=False) as counter:
-        orthogonalize(torch.ones(shape).view(-1, *shape[-2:]))  # a matrix is a stack of one
+        orthogonalize(torch.ones(shape).view(-1, *shape[-2:]))
     assert counter.get_total_flops() == orthogonalize_flops(shape)
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) == 2], ids=str)
-def test_torchs_muon_takes_as_many(shape):
+def test_torch_muon_has_the_same_flops(shape):
     matrix = nn.Parameter(torch.ones(shape))
     matrix.grad = torch.ones(shape)
     with FlopCounterMode(display=False) as counter:
@@ -114,8 +114,8 @@ def test_torchs_muon_takes_as_many(shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 128), (2, 128, 16), (2, 40, 64)], ids=str)
-def test_the_update_has_the_size_of_adamws(shape):
-    """0.2, whatever the shape: the Frobenius norm of U V^T is sqrt(min(A, B))."""
+def test_update_has_the_rms_of_adamw(shape):
+    """The Frobenius norm of U V^T is sqrt(min(A, B))."""
     torch.manual_seed(0)
     stack = nn.Parameter(torch.zeros(shape))
     stack.grad = torch.randn(shape)
@@ -123,7 +123,7 @@ def test_the_update_has_the_size_of_adamws(shape):
     assert stack.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)
 
 
-def test_each_matrix_is_on_its_own():
+def test_matrices_are_independent():
     torch.manual_seed(0)
     gradients = torch.randn(3, 12, 20)
     updates = []
@@ -137,7 +137,7 @@ def test_each_matrix_is_on_its_own():
     assert relative_error(larger[1], alike[1]) < 4 * ROUNDING and infinite[1].isnan().all()
 
 
-def test_an_expert_without_a_gradient_is_only_decayed_and_then_follows_its_momentum():
+def test_expert_without_gradient_follows_its_momentum():
     torch.manual_seed(0)
     stack = nn.Parameter(torch.ones(2, 4, 6))
     optimizer = StackedMuon([stack], lr=0.1, weight_decay=0.5)
@@ -151,7 +151,7 @@ def test_an_expert_without_a_gradient_is_only_decayed_and_then_follows_its_momen
     assert torch.linalg.svdvals((before - stack.detach())[0] - 0.05 * before[0]).min() > 0.06  # rate x about 1
 
 
-def test_a_parameter_without_gradient_is_left_alone():
+def test_parameter_without_gradient_is_unchanged():
     stack = nn.Parameter(torch.ones(2, 3, 4))
     optimizer = StackedMuon([stack])
     optimizer.step()
@@ -171,11 +171,11 @@ def test_closure():
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 5)], ids=str)
-def test_a_parameter_that_is_no_stack_is_refused(shape):
+def test_other_shapes_are_refused(shape):
     with pytest.raises(ValueError, match=r"has the shape \(.*stack of matrices \(E, A, B\)"):
         StackedMuon([nn.Parameter(torch.zeros(shape))])
 
 
-def test_an_unknown_scale_is_refused():
+def test_unknown_scale_is_refused():
     with pytest.raises(ValueError, match="adjust_lr_fn is 'rms'; it must be one of match_rms_adamw, original"):
         StackedMuon([nn.Parameter(torch.zeros(1, 2, 3))], adjust_lr_fn="rms")

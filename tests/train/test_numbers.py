@@ -1,9 +1,10 @@
-"""Losses that are not finite, or stand out: what is done, what is noted, and that a resumed run does the same."""
+"""Non-finite losses, gradients and weights, and loss spikes: their handling, records and exact resume."""
 
 import json
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,152 +15,115 @@ from moa_train.signals import EXIT_STOPPED
 from moa_train.spikes import DEVIATIONS, MEMORY, RecentLoss
 from moa_train.trainer import Trainer
 
+FAULTY = {"model__nan_at": 7, "loop__max_nonfinite_steps": 1}
+
 
 def events(runs, name, kind=None):
     rows = [json.loads(line) for line in (runs.out / name / "events.jsonl").read_text().splitlines()]
     return [row for row in rows if kind in (None, row["kind"])]
 
 
-def test_the_samples_of_a_step_that_is_not_finite_are_noted(runs, capsys):
-    assert runs("run", model__nan_at=7) == 1
-    error = capsys.readouterr().err
-    assert "events.jsonl lists its samples" in error and "--loop.max_nonfinite_steps 1" in error
-    assert [row["kind"] for row in events(runs, "run")] == ["begun", "nonfinite", "failed"]
-    (row,) = events(runs, "run", "nonfinite")
-    assert (row["step"], row["loss"], row["grad_norm"], row["skipped"]) == (8, None, None, False)
-    parts = [(part["rank"], part["loss"], part["samples"]) for part in row["micro_batches"]]
-    # step 8 is the third of epoch 1: rows 16 to 23, two micro-batches of four
-    assert parts == [(0, None, [f"1/{p}" for p in range(16, 20)]), (0, None, [f"1/{p}" for p in range(20, 24)])]
-
-
-def grows_beyond_numbers(runs, monkeypatch, step):
-    """Have a weight become infinite in the update of a step, though its loss and gradient are finite."""
-    update = Trainer._update
-
-    def overflowing(trainer, *args):
-        update(trainer, *args)
-        if trainer.state.step == step:
-            with torch.no_grad():
-                trainer.bare[0].weight[0, 0] = math.inf
-
-    monkeypatch.setattr(Trainer, "_update", overflowing)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("step", "newest"), [(8, "step_00000007"), (10, "step_00000007"), (2, None)])
-def test_weights_that_are_not_finite_are_never_saved(runs, monkeypatch, capsys, step, newest):
-    """Neither with a checkpoint that is due nor with a step that is left out: those before would be dropped."""
-    grows_beyond_numbers(runs, monkeypatch, step)
-    assert runs("run", loop__max_nonfinite_steps=9) == 1
-    error = capsys.readouterr().err
-    assert f"the weights are not finite after step {step}" in error and "--resume force --optim.lr 0.005" in error
-    saved = sorted(path.name for path in (runs.out / "run" / "checkpoints").glob("step_*"))
-    assert (saved[-1] if saved else None) == newest
-    assert [row["kind"] for row in events(runs, "run")][-2:] == ["nonfinite_weights", "failed"]
-    monkeypatch.undo()
-    assert runs("run") == 0 and runs("unbroken") == 0
-    assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
-
-
-def test_without_a_usable_held_out_sample_the_run_goes_on(runs, monkeypatch, capsys):
-    monkeypatch.setattr(runs.toy.ToyTask, "val_batches", lambda task, share: [])
-    assert runs("run") == 0
-    assert "no held-out sample could be used" in capsys.readouterr().out
-    assert runs.rows("run", "val") == [] and runs.json("run", "summary.json")["final"] is None
-
-
-GRADIENTS = pytest.mark.parametrize("nan_in", ["gradient", "infinite gradient"])
-
-
-def assert_only_the_gradient_was_not(runs, name, skipped):
-    (row,) = events(runs, name, "nonfinite")
-    assert (row["step"], row["grad_norm"], row["skipped"]) == (8, None, skipped)
-    losses = [part["loss"] for part in row["micro_batches"]]
-    assert len(losses) == 2 and row["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6), "finite"
-
-
-@GRADIENTS
-def test_a_gradient_that_is_not_finite_stops_a_run_whose_loss_is(runs, nan_in, capsys):
+@pytest.mark.parametrize("nan_in", ["loss", "gradient", "infinite gradient"])
+def test_nonfinite_step_ends_the_run_before_the_update(runs, nan_in, capsys):
     assert runs("run", model__nan_at=7, model__nan_in=nan_in) == 1
-    told = "nan" if nan_in == "gradient" else "inf"
-    assert f" and the gradient norm {told}, at lr" in capsys.readouterr().err
-    assert_only_the_gradient_was_not(runs, "run", skipped=False)
-    row = runs.rows("run", "train")[-1]
-    assert row["step"] == 8 and row["grad_norm"] is None and row["loss"] == events(runs, "run", "nonfinite")[0]["loss"]
+    error = capsys.readouterr().err
+    assert error.startswith("error: step 8: the loss is ") and error.count("\n") == 1
+    assert "--loop.max_nonfinite_steps 1" in error and "--resume force --optim.lr 0.005" in error
+    (event,) = events(runs, "run", "nonfinite")
+    # Step 8 is the third of epoch 1: rows 16 to 23 in two micro-batches.
+    assert [part["samples"] for part in event["micro_batches"]] == [
+        [f"1/{p}" for p in range(16, 20)],
+        [f"1/{p}" for p in range(20, 24)],
+    ]
+    assert event["grad_norm"] is None and (event["loss"] is None) is (nan_in == "loss")
     assert (runs.out / "run/checkpoints/LAST").read_text() == "step_00000007\n"
+    assert runs.rows("run", "train")[-1]["grad_norm"] is None
+    assert runs.json("run", "summary.json")["status"] == "failed"
     assert runs("run") == runs("unbroken") == 0, "the cause has gone"
-    assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
+    assert (runs.rows("run"), runs.final("run")) == (runs.rows("unbroken"), runs.final("unbroken"))
 
 
-@GRADIENTS
-def test_a_step_is_left_out_for_its_gradient_as_for_its_loss(runs, nan_in, capsys):
-    assert runs("gradient", model__nan_at=7, model__nan_in=nan_in, loop__max_nonfinite_steps=1) == 0
-    assert "left out, 1 of 1" in capsys.readouterr().out
-    assert_only_the_gradient_was_not(runs, "gradient", skipped=True)
-    assert runs("loss", model__nan_at=7, loop__max_nonfinite_steps=1) == 0
-    runs.assert_same("gradient", "loss")
+def test_nonfinite_first_step(runs):
+    assert runs("run", model__nan_at=0) == 1
+    assert runs("run") == runs("unbroken") == 0
+    assert runs.final("run") == runs.final("unbroken")
 
 
-def test_a_step_is_left_out_for_its_loss_alone(runs):
-    assert runs("alone", model__nan_at=7, model__nan_in="loss alone", loop__max_nonfinite_steps=1) == 0
-    (row,) = events(runs, "alone", "nonfinite")
-    assert row["loss"] is None and 0 < row["grad_norm"] < math.inf
-    assert runs("both", model__nan_at=7, loop__max_nonfinite_steps=1) == 0
-    runs.assert_same("alone", "both")
-
-
-def test_skipping_leaves_the_step_out_and_nothing_else(runs, capsys):
-    """A step whose loss is NaN, left out, equals a step that never updates: rate, order and generators go on."""
-    assert runs("run", model__nan_at=7, loop__max_nonfinite_steps=1) == 0
-    assert "left out, 1 of 1" in capsys.readouterr().out
+def test_skipped_step_changes_no_weight(runs, capsys):
+    assert runs("run", **FAULTY) == 0
+    assert "step skipped, 1 of 1" in capsys.readouterr().out
     assert [row["step"] for row in runs.rows("run", "train")] == [s for s in range(1, 16) if s != 8]
     assert runs.json("run", "summary.json")["skipped_steps"] == 1
     assert runs("whole") == 0
     rows, whole = runs.rows("run", "train"), runs.rows("whole", "train")
     assert rows[:7] == whole[:7]
     assert rows[7]["loss"] != whole[8]["loss"] and [row["lr"] for row in rows[7:]] == [row["lr"] for row in whole[8:]]
-    assert all(math.isfinite(row["loss"]) for row in rows)
     moments = {key: value for key, value in runs.final("run").items() if key[1].endswith(".step")}
-    assert len(moments) == 4 and set(moments.values()) == {b"\x00\x00\x60\x41"}, "14 updates as float32"
+    assert len(moments) == 4 and set(moments.values()) == {np.float32(14).tobytes()}
+
+
+@pytest.mark.parametrize("nan_in", ["loss alone", "gradient"])
+def test_loss_and_gradient_are_skipped_alike(runs, nan_in):
+    assert runs("one", **FAULTY, model__nan_in=nan_in) == 0
+    assert runs("both", **FAULTY) == 0
+    runs.assert_same("one", "both")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_at", [7, 8], ids=["as it is skipped", "after it"])
-def test_skipping_resumes_exactly(runs, stop_at):
-    assert runs("unbroken", model__nan_at=7, model__nan_for=2, loop__max_nonfinite_steps=2) == 0
-    assert (
-        runs("run", model__nan_at=7, model__nan_for=2, loop__max_nonfinite_steps=2, model__stop_at=stop_at)
-        == EXIT_STOPPED
-    )
-    assert runs("run", model__nan_at=7, model__nan_for=2, loop__max_nonfinite_steps=2) == 0
-    assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
-    assert runs.json("run", "summary.json")["skipped_steps"] == 2
+@pytest.mark.parametrize("stop_at", [7, 8])
+def test_resume_with_skipped_steps_is_exact(runs, stop_at):
+    faulty = {"model__nan_at": 7, "model__nan_for": 2, "loop__max_nonfinite_steps": 2}
+    assert runs("unbroken", **faulty) == 0
+    assert runs("run", **faulty, model__stop_at=stop_at) == EXIT_STOPPED
+    assert runs("run", **faulty) == 0
+    runs.assert_same("run", "unbroken")
 
 
-def test_a_state_that_could_not_be_saved_is_not_called_saved(runs, capsys, monkeypatch):
-    def full(*args, **kwargs):
-        raise checkpoint.NotSaved("no space")
-
-    monkeypatch.setattr(checkpoint, "save", full)
-    assert runs("run", model__nan_at=7) == 1
-    assert "the state before this step could NOT be saved" in capsys.readouterr().err
-
-
-def test_one_more_than_allowed_stops_and_may_be_allowed_later(runs, capsys):
-    assert runs("run", model__nan_at=7, model__nan_for=2, loop__max_nonfinite_steps=1) == 1
+def test_limit_of_skipped_steps_can_be_raised(runs, capsys):
+    assert runs("run", **FAULTY, model__nan_for=2) == 1
     error = capsys.readouterr().err
     assert "step 9: the loss is nan" in error and "--loop.max_nonfinite_steps 2" in error
-    assert (runs.out / "run" / "checkpoints" / "LAST").read_text() == "step_00000008\n"
-    assert runs("run", model__nan_at=7, model__nan_for=2, loop__max_nonfinite_steps=2) == 0, "a mutable_keys key"
-    assert runs("unbroken", model__nan_at=7, model__nan_for=2, loop__max_nonfinite_steps=2) == 0
+    raised = {"model__nan_at": 7, "model__nan_for": 2, "loop__max_nonfinite_steps": 2}
+    assert runs("run", **raised) == runs("unbroken", **raised) == 0
     assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
 
 
 @pytest.mark.slow
-def test_spikes_of_a_run_are_noted_once_however_often_it_stops(runs, capsys):
+@pytest.mark.parametrize(("step", "newest"), [(8, "step_00000005"), (10, "step_00000005"), (2, None)])
+def test_nonfinite_weights_are_never_saved(runs, monkeypatch, capsys, step, newest):
+    train_step = Trainer.train_step
+
+    def overflowing(trainer, batches):
+        train_step(trainer, batches)
+        if trainer.state.step == step:
+            with torch.no_grad():
+                trainer.bare[0].weight[0, 0] = math.inf
+
+    monkeypatch.setattr(Trainer, "train_step", overflowing)
+    assert runs("run", loop__max_nonfinite_steps=9) == 1
+    assert f"the weights are not finite after step {step}" in capsys.readouterr().err
+    saved = sorted(path.name for path in (runs.out / "run" / "checkpoints").glob("step_*"))
+    assert (saved[-1] if saved else None) == newest
+    assert [row["kind"] for row in events(runs, "run")][-2:] == ["nonfinite_weights", "failed"]
+    monkeypatch.undo()
+    assert runs("run") == runs("unbroken") == 0
+    assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
+
+
+def test_nonfinite_step_on_a_full_disk(runs, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise checkpoint.SaveError("no space")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert runs("run", model__nan_at=3) == 1
+    assert capsys.readouterr().err == "error: no space\n"
+
+
+@pytest.mark.slow
+def test_spikes_of_a_resumed_run_are_those_of_an_unbroken_one(runs, capsys):
     long = {"schedule__epochs": 16, "schedule__warmup_epochs": 1, "loop__val_every": 80, "model__high_at": 70}
     assert runs("unbroken", **long) == 0
-    assert "step 71: the loss" in capsys.readouterr().out
+    assert "step 71: loss" in capsys.readouterr().out
     (spike,) = (row for row in events(runs, "unbroken", "spike") if row["step"] == 71)
     assert spike["loss"] > 5 * spike["recent_loss"] and spike["deviations"] > DEVIATIONS
     assert runs("run", **long, model__stop_at=60) == EXIT_STOPPED
@@ -167,46 +131,35 @@ def test_spikes_of_a_run_are_noted_once_however_often_it_stops(runs, capsys):
     assert runs("run", **long) == 0
     noted = [[(row["step"], row["deviations"]) for row in events(runs, name, "spike")] for name in ("run", "unbroken")]
     assert noted[0] == noted[1]
-    spikes = [runs.json(name, "summary.json")["loss_spikes"] for name in ("run", "unbroken")]
-    assert spikes == [len(noted[0])] * 2
+    assert runs.json("run", "summary.json")["loss_spikes"] == len(noted[0])
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0.5, 2.0), min_size=MEMORY + 1, max_size=4 * MEMORY), st.floats(20, 1e6))
-def test_what_stands_out_is_a_spike_and_does_not_hide_the_next(losses, high):
+def test_spike_does_not_hide_the_next_one(losses, high):
     recent = RecentLoss()
     for loss in losses[:MEMORY]:
-        assert recent.take(loss) is None, "too early to tell"
-    assert recent.mean == pytest.approx(statistics.fmean(losses[:MEMORY]), rel=1e-9), "as long as all count alike"
+        assert recent.update(loss) is None
+    assert recent.mean == pytest.approx(statistics.fmean(losses[:MEMORY]), rel=1e-9)
     for loss in losses[MEMORY:]:
-        recent.take(loss)
-    mean, deviation = recent.mean, math.sqrt(recent.variance)
+        recent.update(loss)
+    mean = recent.mean
     for _ in range(2):
-        above = recent.take(high)
+        above = recent.update(high)
         assert above is not None and above > DEVIATIONS
-    assert recent.mean <= mean + 2 * (DEVIATIONS * max(2 * deviation, 1e-2 * mean)) and recent.take(mean) is None
+    assert recent.update(mean) is None
 
 
-def test_a_constant_loss_with_noise_of_its_last_digits_has_no_spikes():
+def test_nearly_constant_loss_has_no_spikes():
     recent = RecentLoss()
-    assert not any(recent.take(1.0 + 1e-5 * (step % 7 == 0)) for step in range(5 * MEMORY))
+    assert not any(recent.update(1.0 + 1e-5 * (step % 7 == 0)) for step in range(5 * MEMORY))
 
 
-def test_a_loss_that_was_zero_may_rise():
-    recent = RecentLoss()
-    for _ in range(MEMORY):
-        recent.take(0.0)
-    assert recent.take(1.0) is not None
-
-
-def test_variance_is_numpys_with_the_same_weights():
-    import numpy as np
-
+def test_running_variance_matches_numpy():
     losses = np.random.default_rng(0).normal(3.0, 0.1, 400)
     recent = RecentLoss()
     for loss in losses:
-        recent.take(float(loss))
+        recent.update(float(loss))
     weights = np.cumprod(np.r_[1.0, np.full(399, 1 - 1 / MEMORY)])[::-1]
-    mean = np.average(losses, weights=weights)
-    assert recent.mean == pytest.approx(mean, rel=1e-3)
+    assert recent.mean == pytest.approx(np.average(losses, weights=weights), rel=1e-3)
     assert math.sqrt(recent.variance) == pytest.approx(math.sqrt(np.cov(losses, aweights=weights, bias=True)), rel=0.05)

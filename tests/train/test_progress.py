@@ -1,4 +1,4 @@
-"""What a person sees: one live line on a terminal, a few lines elsewhere, nothing from other processes."""
+"""Progress: one live line on a terminal, few lines elsewhere, nothing from other ranks."""
 
 import io
 import sys
@@ -17,11 +17,11 @@ class Terminal(io.StringIO):
 def run(shown, steps=20):
     for step in range(1, steps + 1):
         shown.update(step, step / 10, 0.5, 1e-3, "1234 img/s, 41.0% of peak, 9 s left")
-    shown.say("a message")
+    shown.print("a message")
     shown.close()
 
 
-def test_a_terminal_has_one_live_line(monkeypatch, capsys):
+def test_terminal_has_one_live_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", Terminal())
     run(Progress(visible=True, step=0, total_steps=20))
     written = sys.stderr.getvalue()
@@ -30,7 +30,7 @@ def test_a_terminal_has_one_live_line(monkeypatch, capsys):
     assert capsys.readouterr().out == "a message\n"
 
 
-def test_a_log_has_few_lines(monkeypatch, capsys):
+def test_log_has_few_lines(monkeypatch, capsys):
     run(Progress(visible=True, step=0, total_steps=20))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines] == ["step 1/20", "step 20/20", "a message"]
@@ -40,23 +40,23 @@ def test_a_log_has_few_lines(monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 21
 
 
-def test_other_processes_are_silent(monkeypatch, capsys):
+def test_other_ranks_are_silent(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", Terminal())
     run(Progress(visible=False, step=0, total_steps=20))
     assert capsys.readouterr().out == "" and sys.stderr.getvalue() == ""
 
 
-def test_first_steps_do_not_enter_the_rate():
+def test_warmup_steps_are_not_timed():
     timer = StepTimer()
     for _ in range(WARMUP_STEPS):
         timer.add(100.0)
-    for number in range(1, 9):
-        assert timer.step_s() is None, f"after {number - 1} timed steps of 0.25 s"
+    for _ in range(8):
+        assert timer.step_s() is None
         timer.add(0.25)
     assert timer.step_s() == 0.25
     for _ in range(1000):
         timer.add(0.5)
-    assert timer.step_s() == 0.5, "an old rate is forgotten"
+    assert timer.step_s() == 0.5
 
 
 @pytest.mark.parametrize(
@@ -74,24 +74,24 @@ def test_count(number, text):
     assert count(number) == text
 
 
-def test_a_count_is_told_in_a_log_now_and_then(capsys, monkeypatch):
+def test_count_bar_prints_occasional_lines_in_a_log(capsys, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     with CountBar(total=600, title="features", unit="img") as bar:
         for _ in range(6):
             clock[0] += LINE_EVERY_S / 2 + 1
             bar.update(100)
-    told = capsys.readouterr()
-    assert told.out.splitlines() == [
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
         "features: 200/600,  6.25img/s, 01:03 left",
         "features: 400/600,  6.25img/s, 00:32 left",
         "features: 600/600,  6.25img/s, 00:00 left",
     ]
-    assert not told.err
+    assert not captured.err
 
 
-def test_what_is_quick_says_nothing_in_a_log(capsys):
+def test_quick_count_bar_prints_nothing_in_a_log(capsys):
     with CountBar(total=2, title="features", unit="img") as bar:
         bar.update(2)
-    told = capsys.readouterr()
-    assert not told.out and not told.err
+    captured = capsys.readouterr()
+    assert not captured.out and not captured.err

@@ -1,14 +1,15 @@
-"""Run folders that something has happened to."""
+"""Run folders: rows, summary and damaged files."""
 
 import errno
 import fcntl
 import json
+import subprocess
 import sys
 
 import pytest
 
-from moa_train.run_folder import RunFolder, again, summarize_rows
-from moa_train.signals import LAUNCHED
+from moa_train.errors import DataError
+from moa_train.run_folder import RunFolder, summarize_rows
 
 TREE = {"name": "run", "out": "runs", "optim": {"lr": 0.1}}
 
@@ -33,68 +34,54 @@ def test_truncate(folder):
     folder.truncate(2, 1)
     assert [(r["kind"], r["step"]) for r in folder.rows()] == [("train", 1), ("val", 1), ("train", 2)]
     assert folder.metrics.read_text().endswith("}\n")
-    assert [path.name for path in folder.path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_summary(folder):
-    folder.summarize({"status": "finished"}, "loss_norm")
-    assert folder.status() == "finished"
-    assert folder.summary() == {
-        "status": "finished",
+    assert folder.status() == "unfinished" and folder.finished_steps() is None
+    folder.summarize({"status": "finished", "steps": 3}, "loss_norm")
+    assert folder.status() == "finished" and folder.finished_steps() == 3
+    losses = {
         "final": {"loss": 3, "loss_norm": 1},
         "best": {"loss": 2, "loss_norm": 0, "step": 2},
         "train_loss": 1 / 3,
     }
+    assert folder.summary() == {"status": "finished", "steps": 3, **losses}
+    assert summarize_rows([], "loss") == dict.fromkeys(losses)
 
 
-def test_summary_of_nothing():
-    assert summarize_rows([], "loss") == {"final": None, "best": None, "train_loss": None}
-
-
-def test_not_a_number_becomes_null(folder):
+def test_nan_becomes_null(folder):
     folder.append(row("val", 4, loss=float("nan"), loss_norm=float("inf")))
     assert json.loads(folder.metrics.read_text().splitlines()[-1])["loss"] is None
     assert summarize_rows(folder.rows(), "loss_norm")["best"]["step"] == 2
 
 
-@pytest.mark.parametrize(
-    "line", ["{", "[]", "{}", '{"kind": "test", "step": 1}', '{"kind": "val", "step": null}', "null"]
-)
-def test_a_line_that_is_no_row_is_named(folder, line):
-    text = folder.metrics.read_text()
-    folder.metrics.write_text(f"{line}\n{text}")
-    with pytest.raises(ValueError, match=r"metrics.jsonl line 1 is no metrics row"):
-        folder.check(TREE, "auto")
+@pytest.mark.parametrize("line", ["{", "[]", '{"kind": "test", "step": 1}', '{"kind": "val", "step": null}'])
+def test_damaged_row_is_named(folder, line):
+    folder.metrics.write_text(f"{line}\n{folder.metrics.read_text()}")
+    with pytest.raises(DataError, match=r"metrics.jsonl line 1 is no metrics row"):
+        folder.check(TREE, "auto", frozenset())
 
 
 @pytest.mark.parametrize("text", ["[", "- 1", "", "name: run: x"])
-def test_a_broken_config_is_named(folder, text):
+def test_damaged_config_is_named(folder, text):
     (folder.path / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"run/config.yaml cannot be read"):
-        folder.check(TREE, "auto")
+    with pytest.raises(DataError, match=r"run/config.yaml cannot be read"):
+        folder.check(TREE, "auto", frozenset())
 
 
-def test_a_file_system_without_locks_is_told_of(folder, monkeypatch, capsys):
+def test_file_system_without_locks_is_a_warning(folder, monkeypatch, capsys):
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    with folder.held():
+    with folder.lock():
         (warning,) = capsys.readouterr().err.splitlines()
-    assert "run.lock cannot be locked ([Errno " in warning and "would not be refused" in warning
+    assert "run.lock cannot be locked ([Errno " in warning
 
 
-@pytest.mark.parametrize("launcher", ["", *LAUNCHED, "WORLD_SIZE"])
-def test_the_command_to_run_again_is_the_one_that_was_run(launcher, monkeypatch):
-    """As far as it is known: a launcher's own options are not."""
-    for name in (*LAUNCHED, "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    if launcher:
-        monkeypatch.setenv(launcher, "1")
-    monkeypatch.setattr(sys, "argv", ["a b.py", "--x", "1"])
-    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
-    if launcher:
-        aside = " (by the same launcher, whose own options are not shown):"
-        assert again("--y 2", "--z 3") == f"{aside}\n  'a b.py' --x 1 --y 2\n  'a b.py' --x 1 --z 3"
-    else:
-        assert again() == ":\n  python3 'a b.py' --x 1"
+def test_reading_a_run_needs_neither_torch_nor_jsonargparse():
+    script = (
+        "import moa_train.run_folder, sys; print(sorted({'torch', 'jsonargparse', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,16 +1,18 @@
-"""Checkpoints beside training: steps go on, at most save_every of them are at stake, one process has the folder."""
+"""Checkpoints are written while training continues; one process at a time holds the run folder; full disks."""
 
+import contextlib
 import errno
-import platform
+import resource
 import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 
-from moa_train import atomic_io, checkpoint, run_folder
+from moa_train import atomic_io, checkpoint
+from moa_train.atomic_io import LineFile
+from moa_train.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -30,58 +32,91 @@ def each_step(runs, monkeypatch):
     return use
 
 
-def test_steps_go_on_while_a_checkpoint_is_written(runs, each_step, monkeypatch):
-    ahead, went_on, save = threading.Event(), [], checkpoint.save
+def test_training_continues_while_a_checkpoint_is_written(runs, each_step, monkeypatch):
+    ahead, continued, save = threading.Event(), [], checkpoint.save
 
     def slow(folder, state, *args, **kwargs):
         if state["step"] == 5:
-            went_on.append(ahead.wait(30))
+            continued.append(ahead.wait(30))
         return save(folder, state, *args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "save", slow)
     each_step(lambda i: ahead.set() if i >= 6 else None)
-    assert runs("run") == 0 and went_on == [True]
+    assert runs("run") == 0 and continued == [True]
 
 
-def test_no_crash_can_lose_more_than_save_every_steps(runs, each_step, monkeypatch):
-    """Writing takes longer than the steps here: they have to wait, or each could lose up to twice as many."""
-    at_stake, save = [], checkpoint.save
+def test_a_checkpoint_waits_for_the_one_before(runs, each_step, monkeypatch):
+    """At any time less than two intervals are not saved, however slow writing is."""
+    unsaved, save = [], checkpoint.save
 
     def slow(*args, **kwargs):
         time.sleep(0.1)
         return save(*args, **kwargs)
 
-    def newest_step():
-        newest, _ = checkpoint.newest_valid(runs.out / "run" / "checkpoints")
-        return 0 if newest is None else checkpoint.read_state(newest)["step"]
-
     def look(i):
-        # Twice: the newest that a first look has listed may be superseded, and gone, before it is read.
-        at_stake.append(i + 1 - max(newest_step(), newest_step()))
+        newest, _ = checkpoint.newest_valid(runs.out / "run" / "checkpoints")
+        unsaved.append(i + 1 - (0 if newest is None else checkpoint.read_state(newest)["step"]))
 
     monkeypatch.setattr(checkpoint, "save", slow)
     each_step(look)
-    assert runs("run") == 0
-    assert max(at_stake) <= 5 and len(at_stake) == 2 * 15  # micro-batches
+    assert runs("run", checkpoint__keep_latest=3) == 0
+    assert 5 < max(unsaved) <= 10 and len(unsaved) == 2 * 15  # micro-batches
 
 
-def test_a_checkpoint_without_a_note_of_it_is_one(runs, monkeypatch, capsys):
-    """Only LAST, for people, cannot be written: the run finishes."""
-    write = checkpoint.write_text
+def test_lock_is_held_until_the_checkpoint_is_written(runs, each_step, monkeypatch):
+    save, lock = checkpoint.save, RunFolder.lock
+    failed, at_release = threading.Event(), []
 
-    def no_note(path, text):
-        if path.name == "LAST" and "15" in text:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, text)
+    def late(*args, **kwargs):
+        failed.wait(60)
+        return save(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "write_text", no_note)
-    assert runs("run") == 0
-    assert "step_00000015 is saved, but LAST" in capsys.readouterr().out
+    def fail(i):
+        if i == 5:
+            threading.Timer(0.2, failed.set).start()
+            raise ZeroDivisionError("a bug")
+
+    @contextlib.contextmanager
+    def watched(folder):
+        with lock(folder):
+            try:
+                yield
+            finally:
+                at_release.extend(path.name for path in folder.checkpoints.glob("step_*"))
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    monkeypatch.setattr(RunFolder, "lock", watched)
+    each_step(fail)
+    with pytest.raises(ZeroDivisionError):
+        runs("run")
+    assert at_release == ["step_00000005"]
+
+
+HOLD = """
+import fcntl, sys, time
+with open(sys.argv[1], "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("process 77 on node1", file=file, flush=True)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_run_in_use_is_refused_before_anything_is_read(runs, capsys, monkeypatch):
+    (runs.out / "run").mkdir()
+    command = [sys.executable, "-I", "-c", HOLD, str(runs.out / "run/run.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "newest_valid", None)
+            assert runs("run") == 2
+        holder.kill()
+    assert "in use by another process (process 77 on node1)" in capsys.readouterr().err
+    assert runs("run") == 0, "the lock ends with its process"
 
 
 @pytest.mark.parametrize("when", ["at the start", "later"])
-def test_a_folder_that_cannot_be_written_is_told_in_one_message(runs, when, monkeypatch, capsys):
-    """For another reason than a full disk; what has to be noted at the end cannot be either."""
+def test_unwritable_run_folder_is_one_message(runs, when, monkeypatch, capsys):
     if when == "later":
         append, calls = atomic_io.LineFile.append, []
 
@@ -95,59 +130,62 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_message(runs, when, monk
     else:
         (runs.out / "run").write_text("in the way")
     assert runs("run") == 1
-    said = capsys.readouterr().err
-    assert "Traceback" not in said and ("cannot be written: " if when == "later" else "cannot be written to") in said
-
-
-HOLD = """
-import fcntl, sys, time
-with open(sys.argv[1], "w") as file:
-    fcntl.lockf(file, fcntl.LOCK_EX)
-    print(sys.argv[2], 77, file=file, flush=True)
-    print("held", flush=True)
-    time.sleep(float(sys.argv[3]))
-"""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "could not be written: " in error and error.count("\n") == 1
 
 
 @pytest.fixture
-def held(runs):
-    """held(holder, seconds) has another process hold the folder of "run"."""
-    processes = []
+def limited(runs, ranks):
+    """limited(size, ...) runs with a kernel limit on file sizes; returns exit code and output."""
 
-    def begin(holder, seconds):
-        (runs.out / "run").mkdir(exist_ok=True)
-        command = [sys.executable, "-I", "-c", HOLD, str(runs.out / "run/run.lock"), holder, str(seconds)]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        assert processes[-1].stdout.readline() == "held\n"
-        return processes[-1]
+    def run(size, **changed):
+        (code,) = ranks(count=1, model__max_file=size, **changed)
+        return code, (runs.out / "run.out").read_text()
 
-    yield begin
-    for process in processes:
-        process.kill()
-        process.communicate()
+    return run
 
 
-def test_a_run_that_is_under_way_is_refused_before_anything_is_read(runs, held, capsys, monkeypatch):
-    held(platform.node(), 60)
-    monkeypatch.setattr(checkpoint, "newest_valid", None)
-    assert runs("run") == 2
-    assert f"being run by another process (process 77 on {platform.node()})" in capsys.readouterr().err
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2_500, 8_000], ids=["rows", "checkpoints"])
+def test_full_disk_is_one_message_and_keeps_the_old_checkpoint(runs, ranks, limited, size):
+    """Of 400 units, checkpoints have 12 kB and all rows 3 kB."""
+    wide = {"model__width": 400, "loop__val_every": 50}
+    assert runs("unbroken", **wide) == 0
+    assert runs("run", **wide, model__stop_at=4) == 75
+    code, _ = limited(size, **wide)
+    assert code == 1 and "could not be written: " in ranks.stderr and ranks.stderr.count("\n") == 1, ranks.stderr
+    newest, damaged = checkpoint.newest_valid(runs.out / "run" / "checkpoints")
+    assert newest.name == "step_00000005" and damaged == []
+    assert not list((runs.out / "run").rglob(".*"))
+    assert runs("run", **wide) == 0
+    runs.assert_same("run", "unbroken")
 
 
-def test_the_lock_of_a_machine_that_is_gone_is_waited_for(runs, held, capsys, monkeypatch):
-    holder = held("elsewhere", 600)
-
-    def release(_):
-        holder.kill()
-        holder.wait()
-
-    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=time.monotonic, sleep=release))
-    assert runs("run") == 0
-    assert "waiting for elsewhere" in capsys.readouterr().err
+def test_stop_that_cannot_be_saved_fails(limited, ranks):
+    """Its exit code is not 75, with which a job would requeue itself again and again."""
+    code, _ = limited(8_000, model__width=400, loop__val_every=50, model__stop_at=3)
+    assert code == 1 and "step_00000004 could not be written" in ranks.stderr
 
 
-def test_not_for_ever(runs, held, capsys, monkeypatch):
-    monkeypatch.setattr(run_folder, "LEASE_S", 0)
-    held("elsewhere", 60)
-    assert runs("run") == 2
-    assert "process 77 on elsewhere" in capsys.readouterr().err
+def test_lines_are_complete_or_absent(tmp_path):
+    path = tmp_path / "lines"
+    path.write_text("one\ntw")
+    lines = LineFile(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12, hard))
+    try:
+        lines.append("two")
+        with pytest.raises(OSError, match=f"Errno {errno.EFBIG}|Errno {errno.ENOSPC}"):
+            lines.append("three, too long")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    lines.append("four")
+    assert path.read_text() == "one\ntwo\nfour\n"
+
+
+@pytest.mark.parametrize("content", ["", "cut short", "one\ncut", "one\n"])
+def test_incomplete_last_line_is_removed(tmp_path, content):
+    path = tmp_path / "lines"
+    path.write_text(content)
+    LineFile(path).append("new")
+    assert path.read_text() == content[: content.rfind("\n") + 1] + "new\n"

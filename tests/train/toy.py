@@ -1,5 +1,8 @@
-"""A task of a few hundred parameters with everything that can break a resume: dropout, epochs, a loader that draws
-from the global generator. Run as a script it is a main like the real ones."""
+"""A tiny regression task with dropout, epochs and a loader that draws from the global generator; also a script.
+
+Faults are injected by config keys (`model.nan_at`, `model.kill_in`, ...) or on one rank by the environment variables
+TROUBLE and RANK_IN_TROUBLE.
+"""
 
 import importlib
 import itertools
@@ -9,15 +12,20 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from moa_train import atomic_io
 from moa_train.config import RESUME_MUTABLE_KEYS, EpochSchedule, RunConfig, parse_config
+from moa_train.errors import DataError
+from moa_train.task import Task
 from moa_train.trainer import run
+
+TROUBLE_STEP = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +35,17 @@ class ToyModel:
     Args:
         width: Hidden width.
         dropout: Dropout rate.
-        nan_at: The step (from 0) that is not finite; -1 is none.
-        nan_for: How many steps from there on.
-        nan_in: What of it: the "loss" and so the gradient, the "loss alone", or of one bias the "gradient", or
-            "infinite gradient", alone.
-        nan_on: The rank whose part of the step it is; -1: all.
-        high_at: The step whose loss is a hundredfold; -1 is none.
-        stop_at: The step in which SIGTERM comes; -1 is none.
-        stop_in_val: The first validation at or after this step gets SIGTERM; -1 is none.
-        step_s: Seconds that a step is made to last.
-        max_file: Bytes that a file may have, as if the disk were full then; 0: no limit.
-        kill_in: "MODULE:FUNCTION" of moa_train (or of this file), in the middle of which kill -9 comes; "" is none.
-        kill_call: In which call of it, from 1.
+        nan_at: Step (from 0) with a non-finite loss; -1 disables it.
+        nan_for: Number of such steps.
+        nan_in: Where: "loss", "loss alone", "gradient" or "infinite gradient".
+        nan_on: Rank of the fault; -1 is all.
+        high_at: Step with a loss spike; -1 disables it.
+        stop_at: Step that receives SIGTERM; -1 disables it.
+        stop_in_val: First step whose validation receives SIGTERM; -1 disables it.
+        step_s: Seconds added to a step.
+        max_file: Maximum file size in bytes, like a full disk; 0 disables it.
+        kill_in: "MODULE:FUNCTION" of moa_train or of this file in which the process is killed.
+        kill_call: Number of the killed call, from 1.
     """
 
     width: int = 8
@@ -56,23 +63,7 @@ class ToyModel:
     kill_call: int = 1
 
 
-TROUBLE = {
-    f"model.{key}"
-    for key in (
-        "nan_at",
-        "nan_for",
-        "nan_in",
-        "nan_on",
-        "high_at",
-        "stop_at",
-        "stop_in_val",
-        "step_s",
-        "max_file",
-        "kill_in",
-        "kill_call",
-    )
-}
-
+FAULT_KEYS = {f"model.{key.name}" for key in fields(ToyModel)} - {"model.width", "model.dropout"}
 
 NOT_FINITE = {
     "loss": lambda loss, bias: loss * math.nan,
@@ -88,7 +79,7 @@ class ToyConfig(RunConfig):
 
     Args:
         model: The model.
-        schedule: How long.
+        schedule: Length.
         samples: Training samples.
     """
 
@@ -118,7 +109,7 @@ class Batches(IterableDataset):
                 yield step, torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]), names
 
 
-class ToyTask:
+class ToyTask(Task):
     unit = "rows"
     counter = "samples"
     units_per_sample = 1
@@ -137,6 +128,13 @@ class ToyTask:
         self.samples_per_epoch = config.samples
         self.val_samples = 7
         self.step = 0
+        if in_trouble("data in build"):
+            raise DataError("the data of this rank are missing")
+        if in_trouble("bug in build"):
+            raise KeyError("a bug")
+        if in_trouble("SIGUSR1 in build"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(1000)
 
     def budget(self, steps_per_epoch):
         return self.config.schedule.budget(steps_per_epoch)
@@ -146,8 +144,8 @@ class ToyTask:
 
     def summary_fields(self):
         parameters = list(self.model.parameters())
-        held_as = sorted({type(parameter).__name__ for parameter in parameters})
-        return {"parameters": {"total": sum(p.numel() for p in parameters)}, "held_as": held_as}
+        types = sorted({type(parameter).__name__ for parameter in parameters})
+        return {"parameters": {"total": sum(p.numel() for p in parameters)}, "parameter_types": types}
 
     def no_weight_decay(self):
         return {"3.weight"}
@@ -160,9 +158,11 @@ class ToyTask:
 
     def val_batches(self, share):
         for row in [sample(-1, 0, p) for p in range(7)][share.rank :: share.world_size]:
-            torch.rand(1)  # a careless validation must not touch the training's numbers
+            torch.rand(1)  # a validation that draws from the global generator
             if 0 <= self.config.model.stop_in_val <= self.step:
                 os.kill(os.getpid(), signal.SIGTERM)
+            if in_trouble("SIGUSR1 in validation"):
+                os.kill(os.getpid(), signal.SIGUSR1)
             yield 0, row[0][None], row[1][None], ()
 
     def sample_names(self, batch):
@@ -170,17 +170,19 @@ class ToyTask:
 
     def loss(self, model, batch):
         step, x, y, _ = batch
+        faults = self.config.model
         if step >= 0:  # no example
             self.step = step + 1
-            time.sleep(self.config.model.step_s)
-        if step == self.config.model.stop_at and step >= 0:
+            time.sleep(faults.step_s)
+        if step == TROUBLE_STEP:
+            cause_trouble()
+        if step == faults.stop_at and step >= 0:
             os.kill(os.getpid(), signal.SIGTERM)
         loss = (model(x) - y).square().mean()
-        trouble = self.config.model
-        mine = trouble.nan_on in (-1, int(os.environ.get("RANK", "0")))
-        if mine and trouble.nan_at >= 0 and trouble.nan_at <= step < trouble.nan_at + trouble.nan_for:
-            return NOT_FINITE[trouble.nan_in](loss, self.model[3].bias)
-        return loss * 100 if step == trouble.high_at >= 0 else loss
+        here = faults.nan_on in (-1, int(os.environ.get("RANK", "0")))
+        if here and faults.nan_at >= 0 and faults.nan_at <= step < faults.nan_at + faults.nan_for:
+            return NOT_FINITE[faults.nan_in](loss, self.model[3].bias)
+        return loss * 100 if step == faults.high_at >= 0 else loss
 
     def val_losses(self, model, batch):
         _, x, y, _ = batch
@@ -195,8 +197,36 @@ class ToyTask:
         (folder / "weights.txt").write_text(str([p.tolist() for p in model.parameters()]))
 
 
+def in_trouble(kind):
+    mine = os.environ.get("RANK", "0") == os.environ.get("RANK_IN_TROUBLE", "0")
+    return mine and os.environ.get("TROUBLE") == kind
+
+
+def cause_trouble():
+    if in_trouble("bug"):
+        raise RuntimeError("a bug in the loss")
+    if in_trouble("data"):
+        raise DataError("sample 17 cannot be read")
+    for name in ("SIGTERM", "SIGUSR1", "SIGKILL"):
+        if in_trouble(name):
+            os.kill(os.getpid(), getattr(signal, name))
+    if in_trouble("launcher killed"):
+        os.kill(os.getppid(), signal.SIGKILL)
+
+
+def prepare_trouble():
+    """Send signals from inside of the trainer's own code."""
+    if in_trouble("SIGUSR1 in compile"):
+        from torch._dynamo.callback import on_compile_start
+
+        on_compile_start(lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    if in_trouble("SIGUSR1 in a checkpoint"):
+        sync = atomic_io.sync_file
+        atomic_io.sync_file = lambda path: (os.kill(os.getpid(), signal.SIGUSR1), sync(path))
+
+
 def kill_in(place, call):
-    """Have this process killed in the middle of a call of a function: a file that it writes is left half done."""
+    """Kill this process in the middle of a call of a function; a file that it writes is left half written."""
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
     owner = sys.modules[__name__] if module == "toy" else importlib.import_module(f"moa_train.{module}")
@@ -219,8 +249,24 @@ def main(arguments):
     config = parse_config(ToyConfig, arguments, program="toy", summary="A toy.")
     if config.model.kill_in:
         kill_in(config.model.kill_in, config.model.kill_call)
-    return run(config, lambda: ToyTask(config), mutable_keys=RESUME_MUTABLE_KEYS | TROUBLE)
+    prepare_trouble()
+    return run(config, lambda: ToyTask(config), mutable_keys=RESUME_MUTABLE_KEYS | FAULT_KEYS)
+
+
+def forked(environment, arguments, stdout, stderr):
+    """Run as a process that a launcher would have started, in a fork of one that has imported this module."""
+    os.environ.update(environment)
+    if environment["TROUBLE"] == "launcher killed":
+        if run := os.fork():  # this process is the launcher
+            Path(f"{stdout}.pid").write_text(f"{run}")
+            os.waitpid(run, 0)
+        os.environ["ACCELERATE_DYNAMO_MODE"] = "default"
+    for path, number in ((stdout, 1), (stderr, 2)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY), number)
+    sys.exit(main(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    sys.exit(record(main)(sys.argv[1:]))
