@@ -154,8 +154,7 @@ class Trainer:
             if finished:
                 self._export()
         except BaseException:
-            with contextlib.suppress(SaveError):
-                self.logger.close("failed")
+            self._record_failure()
             raise
         self.logger.close("finished" if finished else "stopped")
         self.accelerator.wait_for_everyone()  # srun ends all ranks once one has ended with 75
@@ -164,6 +163,15 @@ class Trainer:
             return 0
         self.logger.print_stopped(self.stop.received)
         return EXIT_STOPPED
+
+    def _record_failure(self) -> None:
+        try:
+            with contextlib.suppress(SaveError):
+                self.logger.close("failed")
+        except RuntimeError as error:
+            if worker_died(error) is None:
+                raise
+            self._record_failure()  # torch's signal handler raised the death of a data worker in here
 
     def train(self) -> bool:
         """Take the remaining steps; return False if a stop request ended them early."""
