@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from moa_train.data_order import batch_loader
+from moa_train.data_order import batch_loader, worker_died
 
 SCRIPT = """
 import sys
 from torch.utils.data import Dataset
-from moa_train.data_order import batch_loader
+from moa_train.data_order import batch_loader, worker_died
 from moa_train.signals import ignore_stop_signals
 
 class Numbers(Dataset):
@@ -61,6 +61,17 @@ def test_killed_worker_is_one_message(runs, monkeypatch, capsys):
     assert runs.json("run", "summary.json")["status"] == "failed"
     assert runs("run") == 0
     assert [row["step"] for row in runs.rows("run", "train")] == list(range(1, 16))
+
+
+def test_worker_killed_while_its_batch_is_received():
+    class Gone:
+        def detach(self):
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    with pytest.raises(ConnectionResetError) as broken:
+        torch.multiprocessing.reductions.rebuild_storage_fd(torch.UntypedStorage, Gone(), 8)
+    assert "a data worker was killed (" in str(worker_died(broken.value))
+    assert worker_died(ConnectionResetError(104, "a server's")) is None
 
 
 class Listed(Dataset):
