@@ -112,7 +112,7 @@ def worker_died(error: Exception) -> WorkerError | None:
     reported = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
     if not reported and not (receiving and isinstance(error, ConnectionError | EOFError | FileNotFoundError)):
         return None
-    reason = str(error).partition("\n")[0]
+    reason = str(error).partition("\n")[0] or type(error).__name__
     return WorkerError(
         f"a data worker was killed ({reason}), usually because memory or /dev/shm is full; use fewer data.workers, or "
         f"{MORE_SHARED_MEMORY}"
