@@ -8,6 +8,7 @@ from moa_ffn.coefficients import Coefficients, mixing_coefficients
 from moa_ffn.layers import FFN
 from moa_ffn.mixing import mixture
 from moa_ffn.spec import GATES, VARIANTS, FFNSpec
+from moa_ffn.upcycle import upcycle
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,4 +22,5 @@ __all__ = [
     "mixing_coefficients",
     "mixture",
     "register_activation",
+    "upcycle",
 ]

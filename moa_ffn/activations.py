@@ -13,6 +13,11 @@ from torch import Tensor
 LEAKY_SLOPE = 0.01
 """Slope of leaky ReLU below 0."""
 
+QUICK_GELU_SLOPE = 1.702
+"""Slope of x * sigmoid(1.702 x), CLIP's approximation of GELU."""
+
+_GELU_SCALE, _GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -92,7 +97,19 @@ def resolve_activations(labels: str | Iterable[str], field: str) -> tuple[str, .
     return names
 
 
+def _gelu_tanh_derivative(x: Tensor) -> Tensor:
+    inner = _GELU_SCALE * (x + _GELU_CUBE * x**3)
+    t = inner.tanh()
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _GELU_SCALE * (1 + 3 * _GELU_CUBE * x * x)
+
+
+def _quick_gelu_derivative(x: Tensor) -> Tensor:
+    return _silu_derivative(QUICK_GELU_SLOPE * x)
+
+
 _aten = torch.ops.aten
+_INNER = f"tanh({_GELU_SCALE} * (x + {_GELU_CUBE} * x * x * x))"
+_QUICK = f"sigmoid({QUICK_GELU_SLOPE} * x)"
 
 for _activation in (
     Activation(
@@ -151,6 +168,25 @@ for _activation in (
         torch.tanh,
         lambda x: 1 - torch.tanh(x).square(),
         kernel=("tanh(x)", "1.0 - tanh(x) * tanh(x)"),
+    ),
+    Activation(
+        "gelu_tanh",
+        "gt",
+        lambda x: F.gelu(x, approximate="tanh"),
+        _gelu_tanh_derivative,
+        lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
+        kernel=(
+            f"0.5 * x * (1.0 + {_INNER})",
+            f"0.5 * (1.0 + {_INNER})"
+            f" + {0.5 * _GELU_SCALE} * x * (1.0 - {_INNER} * {_INNER}) * (1.0 + {3 * _GELU_CUBE} * x * x)",
+        ),
+    ),
+    Activation(
+        "quick_gelu",
+        "qg",
+        lambda x: x * torch.sigmoid(QUICK_GELU_SLOPE * x),
+        _quick_gelu_derivative,
+        kernel=(f"x * {_QUICK}", f"{_QUICK} * (1.0 + {QUICK_GELU_SLOPE} * x * (1.0 - {_QUICK}))"),
     ),
 ):
     register_activation(_activation)

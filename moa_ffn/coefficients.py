@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from moa_ffn.spec import FFNSpec
@@ -44,15 +44,30 @@ def gate_function(logits: Tensor, gate: str) -> Tensor:
 def mixing_coefficients(spec: FFNSpec, mix: Tensor) -> Coefficients:
     """Return the factored coefficients for `mix` (..., n): logits of MoA variants, coefficients of LA variants."""
     k1, k2 = len(spec.gate_dictionary), len(spec.up_dictionary)
-    nonlinearity = partial(gate_function, gate=spec.mixing_gate) if spec.token_adaptive else lambda factor: factor
+
+    def factor(first: int, count: int) -> Tensor:
+        logits = mix.narrow(-1, first, count)
+        if not spec.token_adaptive:
+            return logits
+        values = gate_function(logits, spec.mixing_gate)
+        one = [index - first for index in spec.anchor_coefficients if first <= index < first + count]
+        return _anchored(values, *one, count, spec.mixing_gate) if one else values
+
     match spec.form:
         case "gate":
-            return Coefficients(gate=nonlinearity(mix))
+            return Coefficients(gate=factor(0, k1))
         case "up":
-            return Coefficients(up=nonlinearity(mix))
+            return Coefficients(up=factor(0, k2))
         case "separable":
-            return Coefficients(gate=nonlinearity(mix.narrow(-1, 0, k1)), up=nonlinearity(mix.narrow(-1, k1, k2)))
+            return Coefficients(gate=factor(0, k1), up=factor(k1, k2))
         case "full":
-            return Coefficients(pair=nonlinearity(mix).unflatten(-1, (k1, k2)))
+            return Coefficients(pair=factor(0, k1 * k2).unflatten(-1, (k1, k2)))
         case _:
             return Coefficients()
+
+
+def _anchored(values: Tensor, one: int, count: int, gate: str) -> Tensor:
+    """Return values (..., K) - gate(0) + onehot, exactly one-hot where `values` are gate(0)."""
+    at_zero = gate_function(values.new_zeros(count), gate)  # in the same dtype, so that the difference is exact
+    onehot = F.pad(values.new_ones(1), (one, count - 1 - one))
+    return values - at_zero + onehot

@@ -25,13 +25,15 @@ class FFN(nn.Module):
         dim: Width of the input and output.
         hidden_dim: Width H of the hidden layer.
         variant: One of `moa_ffn.VARIANTS`.
-        mixing_gate, gate_activations, up_activations, mixed_branch, mix_bias: See `FFNSpec`. A dictionary is a
-            sequence or text such as "g,s,r2"; None is the default one.
+        mixing_gate, gate_activations, up_activations, mixed_branch, mix_bias, mix_base, anchor: See `FFNSpec`. A
+            dictionary is a sequence or text such as "g,s,r2"; None is the default one.
         bias: Bias on gate_proj, up_proj and down_proj. Default False, as in the formulas and in Llama.
         mix_init_std: Standard deviation of the normal initialization of the mixing vectors u_k. With 0, every sigmoid
             coefficient starts at 1/2 and every tanh coefficient at 0, which blocks the first step's gradients.
-        coef_init: Initial value of every LA coefficient. Default 1/2, where a sigmoid MoA starts too.
-        drop: Dropout probability after the mixture and after down_proj, as in timm's Mlp.
+            Ignored with mix_base="anchor", where they start at 0.
+        coef_init: Initial value of every LA coefficient. Default 1/2, where a sigmoid MoA starts too. Ignored with
+            mix_base="anchor".
+        drop: Dropout probability after the mixture and after down_proj, or a pair of them, as in timm's Mlp.
         backend: "eager": plain torch operations. "cpu": the whole layer by blocks of tokens, in float32 or float64 on
             a CPU without autocast, with a mixture compiled by Inductor if a C++ compiler is installed. "triton": fused
             GPU kernels in float32, bfloat16 or float16, differentiable once. "auto": the fastest available one, and
@@ -56,9 +58,11 @@ class FFN(nn.Module):
         bias: bool = False,
         mixed_branch: str = "gate",
         mix_bias: bool = False,
+        mix_base: str = "none",
+        anchor: str | None = None,
         mix_init_std: float = 0.02,
         coef_init: float = 0.5,
-        drop: float = 0.0,
+        drop: float | tuple[float, float] = 0.0,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -77,6 +81,8 @@ class FFN(nn.Module):
             resolve_activations(up_activations or DEFAULT_UP_ACTIVATIONS, "up_activations"),
             mixed_branch,
             mix_bias,
+            mix_base,
+            anchor,
         )
         self.dim, self.hidden_dim, self.backend = dim, hidden_dim, backend
         self.mix_init_std, self.coef_init = mix_init_std, coef_init
@@ -92,7 +98,7 @@ class FFN(nn.Module):
         self.mix_coef = (
             nn.Parameter(torch.empty(count, device=device, dtype=dtype)) if self.spec.learned_constant else None
         )
-        self.drop = nn.Dropout(drop)
+        self.drop1, self.drop2 = (nn.Dropout(p) for p in (drop if isinstance(drop, tuple) else (drop, drop)))
         self.init_weights()
 
     @torch.no_grad()
@@ -110,12 +116,18 @@ class FFN(nn.Module):
                     linear_init(projection.weight)
                 if projection.bias is not None:
                     nn.init.zeros_(projection.bias)
+        self.init_mixing()
+
+    @torch.no_grad()
+    def init_mixing(self) -> None:
+        """Initialize the mixing vectors or constants alone."""
         if self.mix_proj is not None:
-            nn.init.normal_(self.mix_proj.weight, std=self.mix_init_std)
+            nn.init.normal_(self.mix_proj.weight, std=0.0 if self.spec.anchored else self.mix_init_std)
             if self.mix_proj.bias is not None:
                 nn.init.zeros_(self.mix_proj.bias)
         if self.mix_coef is not None:
-            nn.init.constant_(self.mix_coef, self.coef_init)
+            nn.init.constant_(self.mix_coef, 0.0 if self.spec.anchored else self.coef_init)
+            self.mix_coef[list(self.spec.anchor_coefficients)] = 1.0
 
     def coefficients(self, x: Tensor) -> Coefficients:
         """Return the mixing coefficients of tokens x (..., dim) in factored form."""
@@ -161,7 +173,7 @@ class FFN(nn.Module):
         a = self.gate_proj(x)
         b = None if self.up_proj is None else self.up_proj(x)
         hidden = mixture(a, b, self._mix(x), self.spec, "auto" if self.backend == "auto" else backend)
-        return self.drop(self.down_proj(self.drop(hidden)))
+        return self.drop2(self.down_proj(self.drop1(hidden)))
 
     def choose_backend(self, x: Tensor) -> str:
         """Return the name of the backend that computes the layer for x (..., dim).
@@ -173,7 +185,7 @@ class FFN(nn.Module):
         return select_backend(self.backend, x, self.spec, linears, self._drops())
 
     def _drops(self) -> bool:
-        return self.training and self.drop.p > 0
+        return self.training and (self.drop1.p > 0 or self.drop2.p > 0)
 
     def _can_pack(self) -> bool:
         """Return whether the projections can be fused into one matrix product."""

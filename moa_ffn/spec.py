@@ -9,11 +9,13 @@ from moa_ffn.activations import ACTIVATIONS, resolve_activations
 
 Gate = Literal["sigmoid", "tanh", "softmax"]
 Branch = Literal["gate", "up"]
+Base = Literal["none", "anchor"]
 Form = Literal["fixed", "gate", "up", "separable", "full"]
 """Shape of the coefficient matrix C: one-hot, a column, a row, an outer product, or unconstrained."""
 
 GATES: tuple[str, ...] = get_args(Gate)
 BRANCHES: tuple[str, ...] = get_args(Branch)
+BASES: tuple[str, ...] = get_args(Base)
 
 DEFAULT_GATE_ACTIVATIONS = ("gelu", "silu", "relu2")
 DEFAULT_UP_ACTIVATIONS = ("identity", "tanh")
@@ -42,6 +44,10 @@ _VARIANTS = {
     "la": _Variant(False, "constant", "gate"),
     "moa": _Variant(False, "token", "gate"),
     "swiglu": _Variant(True, "fixed", "fixed"),
+    "geglu": _Variant(True, "fixed", "fixed", "gelu"),
+    "reglu": _Variant(True, "fixed", "fixed", "relu"),
+    "relu2glu": _Variant(True, "fixed", "fixed", "relu2"),
+    "bilinear": _Variant(True, "fixed", "fixed", "identity"),
     "onela": _Variant(True, "constant", "one"),
     "bila": _Variant(True, "constant", "separable"),
     "qdla": _Variant(True, "constant", "full"),
@@ -69,6 +75,10 @@ class FFNSpec:
         mixed_branch: The branch that the one-sided variants mix (open in the paper); default "gate". The other branch
             is that of SwiGLU: silu on the gate branch, identity on the up branch.
         mix_bias: Bias on the mixing logits (open in the paper, whose formula pi_k = mixing_gate(u_k . x) has none).
+        mix_base: "none" is the paper. "anchor" continues a pretrained FFN (not in the paper): every factor of the
+            coefficients is onehot + mixing_gate(Ux) - mixing_gate(0), with U = 0 at initialization, so that the layer
+            starts as the FFN with the one pair of activations (anchor, identity). LA coefficients start at onehot.
+        anchor: Gate activation of the pretrained FFN; default silu for Type-II, gelu for Type-I.
 
     Raises:
         ValueError: A field has a value that is not allowed.
@@ -80,14 +90,26 @@ class FFNSpec:
     up_activations: tuple[str, ...] = DEFAULT_UP_ACTIVATIONS
     mixed_branch: str = "gate"
     mix_bias: bool = False
+    mix_base: str = "none"
+    anchor: str | None = None
 
     def __post_init__(self) -> None:
         """Validate fields and resolve abbreviations of activations."""
-        for field, allowed in (("variant", VARIANTS), ("mixing_gate", GATES), ("mixed_branch", BRANCHES)):
+        choices = {"variant": VARIANTS, "mixing_gate": GATES, "mixed_branch": BRANCHES, "mix_base": BASES}
+        for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}")
         for field in ("gate_activations", "up_activations"):
             object.__setattr__(self, field, resolve_activations(getattr(self, field), field))
+        if self.anchor is not None:
+            object.__setattr__(self, "anchor", resolve_activations(self.anchor, "anchor")[0])
+        if self.anchored:
+            self._check_anchor()
+
+    def _check_anchor(self) -> None:
+        for field, name, names in zip(("gate", "up"), self.anchor_pair, self.dictionaries, strict=True):
+            if names and name not in names:
+                raise ValueError(f"mix_base='anchor' needs {name!r} in {field}_activations={','.join(names)}")
 
     @property
     def _variant(self) -> _Variant:
@@ -109,6 +131,26 @@ class FFNSpec:
         return self._variant.mixing == "constant"
 
     @property
+    def anchored(self) -> bool:
+        """Whether the mixture starts as a pretrained FFN's pair of activations."""
+        return self.mix_base == "anchor" and self._variant.mixing != "fixed"
+
+    @property
+    def anchor_pair(self) -> tuple[str, str]:
+        """Activations of the pretrained FFN: gate branch, up branch."""
+        return self.anchor or (SWIGLU_PAIR[0] if self.type_two else "gelu"), SWIGLU_PAIR[1]
+
+    @property
+    def anchor_coefficients(self) -> tuple[int, ...]:
+        """Indices of the coefficients that are 1 for the anchor pair, the others being 0; empty if not anchored."""
+        if not self.anchored:
+            return ()
+        gate, up = self.anchor_pair
+        f, g = self.dictionaries
+        k, l = f.index(gate), g.index(up) if g else 0  # noqa: E741
+        return {"gate": (k,), "up": (l,), "separable": (k, len(f) + l), "full": (k * len(g) + l,)}[self.form]
+
+    @property
     def form(self) -> Form:
         """Shape of the coefficient matrix."""
         form = self._variant.form
@@ -121,7 +163,9 @@ class FFNSpec:
         """Activations f_k of the gate branch."""
         if self.form == "fixed":
             return (self._variant.fixed_activation,)
-        return (SWIGLU_PAIR[0],) if self.form == "up" else self.gate_activations
+        if self.form == "up":
+            return (self.anchor_pair[0] if self.anchored else SWIGLU_PAIR[0],)
+        return self.gate_activations
 
     @property
     def up_dictionary(self) -> tuple[str, ...]:
@@ -162,4 +206,5 @@ class FFNSpec:
         parts = [self.variant, f"f={','.join(self.gate_dictionary)}"]
         parts += [f"g={','.join(self.up_dictionary)}"] if self.type_two else []
         parts += [f"mixing_gate={self.mixing_gate}"] if self.token_adaptive else []
+        parts += [f"anchor={self.anchor_pair[0]}"] if self.anchored else []
         return ", ".join(parts)

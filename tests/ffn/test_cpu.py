@@ -28,7 +28,7 @@ def replace_projection(ffn):
         (lambda ffn: ffn.up_proj.register_full_backward_hook(lambda *_: None), "plain nn.Linear"),
         (lambda ffn: nn.utils.parametrizations.weight_norm(ffn.gate_proj), "plain nn.Linear"),
         (lambda ffn: cpu_offload(ffn, execution_device=torch.device("cpu")), "plain nn.Linear"),
-        (lambda ffn: setattr(ffn.drop, "p", 0.5), "dropout"),
+        (lambda ffn: setattr(ffn.drop1, "p", 0.5), "dropout"),
     ],
     ids=["subclass", "forward hook", "backward hook", "parametrization", "offloaded", "dropout"],
 )

@@ -32,6 +32,9 @@ needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), 
 SPECS = [FFNSpec(variant) for variant in VARIANTS]
 SPECS += [FFNSpec(spec.variant, gate) for spec in SPECS if spec.token_adaptive for gate in GATES[1:]]
 SPECS += [FFNSpec(variant, mixed_branch="up") for variant in ("onela", "onemoa")]
+SPECS += [FFNSpec("bimoa", gate, mix_base="anchor") for gate in GATES] + [
+    FFNSpec("qdmoa", "softmax", mix_base="anchor")
+]
 ONE_OF_EACH = ["relu2", "swiglu", "moa", "onela", "bimoa", "qdla", "qdmoa"]
 
 

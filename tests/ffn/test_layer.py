@@ -20,6 +20,9 @@ MIXTURES = [
     *((variant, {"mixing_gate": gate}) for variant in ("moa", "onemoa", "bimoa", "qdmoa") for gate in GATES[1:]),
     *((variant, {"mixed_branch": "up"}) for variant in ("onela", "onemoa")),
     ("qdmoa", {"mix_bias": True}),
+    *((variant, {"mix_base": "anchor"}) for variant in ("la", "moa", "qdla", "bimoa", "qdmoa")),
+    *(("bimoa", {"mix_base": "anchor", "mixing_gate": gate}) for gate in GATES[1:]),
+    ("onemoa", {"mix_base": "anchor", "mixed_branch": "up", "anchor": "gelu", "mixing_gate": "softmax"}),
 ]
 FUNCTIONS = {
     "identity": lambda x: x,
@@ -37,7 +40,7 @@ def make(variant: str, **settings) -> FFN:
     ffn = FFN(DIM, HIDDEN, variant, **{"dtype": torch.float64, "bias": True, "mix_init_std": 0.5, **settings})
     ffn.init_weights(lambda weight: nn.init.normal_(weight, std=weight.shape[1] ** -0.5))
     for name, parameter in ffn.named_parameters():
-        if name.endswith("bias") or name == "mix_coef":
+        if name.endswith("bias") or name == "mix_coef" or (name == "mix_proj.weight" and ffn.spec.anchored):
             nn.init.normal_(parameter)
     return ffn
 
@@ -150,6 +153,35 @@ def test_one_hot_coefficients_give_a_plain_ffn(variant):
             if ffn.up_proj is not None:
                 hidden = hidden * FUNCTIONS[g](ffn.up_proj(X))
             torch.testing.assert_close(ffn(X), ffn.down_proj(hidden))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    ("variant", "anchor", "settings"),
+    [
+        *((variant, "gelu", {}) for variant in ("la", "moa")),
+        *((variant, "silu", {}) for variant in ("onela", "bila", "qdla", "onemoa", "bimoa", "qdmoa")),
+        *((variant, "relu2", {"mixed_branch": "up", "anchor": "relu2"}) for variant in ("onela", "onemoa", "qdmoa")),
+    ],
+    ids=str,
+)
+def test_anchored_layer_starts_as_the_pretrained_ffn(variant, anchor, settings, gate, dtype):
+    ffn = FFN(DIM, HIDDEN, variant, mixing_gate=gate, mix_base="anchor", backend="eager", dtype=dtype, **settings)
+    ffn.init_weights(nn.init.normal_)
+    assert sorted(ffn.mixing(X.to(dtype))[0].flatten().tolist()) == [0.0] * (len(ffn.spec.terms) - 1) + [1.0]
+    a, b = ffn.gate_proj(X.to(dtype)), 1 if ffn.up_proj is None else ffn.up_proj(X.to(dtype))
+    out = ffn(X.to(dtype))
+    torch.testing.assert_close(
+        out, ffn.down_proj(FUNCTIONS[anchor](a) * b), rtol=2e-2 if dtype.itemsize == 2 else 1e-6, atol=0
+    )
+    out.sum().backward()
+    assert all(p.grad.ne(0).any() for p in ffn.parameters())
+
+
+def test_anchor_must_be_in_the_dictionary():
+    with pytest.raises(ValueError, match="mix_base='anchor' needs 'silu' in gate_activations=gelu,relu"):
+        FFNSpec("qdmoa", gate_activations=("g", "r"), mix_base="anchor")
 
 
 @pytest.mark.parametrize(

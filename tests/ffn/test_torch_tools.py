@@ -29,6 +29,7 @@ MIXTURES = [
     ("bimoa", {"mixing_gate": "softmax"}),
     ("onemoa", {"mixed_branch": "up", "mix_bias": True}),
     ("moa", {"gate_activations": "g,s,r,r2,l,t,id"}),
+    ("bimoa", {"mix_base": "anchor"}),
 ]
 
 

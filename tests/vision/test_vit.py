@@ -100,7 +100,7 @@ def test_arguments_reach_the_ffn():
     )
     for ffn in ffns(model):
         assert ffn.spec.mixing_gate == "softmax" and ffn.spec.up_activations == ("identity", "tanh", "silu")
-        assert ffn.mix_init_std == 0.3 and ffn.drop.p == 0.2
+        assert ffn.mix_init_std == 0.3 and ffn.drop1.p == ffn.drop2.p == 0.2
 
 
 @pytest.mark.parametrize(

@@ -43,18 +43,22 @@ class Mixture(NamedTuple):
     form: Shape of the coefficient matrix, a `moa_ffn.spec.Form`.
     gate: Nonlinearity of the mixing logits, or "none" for constant or no coefficients.
     f, g: Names of the activations of the gate and up branches, separated by commas; g is empty for Type-I.
+    ones: Indices of the coefficients that an anchored mixture starts at 1, separated by commas; empty if not anchored.
     """
 
     form: str
     gate: str
     f: str
     g: str
+    ones: str = ""
 
     @classmethod
     def of(cls, spec: FFNSpec) -> Mixture:
         """Return the mixture of an FFN."""
         gate = spec.mixing_gate if spec.token_adaptive else "none"
-        return cls(spec.form, gate, ",".join(spec.gate_dictionary), ",".join(spec.up_dictionary))
+        ones = spec.anchor_coefficients if spec.token_adaptive else ()
+        names = (",".join(names) for names in spec.dictionaries)
+        return cls(spec.form, gate, *names, ",".join(map(str, ones)))
 
     @classmethod
     def parse(cls, key: str) -> Mixture:
@@ -190,12 +194,19 @@ def _stores(operands: Iterable[str]) -> list[str]:
 
 
 def _gate(mixture: Mixture) -> list[str]:
-    """Compute the token's coefficients c0, c1, ... from its logits."""
+    """Compute the token's coefficients c0, c1, ... from its logits, and p0, p1, ... before an anchor's offset."""
     count = mixture.coefficients
-    loads = [f"c{i} = tl.load(mix_ptr + {i}).to(tl.float32)" for i in range(count)]
+    lines = [f"c{i} = tl.load(mix_ptr + {i}).to(tl.float32)" for i in range(count)]
     if mixture.gate == "softmax":
-        return loads + [line for number, group in enumerate(_groups(mixture)) for line in _softmax(number, group)]
-    return loads + ([] if mixture.gate == "none" else [f"c{i} = {mixture.gate}(c{i})" for i in range(count)])
+        lines += [line for number, group in enumerate(_groups(mixture)) for line in _softmax(number, group)]
+    elif mixture.gate != "none":
+        lines += [f"c{i} = {mixture.gate}(c{i})" for i in range(count)]
+    if mixture.ones:
+        ones = {int(index) for index in mixture.ones.split(",")}
+        for group in _groups(mixture):
+            at_zero = {"sigmoid": 0.5, "tanh": 0.0, "softmax": 1 / len(group)}[mixture.gate]
+            lines += [line for i in group for line in (f"p{i} = c{i}", f"c{i} = p{i} - {at_zero} + {float(i in ones)}")]
+    return lines
 
 
 def _groups(mixture: Mixture) -> list[list[int]]:
@@ -220,15 +231,19 @@ def _gate_backward(mixture: Mixture) -> list[str]:
     """Store the gradients of the logits, from the coefficients' gradients total0, total1, ..."""
     slopes = {
         "none": "total{0}",
-        "sigmoid": "total{0} * c{0} * (1.0 - c{0})",
-        "tanh": "total{0} * (1.0 - c{0} * c{0})",
+        "sigmoid": "total{0} * {1}{0} * (1.0 - {1}{0})",
+        "tanh": "total{0} * (1.0 - {1}{0} * {1}{0})",
     }
+    gate_value = "p" if mixture.ones else "c"
     lines = []
     for number, group in enumerate(_groups(mixture)):
-        slope = slopes.get(mixture.gate, f"c{{0}} * (total{{0}} - mean{number})")
+        slope = slopes.get(mixture.gate, f"{{1}}{{0}} * (total{{0}} - mean{number})")
         if mixture.gate == "softmax":
-            lines.append(f"mean{number} = {_blend(group, [f'total{i}' for i in group])}")
-        lines += [f"tl.store(grad_mix_ptr + {i}, ({slope.format(i)}).to(grad_mix_ptr.dtype.element_ty))" for i in group]
+            lines.append(f"mean{number} = {_sum(f'{gate_value}{i} * total{i}' for i in group)}")
+        lines += [
+            f"tl.store(grad_mix_ptr + {i}, ({slope.format(i, gate_value)}).to(grad_mix_ptr.dtype.element_ty))"
+            for i in group
+        ]
     return lines
 
 
