@@ -16,7 +16,8 @@ LEAKY_SLOPE = 0.01
 QUICK_GELU_SLOPE = 1.702
 """Slope of x * sigmoid(1.702 x), CLIP's approximation of GELU."""
 
-_GELU_SCALE, _GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
+_GELU_SCALE, _GELU_CUBE = math.sqrt(8 / math.pi), 0.044715
+"""Constants of x * sigmoid(scale * (x + cube * x^3)), which is the tanh approximation of GELU."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,8 @@ def resolve_activations(labels: str | Iterable[str], field: str) -> tuple[str, .
 
 
 def _gelu_tanh_derivative(x: Tensor) -> Tensor:
-    inner = _GELU_SCALE * (x + _GELU_CUBE * x**3)
-    t = inner.tanh()
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _GELU_SCALE * (1 + 3 * _GELU_CUBE * x * x)
+    sigmoid = torch.sigmoid(_GELU_SCALE * (x + _GELU_CUBE * x**3))
+    return sigmoid * (1 + x * (1 - sigmoid) * _GELU_SCALE * (1 + 3 * _GELU_CUBE * x * x))
 
 
 def _quick_gelu_derivative(x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _quick_gelu_derivative(x: Tensor) -> Tensor:
 
 
 _aten = torch.ops.aten
-_INNER = f"tanh({_GELU_SCALE} * (x + {_GELU_CUBE} * x * x * x))"
+_TANH = f"sigmoid({_GELU_SCALE} * (x + {_GELU_CUBE} * x * x * x))"
 _QUICK = f"sigmoid({QUICK_GELU_SLOPE} * x)"
 
 for _activation in (
@@ -176,9 +176,8 @@ for _activation in (
         _gelu_tanh_derivative,
         lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
         kernel=(
-            f"0.5 * x * (1.0 + {_INNER})",
-            f"0.5 * (1.0 + {_INNER})"
-            f" + {0.5 * _GELU_SCALE} * x * (1.0 - {_INNER} * {_INNER}) * (1.0 + {3 * _GELU_CUBE} * x * x)",
+            f"x * {_TANH}",
+            f"{_TANH} * (1.0 + x * (1.0 - {_TANH}) * {_GELU_SCALE} * (1.0 + {3 * _GELU_CUBE} * x * x))",
         ),
     ),
     Activation(

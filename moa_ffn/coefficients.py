@@ -51,7 +51,7 @@ def mixing_coefficients(spec: FFNSpec, mix: Tensor) -> Coefficients:
             return logits
         values = gate_function(logits, spec.mixing_gate)
         one = [index - first for index in spec.anchor_coefficients if first <= index < first + count]
-        return _anchored(values, *one, count, spec.mixing_gate) if one else values
+        return _anchored(values, one[0], spec.mixing_gate) if one else values
 
     match spec.form:
         case "gate":
@@ -66,8 +66,9 @@ def mixing_coefficients(spec: FFNSpec, mix: Tensor) -> Coefficients:
             return Coefficients()
 
 
-def _anchored(values: Tensor, one: int, count: int, gate: str) -> Tensor:
+def _anchored(values: Tensor, one: int, gate: str) -> Tensor:
     """Return values (..., K) - gate(0) + onehot, exactly one-hot where `values` are gate(0)."""
+    count = values.shape[-1]
     at_zero = gate_function(values.new_zeros(count), gate)  # in the same dtype, so that the difference is exact
     onehot = F.pad(values.new_ones(1), (one, count - 1 - one))
     return values - at_zero + onehot

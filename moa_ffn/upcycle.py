@@ -92,7 +92,7 @@ def _read(name: str, module: nn.Module) -> _Pretrained | None:
     if names is None or function is None:
         return None
     _check_children(name, children, names)
-    projections = [_linear(children[key]) for key in names]
+    projections: list[Any] = [_linear(children[key]) for key in names]
     if len(names) == 2 and projections[0].out_features == 2 * projections[1].in_features:
         projections[:1] = _halves(projections[0], gate_last=getattr(module, "gate_last", False))
     gate, *up, down = projections
@@ -114,7 +114,7 @@ def _check_children(name: str, children: dict[str, nn.Module], projections: tupl
             raise ValueError(f"{name} cannot be replaced exactly: it has a {type(child).__name__} ({key})")
 
 
-def _linear(module: nn.Module) -> Any:
+def _linear(module: Any) -> Any:
     """Return the module as nn.Linear; transformers' Conv1D stores the transposed weight."""
     return _new_linear(module.weight.t(), module.bias) if _is_transposed(module) else module
 

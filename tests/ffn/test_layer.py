@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from moa_ffn import ACTIVATIONS, FFN, GATES, VARIANTS, Activation, FFNSpec, activations, register_activation
 from moa_ffn.backends import cpu, eager, reference
@@ -32,6 +33,8 @@ FUNCTIONS = {
     "relu2": lambda x: F.relu(x) ** 2,
     "leaky_relu": F.leaky_relu,
     "tanh": torch.tanh,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": ACT2FN["quick_gelu"],
 }
 
 
@@ -329,7 +332,7 @@ def test_register_activation(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"variant": "geglu"}, "variant='geglu'.*qdmoa"),
+        ({"variant": "swish"}, "variant='swish'.*qdmoa"),
         ({"mixing_gate": "relu"}, "mixing_gate='relu'.*softmax"),
         ({"gate_activations": ("g", "swish")}, r"gate_activations.*'swish'.*silu \(s\)"),
         ({"gate_activations": 3}, "gate_activations=3 must be names"),

@@ -57,8 +57,8 @@ class Mixture(NamedTuple):
         """Return the mixture of an FFN."""
         gate = spec.mixing_gate if spec.token_adaptive else "none"
         ones = spec.anchor_coefficients if spec.token_adaptive else ()
-        names = (",".join(names) for names in spec.dictionaries)
-        return cls(spec.form, gate, *names, ",".join(map(str, ones)))
+        f, g = (",".join(names) for names in spec.dictionaries)
+        return cls(spec.form, gate, f, g, ",".join(map(str, ones)))
 
     @classmethod
     def parse(cls, key: str) -> Mixture:
