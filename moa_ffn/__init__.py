@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import moa_ffn.trainable_activations  # noqa: F401  # registers them
 from moa_ffn.activations import ACTIVATIONS, Activation, register_activation
 from moa_ffn.backends import BACKENDS
 from moa_ffn.coefficients import Coefficients, mixing_coefficients

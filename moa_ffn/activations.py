@@ -1,4 +1,8 @@
-"""The table of activations: name, abbreviation, function, derivative and kernel expressions of each."""
+"""The table of activations: name, abbreviation, function, derivative and kernel expressions of each.
+
+Trainable activations have parameters, one set per layer and branch, which every function below takes after x as p0,
+p1, ...: tensors (..., 1) that broadcast against x (..., H).
+"""
 
 from __future__ import annotations
 
@@ -22,31 +26,56 @@ _GELU_SCALE, _GELU_CUBE = math.sqrt(8 / math.pi), 0.044715
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise activation.
+    """An activation: elementwise, or with `derivative=None` a function of whole rows (..., H).
 
     Args:
         name: Full name, such as `gelu`.
         abbreviation: Short name of the paper, such as `g`.
-        function: x -> sigma(x), elementwise, any shape and floating dtype.
-        derivative: x -> sigma'(x), same shape and dtype.
-        backward: (grad, x) -> grad * sigma'(x), for activations with a fused kernel in torch. The default multiplies
-            by `derivative`.
-        kernel: Value and derivative for the GPU kernels: expressions in x of numbers, operators and the functions of
-            `moa_ffn.backends.triton.source.VOCABULARY`, finite at 0. Without it the activation runs in plain torch.
+        function: x -> sigma(x), any shape and floating dtype.
+        derivative: x -> sigma'(x), same shape and dtype; None for functions of rows.
+        backward: (grad, x) -> vector-Jacobian product, for activations with a fused kernel in torch and for functions
+            of rows. The default multiplies by `derivative`.
+        kernel: Value, derivative and `slopes` for the GPU kernels: expressions in x, p0, p1, ... of numbers, operators
+            and the functions of `moa_ffn.backends.triton.source.VOCABULARY`, finite at 0. Without it the activation
+            runs in plain torch.
+        parameters: Initial values of the trainable parameters.
+        slopes: x -> the derivative of sigma(x) by each parameter, shaped like x.
     """
 
     name: str
     abbreviation: str
-    function: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor] | None = None
-    kernel: tuple[str, str] | None = None
+    function: Callable[..., Tensor]
+    derivative: Callable[..., Tensor] | None
+    backward: Callable[..., Tensor] | None = None
+    kernel: tuple[str, ...] | None = None
+    parameters: tuple[float, ...] = ()
+    slopes: Callable[..., tuple[Tensor, ...]] | None = None
 
-    def vjp(self, grad: Tensor, x: Tensor) -> Tensor:
-        """Return the vector-Jacobian product grad * sigma'(x), same shape as `x`."""
-        if self.backward is None or torch.is_grad_enabled():  # torch's backward kernels are not differentiable
-            return grad * self.derivative(x)
-        return self.backward(grad, x)
+    def vjp(self, grad: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
+        """Return the vector-Jacobian product by x, same shape as `x`."""
+        # torch's backward kernels are not differentiable
+        if self.derivative is not None and (self.backward is None or torch.is_grad_enabled()):
+            return grad * self.derivative(x, *parameters)
+        assert self.backward is not None
+        return self.backward(grad, x, *parameters)
+
+    def parameter_vjp(self, grad: Tensor, x: Tensor, *parameters: Tensor) -> list[Tensor]:
+        """Return the vector-Jacobian products by the parameters, (...) for grad and x (..., H)."""
+        if self.slopes is None:
+            return []
+        return [(grad * slope).sum(-1) for slope in self.slopes(x, *parameters)]
+
+
+def num_parameters(names: Iterable[str]) -> int:
+    """Return the number of trainable parameters of a dictionary."""
+    return sum(len(ACTIVATIONS[name].parameters) for name in names)
+
+
+def split_parameters(act: Tensor | None, *dictionaries: tuple[str, ...]) -> list[list[tuple[Tensor, ...]]]:
+    """Return the parameters of each activation of each dictionary, (..., 1) each, out of act (..., P)."""
+    values = [] if act is None else [act.narrow(-1, i, 1) for i in range(sum(map(num_parameters, dictionaries)))]
+    rest = iter(values)
+    return [[tuple(next(rest) for _ in ACTIVATIONS[name].parameters) for name in names] for names in dictionaries]
 
 
 def _gelu_derivative(x: Tensor) -> Tensor:

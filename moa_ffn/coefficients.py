@@ -14,12 +14,14 @@ from moa_ffn.spec import FFNSpec
 class Coefficients(NamedTuple):
     """Factors of the coefficient matrix C (..., K1, K2): `pair`, or the outer product of `gate` and `up`.
 
-    gate (..., K1), up (..., K2), pair (..., K1, K2). A factor that the variant does not have is None.
+    gate (..., K1), up (..., K2), pair (..., K1, K2); act (..., P) are the parameters of trainable activations, gate
+    branch first. What the variant does not have is None.
     """
 
     gate: Tensor | None = None
     up: Tensor | None = None
     pair: Tensor | None = None
+    act: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Coefficients:
         """Return the factors with `function` applied to each."""

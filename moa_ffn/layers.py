@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from moa_ffn.activations import ACTIVATIONS, resolve_activations
+from moa_ffn.activations import ACTIVATIONS, resolve_activations, split_parameters
 from moa_ffn.backends import BACKENDS, cpu, is_plain, select_backend
 from moa_ffn.backends.triton import layer as triton_layer
 from moa_ffn.coefficients import Coefficients, mixing_coefficients
@@ -98,6 +98,8 @@ class FFN(nn.Module):
         self.mix_coef = (
             nn.Parameter(torch.empty(count, device=device, dtype=dtype)) if self.spec.learned_constant else None
         )
+        parameters = self.spec.num_activation_parameters
+        self.act_param = nn.Parameter(torch.empty(parameters, device=device, dtype=dtype)) if parameters else None
         self.drop1, self.drop2 = (nn.Dropout(p) for p in (drop if isinstance(drop, tuple) else (drop, drop)))
         self.init_weights()
 
@@ -120,7 +122,7 @@ class FFN(nn.Module):
 
     @torch.no_grad()
     def init_mixing(self) -> None:
-        """Initialize the mixing vectors or constants alone."""
+        """Initialize all but the projections: mixing vectors or constants, and parameters of activations."""
         if self.mix_proj is not None:
             nn.init.normal_(self.mix_proj.weight, std=0.0 if self.spec.anchored else self.mix_init_std)
             if self.mix_proj.bias is not None:
@@ -128,13 +130,16 @@ class FFN(nn.Module):
         if self.mix_coef is not None:
             nn.init.constant_(self.mix_coef, 0.0 if self.spec.anchored else self.coef_init)
             self.mix_coef[list(self.spec.anchor_coefficients)] = 1.0
+        if self.act_param is not None:
+            names = self.spec.gate_dictionary + self.spec.up_dictionary
+            initial = [value for name in names for value in ACTIVATIONS[name].parameters]
+            self.act_param.copy_(torch.tensor(initial, dtype=self.act_param.dtype))
 
     def coefficients(self, x: Tensor) -> Coefficients:
         """Return the mixing coefficients of tokens x (..., dim) in factored form."""
-        mix = self._mix(x)
-        if mix is None:
-            return Coefficients()
-        return mixing_coefficients(self.spec, mix.expand(*x.shape[:-1], -1))
+        mix, act = self._mix(x), self.act_param
+        found = Coefficients() if mix is None else mixing_coefficients(self.spec, mix.expand(*x.shape[:-1], -1))
+        return found._replace(act=None if act is None else act.expand(*x.shape[:-1], -1))
 
     def _mix(self, x: Tensor) -> Tensor | None:
         """Return the logits (..., n) of MoA, the coefficients (n,) of LA, or None for a fixed FFN."""
@@ -152,8 +157,13 @@ class FFN(nn.Module):
         """
         a = self.gate_proj(x)
         b = None if self.up_proj is None else self.up_proj(x)
-        f = [ACTIVATIONS[name].function(a).square() for name in self.spec.gate_dictionary]
-        g = [None] if b is None else [ACTIVATIONS[name].function(b).square() for name in self.spec.up_dictionary]
+        f, g = (
+            [ACTIVATIONS[name].function(branch, *given).square() for name, given in zip(names, parameters, strict=True)]
+            for branch, names, parameters in zip(
+                (a, b), self.spec.dictionaries, split_parameters(self.act_param, *self.spec.dictionaries), strict=True
+            )
+        )
+        g = g or [None]
         energy = [[(fk if gl is None else fk * gl).mean(-1) for gl in g] for fk in f]
         size = torch.stack([torch.stack(row, -1) for row in energy], -2).sqrt() * self.mixing(x).abs()
         return size / size.sum((-2, -1), keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
@@ -169,10 +179,10 @@ class FFN(nn.Module):
             return self._by_blocks(x)
         if backend == "triton" and self._can_pack():
             linears = [linear for linear in (self.gate_proj, self.up_proj, self.mix_proj) if linear is not None]
-            return triton_layer.ffn(x, linears, self.mix_coef, self.down_proj, self.spec)
+            return triton_layer.ffn(x, linears, self.mix_coef, self.act_param, self.down_proj, self.spec)
         a = self.gate_proj(x)
         b = None if self.up_proj is None else self.up_proj(x)
-        hidden = mixture(a, b, self._mix(x), self.spec, "auto" if self.backend == "auto" else backend)
+        hidden = mixture(a, b, self._mix(x), self.spec, "auto" if self.backend == "auto" else backend, self.act_param)
         return self.drop2(self.down_proj(self.drop1(hidden)))
 
     def choose_backend(self, x: Tensor) -> str:
@@ -204,8 +214,8 @@ class FFN(nn.Module):
         return torch.fx.symbolic_trace(self)
 
     def mixing_parameters(self) -> int:
-        """Return the number of parameters that the mixture adds."""
-        mixing = [self.mix_coef, *(() if self.mix_proj is None else self.mix_proj.parameters())]
+        """Return the number of parameters that the mixture and trainable activations add."""
+        mixing = [self.mix_coef, self.act_param, *(() if self.mix_proj is None else self.mix_proj.parameters())]
         return sum(parameter.numel() for parameter in mixing if parameter is not None)
 
     def extra_repr(self) -> str:

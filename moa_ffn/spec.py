@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from moa_ffn.activations import ACTIVATIONS, resolve_activations
+from moa_ffn.activations import ACTIVATIONS, num_parameters, resolve_activations
 
 Gate = Literal["sigmoid", "tanh", "softmax"]
 Branch = Literal["gate", "up"]
@@ -41,6 +41,10 @@ class _Variant(NamedTuple):
 _VARIANTS = {
     "relu2": _Variant(False, "fixed", "fixed", "relu2"),
     "gelu": _Variant(False, "fixed", "fixed", "gelu"),
+    "swish": _Variant(False, "fixed", "fixed", "swish"),
+    "xielu": _Variant(False, "fixed", "fixed", "xielu"),
+    "polynorm": _Variant(False, "fixed", "fixed", "polynorm"),
+    "pau": _Variant(False, "fixed", "fixed", "pau"),
     "la": _Variant(False, "constant", "gate"),
     "moa": _Variant(False, "token", "gate"),
     "swiglu": _Variant(True, "fixed", "fixed"),
@@ -186,6 +190,11 @@ class FFNSpec:
         return {"fixed": 0, "gate": k1, "up": k2, "separable": k1 + k2, "full": k1 * k2}[self.form]
 
     @property
+    def num_activation_parameters(self) -> int:
+        """Number of parameters of trainable activations, shared by all tokens."""
+        return num_parameters(self.gate_dictionary) + num_parameters(self.up_dictionary)
+
+    @property
     def terms(self) -> tuple[str, ...]:
         """Names of the terms f_k(a) g_l(b), row by row, such as "g·id" ("g" for Type-I)."""
         gate, up = (
@@ -196,10 +205,11 @@ class FFNSpec:
     def extra_parameters(self, dim: int) -> int:
         """Return the number of parameters beyond the fixed FFN of the same widths.
 
-        It is num_coefficients * (dim [+ 1 with mix_bias]) for MoA and num_coefficients for LA.
+        It is num_coefficients * (dim [+ 1 with mix_bias]) for MoA and num_coefficients for LA, plus the parameters of
+        trainable activations.
         """
         per_coefficient = dim + self.mix_bias if self.token_adaptive else 1
-        return self.num_coefficients * per_coefficient
+        return self.num_coefficients * per_coefficient + self.num_activation_parameters
 
     def __str__(self) -> str:
         """Return variant, dictionaries and mixing gate, for logs and `print(model)`."""

@@ -52,8 +52,8 @@ class Inputs(NamedTuple):
     @classmethod
     def unflatten(cls, tensors: Sequence[Any]) -> Inputs:
         """Return the inputs that `flat` flattened."""
-        x, gate, up, pair, *weights = tensors
-        return cls(x, Coefficients(gate, up, pair), Weights(*weights))
+        x, gate, up, pair, act, *weights = tensors
+        return cls(x, Coefficients(gate, up, pair, act), Weights(*weights))
 
 
 def ffn(x: Tensor, coefficients: Coefficients, weights: Weights, dictionaries: Dictionaries) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moa_ffn.activations import ACTIVATIONS
+from moa_ffn.activations import ACTIVATIONS, split_parameters
 from moa_ffn.coefficients import Coefficients
 from moa_ffn.spec import Dictionaries
 from moa_ffn.torch_internals import is_intercepted, is_transformed
@@ -102,11 +102,12 @@ class MixtureFunction(torch.autograd.Function):
 
 def forward_formula(a: Tensor, b: Tensor | None, coefficients: Coefficients, dictionaries: Dictionaries) -> Tensor:
     """Return the mixture of all tokens at once."""
-    gate, up, pair = coefficients
-    rows = _evaluate(a, dictionaries.gate)
+    gate, up, pair, act = coefficients
+    gate_parameters, up_parameters = split_parameters(act, *dictionaries)
+    rows = _evaluate(a, dictionaries.gate, gate_parameters)
     if b is None:
         return _blend(rows, gate)
-    columns = _evaluate(b, dictionaries.up)
+    columns = _evaluate(b, dictionaries.up, up_parameters)
     if pair is None:
         return _blend(rows, gate) * _blend(columns, up)
     pair_rows = pair.unbind(-2)
@@ -122,33 +123,74 @@ def backward_formula(
     with_output: bool,
 ) -> Gradients:
     """Return the gradients of all tokens at once."""
-    gate, up, pair = coefficients
-    f, g = dictionaries
-    rows = _evaluate(a, f) if with_output or gate is not None or b is not None else []
+    gate, up, pair, act = coefficients
+    gate_parameters, up_parameters = split_parameters(act, *dictionaries)
+    f = _Branch(a, dictionaries.gate, gate_parameters)
+    rows = f.values() if with_output or gate is not None or b is not None else []
     if b is None:
-        grad_a, grad_gate = _branch_backward(grad, a, f, gate, rows)
-        return Gradients(grad_a, None, Coefficients(gate=grad_gate), _blend(rows, gate) if with_output else None)
-    columns = _evaluate(b, g)
+        grad_a, grad_gate, grad_act = f.backward(grad, gate, rows)
+        found = Coefficients(gate=grad_gate, act=_stack(grad_act))
+        return Gradients(grad_a, None, found, _blend(rows, gate) if with_output else None)
+    g = _Branch(b, dictionaries.up, up_parameters)
+    columns = g.values()
     if pair is None:
         row, column = _blend(rows, gate), _blend(columns, up)
-        grad_a, grad_gate = _branch_backward(grad * column, a, f, gate, rows)
-        grad_b, grad_up = _branch_backward(grad * row, b, g, up, columns)
-        return Gradients(grad_a, grad_b, Coefficients(grad_gate, grad_up), row * column if with_output else None)
+        grad_a, grad_gate, gate_act = f.backward(grad * column, gate, rows)
+        grad_b, grad_up, up_act = g.backward(grad * row, up, columns)
+        found = Coefficients(grad_gate, grad_up, act=_stack(gate_act + up_act))
+        return Gradients(grad_a, grad_b, found, row * column if with_output else None)
     blends = [_blend(columns, coef) for coef in pair.unbind(-2)]
-    grad_a = _vjp((grad * blend for blend in blends), a, f)
-    grad_b = _vjp((grad * _blend(rows, coef) for coef in pair.unbind(-1)), b, g)
+    grad_a, gate_act = f.vjp(grad * blend for blend in blends)
+    grad_b, up_act = g.vjp(grad * _blend(rows, coef) for coef in pair.unbind(-1))
     grad_pair = _pair_grad(rows, [grad * column for column in columns])
-    return Gradients(grad_a, grad_b, Coefficients(pair=grad_pair), _dot(rows, blends) if with_output else None)
+    found = Coefficients(pair=grad_pair, act=_stack(gate_act + up_act))
+    return Gradients(grad_a, grad_b, found, _dot(rows, blends) if with_output else None)
+
+
+class _Branch(NamedTuple):
+    """One branch x (..., H) with its dictionary and the parameters of each activation."""
+
+    x: Tensor
+    names: tuple[str, ...]
+    parameters: list[tuple[Tensor, ...]]
+
+    def values(self) -> list[Tensor]:
+        return _evaluate(*self)
+
+    def vjp(self, grads: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return sum_k grads_k sigma_k'(x) for temporaries grads_k, and the gradients of all parameters."""
+        total: Tensor | None = None
+        act_grads: list[Tensor] = []
+        add = torch.add if is_transformed(self.x) else Tensor.add_  # the first temporary holds the sum
+        for name, parameters, grad in zip(self.names, self.parameters, grads, strict=True):
+            act_grads += ACTIVATIONS[name].parameter_vjp(grad, self.x, *parameters)
+            term = ACTIVATIONS[name].vjp(grad, self.x, *parameters)
+            total = term if total is None else add(total, term)
+        assert total is not None
+        return total, act_grads
+
+    def backward(
+        self, grad: Tensor, coef: Tensor | None, values: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Return the gradients of x, `coef` and the parameters through the blend of `values` = sigma_k(x)."""
+        if coef is None:
+            (name,), (parameters,) = self.names, self.parameters
+            entry = ACTIVATIONS[name]
+            return entry.vjp(grad, self.x, *parameters), None, entry.parameter_vjp(grad, self.x, *parameters)
+        coef_grad = torch.stack([(grad * value).sum(-1) for value in values], dim=-1)
+        weights = coef.unsqueeze(-1).unbind(-2)
+        grad_x, act_grads = self.vjp(grad * weight for weight in weights)
+        return grad_x, coef_grad, act_grads
 
 
 def flat_forward(*tensors: Any, dictionaries: Dictionaries) -> tuple[Tensor]:
-    """Apply `forward_formula` to a, b and the three factors."""
+    """Apply `forward_formula` to a, b and the coefficients."""
     a, b, *factors = tensors
     return (forward_formula(a, b, Coefficients(*factors), dictionaries),)
 
 
 def flat_backward(*tensors: Any, dictionaries: Dictionaries, with_output: bool) -> Tensors:
-    """Apply `backward_formula` to grad, a, b and the three factors; `unflatten` restores its result."""
+    """Apply `backward_formula` to grad, a, b and the coefficients; `unflatten` restores its result."""
     grad, a, b, *factors = tensors
     found = backward_formula(grad, a, b, Coefficients(*factors), dictionaries, with_output)
     return found.a, found.b, *found.coefficients, found.output
@@ -186,8 +228,12 @@ def _in_blocks(function: Callable[..., Tensors], coefficients: Coefficients, *te
     return tuple(None if result is None else result.unflatten(0, x.shape[:-1]) for result in results)
 
 
-def _evaluate(x: Tensor, names: tuple[str, ...]) -> list[Tensor]:
-    return [ACTIVATIONS[name].function(x) for name in names]
+def _evaluate(x: Tensor, names: tuple[str, ...], parameters: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    return [ACTIVATIONS[name].function(x, *given) for name, given in zip(names, parameters, strict=True)]
+
+
+def _stack(values: list[Tensor]) -> Tensor | None:
+    return torch.stack(values, -1) if values else None
 
 
 def _blend(values: list[Tensor], coef: Tensor | None) -> Tensor:
@@ -207,27 +253,6 @@ def _dot(xs: Iterable[Tensor], ys: Iterable[Tensor]) -> Tensor:
     for x, y in pairs:
         total = add(total, x, y)
     return total
-
-
-def _vjp(grads: Iterable[Tensor], x: Tensor, names: tuple[str, ...]) -> Tensor:
-    """Return sum_k grads_k sigma_k'(x), each (..., H); the first temporary holds the sum."""
-    terms = (ACTIVATIONS[name].vjp(grad, x) for name, grad in zip(names, grads, strict=True))
-    total = next(terms)
-    add = torch.add if is_transformed(total) else Tensor.add_
-    for term in terms:
-        total = add(total, term)
-    return total
-
-
-def _branch_backward(
-    grad: Tensor, x: Tensor, names: tuple[str, ...], coef: Tensor | None, values: list[Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of x and `coef` through one branch's blend of `values` = sigma_k(x)."""
-    if coef is None:
-        return ACTIVATIONS[names[0]].vjp(grad, x), None
-    coef_grad = torch.stack([(grad * value).sum(-1) for value in values], dim=-1)
-    weights = coef.unsqueeze(-1).unbind(-2)
-    return _vjp((grad * weight for weight in weights), x, names), coef_grad
 
 
 def _pair_grad(rows: list[Tensor], columns: list[Tensor]) -> Tensor:

@@ -1,6 +1,5 @@
 """The fused kernels against the formula in float64: in Triton's interpreter, and with `-m gpu` on a GPU."""
 
-import itertools
 import math
 
 import pytest
@@ -29,7 +28,10 @@ COLUMNS = 37
 """Odd, and more than one block in the interpreter."""
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
-SPECS = [FFNSpec(variant) for variant in VARIANTS]
+KERNELS = [name for name, entry in ACTIVATIONS.items() if entry.kernel]
+SPECS = [FFNSpec(variant) for variant in VARIANTS if variant != "polynorm"]
+SPECS += [FFNSpec("bimoa", gate_activations=("g", "xi"), up_activations=("pau", "id"))]
+SPECS += [FFNSpec("qdmoa", gate_activations=("sw", "xi"), up_activations=("id", "sw"))]
 SPECS += [FFNSpec(spec.variant, gate) for spec in SPECS if spec.token_adaptive for gate in GATES[1:]]
 SPECS += [FFNSpec(variant, mixed_branch="up") for variant in ("onela", "onemoa")]
 SPECS += [FFNSpec("bimoa", gate, mix_base="anchor") for gate in GATES] + [
@@ -61,17 +63,19 @@ def inputs(spec: FFNSpec, device, shape=(2, COLUMNS), dtype=torch.float32, mix_d
     leading = () if spec.learned_constant else shape[:-1]
     shapes = [shape, shape if spec.type_two else None]
     shapes += [(*leading, spec.num_coefficients) if spec.num_coefficients else None]
-    dtypes = (dtype, dtype, mix_dtype or dtype)
+    dtypes = [dtype, dtype, mix_dtype or dtype]
+    if spec.num_activation_parameters:
+        shapes, dtypes = [*shapes, (spec.num_activation_parameters,)], [*dtypes, torch.float32]
     return [
         None if s is None else torch.randn(s).to(device, d).requires_grad_()
         for s, d in zip(shapes, dtypes, strict=True)
     ]
 
 
-def formula(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec) -> Tensor:
+def formula(a: Tensor, b: Tensor | None, mix: Tensor | None, act: Tensor | None = None, *, spec: FFNSpec) -> Tensor:
     rows = None if mix is None else mix.expand(*a.shape[:-1], -1)
     coefficients = Coefficients() if rows is None else mixing_coefficients(spec, rows)
-    return reference.mixture(a, b, coefficients.matrix(a), spec.dictionaries)
+    return reference.mixture(a, b, coefficients.matrix(a), spec.dictionaries, act)
 
 
 def present(tensors) -> list[Tensor]:
@@ -88,7 +92,7 @@ def output_and_gradients(function, tensors, upstream) -> list[Tensor]:
 
 
 def fused(spec: FFNSpec):
-    return lambda a, b, mix: kernels.mixture(a, b, mix, spec)
+    return lambda a, b, mix, act=None: kernels.mixture(a, b, mix, spec, act)
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
@@ -100,7 +104,7 @@ def check(spec: FFNSpec, tensors) -> None:
     upstream = torch.randn_like(tensors[0])
     actual = output_and_gradients(fused(spec), tensors, upstream)
     exact = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
-    expected = output_and_gradients(lambda *t: formula(*t, spec), exact, upstream)
+    expected = output_and_gradients(lambda *t: formula(*t, spec=spec), exact, upstream)
     assert actual[0].is_contiguous()
     for got, want, leaf in zip(actual, expected, [tensors[0], *present(tensors)], strict=True):
         assert (got.dtype, got.shape) == (leaf.dtype, want.shape)
@@ -123,7 +127,10 @@ def test_real_widths(variant, dtype, shape, monkeypatch):
     check(FFNSpec(variant), inputs(FFNSpec(variant), "cuda", shape, dtype))
 
 
-@pytest.mark.parametrize(("f", "g"), list(itertools.product(ACTIVATIONS, ACTIVATIONS)))
+PAIRS = [pair for name in KERNELS for pair in ((name, "tanh"), ("silu", name), (name, name))]
+
+
+@pytest.mark.parametrize(("f", "g"), PAIRS)
 def test_pairs_of_activations(f, g, device):
     spec = FFNSpec("qdmoa", gate_activations=(f,), up_activations=(g,))
     check(spec, inputs(spec, device, (2, 9)))
@@ -153,19 +160,23 @@ def test_no_tokens(variant, device):
         assert result.shape == leaf.shape and not result.any()
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_activations_to_float32_rounding(name, device):
     spec, entry, one = FFNSpec("la", gate_activations=(name,)), ACTIVATIONS[name], torch.ones(1, device=device)
-    sizes = torch.tensor([*torch.logspace(-6, 1, 40), 0.624, 0.626, 12.0, 30.0, 1e3])
+    act = torch.tensor(entry.parameters, device=device) if entry.parameters else None
+    function, derivative = (
+        lambda x, f=f: f(x, *(() if act is None else act.double())) for f in (entry.function, entry.derivative)
+    )
+    sizes = torch.tensor([*torch.logspace(-6, 1, 40), 0.499, 0.501, 0.624, 0.626, 12.0, 30.0, 1e3])
     a = torch.cat([sizes, -sizes, torch.zeros(1)]).to(device).requires_grad_()
-    value = kernels.mixture(a, None, one, spec)
+    value = kernels.mixture(a, None, one, spec, act)
     (slope,) = torch.autograd.grad(value.sum(), a)
     exact = a.detach().double()
-    torch.testing.assert_close(value.double(), entry.function(exact), rtol=2e-6, atol=1e-6)
-    torch.testing.assert_close(slope.double(), entry.derivative(exact), rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(value.double(), function(exact), rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(slope.double(), derivative(exact), rtol=2e-6, atol=1e-6)
     small = a.detach().abs() < 0.1  # relative accuracy near 0
-    torch.testing.assert_close(value[small].double(), entry.function(exact)[small], rtol=2e-6, atol=0)
-    assert kernels.mixture(torch.full((3,), math.nan, device=device), None, one, spec).isnan().all()
+    torch.testing.assert_close(value[small].double(), function(exact)[small], rtol=2e-6, atol=0)
+    assert kernels.mixture(torch.full((3,), math.nan, device=device), None, one, spec, act).isnan().all()
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -174,7 +185,7 @@ def test_saturated_gates(gate, device):
     a, b, mix = inputs(spec, device)
     mix = (200 * mix.detach()).requires_grad_()
     out, *gradients = output_and_gradients(fused(spec), (a, b, mix), torch.ones_like(a))
-    assert relative_rms(out, formula(a.double(), b.double(), mix.double(), spec)) < 1e-5
+    assert relative_rms(out, formula(a.double(), b.double(), mix.double(), spec=spec)) < 1e-5
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -259,8 +270,8 @@ def test_packed_equals_unpacked(variant, device):
     product = torch.cat([*inside, torch.full((6, 4), math.nan, device=device)], -1)
     upstream, key = torch.randn(6, 9, device=device), Mixture.of(spec).key
     out, *gradients = output_and_gradients(fused(spec), tensors, upstream)
-    assert torch.equal(operators.packed_mixture(product, own, 9, key), out)
-    grad_product, grad_mix, again = operators.packed_mixture_backward(upstream, product, own, 9, True, key)
+    assert torch.equal(operators.packed_mixture(product, own, None, 9, key), out)
+    grad_product, grad_mix, _, again = operators.packed_mixture_backward(upstream, product, own, None, 9, True, key)
     assert torch.equal(again, out)
     assert torch.equal(grad_product[:, :-4], torch.cat(gradients[: len(inside)], -1))
     assert not grad_product[:, -4:].any()
@@ -317,11 +328,11 @@ def test_opcheck(variant, device):
     grad = torch.randn(2, 3, device=device)
     product = torch.randn(2, 3 * (1 + spec.type_two) + spec.num_coefficients + 1, device=device)
     mix = tensors[2].detach() if spec.learned_constant else None
-    torch.library.opcheck(operators.mixture, (*tensors, key))
+    torch.library.opcheck(operators.mixture, (*tensors, None, key))
     for operator, arguments in (  # these have no derivatives
-        (operators.mixture_backward, (grad, *detached(tensors), key)),
-        (operators.packed_mixture, (product, mix, 3, key)),
-        (operators.packed_mixture_backward, (grad, product, mix, 3, True, key)),
+        (operators.mixture_backward, (grad, *detached(tensors), None, key)),
+        (operators.packed_mixture, (product, mix, None, 3, key)),
+        (operators.packed_mixture_backward, (grad, product, mix, None, 3, True, key)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 

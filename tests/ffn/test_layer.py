@@ -2,13 +2,14 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, XIELUActivation
 
 from moa_ffn import ACTIVATIONS, FFN, GATES, VARIANTS, Activation, FFNSpec, activations, register_activation
 from moa_ffn.backends import cpu, eager, reference
@@ -21,6 +22,8 @@ MIXTURES = [
     *((variant, {"mixing_gate": gate}) for variant in ("moa", "onemoa", "bimoa", "qdmoa") for gate in GATES[1:]),
     *((variant, {"mixed_branch": "up"}) for variant in ("onela", "onemoa")),
     ("qdmoa", {"mix_bias": True}),
+    ("qdmoa", {"gate_activations": ("xi", "pn"), "up_activations": ("id", "sw")}),
+    ("bimoa", {"gate_activations": ("pau", "g"), "up_activations": ("pn", "xi")}),
     *((variant, {"mix_base": "anchor"}) for variant in ("la", "moa", "qdla", "bimoa", "qdmoa")),
     *(("bimoa", {"mix_base": "anchor", "mixing_gate": gate}) for gate in GATES[1:]),
     ("onemoa", {"mix_base": "anchor", "mixed_branch": "up", "anchor": "gelu", "mixing_gate": "softmax"}),
@@ -43,6 +46,8 @@ def make(variant: str, **settings) -> FFN:
     ffn = FFN(DIM, HIDDEN, variant, **{"dtype": torch.float64, "bias": True, "mix_init_std": 0.5, **settings})
     ffn.init_weights(lambda weight: nn.init.normal_(weight, std=weight.shape[1] ** -0.5))
     for name, parameter in ffn.named_parameters():
+        if name == "act_param":
+            parameter.data += 0.1 * torch.randn_like(parameter)
         if name.endswith("bias") or name == "mix_coef" or (name == "mix_proj.weight" and ffn.spec.anchored):
             nn.init.normal_(parameter)
     return ffn
@@ -229,7 +234,9 @@ def test_extra_parameters(variant, mix_bias):
     count, plain_count = (sum(p.numel() for p in module.parameters()) for module in (ffn, plain))
     # K1 = 3 and K2 = 2 by default: the closed forms of the paper's O(d) claim
     vectors = {"moa": 3, "onemoa": 3, "bimoa": 5, "qdmoa": 6}.get(variant, 0)
-    scalars = {"la": 3, "onela": 3, "bila": 5, "qdla": 6}.get(variant, 0)
+    scalars = {"la": 3, "onela": 3, "bila": 5, "qdla": 6, "swish": 1, "xielu": 2, "polynorm": 4, "pau": 10}.get(
+        variant, 0
+    )
     assert count - plain_count == vectors * (DIM + mix_bias) + scalars
     assert count - plain_count == spec.extra_parameters(DIM) == ffn.mixing_parameters()
 
@@ -306,7 +313,7 @@ def test_dropout_in_training_only():
     assert torch.equal(ffn(x), ffn(x))
 
 
-@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("name", sorted(name for name, entry in ACTIVATIONS.items() if not entry.parameters))
 def test_activation_table_agrees_with_autograd(name):
     entry = ACTIVATIONS[name]
     x = torch.linspace(-3, 3, 48, dtype=torch.float64).requires_grad_()  # without 0
@@ -317,6 +324,26 @@ def test_activation_table_agrees_with_autograd(name):
     for enabled in (True, False):  # the differentiable form and torch's backward kernel
         with torch.set_grad_enabled(enabled):
             torch.testing.assert_close(entry.vjp(upstream, x.detach()), upstream * slope)
+
+
+def test_trainable_activations_are_those_of_the_papers():
+    """Values at the initial parameters, and for other ones."""
+    x = torch.linspace(-3, 3, 48, dtype=torch.float64)
+    theirs = XIELUActivation(dtype=torch.float64)
+    p, n = theirs.alpha_p.data, theirs.alpha_n.data
+    assert torch.tensor(ACTIVATIONS["xielu"].parameters).allclose(torch.cat([p, n]).float())
+    torch.testing.assert_close(ACTIVATIONS["xielu"].function(x, p, n), theirs(x), rtol=0, atol=1e-6)  # their eps
+    swish, slope = ACTIVATIONS["swish"], torch.tensor(1.7, dtype=torch.float64)
+    torch.testing.assert_close(swish.function(x, slope), x / (1 + torch.exp(-1.7 * x)))
+    *weights, bias = torch.tensor([0.5, -0.3, 0.2, 0.1], dtype=torch.float64)
+    normalized = [F.rms_norm(x**i, x.shape, eps=1e-6) for i in (1, 2, 3)]
+    polynorm = sum(w * power for w, power in zip(weights, normalized, strict=True)) + bias
+    torch.testing.assert_close(ACTIVATIONS["polynorm"].function(x, *weights, bias), polynorm)
+    pau = ACTIVATIONS["pau"]
+    initial = torch.tensor(pau.parameters, dtype=torch.float64)
+    rational = numpy.polyval(pau.parameters[5::-1], x) / (1 + abs(numpy.polyval((*pau.parameters[:5:-1], 0), x)))
+    torch.testing.assert_close(pau.function(x, *initial), torch.as_tensor(rational))
+    torch.testing.assert_close(pau.function(x, *initial), F.leaky_relu(x), rtol=0, atol=0.07)  # what they fitted
 
 
 def test_register_activation(monkeypatch):
@@ -332,9 +359,9 @@ def test_register_activation(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"variant": "swish"}, "variant='swish'.*qdmoa"),
+        ({"variant": "mish"}, "variant='mish'.*qdmoa"),
         ({"mixing_gate": "relu"}, "mixing_gate='relu'.*softmax"),
-        ({"gate_activations": ("g", "swish")}, r"gate_activations.*'swish'.*silu \(s\)"),
+        ({"gate_activations": ("g", "mish")}, r"gate_activations.*'mish'.*silu \(s\)"),
         ({"gate_activations": 3}, "gate_activations=3 must be names"),
         ({"up_activations": ("t", "tanh")}, "up_activations.*twice"),
         ({"mixed_branch": "down"}, "mixed_branch='down'"),

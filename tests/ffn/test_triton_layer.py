@@ -46,7 +46,7 @@ def assert_equals_eager(ffn: FFN, x: torch.Tensor) -> None:
         assert ((got - want).norm() / want.norm()).item() < 2e-5  # the interpreter of Triton 3.6 is off by 1.5e-5
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "polynorm"])  # a function of rows
 @pytest.mark.parametrize("bias", [False, True])
 def test_equals_eager(variant, bias):
     assert_equals_eager(make(variant, bias=bias, mix_bias=bias), tokens(2, 3))

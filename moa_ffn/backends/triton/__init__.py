@@ -56,8 +56,8 @@ def _unavailable_reason(device: str, index: int | None, dtype: torch.dtype, name
     return None
 
 
-def mixture(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec) -> Tensor:
-    """Return sum_kl C_kl f_k(a) g_l(b), the formula of arXiv:2605.26647; differentiable once in a, b and mix.
+def mixture(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec, act: Tensor | None = None) -> Tensor:
+    """Return sum_kl C_kl f_k(a) g_l(b), the formula of arXiv:2605.26647; differentiable once in a, b, mix and act.
 
     The inputs may be slices of one matrix product [a | b | mix | padding]: rows may have any stride. A tensor is copied
     only if the elements of a row are not contiguous.
@@ -69,6 +69,7 @@ def mixture(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec) -> T
             variants. Order: `FFNSpec.terms` for the quadratic form, else gate branch, then up branch. Any of the
             three dtypes.
         spec: The mixture.
+        act: (P,) parameters of trainable activations; None without them.
 
     Returns:
         (..., H) in a's dtype, contiguous.
@@ -77,20 +78,25 @@ def mixture(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec) -> T
         ValueError: The kernels are unavailable (see `unavailable_reason`), or a tensor has a wrong shape or dtype.
         RuntimeError: In a second differentiation.
     """
-    _check(a, b, mix, spec)
+    _check(a, b, mix, act, spec)
     shared = mix is not None and mix.ndim == 1 and spec.learned_constant
     rows = mix if mix is None or shared else mix.reshape(-1, mix.shape[-1])
     b_rows = None if b is None else b.reshape(-1, b.shape[-1])
-    out = operators.mixture(a.reshape(-1, a.shape[-1]), b_rows, rows, source.Mixture.of(spec).key)
+    out = operators.mixture(a.reshape(-1, a.shape[-1]), b_rows, rows, act, source.Mixture.of(spec).key)
     return out.view(a.shape)
 
 
-def _check(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec) -> None:
+def _check(a: Tensor, b: Tensor | None, mix: Tensor | None, act: Tensor | None, spec: FFNSpec) -> None:
     """Raise ValueError for what the kernels would read out of bounds or misinterpret."""
     reason = unavailable_reason(a, spec)
     if reason is not None:
         raise ValueError(reason)
-    for name, tensor, used in (("b", b, spec.type_two), ("mix", mix, spec.num_coefficients > 0)):
+    parameters = spec.num_activation_parameters
+    for name, tensor, used in (
+        ("b", b, spec.type_two),
+        ("mix", mix, spec.num_coefficients > 0),
+        ("act", act, parameters > 0),
+    ):
         if (tensor is not None) != used:
             raise ValueError(f"{name} must be {'given' if used else 'None'} for {spec.variant}")
     if b is not None:
@@ -98,6 +104,8 @@ def _check(a: Tensor, b: Tensor | None, mix: Tensor | None, spec: FFNSpec) -> No
     if mix is not None:
         leading = () if mix.ndim == 1 and spec.learned_constant else a.shape[:-1]
         _check_tensor("mix", mix, a, (*leading, spec.num_coefficients), DTYPES)
+    if act is not None:
+        _check_tensor("act", act, a, (parameters,), DTYPES)
 
 
 def _check_tensor(name: str, x: Tensor, a: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:

@@ -24,13 +24,21 @@ ALIGNMENT = 16
 """The product's columns are padded to a multiple of this, which vectorized loads and fast matrix products require."""
 
 
-def ffn(x: Tensor, projections: Sequence[nn.Linear], mix: Tensor | None, down: nn.Linear, spec: FFNSpec) -> Tensor:
+def ffn(
+    x: Tensor,
+    projections: Sequence[nn.Linear],
+    mix: Tensor | None,
+    act: Tensor | None,
+    down: nn.Linear,
+    spec: FFNSpec,
+) -> Tensor:
     """Return down(mixture) where the kernels are available (`triton.unavailable_reason`).
 
     Args:
         x: (..., D).
         projections: Plain linear maps: gate, for Type-II up, for MoA the mixing vectors.
         mix: (n,) coefficients of LA variants, else None.
+        act: (P,) parameters of trainable activations, or None.
         down: The last projection, plain.
         spec: The mixture.
 
@@ -41,7 +49,7 @@ def ffn(x: Tensor, projections: Sequence[nn.Linear], mix: Tensor | None, down: n
     flat = product.reshape(-1, product.shape[-1])
     weight = down.weight.to(product.dtype)
     bias = None if down.bias is None else down.bias.to(product.dtype)
-    out = _Down.apply(flat, mix, weight, bias, Mixture.of(spec).key)
+    out = _Down.apply(flat, mix, act, weight, bias, Mixture.of(spec).key)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -61,25 +69,28 @@ class _Down(torch.autograd.Function):
     """down(mixture) of the product (N, W), in the weights' dtype."""
 
     @staticmethod
-    def forward(product: Tensor, mix: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-        return F.linear(operators.packed_mixture(product, mix, weight.shape[1], kind), weight, bias)
+    def forward(
+        product: Tensor, mix: Tensor | None, act: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str
+    ) -> Tensor:
+        return F.linear(operators.packed_mixture(product, mix, act, weight.shape[1], kind), weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        product, mix, weight, _, ctx.kind = inputs
-        ctx.save_for_backward(product, mix, weight)
+        product, mix, act, weight, _, ctx.kind = inputs
+        ctx.save_for_backward(product, mix, act, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        product, mix, weight = ctx.saved_tensors
+        product, mix, act, weight = ctx.saved_tensors
         *_, weight_needed, bias_needed, _ = ctx.needs_input_grad
-        grad_product, grad_mix, hidden = operators.packed_mixture_backward(
-            grad @ weight, product, mix, weight.shape[1], weight_needed, ctx.kind
+        grad_product, grad_mix, grad_act, hidden = operators.packed_mixture_backward(
+            grad @ weight, product, mix, act, weight.shape[1], weight_needed, ctx.kind
         )
         return (
             grad_product,
             None if mix is None else grad_mix,
+            None if act is None else grad_act,
             grad.t() @ hidden if weight_needed else None,
             grad.sum(0) if bias_needed else None,
             None,

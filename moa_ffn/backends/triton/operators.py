@@ -4,8 +4,8 @@ They are opaque custom operators, not `triton_op`: the kernels' source is genera
 be fused into a kernel that is the whole mixture. torch sees one call each way with known shapes and gradients, and can
 compile, export and checkpoint it.
 
-Shapes: N rows (tokens), H columns, n coefficients. `kind` is the key of a `source.Mixture`. Results that a mixture does
-not have are empty tensors, because an operator cannot return None.
+Shapes: N rows (tokens), H columns, n coefficients, P parameters of activations. `kind` is the key of a
+`source.Mixture`. Results that a mixture does not have are empty tensors, because an operator cannot return None.
 """
 
 from __future__ import annotations
@@ -20,55 +20,61 @@ from moa_ffn.backends.triton.source import Mixture
 
 
 @torch.library.custom_op("moa_ffn::mixture", mutates_args=())
-def mixture(a: Tensor, b: Tensor | None, mix: Tensor | None, kind: str) -> Tensor:
-    """Return the mixture (N, H), contiguous, in a's dtype, for a (N, H), b (N, H) and mix (N, n) or (n,)."""
+def mixture(a: Tensor, b: Tensor | None, mix: Tensor | None, act: Tensor | None, kind: str) -> Tensor:
+    """Return the mixture (N, H), contiguous, in a's dtype, for a (N, H), b (N, H), mix (N, n) or (n,), and act (P,)."""
     out = _like(a)
-    build.forward(Mixture.parse(kind), {**_inputs(a=a, b=b, mix=mix), "out": out})
+    build.forward(Mixture.parse(kind), {**_inputs(a=a, b=b, mix=mix, act=act), "out": out})
     return out
 
 
 @torch.library.custom_op("moa_ffn::mixture_backward", mutates_args=())
 def mixture_backward(
-    grad: Tensor, a: Tensor, b: Tensor | None, mix: Tensor | None, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of a, b and mix, shaped like these, for the output's gradient (N, H)."""
-    results = {"grad_a": _like(a)}
+    grad: Tensor, a: Tensor, b: Tensor | None, mix: Tensor | None, act: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of a, b, mix and act, shaped like these, for the output's gradient (N, H)."""
+    results = {"grad_a": _like(a), **_shared_gradients(a.shape[0], mix=mix, act=act)}
     if b is not None:
         results["grad_b"] = _like(b)
-    if mix is not None:
-        results["grad_mix"] = _mix_gradient(mix, a.shape[0])
-    build.backward(Mixture.parse(kind), {**_inputs(grad=grad, a=a, b=b, mix=mix), **results})
-    return results["grad_a"], results.get("grad_b", a.new_empty(0)), _reduced(results.get("grad_mix"), mix, a)
+    build.backward(Mixture.parse(kind), {**_inputs(grad=grad, a=a, b=b, mix=mix, act=act), **results})
+    grad_mix, grad_act = (_reduced(results.get(f"grad_{name}"), x, a) for name, x in (("mix", mix), ("act", act)))
+    return results["grad_a"], results.get("grad_b", a.new_empty(0)), grad_mix, grad_act
 
 
 @torch.library.custom_op("moa_ffn::packed_mixture", mutates_args=())
-def packed_mixture(projected: Tensor, mix: Tensor | None, columns: int, kind: str) -> Tensor:
+def packed_mixture(projected: Tensor, mix: Tensor | None, act: Tensor | None, columns: int, kind: str) -> Tensor:
     """Return the mixture (N, H) of the columns [a | b | mix | padding] of `projected` (N, W), with H = `columns`.
 
     For LA, `mix` (n,) is an argument and not among the columns.
     """
     wanted = Mixture.parse(kind)
     out = projected.new_empty(projected.shape[0], columns)
-    build.forward(wanted, {**_inputs(**_parts(projected, mix, columns, wanted)), "out": out})
+    build.forward(wanted, {**_inputs(**_parts(projected, mix, columns, wanted), act=act), "out": out})
     return out
 
 
 @torch.library.custom_op("moa_ffn::packed_mixture_backward", mutates_args=())
 def packed_mixture_backward(
-    grad: Tensor, projected: Tensor, mix: Tensor | None, columns: int, with_output: bool, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `projected` (zero in the padding) and `mix`, and the mixture if `with_output`."""
+    grad: Tensor,
+    projected: Tensor,
+    mix: Tensor | None,
+    act: Tensor | None,
+    columns: int,
+    with_output: bool,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `projected` (zero in the padding), mix and act, and the mixture if `with_output`."""
     wanted = Mixture.parse(kind)
     grad_projected = _like(projected)
-    grad_mix = None if mix is None else _mix_gradient(mix, projected.shape[0])
+    shared = _shared_gradients(projected.shape[0], mix=mix, act=act)
+    grad_mix, grad_act = shared.get("grad_mix"), shared.get("grad_act")
     parts = _parts(grad_projected, grad_mix, columns, wanted)
     grad_projected[:, sum(part.shape[1] for part in parts.values() if part is not grad_mix) :].zero_()
-    results = {f"grad_{name}": part for name, part in parts.items()}
+    results = {**shared, **{f"grad_{name}": part for name, part in parts.items()}}
     if with_output:
         results["out"] = projected.new_empty(projected.shape[0], columns)
-    build.backward(wanted, {**_inputs(grad=grad, **_parts(projected, mix, columns, wanted)), **results})
+    build.backward(wanted, {**_inputs(grad=grad, **_parts(projected, mix, columns, wanted), act=act), **results})
     out = results.get("out", projected.new_empty(0))
-    return grad_projected, _reduced(grad_mix, mix, projected), out
+    return grad_projected, _reduced(grad_mix, mix, projected), _reduced(grad_act, act, projected), out
 
 
 def _like(x: Tensor) -> Tensor:
@@ -91,38 +97,50 @@ def _parts(projected: Tensor, mix: Tensor | None, columns: int, mixture: Mixture
     return parts
 
 
-def _mix_gradient(mix: Tensor, rows: int) -> Tensor:
-    """Return where each row writes its coefficients' gradient; shared coefficients are summed later, in float32."""
-    return _like(mix) if mix.ndim == 2 else mix.new_empty(rows, len(mix), dtype=torch.float32)
+def _shared_gradients(rows: int, **tensors: Tensor | None) -> dict[str, Tensor]:
+    """Return where each row writes the gradients of mix and act; shared ones are summed later, in float32."""
+    return {
+        f"grad_{name}": _like(x) if x.ndim == 2 else x.new_empty(rows, len(x), dtype=torch.float32)
+        for name, x in tensors.items()
+        if x is not None
+    }
 
 
-def _reduced(grad_mix: Tensor | None, mix: Tensor | None, like: Tensor) -> Tensor:
-    if grad_mix is None or mix is None:
+def _reduced(grad: Tensor | None, x: Tensor | None, like: Tensor) -> Tensor:
+    if grad is None or x is None:
         return like.new_empty(0)
-    return grad_mix if mix.ndim == 2 else grad_mix.sum(0).to(mix.dtype)
+    return grad if x.ndim == 2 else grad.sum(0).to(x.dtype)
 
 
 @mixture.register_fake
-def _(a: Tensor, b: Tensor | None, mix: Tensor | None, kind: str) -> Tensor:
+def _(a: Tensor, b: Tensor | None, mix: Tensor | None, act: Tensor | None, kind: str) -> Tensor:
     return _like(a)
 
 
 @mixture_backward.register_fake
-def _(grad: Tensor, a: Tensor, b: Tensor | None, mix: Tensor | None, kind: str) -> tuple[Tensor, ...]:
-    return _like(a), *(a.new_empty(0) if x is None else _like(x) for x in (b, mix))
+def _(
+    grad: Tensor, a: Tensor, b: Tensor | None, mix: Tensor | None, act: Tensor | None, kind: str
+) -> tuple[Tensor, ...]:
+    return _like(a), *(a.new_empty(0) if x is None else _like(x) for x in (b, mix, act))
 
 
 @packed_mixture.register_fake
-def _(projected: Tensor, mix: Tensor | None, columns: int, kind: str) -> Tensor:
+def _(projected: Tensor, mix: Tensor | None, act: Tensor | None, columns: int, kind: str) -> Tensor:
     return projected.new_empty(projected.shape[0], columns)
 
 
 @packed_mixture_backward.register_fake
 def _(
-    grad: Tensor, projected: Tensor, mix: Tensor | None, columns: int, with_output: bool, kind: str
+    grad: Tensor,
+    projected: Tensor,
+    mix: Tensor | None,
+    act: Tensor | None,
+    columns: int,
+    with_output: bool,
+    kind: str,
 ) -> tuple[Tensor, ...]:
     out = projected.new_empty((projected.shape[0], columns) if with_output else 0)
-    return _like(projected), projected.new_empty(0) if mix is None else _like(mix), out
+    return _like(projected), *(projected.new_empty(0) if x is None else _like(x) for x in (mix, act)), out
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from moa_ffn.activations import ACTIVATIONS
+from moa_ffn.activations import ACTIVATIONS, num_parameters
 from moa_ffn.spec import FFNSpec
 
 VOCABULARY = {
@@ -97,10 +97,15 @@ class Mixture(NamedTuple):
         """Number of coefficients per token."""
         return len(self.gate_coefficients) + len(self.up_coefficients) + sum(map(len, self.pair_coefficients))
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of trainable activations, shared by all tokens."""
+        return num_parameters(name for names in (self.f, self.g) if names for name in names.split(","))
+
 
 @cache
-def expressions(name: str, variable: str) -> tuple[str, str]:
-    """Return value and derivative of an activation at `variable`, as kernel source.
+def expressions(name: str, variable: str, first: int = 0) -> tuple[str, ...]:
+    """Return value, derivative and slopes of an activation at `variable`, with parameters t<first>, ..., as source.
 
     Raises:
         ValueError: The activation has no kernel expressions, or they use unsupported names.
@@ -108,12 +113,11 @@ def expressions(name: str, variable: str) -> tuple[str, str]:
     texts = ACTIVATIONS[name].kernel
     if texts is None:
         raise ValueError(f"activation {name!r} has no kernel expressions (the field `kernel` of its table entry)")
-    value, derivative = (_translate(name, text, variable) for text in texts)
-    return value, derivative
+    parameters = {f"p{index}": f"t{first + index}" for index in range(len(ACTIVATIONS[name].parameters))}
+    return tuple(_translate(name, text, {"x": variable, **parameters, **VOCABULARY}) for text in texts)
 
 
-def _translate(name: str, text: str, variable: str) -> str:
-    known = {"x": variable, **VOCABULARY}
+def _translate(name: str, text: str, known: dict[str, str]) -> str:
     try:
         tree = ast.parse(text, mode="eval")
     except SyntaxError as error:
@@ -149,7 +153,7 @@ def backward(mixture: Mixture, with_output: bool) -> str:
     branches, coefficients = _operands(mixture)
     outs = [f"grad_{branch}" for branch in branches] + (["out"] if with_output else [])
     grad_mix = [f"grad_{name}" for name in coefficients]
-    totals = [f"total{i}" for i in range(mixture.coefficients)]
+    totals = [f"total{i}" for i in range(mixture.coefficients)] + [f"sum{i}" for i in range(mixture.parameters)]
     body = _loads(["grad", *branches]) + _activations(mixture, slopes=True)
     body += _output(mixture) + _gradients(mixture) + _stores(outs)
     lines = [
@@ -160,12 +164,14 @@ def backward(mixture: Mixture, with_output: bool) -> str:
         *_indent(body),
         *(f"{total} = tl.reduce({total}, 0, add)" for total in totals),
         *_gate_backward(mixture),
+        *(f"tl.store(grad_act_ptr + {i}, sum{i})" for i in range(mixture.parameters)),
     ]
     return _kernel("moa_backward", ["grad", *branches, *coefficients, *outs, *grad_mix], lines)
 
 
 def _operands(mixture: Mixture) -> tuple[list[str], list[str]]:
-    return ["a", "b"] if mixture.type_two else ["a"], ["mix"] if mixture.coefficients else []
+    shared = (["mix"] if mixture.coefficients else []) + (["act"] if mixture.parameters else [])
+    return ["a", "b"] if mixture.type_two else ["a"], shared
 
 
 def _kernel(name: str, operands: Sequence[str], lines: Sequence[str]) -> str:
@@ -194,9 +200,13 @@ def _stores(operands: Iterable[str]) -> list[str]:
 
 
 def _gate(mixture: Mixture) -> list[str]:
-    """Compute the token's coefficients c0, c1, ... from its logits, and p0, p1, ... before an anchor's offset."""
+    """Load parameters t0, t1, ... and compute the token's coefficients c0, c1, ... from its logits.
+
+    An anchored mixture also has the gate's values p0, p1, ... before the offset.
+    """
     count = mixture.coefficients
-    lines = [f"c{i} = tl.load(mix_ptr + {i}).to(tl.float32)" for i in range(count)]
+    lines = [f"t{i} = tl.load(act_ptr + {i}).to(tl.float32)" for i in range(mixture.parameters)]
+    lines += [f"c{i} = tl.load(mix_ptr + {i}).to(tl.float32)" for i in range(count)]
     if mixture.gate == "softmax":
         lines += [line for number, group in enumerate(_groups(mixture)) for line in _softmax(number, group)]
     elif mixture.gate != "none":
@@ -248,13 +258,28 @@ def _gate_backward(mixture: Mixture) -> list[str]:
 
 
 def _activations(mixture: Mixture, slopes: bool = False) -> list[str]:
-    """Compute values f0, f1, ..., g0, g1, ... and, with `slopes`, derivatives df0, ..."""
-    lines = []
+    """Compute values f0, f1, ..., g0, g1, ... and, with `slopes`, derivatives df0, ... and s0, ... by parameters."""
+    lines, first = [], 0
     for letter, variable, names in (("f", "a", mixture.f), ("g", "b", mixture.g)):
         for index, name in enumerate(names.split(",") if names else []):
-            value, derivative = expressions(name, variable)
+            value, derivative, *by_parameters = expressions(name, variable, first)
             lines.append(f"{letter}{index} = {value}")
-            lines += [f"d{letter}{index} = {derivative}"] if slopes else []
+            if slopes:
+                lines.append(f"d{letter}{index} = {derivative}")
+                lines += [f"s{first + i} = {text}" for i, text in enumerate(by_parameters)]
+            first += len(by_parameters)
+    return lines
+
+
+def _parameter_gradients(letter: str, mixture: Mixture, grads: Sequence[str]) -> list[str]:
+    """Add the gradients of parameters to sum0, sum1, ..., given the gradient of each activation's value."""
+    f, g = (
+        [len(ACTIVATIONS[n].parameters) for n in text.split(",")] if text else [] for text in (mixture.f, mixture.g)
+    )
+    first, lines = (0 if letter == "f" else sum(f)), []
+    for count, grad in zip(f if letter == "f" else g, grads, strict=True):
+        lines += [f"sum{i} += {grad} * s{i}" for i in range(first, first + count)]
+        first += count
     return lines
 
 
@@ -289,7 +314,7 @@ def _gradients(mixture: Mixture) -> list[str]:
     """Compute grad_a and grad_b, and add the coefficients' gradients to total0, total1, ..."""
     f, g = _values("f", mixture.f), _values("g", mixture.g)
     if mixture.form == "full":
-        return _full_gradients(mixture.pair_coefficients, f, g)
+        return _full_gradients(mixture, f, g)
     lines = ["grad_u = grad * v" if mixture.type_two else "grad_u = grad"]
     branches = [("a", "u", mixture.gate_coefficients, f)]
     if mixture.type_two:
@@ -298,10 +323,13 @@ def _gradients(mixture: Mixture) -> list[str]:
     for variable, blend, coefficients, values in branches:
         lines.append(f"grad_{variable} = grad_{blend} * ({_blend(coefficients, [f'd{value}' for value in values])})")
         lines += [f"total{i} += grad_{blend} * {value}" for i, value in zip(coefficients, values, strict=False)]
+        weights = [f"c{i} * grad_{blend}" for i in coefficients] or [f"grad_{blend}"]
+        lines += _parameter_gradients("f" if variable == "a" else "g", mixture, weights)
     return lines
 
 
-def _full_gradients(pairs: Sequence[Sequence[int]], f: Sequence[str], g: Sequence[str]) -> list[str]:
+def _full_gradients(mixture: Mixture, f: Sequence[str], g: Sequence[str]) -> list[str]:
+    pairs = mixture.pair_coefficients
     columns = [[row[index] for row in pairs] for index in range(len(g))]
     lines = [f"u{index} = {_blend(column, f)}" for index, column in enumerate(columns)]
     lines.append(f"grad_a = grad * ({_sum(f'd{value} * v{k}' for k, value in enumerate(f))})")
@@ -309,4 +337,5 @@ def _full_gradients(pairs: Sequence[Sequence[int]], f: Sequence[str], g: Sequenc
     for row, value in zip(pairs, f, strict=True):
         lines.append(f"grad_{value} = grad * {value}")
         lines += [f"total{i} += grad_{value} * {other}" for i, other in zip(row, g, strict=True)]
-    return lines
+    lines += _parameter_gradients("f", mixture, [f"grad * v{k}" for k, _ in enumerate(f)])
+    return lines + _parameter_gradients("g", mixture, [f"grad * u{index}" for index, _ in enumerate(g)])
