@@ -5,7 +5,7 @@ from __future__ import annotations
 import moa_ffn.trainable_activations  # noqa: F401  # registers them
 from moa_ffn.activations import ACTIVATIONS, Activation, register_activation
 from moa_ffn.backends import BACKENDS
-from moa_ffn.coefficients import Coefficients, mixing_coefficients
+from moa_ffn.coefficients import Coefficients, init_mixing, mixing_coefficients
 from moa_ffn.layers import FFN
 from moa_ffn.mixing import mixture
 from moa_ffn.spec import GATES, VARIANTS, FFNSpec
@@ -20,6 +20,7 @@ __all__ = [
     "Activation",
     "Coefficients",
     "FFNSpec",
+    "init_mixing",
     "mixing_coefficients",
     "mixture",
     "register_activation",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from moa_ffn.activations import ACTIVATIONS
 from moa_ffn.spec import FFNSpec
 
 
@@ -41,6 +43,30 @@ def gate_function(logits: Tensor, gate: str) -> Tensor:
     if gate == "softmax":
         return logits.softmax(dim=-1)
     return logits.sigmoid() if gate == "sigmoid" else logits.tanh()
+
+
+@torch.no_grad()
+def init_mixing(
+    spec: FFNSpec,
+    mix_proj: Tensor | None = None,
+    mix_coef: Tensor | None = None,
+    act_param: Tensor | None = None,
+    *,
+    std: float,
+    coef: float,
+) -> None:
+    """Initialize mixing vectors (..., n, D), LA coefficients (..., n) and parameters (P,) of activations in place.
+
+    An anchored mixture starts with zero vectors, or with the coefficients of its anchor.
+    """
+    if mix_proj is not None:
+        nn.init.normal_(mix_proj, std=0.0 if spec.anchored else std)
+    if mix_coef is not None:
+        nn.init.constant_(mix_coef, 0.0 if spec.anchored else coef)
+        mix_coef[..., list(spec.anchor_coefficients)] = 1.0
+    if act_param is not None:
+        initial = [value for names in spec.dictionaries for name in names for value in ACTIVATIONS[name].parameters]
+        act_param.copy_(torch.tensor(initial))
 
 
 def mixing_coefficients(spec: FFNSpec, mix: Tensor) -> Coefficients:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moa_ffn.activations import ACTIVATIONS, resolve_activations, split_parameters
 from moa_ffn.backends import BACKENDS, cpu, is_plain, select_backend
 from moa_ffn.backends.triton import layer as triton_layer
-from moa_ffn.coefficients import Coefficients, mixing_coefficients
+from moa_ffn.coefficients import Coefficients, init_mixing, mixing_coefficients
 from moa_ffn.mixing import mixture
 from moa_ffn.spec import DEFAULT_GATE_ACTIVATIONS, DEFAULT_UP_ACTIVATIONS, FFNSpec
 
@@ -123,17 +123,10 @@ class FFN(nn.Module):
     @torch.no_grad()
     def init_mixing(self) -> None:
         """Initialize all but the projections: mixing vectors or constants, and parameters of activations."""
-        if self.mix_proj is not None:
-            nn.init.normal_(self.mix_proj.weight, std=0.0 if self.spec.anchored else self.mix_init_std)
-            if self.mix_proj.bias is not None:
-                nn.init.zeros_(self.mix_proj.bias)
-        if self.mix_coef is not None:
-            nn.init.constant_(self.mix_coef, 0.0 if self.spec.anchored else self.coef_init)
-            self.mix_coef[list(self.spec.anchor_coefficients)] = 1.0
-        if self.act_param is not None:
-            names = self.spec.gate_dictionary + self.spec.up_dictionary
-            initial = [value for name in names for value in ACTIVATIONS[name].parameters]
-            self.act_param.copy_(torch.tensor(initial, dtype=self.act_param.dtype))
+        vectors = None if self.mix_proj is None else self.mix_proj.weight
+        if self.mix_proj is not None and self.mix_proj.bias is not None:
+            nn.init.zeros_(self.mix_proj.bias)
+        init_mixing(self.spec, vectors, self.mix_coef, self.act_param, std=self.mix_init_std, coef=self.coef_init)
 
     def coefficients(self, x: Tensor) -> Coefficients:
         """Return the mixing coefficients of tokens x (..., dim) in factored form."""

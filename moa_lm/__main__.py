@@ -91,10 +91,14 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="convert a Llama checkpoint",
         description="Convert a Llama checkpoint to a model with any Type-II FFN. With swiglu the model is the same "
-        "function; with another FFN the projections are kept and the mixing is initialized by its own rule.",
+        "function; with another FFN the projections are kept and the mixing is initialized by its own rule, or with "
+        "--preserve so that the model stays the same function.",
         epilog=f"FFNs: {', '.join(VARIANTS)}.",
     )
     convert.add_argument("checkpoint", metavar="NAME", help="folder or Hub name of the checkpoint")
+    convert.add_argument(
+        "--preserve", action="store_true", help="keep the function: the mixture starts as SwiGLU (ffn_mix_base=anchor)"
+    )
     convert.set_defaults(run=_convert)
 
     for command in (create, convert):
@@ -179,8 +183,10 @@ def _create(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     _check_out(options.out)
     torch.manual_seed(options.seed)
-    loading = {} if options.dtype is None else {"dtype": options.dtype}
-    model = MoALlamaForCausalLM.from_llama(options.checkpoint, options.ffn, **{**_settings(options.set), **loading})
+    settings = _settings(options.set) | ({} if options.dtype is None else {"dtype": options.dtype})
+    if options.preserve:
+        settings["ffn_mix_base"] = "anchor"
+    model = MoALlamaForCausalLM.from_llama(options.checkpoint, options.ffn, **settings)
     _save(model, _tokenizer_of(options.checkpoint), options.out)
 
 

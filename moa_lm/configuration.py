@@ -18,7 +18,7 @@ EXPERT_MIXINGS = ("layer", "expert")
 SILU = ("silu", "swish")
 """transformers' names of Llama's activation."""
 
-_SPEC_FIELDS = ("mixing_gate", "gate_activations", "up_activations", "mixed_branch", "mix_bias")
+_SPEC_FIELDS = ("mixing_gate", "gate_activations", "up_activations", "mixed_branch", "mix_bias", "mix_base", "anchor")
 _LAYER_FIELDS = ("mix_init_std", "coef_init", "backend")
 FFN_FIELDS: tuple[str, ...] = tuple(f"ffn_{name}" for name in ("variant", *_SPEC_FIELDS, *_LAYER_FIELDS))
 """Fields of the FFN; each is the argument of `moa_ffn.FFN` without the prefix `ffn_`."""
@@ -34,7 +34,7 @@ class MoALlamaConfig(LlamaConfig):
 
     Args:
         ffn_variant: One of `moa_ffn.VARIANTS`; "swiglu" is the Llama baseline. Default "qdmoa".
-        ffn_mixing_gate, ffn_mixed_branch, ffn_mix_bias: See `moa_ffn.FFNSpec`.
+        ffn_mixing_gate, ffn_mixed_branch, ffn_mix_bias, ffn_mix_base, ffn_anchor: See `moa_ffn.FFNSpec`.
         ffn_gate_activations, ffn_up_activations: Dictionaries, as a sequence of names or as text such as "g,s,r2".
             None takes the default. Stored as a list of full names, so that config.json records what was computed.
         ffn_mix_init_std, ffn_coef_init, ffn_backend: See `moa_ffn.FFN`.
@@ -71,6 +71,8 @@ class MoALlamaConfig(LlamaConfig):
     ffn_up_activations: list[str] | tuple[str, ...] | str | None = None
     ffn_mixed_branch: str = "gate"
     ffn_mix_bias: bool = False
+    ffn_mix_base: str = "none"
+    ffn_anchor: str | None = None
     ffn_mix_init_std: float = 0.02
     ffn_coef_init: float = 0.5
     ffn_backend: str = "auto"
@@ -144,7 +146,8 @@ class MoALlamaConfig(LlamaConfig):
         A mixture that is sharded over the hidden width has partial sums as the gradients of its coefficients on each
         rank, which the plan cannot express; fixed FFNs have no coefficients. Experts are not in Llama's plan.
         """
-        splits = self.num_experts == 0 and self.ffn_spec().form == "fixed"
+        spec = self.ffn_spec()
+        splits = self.num_experts == 0 and spec.form == "fixed" and not spec.num_activation_parameters
         plan = vars(self).get("base_model_tp_plan") or LlamaConfig.base_model_tp_plan or {}
         return {name: style for name, style in plan.items() if splits or ".mlp." not in name}
 

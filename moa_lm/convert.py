@@ -39,7 +39,7 @@ _SHAPES = (
     *("num_experts", "num_shared_experts", "moe_intermediate_size"),
 )
 _NOT_CARRIED = ("transformers_version", "architectures", "dtype")
-_MIXING = re.compile(r"\.mix_(proj|coef)\b|\.mix_proj_bias\b")
+_MIXING = re.compile(r"\.mix_(proj|coef)\b|\.mix_proj_bias\b|\.act_param\b")
 
 
 def from_llama(

@@ -22,7 +22,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:
-    """Return the names of the parameters without weight decay: norms, biases, and the coefficients of LA variants.
+    """Return the names of the parameters without weight decay: norms, biases, LA coefficients, activations.
 
     Biases and coefficients of routed experts, stacked to matrices, are among them. All other parameters are decayed:
     projections, router, `mix_proj` (as in the vision half), embeddings and head (as in nanoGPT).
@@ -33,7 +33,7 @@ def no_weight_decay(model: nn.Module) -> set[str]:
     return {
         name
         for name, parameter in _trainable(model).items()
-        if parameter.ndim < 2 or name.endswith((".bias", "_bias", "mix_coef"))
+        if parameter.ndim < 2 or name.endswith((".bias", "_bias", "mix_coef", "act_param"))
     }
 
 

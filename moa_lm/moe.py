@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_ffn import FFN, mixture
+from moa_ffn import FFN, init_mixing, mixture
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.dispatch import (
     Groups,
@@ -36,7 +36,8 @@ class Experts(nn.Module):
         gate_proj (E, H, D), up_proj (E, H, D), down_proj (E, D, H): `gate_proj[e]` is the weight of expert e's
         `FFN.gate_proj`. With `mlp_bias` also gate_proj_bias (E, H), up_proj_bias (E, H), down_proj_bias (E, D).
         mix_proj (K, D) or (E, K, D) of MoA variants, with `ffn_mix_bias` also mix_proj_bias (K,) or (E, K);
-        mix_coef (K,) or (E, K) of LA variants: one per layer, or one per expert.
+        mix_coef (K,) or (E, K) of LA variants: one per layer, or one per expert. act_param (P,) of trainable
+        activations, one per layer.
 
     `expert_mixing` "layer", the default, adds O(d) parameters per layer and none per expert, as the paper's mixture:
     K vectors instead of E * K (with qdmoa, 32 experts and D = 768: 4,608 instead of 147,456 per layer). Coefficients
@@ -63,6 +64,8 @@ class Experts(nn.Module):
         self._stack("down_proj", (count, dim, hidden), bias=config.mlp_bias)
         self._stack("mix_proj", (*mixing, k, dim) if spec.token_adaptive else None, bias=spec.mix_bias)
         self.mix_coef = nn.Parameter(torch.empty(*mixing, k)) if spec.learned_constant else None
+        parameters = spec.num_activation_parameters
+        self.act_param = nn.Parameter(torch.empty(parameters)) if parameters else None
         self.init_weights()
 
     gate_proj: nn.Parameter
@@ -85,10 +88,10 @@ class Experts(nn.Module):
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_bias"):
                 nn.init.zeros_(parameter)
-            elif name == "mix_coef":
-                nn.init.constant_(parameter, self.coef_init)
-            else:
-                nn.init.normal_(parameter, std=self.mix_init_std if name == "mix_proj" else self.init_std)
+            elif name.endswith("_proj") and name != "mix_proj":
+                nn.init.normal_(parameter, std=self.init_std)
+        mixing = (self.mix_proj, self.mix_coef, self.act_param)
+        init_mixing(self.spec, *mixing, std=self.mix_init_std, coef=self.coef_init)
 
     def forward(self, hidden: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts.
@@ -111,7 +114,7 @@ class Experts(nn.Module):
         projected = project_in(hidden, maps, groups, method)
         a, b = projected[0], None if self.up_proj is None else projected[1]
         mix = projected[-1] if self.mixing == "expert" and self.mix_proj is not None else self._mix(hidden, groups)
-        mixed = mixture(a, b, mix, self.spec, self.backend)
+        mixed = mixture(a, b, mix, self.spec, self.backend, self.act_param)
         return project_out(mixed, self.down_proj, self.down_proj_bias, weights, groups, method)
 
     def _maps(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:

@@ -37,6 +37,8 @@ _SETTINGS = (
     "up_activations",
     "mixed_branch",
     "mix_bias",
+    "mix_base",
+    "anchor",
     "mix_init_std",
     "coef_init",
     "backend",
@@ -103,8 +105,8 @@ def ffn_settings(ffn: FFN) -> dict[str, Any]:
 
 
 def constant_coefficients(model: nn.Module) -> set[str]:
-    """Return the names of the constant mixing coefficients (LA variants), which get no weight decay."""
-    return {name for name, _ in model.named_parameters() if name.endswith("mix_coef")}
+    """Return the names of LA coefficients and of parameters of activations, which get no weight decay."""
+    return {name for name, _ in model.named_parameters() if name.endswith(("mix_coef", "act_param"))}
 
 
 def model_name(size: str, variant: str) -> str:

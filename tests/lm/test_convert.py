@@ -70,10 +70,23 @@ def test_projections_are_kept_and_mixing_is_initialized(variant, llama, tokens, 
             assert value.std().item() == pytest.approx(3.0, rel=0.3)
         else:
             assert torch.equal(value, kept[name])
-    assert len(ours.state_dict()) - len(kept) == (0 if variant == "swiglu" else 2)
+    assert len(ours.state_dict()) - len(kept) == (2 if FFNSpec(variant).num_coefficients else 0)
     ours.save_pretrained(tmp_path / "ours")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert torch.equal(loaded(tokens(1, 6)).logits, ours(tokens(1, 6)).logits)
+
+
+@pytest.mark.parametrize("variant", [variant for variant in TYPE_TWO if FFNSpec(variant).num_coefficients])
+def test_anchored_conversion_keeps_the_function(variant, llama, tokens, tmp_path):
+    theirs = llama()
+    ours = MoALlamaForCausalLM.from_llama(theirs, variant, ffn_mix_base="anchor", ffn_mixing_gate="softmax")
+    torch.testing.assert_close(ours(tokens(2, 9)).logits, theirs(tokens(2, 9)).logits)
+    ours.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(tokens(2, 9)).logits, theirs(tokens(2, 9)).logits)
+    loaded.train()(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
+    mixing = [p for name, p in loaded.named_parameters() if "mix_" in name]
+    assert mixing and all(p.grad.ne(0).any() for p in mixing)
 
 
 def test_type_one_is_refused(llama):

@@ -69,6 +69,10 @@ def test_convert(with_tokenizer, llama, tokens, tokenizer_folder, tmp_path, caps
         assert main(["convert", str(tmp_path / "llama"), "--ffn", variant, "--out", str(tmp_path / variant)]) == 0
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "swiglu")
     assert torch.equal(ours(tokens(1, 7)).logits, theirs(tokens(1, 7)).logits)
+    preserved = ["--ffn", "bimoa", "--preserve", "--out", str(tmp_path / "bimoa")]
+    assert main(["convert", str(tmp_path / "llama"), *preserved]) == 0
+    same = AutoModelForCausalLM.from_pretrained(tmp_path / "bimoa")
+    torch.testing.assert_close(same(tokens(1, 7)).logits, theirs(tokens(1, 7)).logits)
     mixed = AutoModelForCausalLM.from_pretrained(tmp_path / "qdmoa")
     assert mixed.config.ffn_variant == "qdmoa" and torch.isfinite(mixed(tokens(1, 7)).logits).all()
     if with_tokenizer:
