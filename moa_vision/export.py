@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,6 +58,28 @@ def load_mae(folder: str | Path) -> MAE:
     except Exception as error:  # a damaged file can hold any arguments, and the constructors raise many types
         raise DataError(f"{path} is not a valid MAE export ({type(error).__name__}: {error})") from error
     return mae
+
+
+def load_weights(mae: MAE, folder: str | Path) -> None:
+    """Load the weights of an export folder: those of the whole MAE if it holds one, else those of the encoder.
+
+    Raises:
+        DataError: `folder` holds no weights, or they do not fit the model.
+    """
+    whole, encoder = Path(folder, "mae.safetensors"), Path(folder, "model.safetensors")
+    path, module = (whole, mae) if whole.exists() else (encoder, mae.encoder)
+    try:
+        tensors = load_file(path)
+        if module is mae.encoder:
+            kept = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+            tensors = {name.replace("fc_norm.", "norm."): value for name, value in kept.items()}
+        module.load_state_dict(tensors)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); give an export folder or one of moa_vision.convert"
+        ) from error
+    except RuntimeError as error:  # names or shapes
+        raise DataError(f"{path} does not fit the model: {' '.join(str(error).split())}") from error
 
 
 def save_timm_checkpoint(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -130,22 +130,32 @@ class MAE(nn.Module):
         self.decoder_head = nn.Linear(decoder_dim, self.patch_size**2 * self.in_chans)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialize all weights in place, as in facebookresearch/mae."""
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, FFN):  # after the linear layers inside, whose initialization FFN overrides
-                module.init_weights(nn.init.xavier_uniform_)
-        encoder = self.encoder
-        nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.flatten(1))
-        for token in (encoder.cls_token, encoder.reg_token, self.mask_token):
+        """Initialize all weights in place, as in facebookresearch/mae, from torch's generator."""
+        for module in reversed(list(self.modules())):
+            self.init_module(module)
+
+    @torch.no_grad()
+    def init_module(self, module: nn.Module) -> None:
+        """Initialize one module, after its children."""
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):  # the patch embedding
+            module.reset_parameters()
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+        elif isinstance(module, FFN):  # overrides the rule of the linear layers inside
+            module.init_weights(nn.init.xavier_uniform_)
+        elif isinstance(module, VisionTransformer):
+            self._init_tokens(module)
+        elif module is self:
+            nn.init.normal_(self.mask_token, std=0.02)
+
+    def _init_tokens(self, encoder: VisionTransformer) -> None:
+        for token in (encoder.cls_token, encoder.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
         assert encoder.pos_embed is not None

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from moa_train.config import RESUME_MUTABLE_KEYS, parse_config
 from moa_train.errors import DataError
+from moa_train.initialization import init_by_name
 from moa_train.progress import count
 from moa_train.task import DataParallelRank
 from moa_train.trainer import check, run
 from moa_vision.data import DataConfig, ImageBatch
-from moa_vision.export import export_encoder
+from moa_vision.export import export_encoder, load_weights
 from moa_vision.image_task import DATA_RESUME_MUTABLE_KEYS, ImageRun, ImageTask
 from moa_vision.index import ShardIndex, open_index
 from moa_vision.mae import MAE, create_mae, forward_flops, parameter_counts
@@ -42,6 +43,7 @@ class ModelConfig:
         decoder_ffn: FFN variant of the decoder; null uses the encoder's.
         mask_ratio: Fraction of masked patches.
         norm_pix_loss: Predict patches normalized to mean 0 and variance 1 instead of pixels.
+        init_from: Folder with weights to start from: an export, or one of `python -m moa_vision.convert`.
     """
 
     encoder: str = "vit_base_patch16_qdmoa"
@@ -53,6 +55,7 @@ class ModelConfig:
     decoder_ffn: str | None = None
     mask_ratio: float = 0.75
     norm_pix_loss: bool = True
+    init_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,9 @@ class MAETask(ImageTask):
 
     def __init__(self, config: MAEConfig) -> None:
         self.mae = build_mae(config.model)
+        init_by_name(self.mae, config.seed, self.mae.init_module)
+        if config.model.init_from is not None and not next(self.mae.parameters()).is_meta:
+            load_weights(self.mae, config.model.init_from)
         self.model: nn.Module = self.mae
         super().__init__(
             config,
@@ -154,8 +160,8 @@ def _open_shards(key: str, pattern: str, data: DataConfig) -> ShardIndex:
 
 
 def build_mae(config: ModelConfig) -> MAE:
-    """Return the MAE of a configuration, initialized from torch's default generator."""
-    arguments = dict(vars(config))
+    """Return the MAE of a configuration, with weights from torch's generator."""
+    arguments = {name: value for name, value in vars(config).items() if name != "init_from"}
     return create_mae(arguments.pop("encoder"), **arguments)
 
 
