@@ -82,7 +82,7 @@ class FFNSpec:
         mix_base: "none" is the paper. "anchor" continues a pretrained FFN (not in the paper): every factor of the
             coefficients is onehot + mixing_gate(Ux) - mixing_gate(0), with U = 0 at initialization, so that the layer
             starts as the FFN with the one pair of activations (anchor, identity). LA coefficients start at onehot.
-        anchor: Gate activation of the pretrained FFN; default silu for Type-II, gelu for Type-I.
+        anchor: Gate activation of the pretrained FFN, for "anchor"; default silu for Type-II, gelu for Type-I.
 
     Raises:
         ValueError: A field has a value that is not allowed.
@@ -105,8 +105,9 @@ class FFNSpec:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}")
         for field in ("gate_activations", "up_activations"):
             object.__setattr__(self, field, resolve_activations(getattr(self, field), field))
-        if self.anchor is not None:
-            object.__setattr__(self, "anchor", resolve_activations(self.anchor, "anchor")[0])
+        default = SWIGLU_PAIR[0] if self.type_two else "gelu"
+        (anchor,) = resolve_activations(self.anchor or default, "anchor")
+        object.__setattr__(self, "anchor", anchor if self.mix_base == "anchor" else None)
         if self.anchored:
             self._check_anchor()
 
@@ -142,7 +143,7 @@ class FFNSpec:
     @property
     def anchor_pair(self) -> tuple[str, str]:
         """Activations of the pretrained FFN: gate branch, up branch."""
-        return self.anchor or (SWIGLU_PAIR[0] if self.type_two else "gelu"), SWIGLU_PAIR[1]
+        return self.anchor or SWIGLU_PAIR[0], SWIGLU_PAIR[1]
 
     @property
     def anchor_coefficients(self) -> tuple[int, ...]:
@@ -168,7 +169,7 @@ class FFNSpec:
         if self.form == "fixed":
             return (self._variant.fixed_activation,)
         if self.form == "up":
-            return (self.anchor_pair[0] if self.anchored else SWIGLU_PAIR[0],)
+            return (self.anchor_pair[0],)
         return self.gate_activations
 
     @property

@@ -9,6 +9,7 @@ timm knows the model names once `moa_vision` is imported. Without `pretrained=Tr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moa_ffn import FFN, VARIANTS, FFNSpec
 from moa_train.atomic_io import new_folder, write_json
 from moa_train.errors import DataError
 from moa_train.reading import read_json
@@ -66,6 +68,7 @@ def load_weights(mae: MAE, folder: str | Path) -> None:
     Raises:
         DataError: `folder` holds no weights, or they do not fit the model.
     """
+    _check_ffn(mae, Path(folder, "config.json"))
     whole, encoder = Path(folder, "mae.safetensors"), Path(folder, "model.safetensors")
     path, module = (whole, mae) if whole.exists() else (encoder, mae.encoder)
     try:
@@ -80,6 +83,20 @@ def load_weights(mae: MAE, folder: str | Path) -> None:
         ) from error
     except RuntimeError as error:  # names or shapes
         raise DataError(f"{path} does not fit the model: {' '.join(str(error).split())}") from error
+
+
+def _check_ffn(mae: MAE, path: Path) -> None:
+    """Raise DataError if the exported encoder's FFN has other settings: equal weights would be another function."""
+    document = read_json(path, "give an export folder or one of moa_vision.convert")
+    ffn = mae.encoder.blocks[0].mlp
+    variant = str(document.get("architecture")).rpartition("_")[2]
+    if not isinstance(ffn, FFN) or variant not in VARIANTS:
+        return
+    given = {key.removeprefix("ffn_"): value for key, value in document["model_args"].items()}
+    names = [field.name for field in fields(FFNSpec) if field.name in given]
+    spec = FFNSpec(variant, **{name: given[name] for name in names})
+    if spec != ffn.spec:
+        raise DataError(f"{path.parent} has the FFN ({spec}), the model ({ffn.spec}); set model.encoder_args to match")
 
 
 def save_timm_checkpoint(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -100,12 +100,15 @@ def test_pretraining_starts_from_converted_weights(local_timm, tmp_path):
     assert torch.equal(mae.decoder_blocks[0].qkv.weight, decoder)
     official_checkpoint(tmp_path / "mae.pth", True)
     convert(str(tmp_path / "mae.pth"), "moa", tmp_path / "mae")
-    whole = create_mae("vit_tiny_patch16_moa", img_size=224, decoder_dim=64, decoder_depth=2)
+    anchored = {"encoder_args": {"ffn_mix_base": "anchor"}}
+    whole = create_mae("vit_tiny_patch16_moa", img_size=224, decoder_dim=64, decoder_depth=2, **anchored)
     load_weights(whole, tmp_path / "mae")
     expected = load_mae(tmp_path / "mae").state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in whole.state_dict().items())
     with pytest.raises(DataError, match="does not fit the model"):
         load_weights(mae, tmp_path / "mae")
+    with pytest.raises(DataError, match=r"has the FFN \(moa.*anchor=gelu\), the model \(moa.*sigmoid\); set"):
+        load_weights(create_mae("vit_tiny_patch16_moa", img_size=224), tmp_path / "encoder")
 
 
 def test_errors_are_one_line(local_timm, tmp_path, capsys):
