@@ -9,7 +9,7 @@ from moa_ffn.coefficients import Coefficients, init_mixing, mixing_coefficients
 from moa_ffn.layers import FFN
 from moa_ffn.mixing import mixture
 from moa_ffn.spec import GATES, VARIANTS, FFNSpec
-from moa_ffn.upcycle import upcycle
+from moa_ffn.upcycling import upcycle
 
 __all__ = [
     "ACTIVATIONS",
