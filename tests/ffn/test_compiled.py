@@ -49,7 +49,7 @@ def assert_close(actual, expected) -> None:
         pytest.param("moa", {"gate_activations": "g,s,r,r2,l,t,id"}, marks=pytest.mark.slow),
         pytest.param("bimoa", {"mixing_gate": "softmax"}, marks=pytest.mark.slow),
         ("qdmoa", {}),
-        pytest.param("qdla", {}, marks=pytest.mark.slow),
+        pytest.param("qdla", {"gate_activations": "xi,pn,pau", "up_activations": "id,sw"}, marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_formula(compiling, variant, settings, monkeypatch):
