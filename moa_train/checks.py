@@ -57,7 +57,6 @@ class Plan(NamedTuple):
         bytes: Size of all files in the manifest.
         problems: Problems found without reading the shards.
         checks: One check per shard; each may run in another process.
-        note: What is not checked.
     """
 
     name: str
@@ -65,7 +64,6 @@ class Plan(NamedTuple):
     bytes: int
     problems: list[Problem]
     checks: Sequence[Callable[[], Checked]]
-    note: str = ""
 
 
 def shards_in(folder: Path) -> list[str]:

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from moa_train.data_order import SAMPLE, StepBatches, batch_loader, generator, philox_key
 from moa_train.errors import ConfigError, DataError, require
-from moa_vision.cache import LostShard, is_cached
 from moa_vision.crops import CROP_DRAWS, Box, central_box, crop_into, random_box
 from moa_vision.epoch_order import EpochOrder
 from moa_vision.images import ImageError, decode_image
@@ -32,8 +31,8 @@ class DataConfig:
     """Image shards and their augmentation.
 
     Args:
-        train: Training shards: a folder of scripts/make_shards.py, or tars by path, {brace}, glob, http(s)://,
-            hf:// or pipe:command; several joined by "::".
+        train: Training shards: a folder of scripts/make_shards.py, or tars by path, {brace}, glob, http(s):// or
+            hf://; several joined by "::".
         val: Validation shards, in the same form; null: no validation.
         image_key: Image among a sample's members: input.jpg for KEY.input.jpg; several in order of preference,
             "input.jpg;jpg". Null: jpg, png, ..., or the only member with such a suffix. Ignored for shards of
@@ -52,8 +51,7 @@ class DataConfig:
         cache_dir: Folder of indices and of remote or compressed shards; default ~/.cache/moa_vision.
         cache_gib: Limit of the remote or compressed shards kept there, in GiB; the least recently used are evicted.
             Shards in transfer may exceed it temporarily. Null: no limit.
-        max_bad_samples: Number of distinct unusable samples, over all sessions of the run, after which it stops; an
-            unavailable shard with more samples stops it too.
+        max_bad_samples: Number of distinct unusable samples, over all sessions of the run, after which it stops.
     """
 
     train: str
@@ -146,13 +144,13 @@ class _Samples(Dataset[ImageBatch]):
         self.config = config
         self.spec = spec
         open_files = {} if index.cache.max_bytes is None else {"open_files": bounded_files}
-        self.reader = ShardReader(index, config.max_bad_samples, **open_files)
+        self.reader = ShardReader(index, **open_files)
 
     def decode(self, sample: int, bad: list[BadSample]) -> Tensor | None:
         """Return a sample's image, or None after adding it to `bad`."""
         try:
             return decode_image(self.reader.read(sample), self.spec.channels)
-        except (ImageError, OSError, LostShard) as error:
+        except (ImageError, OSError) as error:
             bad.append(self.index.bad(sample, error))
             return None
 
@@ -331,28 +329,6 @@ def val_loader(
     batches = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
     dataset = ValSamples(index, config, BatchSpec(image_size, num_patches, channels), bounded_files=1)
     return batch_loader(dataset, batches, config.workers)
-
-
-def require_cache_room(config: DataConfig, train: ShardIndex, val: ShardIndex | None = None) -> None:
-    """Raise ConfigError if `data.cache_gib` cannot hold the shards that are read at the same time.
-
-    These are two windows of training shards, because workers cross a window's end at different times, and two
-    validation shards.
-    """
-    if config.cache_gib is None:
-        return
-    needed = _largest(train, 2 * config.shuffle_window_shards) + (_largest(val, 2) if val else 0)
-    enough = config.cache_gib * 2**30 >= needed
-    require("data.cache_gib", config.cache_gib, enough, (
-        f"at least {needed / 2**30:.3g}, the size of two windows of data.shuffle_window_shards = "
-        f"{config.shuffle_window_shards} shards, or null for no limit"
-    ))  # fmt: skip
-
-
-def _largest(index: ShardIndex, count: int) -> int:
-    """Return the bytes of the `count` largest cached shards."""
-    sizes = [size for shard, size in zip(index.shards, index.shard_bytes(), strict=True) if is_cached(shard.url)]
-    return sum(sorted(sizes)[-count:])
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -17,7 +17,7 @@ from moa_train.schedule import Budget, Plan
 from moa_train.signals import ignore_stop_signals
 from moa_train.task import DataParallelRank, Task
 from moa_vision.bad_samples import BadSamples
-from moa_vision.data import DataConfig, ImageBatch, normalize, require_cache_room, train_loader, val_loader
+from moa_vision.data import DataConfig, ImageBatch, normalize, train_loader, val_loader
 from moa_vision.index import ShardIndex
 
 DATA_RESUME_MUTABLE_KEYS = {"data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples"}
@@ -48,9 +48,6 @@ class ImageTask(Task):
         image_size: Height and width of the crops, in pixels.
         channels: C of the images.
         noise_length: Random numbers per sample, `ImageBatch.noise`.
-
-    Raises:
-        ConfigError: `data.cache_gib` is too small for the shards.
     """
 
     model: nn.Module
@@ -71,7 +68,6 @@ class ImageTask(Task):
         channels: int,
         noise_length: int,
     ) -> None:
-        require_cache_room(data, train, val)
         self.config, self.data, self.train_index, self.val_index = config, data, train, val
         self.image_size, self.channels, self.noise_length = image_size, channels, noise_length
         self.samples_per_epoch = len(train) // data.repeated_augmentation * data.repeated_augmentation

@@ -23,8 +23,7 @@ from moa_train.manifest import MANIFEST, check_entry, parse_manifest
 from moa_train.open_files import OpenFiles
 from moa_train.progress import CountBar
 from moa_vision import cache
-from moa_vision.cache import LostShard, Shard, ShardCache
-from moa_vision.cache_eviction import release
+from moa_vision.cache import Shard, ShardCache, release
 from moa_vision.images import ImageError
 from moa_vision.patterns import expand, short_names
 from moa_vision.table import IMAGE_EXTENSIONS, BadSample, SampleTable, index_tar
@@ -88,15 +87,6 @@ class ShardIndex:
         """Return the number of the shard that holds a sample."""
         return int(np.searchsorted(self.starts, sample, side="right")) - 1
 
-    def shard_bytes(self) -> list[int]:
-        """Return the size of each shard from its manifest, else the end of its last sample."""
-        return [shard.bytes or self.end_of(number) for number, shard in enumerate(self.shards)]
-
-    def end_of(self, number: int) -> int:
-        """Return the end of the last sample of shard `number`, in bytes of the plain tar."""
-        span = slice(self.starts[number], self.starts[number + 1])
-        return int((self.table.offsets[span] + self.table.sizes[span]).max(initial=0))
-
     def without_image(self) -> list[BadSample]:
         """Return the problems that are samples missing from the table."""
         if not self.table.problems:
@@ -114,13 +104,11 @@ class ShardReader:
 
     Args:
         index: The samples.
-        max_lost: Largest number of samples that a lost shard may have; None: any number.
         open_files: Number of files kept open.
     """
 
-    def __init__(self, index: ShardIndex, max_lost: int | None = None, open_files: int = _OPEN_FILES) -> None:
+    def __init__(self, index: ShardIndex, open_files: int = _OPEN_FILES) -> None:
         self.index = index
-        self.max_lost = max_lost
         self._files = OpenFiles(open_files, release)
 
     def read(self, sample: int) -> np.ndarray:
@@ -128,11 +116,12 @@ class ShardReader:
 
         Raises:
             ImageError: The shard is shorter than its index.
-            OSError, LostShard: The shard cannot be read or fetched.
-            DataError: A lost shard has more than `max_lost` samples, or the cache cannot be written.
+            OSError: The shard cannot be read.
+            DataError: The shard is missing or unavailable after all retries, or the cache cannot be written.
         """
         number = self.index.shard_of(sample)
-        return self._files.read(number, lambda: self._open(number), lambda file: self._read(file, sample))
+        shard, cache = self.index.shards[number], self.index.cache
+        return self._files.read(number, lambda: cache.open(shard), lambda file: self._read(file, sample))
 
     def _read(self, file: int, sample: int) -> np.ndarray:
         offset, size = int(self.index.table.offsets[sample]), int(self.index.table.sizes[sample])
@@ -140,24 +129,6 @@ class ShardReader:
         if os.preadv(file, [data], offset) != size:
             raise ImageError("the shard ends before the sample does")
         return np.frombuffer(data, np.uint8)
-
-    def _open(self, number: int) -> int:
-        index, shard = self.index, self.index.shards[number]
-        try:
-            return index.cache.open(shard, verify=partial(_require_bytes, index.end_of(number)))
-        except LostShard as error:
-            samples = int(index.starts[number + 1] - index.starts[number])
-            if self.max_lost is not None and samples > self.max_lost:
-                raise DataError(
-                    f"shard {shard.url} with {samples:,} samples is unavailable, more than data.max_bad_samples = "
-                    f"{self.max_lost} allows: {error}. Restore it or raise the limit, then run the command again."
-                ) from error
-            raise
-
-
-def _require_bytes(wanted: int, path: Path) -> None:
-    if (size := path.stat().st_size) < wanted:
-        raise DataError(f"received {size} bytes, but its samples end at byte {wanted}")
 
 
 def open_index(
@@ -169,8 +140,8 @@ def open_index(
     """Resolve a pattern and index its shards.
 
     Args:
-        pattern: A folder (with a manifest or tars), a manifest, or tars named by path, brace, glob, http(s)://, hf://
-            or pipe:command; several joined by "::". A remote name without ".tar" is a folder with a manifest. Tars may
+        pattern: A folder (with a manifest or tars), a manifest, or tars named by path, brace, glob, http(s)://, or
+            hf://; several joined by "::". A remote name without ".tar" is a folder with a manifest. Tars may
             be compressed by gzip.
         cache_dir: Folder for new indices and for remote and compressed shards; None: `default_cache_dir`.
         cache_gib: Limit of the shards kept there in GiB; the least recently used are evicted. None: no limit.
@@ -284,7 +255,7 @@ def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -
         cached = shard_cache.folder / "index" / f"{cache.short_hash(*identity, image_key)}.safetensors"
         with suppress(OSError, DataError):  # absent or damaged
             return SampleTable.from_bytes(cached.read_bytes())
-        file = shard_cache.open(shard, verify=partial(index_tar, shard=shard.url))
+        file = shard_cache.open(shard)
         try:
             table = index_tar(shard_cache.path(shard), shard.url, image_key)
         finally:

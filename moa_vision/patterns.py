@@ -31,11 +31,8 @@ def expand(pattern: str, allowed: str = _ALLOWED) -> list[str]:
     """
     names: list[str] = []
     for part in expand_urls(pattern):  # "::" and braces, as in webdataset
-        if part.startswith("pipe:"):
-            names.append(part)
-        elif part.startswith("file:") or not cache.is_remote(part):
-            local = _expand_local(re.sub(r"^file:(//)?", "", part), allowed)
-            names += [f"./{name}" if cache.is_remote(name) else name for name in local]  # a file named "pipe:..."
+        if part.startswith("file:") or not cache.is_remote(part):
+            names += _expand_local(re.sub(r"^file:(//)?", "", part), allowed)
         elif "*" in part and not part.startswith(("http://", "https://")):
             fs, path = cache.filesystem(part)
             scheme = part.split("://")[0]

@@ -157,8 +157,7 @@ class ProbeConfig:
         val: Labelled held-out shards; null: the run's own.
         name: Suffix that separates results on other data: knn writes probe/knn-NAME.json.
         seed: Seed of new weights, data order and augmentations.
-        resume: auto resumes a trained probe and keeps a result of knn; never refuses to resume; force resumes even
-            if keys differ, and computes knn again.
+        resume: auto resumes a trained probe; never refuses to resume; force resumes even if keys differ.
         data: Loading of labelled images.
         knn: Nearest neighbours.
         linear: The linear probe.

@@ -17,8 +17,7 @@ from filelock import FileLock
 
 from moa_train.errors import ConfigError, DataError
 from moa_vision import cache
-from moa_vision.cache import ATTEMPTS, LostShard, Shard, ShardCache
-from moa_vision.cache_eviction import hold, make_room, release
+from moa_vision.cache import ATTEMPTS, Shard, ShardCache, hold, make_room, release
 from moa_vision.index import ShardReader, open_index
 
 FORK = multiprocessing.get_context("fork")
@@ -50,7 +49,7 @@ def test_temporary_errors_are_retried(server, shards, tmp_path, faults):
 ])  # fmt: skip
 def test_final_error_names_the_url(server, tmp_path, fault, tries, text):
     server.faults["a.tar"] = [fault] * 9
-    with pytest.raises(LostShard, match=rf"cannot fetch http.*a\.tar.*{text}"):
+    with pytest.raises(DataError, match=rf"cannot fetch http.*a\.tar.*{text}"):
         ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar"))
     assert len(server.requests) == tries
     assert not list(tmp_path.glob("cache/shards/*.tar*tmp*"))
@@ -58,7 +57,7 @@ def test_final_error_names_the_url(server, tmp_path, fault, tries, text):
 
 def test_checksum_is_verified_after_the_transfer(server, shards, tmp_path):
     data = (shards / "a.tar").read_bytes()
-    with pytest.raises(LostShard, match=r"a\.tar.*SHA-256 differs"):
+    with pytest.raises(DataError, match=r"a\.tar.*SHA-256 differs"):
         ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar", len(data), "0" * 64))
     assert len(server.requests) == ATTEMPTS
     good = Shard(f"{server.url}/a.tar", len(data), hashlib.sha256(data).hexdigest())
@@ -69,14 +68,8 @@ def test_a_stalled_transfer_fails(server, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "STALL_S", 0.2)
     monkeypatch.setattr(cache, "ATTEMPTS", 2)
     server.faults["a.tar"] = ["stall"] * 2
-    with pytest.raises(LostShard, match=r"attempt 2 of 2.*Timeout"):
+    with pytest.raises(DataError, match=r"attempt 2 of 2.*Timeout"):
         ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar"))
-
-
-def test_failing_pipe_reports_its_exit_status(tmp_path, shards, monkeypatch):
-    monkeypatch.setattr(cache, "BACKOFF_S", 0.0)
-    with pytest.raises(LostShard, match="exit status 3"):
-        ShardCache(tmp_path / "cache").fetch(Shard(f"pipe:head -c 5000 {shards}/a.tar; exit 3"))
 
 
 def test_unknown_scheme_is_a_config_error(tmp_path):
@@ -84,14 +77,13 @@ def test_unknown_scheme_is_a_config_error(tmp_path):
         ShardCache(tmp_path / "cache").fetch(Shard("zzz://host/a.tar"))
 
 
-def test_full_disk_is_not_a_lost_shard(server, tmp_path, monkeypatch):
+def test_full_disk_is_not_retried(server, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache, "_transfer", full)
-    with pytest.raises(DataError, match=r"cannot store .*No space left.*data\.cache_gib.*data\.cache_dir") as error:
+    with pytest.raises(DataError, match=r"cannot store .*No space left.*data\.cache_gib.*data\.cache_dir"):
         ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar"))
-    assert not isinstance(error.value, LostShard)
 
 
 class Hub:
@@ -151,22 +143,6 @@ def test_a_shard_is_fetched_once_by_any_number_of_processes(server, tmp_path):
     assert [reader.exitcode for reader in readers] == [0, 0, 0] and server.requests == ["e.tar"]
 
 
-def test_a_lost_shard_is_not_retried_by_other_readers_of_the_run(server, tmp_path, monkeypatch):
-    shard = Shard(f"{server.url}/a.tar")
-    first, second = ShardCache(tmp_path / "cache"), ShardCache(tmp_path / "cache")
-    server.faults["a.tar"] = [500] * ATTEMPTS
-    for shard_cache in (first, second):
-        with pytest.raises(LostShard, match=rf"cannot fetch .*attempt {ATTEMPTS} of {ATTEMPTS}"):
-            shard_cache.fetch(shard)
-    assert len(server.requests) == ATTEMPTS
-    assert ShardCache(tmp_path / "cache").fetch(shard).exists(), "a run that starts later tries again"
-    server.faults["b.tar"] = [404]
-    with pytest.raises(LostShard):
-        first.fetch(Shard(f"{server.url}/b.tar"))
-    monkeypatch.setattr(cache, "LOST_S", -1.0)
-    assert first.fetch(Shard(f"{server.url}/b.tar")).exists(), "tried again after a while"
-
-
 def hammer(url, cache_dir, limit_gib, expected, seed, reads):
     """Compare samples read in random order; exit with 1 at a difference."""
     index = open_index(url, cache_dir, limit_gib)
@@ -202,17 +178,6 @@ def test_processes_share_a_bounded_cache(write_tar, serve, tmp_path):
     make_room(tmp_path / "cache" / "shards", int(5.5 * size))
     kept = [path for path in (tmp_path / "cache" / "shards").iterdir() if path.suffix != ".lock"]
     assert sum(path.stat().st_size for path in kept) <= 5.5 * size and {path.suffix for path in kept} == {".tar"}
-
-
-def test_a_refetched_shard_must_hold_its_samples(server, tmp_path, caplog):
-    """Without a manifest only the index tells that a transfer was cut."""
-    index = open_index(f"{server.url}/a.tar", tmp_path / "cache")
-    (kept,) = tmp_path.glob("cache/shards/*.tar")
-    whole = ShardReader(index).read(8).tobytes()
-    kept.unlink()
-    server.faults["a.tar"] = ["silent cut"] * 2
-    assert ShardReader(index).read(8).tobytes() == whole and not server.faults["a.tar"]
-    assert "but its samples end at byte " in caplog.text
 
 
 # --- eviction -----------------------------------------------------------------------------------------------------

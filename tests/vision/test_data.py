@@ -21,10 +21,9 @@ from torchvision.transforms.v2 import functional as tv
 from moa_train.data_order import StepBatches
 from moa_train.errors import ConfigError
 from moa_vision.crops import central_box, random_box
-from moa_vision.data import DataConfig, ImageBatch, normalize, require_cache_room, train_loader, val_loader
+from moa_vision.data import DataConfig, ImageBatch, normalize, train_loader, val_loader
 from moa_vision.images import decode_image
 from moa_vision.index import open_index
-from moa_vision.shards import ShardSettings, make_shards
 
 SIZE = {"image_size": (48, 32), "num_patches": 6}
 
@@ -345,13 +344,3 @@ def test_impossible_batches_are_rejected(shards):
         train(index, global_batch=12, micro_batch=5, world_size=2)
     with pytest.raises(ConfigError, match=r"30 images per epoch.*one global batch of 32"):
         train(index, global_batch=32, micro_batch=32, config={"repeated_augmentation": 3})
-
-
-def test_cache_must_hold_two_windows(shards, tmp_path, serve):
-    make_shards(str(shards), tmp_path / "packed", ShardSettings(samples_per_shard=4))
-    index = open_index(serve(tmp_path / "packed").url)
-    exact = sum(sorted(shard.bytes for shard in index.shards)[-4:]) / 2**30
-    require_cache_room(config(cache_gib=exact), index)
-    with pytest.raises(ConfigError, match=r"data\.cache_gib is .*data\.shuffle_window_shards = 2"):
-        require_cache_room(config(cache_gib=exact * 0.999), index)
-    require_cache_room(config(cache_gib=1e-9), open_index(str(tmp_path / "packed")))  # local shards are not cached

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import re
-from pathlib import Path
 
 import pytest
 
@@ -31,7 +30,6 @@ def test_every_form_of_pattern_reads_the_same_samples(shards, tmp_path, serve):
         f"{shards}/[a-c].tar::file://{shards}/d.tar::{shards}/e.tar",
         f"{packed}",
         f"{server.url}/{{a..e}}.tar",
-        f"pipe:cat {packed}/{{a..e}}.tar.gz",
     ):
         assert contents(pattern) == expected, pattern
 
@@ -61,17 +59,7 @@ def test_image_folders_are_answered_with_the_packing_command(folder, tmp_path, m
         expand("photos/**/*.JPEG")
 
 
-def test_a_file_name_never_becomes_a_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("pipe:touch made.tar").write_bytes(b"")
-    assert expand("*.tar") == expand("file:pipe:touch made.tar") == ["./pipe:touch made.tar"]
-
-
 def test_remote_names():
-    assert expand("pipe:aws s3 cp s3://b/{0..1}.tar -") == [
-        "pipe:aws s3 cp s3://b/0.tar -",
-        "pipe:aws s3 cp s3://b/1.tar -",
-    ]
     assert expand("hf://datasets/me/photos::https://host/x.tar?token=a") == [
         "hf://datasets/me/photos/manifest.json",
         "https://host/x.tar?token=a",
@@ -80,7 +68,7 @@ def test_remote_names():
 
 @pytest.mark.parametrize(("urls", "names"), [
     (["/x/t-0.tar", "/x/t-1.tar.gz", "t-2.TGZ"], ["t-0", "t-1", "t-2"]),
-    (["https://h/t-0.tar?token=a/b", "pipe:aws s3 cp s3://b/t-1.tar -"], ["t-0", "t-1"]),
+    (["https://h/t-0.tar?token=a/b", "s3://b/t-1.tar"], ["t-0", "t-1"]),
     (["a/t.tar", "b/t.tar", "b/c.tar"], ["a/t", "b/t", "b/c"]),
     (["https://h/get?file=0.tar", "https://h/get?file=1.tar"], ["https://h/get?file=0.tar", "https://h/get?file=1.tar"]),
 ])  # fmt: skip

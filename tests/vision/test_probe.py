@@ -1,6 +1,5 @@
 """Whole small probes by the command: results, exact resume, and errors."""
 
-import gzip
 import json
 import runpy
 import shutil
@@ -14,14 +13,13 @@ import torch.nn.functional as F
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from moa_train.signals import EXIT_STOPPED
 from moa_vision import pretrain
 from moa_vision.data import normalize
 from moa_vision.export import export_encoder
 from moa_vision.mae import create_mae
-from moa_vision.probe import methods
 from moa_vision.probe.classify import FinetuneTask, LinearTask
 from moa_vision.probe.command import main
 from moa_vision.probe.config import FinetuneConfig, LinearConfig, ProbeConfig
@@ -180,28 +178,6 @@ def test_finished_runs_of_a_sweep(encoder_run, tmp_path, capsys):
         shutil.rmtree(sweep / name / "export")
     assert main([str(sweep)]) == 2
     assert "none of the 3 runs in" in capsys.readouterr().err
-
-
-def test_knn_result_is_reused_for_the_same_question_only(run_probe, encoder_run, monkeypatch, capsys):
-    extract, calls = methods.extract_features, []
-    monkeypatch.setattr(
-        methods, "extract_features", lambda *words, **named: calls.append(1) or extract(*words, **named)
-    )
-
-    def computed(**changed):
-        calls.clear()
-        assert run_probe("knn", **changed) == 0
-        return bool(calls)
-
-    assert computed() and not computed()
-    assert "computed before" in capsys.readouterr().out
-    for changed in ({"knn__k": "[3, 5]"}, {"loop__val_samples": 9}, {"data__val_crop_pct": 0.5}, {"resume": "force"}):
-        assert computed(**changed)
-    weights = encoder_run / "export" / "model.safetensors"
-    save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, weights)
-    assert computed()
-    (encoder_run / "probe" / "knn.json").write_text("{")
-    assert computed()
 
 
 # trained probes
@@ -376,30 +352,6 @@ def test_check_reports_errors_and_writes_nothing(arguments, encoder_run, capsys)
     assert not (encoder_run / "probe").exists()
 
 
-@pytest.mark.parametrize("pattern", ["{command}", "{tar}::{command}", "{{{tar},{command}}}", "p{{ipe,}}:{touch}"])
-def test_commands_in_a_run_folder_are_not_run(run_probe, encoder_run, pattern, tmp_path, capsys):
-    """A run folder may come from someone else; the command line is the user's."""
-    data = read_data(encoder_run)
-    touch = f"touch {tmp_path}/ran; cat {data['train']}"
-    pattern = pattern.format(tar=data["train"], touch=touch, command=f"pipe:{touch}")
-    for key in ("train", "val"):
-        write_config(encoder_run, data | {key: pattern})
-        for method in ("knn", "linear"):
-            assert run_probe(method) == 2
-        error = capsys.readouterr().err
-        assert f"data.{key} is " in error and "give it with --train and --val" in error
-    assert not (tmp_path / "ran").exists()
-    command = f"pipe:{touch}"
-    assert run_probe("knn", train=command, val=command, data__cache_dir=tmp_path / "cache") == 0
-    assert (tmp_path / "ran").exists()
-
-
-def test_values_of_a_run_folder_are_checked(run_probe, encoder_run, capsys):
-    write_config(encoder_run, read_data(encoder_run) | {"workers": "many"})
-    assert run_probe("knn") == 2
-    assert "data.workers is 'many' in" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("method", ["knn", "linear"])
 def test_samples_without_an_image_count_as_bad(run_probe, encoder_run, method, write_tar, encode, tmp_path, capsys):
     image = encode(picture(np.random.default_rng(0), 0), "PNG")
@@ -413,20 +365,6 @@ def test_samples_without_an_image_count_as_bad(run_probe, encoder_run, method, w
     assert run_probe(method, **changed, data__max_bad_samples=2) == 0
     (file,) = (encoder_run / "probe").rglob("*bad_samples.jsonl")
     assert [json.loads(line)["key"] for line in file.read_text().splitlines()] == ["train-none", "val-none"]
-
-
-def test_cache_limit_comes_from_the_run_or_the_command(run_probe, encoder_run, tmp_path, capsys):
-    """Compressed shards are unpacked in the cache, which must hold two of them."""
-    data = read_data(encoder_run) | {"cache_dir": str(tmp_path / "cache"), "cache_gib": 1e-6}
-    for split in ("train", "val"):
-        packed = Path(f"{data[split]}.gz")
-        packed.write_bytes(gzip.compress(Path(data[split]).read_bytes()))
-        data[split] = str(packed)
-    write_config(encoder_run, data)
-    with pytest.raises(SystemExit):
-        main([str(encoder_run), "--check"])
-    assert "data.cache_gib is 1e-06" in capsys.readouterr().err
-    assert run_probe("knn", data__cache_gib=1) == 0
 
 
 def test_runs_without_an_encoder_are_reported(encoder_run, tmp_path, capsys):
