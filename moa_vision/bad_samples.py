@@ -80,16 +80,13 @@ class BadSamples:
         return len(self.known)
 
     def _write(self, sample: BadSample) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(sample._asdict()) + "\n")
-        except OSError as error:  # a full disk must not end the run
-            tqdm.write(f"warning: cannot write {self.path} ({error}); later sessions will not count this sample")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(sample._asdict()) + "\n")
 
     def _read(self) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         for line in lines:
-            with suppress(ValueError):  # cut short by a full disk
+            with suppress(ValueError):  # cut short by kill -9
                 sample = BadSample(**json.loads(line))
                 self.known[sample[:2]] = sample

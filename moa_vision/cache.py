@@ -1,4 +1,4 @@
-"""Shards as plain local tars: remote ones are fetched and compressed ones unpacked into a bounded, shared cache.
+"""Shards as plain local tars: remote ones are fetched into a bounded, shared cache.
 
 A reader holds a shared lock (flock) on every cached file that it has open, and eviction removes a file only under an
 exclusive lock, so files in use stay. Locks end with their process.
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gzip
 import hashlib
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -63,11 +61,6 @@ def is_remote(url: str) -> bool:
     return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url))
 
 
-def is_cached(url: str) -> bool:
-    """Return whether a shard is read from a copy in the cache: it is remote, or compressed by its suffix."""
-    return is_remote(url) or url.endswith((".gz", ".tgz"))
-
-
 def short_hash(*parts: object) -> str:
     """Return 24 hexadecimal digits that identify `parts`."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
@@ -97,7 +90,7 @@ def read_remote(url: str) -> bytes:
 
 @dataclass(frozen=True)
 class ShardCache:
-    """A folder of fetched and unpacked shards, shared by all processes of a machine.
+    """A folder of fetched shards, shared by all processes of a machine.
 
     Args:
         folder: Created when needed.
@@ -108,7 +101,7 @@ class ShardCache:
     max_bytes: int | None = None
 
     def open(self, shard: Shard) -> int:
-        """Open the plain tar of a shard, fetched or unpacked first if needed; close it with `release`.
+        """Open a shard, fetched first if needed; close it with `release`.
 
         Any number of processes may open the same shard: one fetches it, the others wait. An open shard is not evicted.
 
@@ -124,7 +117,7 @@ class ShardCache:
         """
         try:
             target = self.path(shard)
-            if not is_cached(shard.url):
+            if not is_remote(shard.url):
                 return os.open(target, os.O_RDONLY)
         except FileNotFoundError as error:
             raise DataError(f"cannot read shard {shard.url}: {error}") from error
@@ -146,21 +139,15 @@ class ShardCache:
             ) from error
 
     def fetch(self, shard: Shard) -> Path:
-        """Return the path of the plain tar of a shard, fetched if needed; arguments and errors as `open`."""
+        """Return the local path of a shard, fetched if needed; arguments and errors as `open`."""
         release(self.open(shard))
         return self.path(shard)
 
     def path(self, shard: Shard) -> Path:
-        """Return the path of the plain tar of a shard, whether or not it has been fetched."""
-        path = Path(shard.url)
-        if is_remote(shard.url):
-            identity: tuple[object, ...] = (shard.url, shard.sha256)
-        elif is_cached(shard.url):
-            stat = path.stat()
-            identity = (path.resolve(), stat.st_size, stat.st_mtime_ns)
-        else:
-            return path
-        return self.folder / "shards" / f"{short_hash(*identity)}.tar"
+        """Return the local path of a shard, whether or not it has been fetched."""
+        if not is_remote(shard.url):
+            return Path(shard.url)
+        return self.folder / "shards" / f"{short_hash(shard.url, shard.sha256)}.tar"
 
 
 def _fetch(shard: Shard, target: Path) -> int:
@@ -177,26 +164,15 @@ def _fetch(shard: Shard, target: Path) -> int:
 
 
 def _transfer(shard: Shard, path: Path) -> None:
-    """Copy a shard to `path`, verify its size and checksum, and unpack gzip."""
-    if is_remote(shard.url):
-        fs, remote = filesystem(shard.url)
-        fs.get_file(remote, str(path))
-    else:
-        shutil.copyfile(shard.url, path)
+    """Fetch a shard to `path` and verify its size and checksum."""
+    fs, remote = filesystem(shard.url)
+    fs.get_file(remote, str(path))
     if shard.sha256 is not None and (problem := file_problem(path, shard._asdict())):
         raise DataError(problem)
-    with path.open("rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-    if compressed:
-        packed = path.replace(path.with_name(f"{path.name}.gz"))
-        with gzip.open(packed) as source, path.open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-        packed.unlink()
 
 
 def _with_retries(action: Callable[[], T], url: str) -> T:
     """Return the result of `action`, repeated after temporary errors. Raises DataError after the last attempt."""
-    attempts = ATTEMPTS if is_remote(url) else 1
     for attempt in count(1):
         try:
             return action()
@@ -206,8 +182,8 @@ def _with_retries(action: Callable[[], T], url: str) -> T:
             if isinstance(error, OSError) and error.errno in _DISK_FULL:
                 raise
             reason = f"{type(error).__name__}: {error}"
-            if attempt >= attempts or _is_permanent(error):
-                raise DataError(f"cannot fetch {url} (attempt {attempt} of {attempts}): {reason}") from error
+            if attempt >= ATTEMPTS or _is_permanent(error):
+                raise DataError(f"cannot fetch {url} (attempt {attempt} of {ATTEMPTS}): {reason}") from error
             pause_s = BACKOFF_S * 2 ** (attempt - 1)
             log.warning("fetching %s failed (%s); retrying in %.0f s", url, reason, pause_s)
             time.sleep(pause_s)

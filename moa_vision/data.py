@@ -48,8 +48,8 @@ class DataConfig:
             ImageNet's; models with other than three channels get its average, as in timm.
         std: Standard deviation of the normalization, in the same form.
         workers: Decoding processes per device; 0: decode in the training process.
-        cache_dir: Folder of indices and of remote or compressed shards; default ~/.cache/moa_vision.
-        cache_gib: Limit of the remote or compressed shards kept there, in GiB; the least recently used are evicted.
+        cache_dir: Folder of indices and of remote shards; default ~/.cache/moa_vision.
+        cache_gib: Limit of the remote shards kept there, in GiB; the least recently used are evicted.
             Shards in transfer may exceed it temporarily. Null: no limit.
         max_bad_samples: Number of distinct unusable samples, over all sessions of the run, after which it stops.
     """

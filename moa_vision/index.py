@@ -49,7 +49,7 @@ class ShardIndex:
         starts: (S + 1,) int64; the samples of shard s are starts[s] .. starts[s + 1] - 1.
         table: Rows of all N samples in the order of the shards.
         label_names: Names of the labels 0, 1, ...; empty if unknown.
-        cache: Storage of remote and compressed shards.
+        cache: Storage of remote shards.
     """
 
     shards: tuple[Shard, ...]
@@ -141,9 +141,8 @@ def open_index(
 
     Args:
         pattern: A folder (with a manifest or tars), a manifest, or tars named by path, brace, glob, http(s)://, or
-            hf://; several joined by "::". A remote name without ".tar" is a folder with a manifest. Tars may
-            be compressed by gzip.
-        cache_dir: Folder for new indices and for remote and compressed shards; None: `default_cache_dir`.
+            hf://; several joined by "::". A remote name without ".tar" is a folder with a manifest.
+        cache_dir: Folder for new indices and for remote shards; None: `default_cache_dir`.
         cache_gib: Limit of the shards kept there in GiB; the least recently used are evicted. None: no limit.
         image_key: Member that is the image, as in `moa_vision.table.image_member`; ignored for manifests.
 
@@ -262,11 +261,8 @@ def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -
             release(file)
     except OSError as error:
         raise DataError(f"cannot read shard {shard.url}: {error}") from error
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_name(f"{cached.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(table.to_bytes())
-        temporary.replace(cached)
-    except OSError as error:
-        log.warning("the index of %s cannot be cached in %s: %s", shard.url, shard_cache.folder, error)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cached.with_name(f"{cached.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(table.to_bytes())
+    temporary.replace(cached)
     return table

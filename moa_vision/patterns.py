@@ -16,7 +16,7 @@ from moa_vision.table import IMAGE_EXTENSIONS
 
 _ALLOWED = "allowed are a folder of shards, or tars by path, brace or glob"
 _PACK = "pack images first: python scripts/make_shards.py --source {} --out FOLDER"
-_SHARD_NAME = re.compile(r"\.(tar|tgz)\b", re.IGNORECASE)
+_SHARD_NAME = re.compile(r"\.tar\b", re.IGNORECASE)
 
 
 def expand(pattern: str, allowed: str = _ALLOWED) -> list[str]:
@@ -52,7 +52,7 @@ def short_names(urls: Sequence[str]) -> tuple[str, ...]:
     URLs that differ only elsewhere, such as in a query, stay whole.
     """
     plain = [url.split("?")[0] if cache.is_remote(url) else url for url in urls]
-    paths = [re.sub(r"\.(tar|tgz)\b[^/]*$", "", url, flags=re.IGNORECASE).split("/") for url in plain]
+    paths = [re.sub(r"\.tar\b[^/]*$", "", url, flags=re.IGNORECASE).split("/") for url in plain]
     for depth in range(1, max(map(len, paths), default=0) + 1):
         names = tuple("/".join(path[-depth:]) for path in paths)
         if len(set(names)) == len(names):
@@ -66,22 +66,18 @@ def _expand_local(part: str, allowed: str) -> list[str]:
         return _expand_folder(path)
     if not has_magic(str(path)) and not path.exists():
         raise ConfigError(f"{part!r} does not exist; {allowed}")
-    found = sorted(glob(str(path), recursive=True))  # noqa: PTH207  (Path.glob rejects absolute patterns)
-    for image in filter(_is_image, map(Path, found)):
-        raise ConfigError(f"{image} is an image, not a shard; {_PACK.format(image.parent)}")
-    return found
+    return sorted(glob(str(path), recursive=True))  # noqa: PTH207  (Path.glob rejects absolute patterns)
 
 
 def _expand_folder(folder: Path) -> list[str]:
     if (folder / MANIFEST).exists():
         return [str(folder / MANIFEST)]
-    found = sorted(str(child) for child in folder.iterdir() if re.search(r"\.(tar|tar\.gz|tgz)$", child.name))
+    found = sorted(str(child) for child in folder.iterdir() if child.suffix == ".tar")
     if not found:
-        sets = sorted(child.name for child in folder.iterdir() if (child / MANIFEST).exists())
-        hint = f"; did you mean one of its folders {', '.join(sets)}?" if sets else ""
+        hint = "; give a folder of shards"
         if any(_is_image(file) for levels in ("*", "*/*", "*/*/*") for file in folder.glob(levels)):
             hint = f"; {_PACK.format(folder)}"
-        raise ConfigError(f"folder {str(folder)!r} has no {MANIFEST} and no .tar, .tar.gz or .tgz file{hint}")
+        raise ConfigError(f"folder {str(folder)!r} has no {MANIFEST} and no .tar file{hint}")
     return found
 
 

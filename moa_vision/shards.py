@@ -12,13 +12,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from webdataset.writer import TarWriter
 
 from moa_train.atomic_io import sync_file, sync_folder, write_bytes, write_json
@@ -74,7 +73,7 @@ def make_shards(
         settings: See `ShardSettings`.
         val_fraction: Fraction of the images, drawn by the seed, that goes into the validation set; 0: none.
         workers: Processes that decode and encode.
-        cache_dir: Cache of remote and compressed source tars.
+        cache_dir: Cache of remote tars.
         image_key: Image member or column; see `moa_vision.sources.open_source`.
 
     Returns:
@@ -176,7 +175,10 @@ def _write_set(
     step = settings.samples_per_shard
     tasks = {f"shard-{n // step:06d}.tar": items[n : n + step] for n in range(0, len(items), step)}
     packed: list[PackedShard] = []
-    with _exclusive(folder), CountBar(total=len(items), title=str(folder), unit="img") as bar:
+    if not (folder / _PARTS).exists() and not (folder / MANIFEST).exists() and list(folder.glob("*.tar")):
+        raise ConfigError(f"{folder} has tars but no manifest; choose another folder")
+    (folder / _PARTS).mkdir(parents=True, exist_ok=True)
+    with CountBar(total=len(items), title=str(folder), unit="img") as bar:
         writer = ShardWriter(source, folder, settings, _finished_shards(folder, settings))
         for part, shard in zip(tasks.values(), _write_all(writer, tasks, workers), strict=True):
             packed.append(shard)
@@ -251,17 +253,3 @@ def _start_worker(writer: ShardWriter) -> None:
 def _write_in_worker(name: str, items: list[Item]) -> PackedShard:
     assert _writer is not None
     return _writer.write(name, items)
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Lock the folder for this run. Raises ConfigError if it holds other tars or another run writes to it."""
-    parts = folder / _PARTS
-    if not parts.exists() and not (folder / MANIFEST).exists() and list(folder.glob("*.tar")):
-        raise ConfigError(f"{folder} has tars but no manifest; choose another folder")
-    parts.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(parts / "lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise ConfigError(f"{folder} is being written by another run; wait for it, or choose another") from error

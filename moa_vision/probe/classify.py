@@ -19,13 +19,12 @@ from moa_train.optim import FUSED_DEVICES
 from moa_train.plan import TRAINING_FLOPS_PER_FORWARD
 from moa_train.progress import count
 from moa_vision.data import ImageBatch
-from moa_vision.flops import flops_per_image
 from moa_vision.image_task import ImageRun, ImageTask
 from moa_vision.probe.augment import SEED_NUMBERS, BatchRandAugment, MixingAugment, seed_from
 from moa_vision.probe.config import FinetuneConfig, LinearConfig
 from moa_vision.probe.encoders import TrainedEncoder, pooling_arguments
 from moa_vision.probe.labelled import open_labelled
-from moa_vision.vit import constant_coefficients
+from moa_vision.vit import constant_coefficients, flops_per_image
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,8 +133,8 @@ class ProbeData:
         image_key: The image among a sample's members, e.g. input.jpg.
         val_crop_pct: Side of the central crop of held-out images, as a fraction of the image's.
         workers: Loader processes per device.
-        cache_dir: Folder for indices and for remote or compressed shards; default ~/.cache/moa_vision.
-        cache_gib: Maximum size of the remote or compressed shards kept there, in GiB.
+        cache_dir: Folder for indices and for remote shards; default ~/.cache/moa_vision.
+        cache_gib: Maximum size of the remote shards kept there, in GiB.
         max_bad_samples: Maximum number of unusable samples; one more stops the probe.
     """
 

@@ -55,12 +55,6 @@ def test_cached_index_is_used_until_the_shard_changes(shards, tmp_path, monkeypa
     assert len(calls) == 6 + 5 + 5, "an index belongs to its image_key"
 
 
-def test_index_needs_no_writable_cache(shards, tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    assert len(open_index(str(shards), tmp_path / "file")) == 32
-    assert "cannot be cached" in caplog.text
-
-
 def test_lost_samples_are_listed_apart_from_other_problems(tmp_path, write_tar):
     members = [("a.jpg", b"1"), ("a.cls", b"one"), ("b.json", b"{}")]
     for _ in ("scanned", "cached"):

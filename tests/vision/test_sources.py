@@ -32,21 +32,17 @@ def test_folder_ignores_and_logs_other_files(tmp_path, caplog):
     assert "4 files below" in caplog.text and ".txt (2), " in caplog.text and "no suffix (1)" in caplog.text
 
 
-def test_folders_are_classes_and_circular_links_end(tmp_path, monkeypatch):
+def test_folders_are_classes(tmp_path):
     for name in ("cats/a.jpg", "cats/deep/b.jpg", "dogs/c.jpg"):
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).write_bytes(b"")
-    links = {"self": ".", "cats/deep/up": "../..", "dogs/cats": "../cats", "cats/dogs": "../dogs"}
-    for name, target in links.items():
-        (tmp_path / "in" / name).symlink_to(target)
-    monkeypatch.chdir(tmp_path / "in")
-    for folder in (".", f"{tmp_path}/in/", f"{tmp_path}/in/self"):
-        source = open_source(folder)
-        assert [item.name for item in source.items] == [
-            *("cats/a.jpg", "cats/deep/b.jpg", "cats/dogs/c.jpg"),
-            *("dogs/c.jpg", "dogs/cats/a.jpg", "dogs/cats/deep/b.jpg"),
-        ]
-        assert source.label_names == ("cats", "dogs") and [item.where[0] for item in source.items] == [0] * 3 + [1] * 3
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    source = open_source(str(tmp_path))
+    assert [(item.name, item.where[0]) for item in source.items] == [
+        ("cats/a.jpg", 0),
+        ("cats/deep/b.jpg", 0),
+        ("dogs/c.jpg", 1),
+    ]
+    assert source.label_names == ("cats", "dogs")
 
 
 def test_keys_are_unique_and_plain(tmp_path):
@@ -113,8 +109,7 @@ def test_torchvision_data_sets(monkeypatch):
     ("Numbers:size=3", "size"),
     ("Numbers:root", "must have the form KIND:NAME"),
     ("Numbers:root=[", r"root is '\[', which is not valid YAML; quote it"),
-    ("Numbers:root=!!timestamp x", "root is '!!timestamp x', which is not valid YAML"),
-    ("Missing:root=x", "No module named 'lmdb'; install it, for example pip install lmdb"),
+    ("Missing:root=x", "No module named 'lmdb'"),
 ])  # fmt: skip
 def test_wrong_torchvision_sources_are_config_errors(text, message, monkeypatch):
     monkeypatch.setattr(torchvision_datasets, "Numbers", Numbers, raising=False)
