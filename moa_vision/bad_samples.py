@@ -19,12 +19,7 @@ from moa_vision.table import BadSample
 
 
 class BadSamples:
-    """The unusable samples of a run, each once, in a JSON Lines file.
-
-    Args:
-        path: The file; samples recorded by earlier sessions and other processes count.
-        limit: Number of samples after which the run stops.
-    """
+    """The unusable samples of a run, each once, in a JSON Lines file; after `limit` of them the run stops."""
 
     def __init__(self, path: Path, limit: int) -> None:
         self.path, self.limit = path, limit
@@ -32,9 +27,7 @@ class BadSamples:
         self._read()
 
     def good(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-        """Yield the non-empty batches and note their bad samples.
-
-        If the iteration stops early, the loader's workers are stopped with it.
+        """Yield the non-empty batches and note their bad samples; end the loader's workers if stopped early.
 
         Raises:
             DataError: There are too many bad samples, including those of earlier sessions.

@@ -101,15 +101,9 @@ class ShardCache:
     max_bytes: int | None = None
 
     def open(self, shard: Shard) -> int:
-        """Open a shard, fetched first if needed; close it with `release`.
+        """Open a shard, fetched first if needed, and return its descriptor; close it with `release`.
 
         Any number of processes may open the same shard: one fetches it, the others wait. An open shard is not evicted.
-
-        Args:
-            shard: Remote, or a local path.
-
-        Returns:
-            The file descriptor.
 
         Raises:
             DataError: The shard is missing or unavailable after all retries, or the cache folder cannot be written.
@@ -197,14 +191,7 @@ def _is_permanent(error: Exception) -> bool:
 
 
 def hold(path: Path) -> int:
-    """Open a cached file for reading, mark it as used now, and protect it from eviction until `release`.
-
-    Returns:
-        The file descriptor.
-
-    Raises:
-        FileNotFoundError: The file is absent.
-    """
+    """Open a cached file for reading, mark it as used now, and protect it from eviction until `release`."""
     file = os.open(path, os.O_RDONLY)
     fcntl.flock(file, fcntl.LOCK_SH)
     with suppress(PermissionError):  # another user's cache
@@ -220,14 +207,10 @@ def release(file: int) -> None:
 
 
 def make_room(folder: Path, max_bytes: int | None, incoming: int = 0) -> None:
-    """Remove leftovers of killed transfers, then evict files until `incoming` more bytes fit.
+    """Remove leftovers of killed transfers, then evict files until `incoming` more bytes fit in `max_bytes`.
 
-    Processes may call this concurrently. Transfers in progress may exceed the limit temporarily.
-
-    Args:
-        folder: The cache; FILE.tmp is a transfer by the process that holds FILE.lock.
-        max_bytes: Limit of the sum of all files; None: no limit.
-        incoming: Size of a file about to be fetched.
+    FILE.tmp is a transfer by the process that holds FILE.lock. Processes may call this concurrently. Transfers in
+    progress may exceed the limit temporarily.
     """
     with FileLock(f"{folder}.lock"):
         for path in folder.glob("*.tmp*"):

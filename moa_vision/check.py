@@ -18,12 +18,7 @@ from moa_vision.table import SampleTable, index_tar
 
 
 def plan_check(folder: Path, *, decode: bool = False) -> Plan:
-    """Plan the check of a data set; its manifest and index are checked at once.
-
-    Args:
-        folder: Folder of the manifest.
-        decode: Also decode every image.
-    """
+    """Plan the check of the data set in `folder`; its manifest and index are checked at once."""
     try:
         manifest = load_manifest(str(folder / MANIFEST))
     except DataError as error:
@@ -51,15 +46,7 @@ def plan_check(folder: Path, *, decode: bool = False) -> Plan:
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """The check of one shard: its bytes, its members against the index, and its images.
-
-    Args:
-        path: The tar.
-        entry: Its entry in the manifest.
-        decode: Decode the images.
-        listed: Rows of the index, see `SampleTable.rows`; None: there is no usable index.
-        num_labels: Number of label names; 0: unknown.
-    """
+    """The check of one shard; `listed` are its rows of the index, None without a usable index."""
 
     path: Path
     entry: dict[str, Any]

@@ -277,10 +277,8 @@ def train_loader(
         seed: Seed of order, crops, flips and noise; 0 or above.
         global_batch: Images of a step over all ranks and micro-batches.
         micro_batch: Images of one forward pass on one rank.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-        start_step: First step, counted from 0 over all epochs.
-        num_steps: Step to stop before.
+        rank, world_size: This process and the number of ranks.
+        start_step, num_steps: Steps, counted from 0 over all epochs.
 
     Raises:
         ValueError: The batch does not split into micro-batches, or an epoch is shorter than a batch.
@@ -314,14 +312,8 @@ def val_loader(
     counts instead of averaging batch means. May be iterated repeatedly.
 
     Args:
-        index: The validation samples.
-        config: Crop and workers.
-        image_size: Height and width of the crops in pixels.
-        channels: C.
-        num_patches: L, the length of the noise.
+        index, config, image_size, channels, num_patches, rank, world_size: As in `train_loader`.
         batch_size: Images of a batch on one rank.
-        rank: Rank of this process.
-        world_size: Number of ranks.
         limit: Use this many samples, evenly spread over the data set.
     """
     count = len(index) if limit is None else min(limit, len(index))

@@ -43,8 +43,7 @@ class ImageTask(Task):
     Args:
         config: The run.
         data: Its data, with normalization for the model's channels.
-        train: Training samples.
-        val: Held-out samples.
+        train, val: Training and held-out samples.
         image_size: Height and width of the crops, in pixels.
         channels: C of the images.
         noise_length: Random numbers per sample, `ImageBatch.noise`.

@@ -189,14 +189,7 @@ def _open_part(url: str, shard_cache: ShardCache, image_key: str | None) -> Shar
 
 
 def load_manifest(url: str) -> dict[str, Any]:
-    """Read and validate a manifest of scripts/make_shards.py.
-
-    Args:
-        url: Path or URL of the manifest.
-
-    Raises:
-        DataError: It is missing or invalid; the message names the field.
-    """
+    """Read and validate a manifest of scripts/make_shards.py; raise DataError that names the invalid field."""
     try:
         content = cache.read_remote(url) if cache.is_remote(url) else Path(url).read_bytes()
         manifest = parse_manifest(content, FORMAT, COUNTS)

@@ -73,15 +73,7 @@ def mixing_maps(mae: MAE, images: Tensor, noise: Tensor) -> dict[str, Maps]:
 
 
 def save_mixing(maps: dict[str, Maps], keys: Sequence[str], grid: tuple[int, int], folder: Path, *, step: int) -> None:
-    """Write the result of `mixing_maps`, each file atomically; without maps nothing is written.
-
-    Args:
-        maps: Maps by part.
-        keys: Names of the N images.
-        grid: Rows and columns of patches.
-        folder: Target, created if missing.
-        step: Training step of the weights.
-    """
+    """Write the files of the N images `keys` at a step, each atomically; without maps nothing is written."""
     if not maps:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,12 +22,7 @@ _SHARD_NAME = re.compile(r"\.tar\b", re.IGNORECASE)
 def expand(pattern: str, allowed: str = _ALLOWED) -> list[str]:
     """Return the manifests and shards that a pattern names, in order; see `moa_vision.index.open_index`.
 
-    Args:
-        pattern: Paths and URLs with braces and globs, joined by "::".
-        allowed: What the message of an error lists as allowed.
-
-    Raises:
-        ConfigError: It names nothing.
+    Raises ConfigError if there is none; `allowed` lists the alternatives in its message.
     """
     names: list[str] = []
     for part in expand_urls(pattern):  # "::" and braces, as in webdataset

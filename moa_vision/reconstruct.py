@@ -41,9 +41,7 @@ def save_reconstructions(
     Images with one or two channels show the first as grey; with more than three, the first three as RGB.
 
     Args:
-        mae: Model without wrapper; its training mode is restored.
-        images: (N, C, H, W) float, normalized, on the model's device.
-        noise: (N, L), sets each image's mask.
+        mae, images, noise: As in `moa_vision.mixing.mixing_maps`.
         keys: Names of the N images.
         folder: Target, created if missing.
         step: Training step of the weights.

@@ -36,16 +36,7 @@ _PARTS = ".parts"  # work files of an unfinished run
 
 
 class Report(NamedTuple):
-    """Summary of a packed data set.
-
-    Attributes:
-        folder: The data set.
-        samples: Number of samples.
-        shards: Number of shards.
-        bytes: Size of the shards.
-        kept_shards: Number of shards kept from an earlier run.
-        skipped: {"source", "reason"} of each skipped image.
-    """
+    """Summary of a packed data set; `skipped` has {"source", "reason"} of each skipped image."""
 
     folder: Path
     samples: int
@@ -65,19 +56,14 @@ def make_shards(
     cache_dir: str | Path | None = None,
     image_key: str | None = None,
 ) -> list[Report]:
-    """Pack a source into `out`, or into `out`/train and `out`/val.
+    """Pack a source into `out`, or into `out`/train and `out`/val; return one report, or those of train and val.
 
     Args:
-        source: See `moa_vision.sources.open_source`.
+        source: See `moa_vision.sources.open_source`, also for `cache_dir` and `image_key`.
         out: Output folder, created if absent.
         settings: See `ShardSettings`.
         val_fraction: Fraction of the images, drawn by the seed, that goes into the validation set; 0: none.
         workers: Processes that decode and encode.
-        cache_dir: Cache of remote tars.
-        image_key: Image member or column; see `moa_vision.sources.open_source`.
-
-    Returns:
-        One report, or those of train and val.
 
     Raises:
         ConfigError: A setting is out of range, or `out` holds something else.
@@ -108,14 +94,7 @@ class PackedShard(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """A writer of single shards, with the same result in any process.
-
-    Args:
-        source: The images.
-        folder: The data set.
-        settings: See `ShardSettings`.
-        finished: Entries of shards written by an earlier run, by name.
-    """
+    """A writer of single shards, with the same result in any process; `finished` are entries of an earlier run."""
 
     source: Source
     folder: Path

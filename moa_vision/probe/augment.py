@@ -79,15 +79,7 @@ class BatchRandAugment:
 
 
 class MixingAugment:
-    """timm's random erasing, then mixup or cutmix, on normalized images and their labels.
-
-    Args:
-        num_classes: Number of classes.
-        mixup: Parameter of mixup's Beta distribution; 0 disables it.
-        cutmix: Parameter of cutmix's Beta distribution; 0 disables it.
-        smoothing: Label smoothing.
-        erase: Probability of random erasing.
-    """
+    """timm's random erasing, then mixup or cutmix, on normalized images and their labels; see `FinetuneConfig`."""
 
     def __init__(self, num_classes: int, *, mixup: float, cutmix: float, smoothing: float, erase: float) -> None:
         self.num_classes, self.smoothing, self.erase = num_classes, smoothing, erase

@@ -48,16 +48,7 @@ class ClassifierRun(ImageRun):
 
 
 class Classifier(ImageTask):
-    """Base of both tasks; subclasses add model, optimizer, loss and export.
-
-    Args:
-        config: The run.
-        encoder: The encoder to evaluate.
-
-    Raises:
-        ConfigError: The batch is larger than the training set.
-        DataError: The shards cannot be used.
-    """
+    """Base of both tasks; subclasses add model, optimizer, loss and export."""
 
     val_names: tuple[str, ...] = ("loss", "error", "error_top5")
     best_by = "error"
@@ -118,13 +109,7 @@ class Classifier(ImageTask):
 
 
 class LinearProbe(nn.Module):
-    """Frozen encoder, batch normalization without parameters, and a linear layer.
-
-    Args:
-        encoder: Module from images (B, C, H, W) to features (B, D); stays in evaluation mode.
-        features: D.
-        num_classes: Number of classes.
-    """
+    """Frozen encoder, batch normalization without parameters, and a linear layer on its `features` outputs."""
 
     def __init__(self, encoder: nn.Module, features: int, num_classes: int) -> None:
         super().__init__()

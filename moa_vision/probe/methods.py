@@ -33,17 +33,7 @@ TASKS: dict[str, type[LinearTask | FinetuneTask]] = {"linear": LinearTask, "fine
 
 
 class Probe:
-    """One method on one encoder.
-
-    Args:
-        method: The method.
-        config: Configuration of the command.
-        encoder: The encoder.
-
-    Raises:
-        ConfigError: The configuration does not fit the encoder or its run.
-        DataError: Run folder or shards cannot be used.
-    """
+    """One method on one encoder."""
 
     def __init__(self, method: Method, config: ProbeConfig, encoder: TrainedEncoder) -> None:
         self.method, self.config, self.encoder = method, config, encoder
@@ -56,14 +46,7 @@ class Probe:
         raise NotImplementedError
 
     def write_result(self, *, accuracy: float, top5: float, num_classes: int, **fields: Any) -> None:
-        """Write the result file and print the accuracy.
-
-        Args:
-            accuracy: Top-1 accuracy, a fraction.
-            top5: Top-5 accuracy, recorded above five classes.
-            num_classes: Number of classes.
-            **fields: train_samples, val_samples, settings, wall_s and further fields of the method.
-        """
+        """Write the result file and print the accuracy (a fraction); `top5` is recorded above five classes."""
         loop = self.config.loop
         result = {
             "method": self.method,
@@ -202,12 +185,7 @@ class TrainedProbe(Probe):
 
 
 def data_config(config: ProbeConfig, encoder: TrainedEncoder) -> DataConfig:
-    """Return the data configuration: values of the command line, else of the run, with the run's normalization.
-
-    Raises:
-        ConfigError: Neither names labelled shards.
-        DataError: A value in the run folder has the wrong type.
-    """
+    """Return the data configuration: values of the command line, else of the run, with the run's normalization."""
     given = {"train": config.train, "val": config.val, **asdict(config.data)}
     values: dict[str, Any] = {key: encoder.data.get(key) if value is None else value for key, value in given.items()}
     for key in ("train", "val"):
