@@ -231,24 +231,3 @@ def test_leftovers_of_killed_transfers_are_removed(cached):
 
 
 # --- local shards -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["preadv", "open"])
-def test_a_local_shard_that_fails_once_is_opened_again(shards, tmp_path, monkeypatch, name):
-    """A stale handle of a network file system."""
-    monkeypatch.setattr("moa_train.open_files.RETRY_S", 0.0)
-    index = open_index(str(shards), tmp_path / "cache")
-    expected = ShardReader(index).read(0).tobytes()
-    faults, original = [1], getattr(os, name)
-
-    def fail(*arguments):
-        if faults:
-            faults.pop()
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return original(*arguments)
-
-    monkeypatch.setattr(os, name, fail)
-    assert ShardReader(index).read(0).tobytes() == expected and not faults
-    faults += [1, 1]
-    with pytest.raises(OSError, match="Stale file handle"):
-        ShardReader(index).read(0)

@@ -162,16 +162,6 @@ def test_training_pixels_equal_the_official_recipe(shards):
     assert 0 < flips < 6
 
 
-def test_hflip_can_be_disabled(shards):
-    index = open_index(str(shards))
-    flipped, straight = train(index), train(index, config={"hflip": False})
-    count = 0
-    for a, b in zip(joined(flipped)[0], joined(straight)[0], strict=True):
-        assert torch.equal(a, b) or torch.equal(a, tv.hflip(b))
-        count += not torch.equal(a, b)
-    assert 12 < count < 36  # of 48
-
-
 def saved(array):
     buffer = io.BytesIO()
     np.save(buffer, array)

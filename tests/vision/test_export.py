@@ -45,21 +45,14 @@ def exported(tmp_path: Path) -> tuple[MAE, Path]:
     return mae, tmp_path / "export"
 
 
-def test_preprocessing_is_exported(exported):
-    config = timm.data.resolve_model_data_config(load(exported[1]))
-    assert (tuple(config["mean"]), tuple(config["std"])) == (MEAN, STD)
-    assert config["input_size"] == (3, 32, 32) and config["interpolation"] == "bicubic"
-
-
 @pytest.mark.parametrize("global_pool", ["token", "avg"])
-@pytest.mark.parametrize("num_classes", [0, 10])
-def test_pooling_and_head(exported, global_pool, num_classes):
+def test_pooling_and_head(exported, global_pool):
     mae, folder = exported
-    model, x = load(folder, global_pool=global_pool, num_classes=num_classes), images(32)
+    model, x = load(folder, global_pool=global_pool, num_classes=10), images(32)
     tokens = mae.encoder.blocks(mae.encoder._pos_embed(mae.encoder.patch_embed(x)))
     pooled = tokens[:, 0] if global_pool == "token" else tokens[:, 1:].mean(dim=1)
     torch.testing.assert_close(model.forward_head(model.forward_features(x), pre_logits=True), mae.encoder.norm(pooled))
-    assert model(x).shape == (2, num_classes or 32)
+    assert model(x).shape == (2, 10)
 
 
 @pytest.mark.parametrize("source", [32, (24, 48)])
@@ -79,14 +72,6 @@ def test_dynamic_image_size(exported):
     model, x = load(folder, dynamic_img_size=True), images(32)
     torch.testing.assert_close(model.forward_features(x), mae.encoder.forward_features(x))
     assert model(images(40, 64)).shape == (2, 32)
-
-
-def test_features_only(exported):
-    mae, folder = exported
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=[0, 1]).eval()
-    expected = mae.encoder.forward_intermediates(images(32), intermediates_only=True)
-    for feature, intermediate in zip(model(images(32)), expected, strict=True):
-        torch.testing.assert_close(feature, intermediate)
 
 
 def test_ffn_settings_are_exported_and_run_settings_are_not(tmp_path):
@@ -128,19 +113,6 @@ def test_an_older_export_is_replaced(exported):
     files = {"config.json", "model.safetensors", "mae.json", "mae.safetensors"}
     assert {path.name for path in folder.parent.iterdir()} == {"export"}
     assert {path.name for path in folder.iterdir()} == files
-
-
-def test_a_failed_export_keeps_the_older_one(exported, monkeypatch):
-    mae, folder = exported
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("moa_vision.export.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        export_encoder(mae, folder, MEAN, STD)
-    assert {path.name for path in folder.parent.iterdir()} == {"export"}
-    assert load(folder).num_classes == 0
 
 
 def test_only_models_of_create_mae_can_be_exported(exported, tmp_path):

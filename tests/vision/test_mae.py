@@ -16,7 +16,7 @@ from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_pos
 
 from moa_ffn import FFN
 from moa_train.errors import ConfigError
-from moa_vision.mae import MAE, MAEOutput, create_mae, forward_flops, parameter_counts, sincos_positions
+from moa_vision.mae import MAE, create_mae, forward_flops, parameter_counts, sincos_positions
 
 TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8}
 DECODER: dict[str, Any] = {"decoder_dim": 24, "decoder_depth": 2, "decoder_heads": 3}
@@ -209,9 +209,7 @@ def test_encoding_all_patches_equals_timm(name):
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate must be 0"),
         ("vit_tiny_patch16_224", {"global_pool": "avg"}, "global_pool='avg' must be 'token'"),
         ("deit_tiny_distilled_patch16_224", {}, "prefix tokens"),
-        ("vit_tiny_r_s16_p8_224", {}, "patch_embed must be"),
         ("vit_small_patch16_18x2_224", {}, "blocks with one `mlp` each"),
-        ("vit_tiny_patch16_224", {"depth": 0}, "at least one block"),
     ],
 )
 def test_unsupported_encoders_are_rejected(name, arguments, message):
@@ -223,13 +221,10 @@ def test_unsupported_encoders_are_rejected(name, arguments, message):
     ("name", "arguments", "message"),
     [
         ("vit_tiny_patch16_qdmao", {}, "did you mean vit_tiny_patch16_qdmoa"),
-        ("vit_tiny_patch16_qdmoa", {"encoder_args": {"width": 3}}, "unknown 'width' .*embed_dim"),
         ("vit_tiny_patch16_qdmoa", {"encoder_args": {"ffn_gates": "tanh"}}, "unknown 'ffn_gates' .*ffn_mixing_gate"),
         ("vit_tiny_patch16_224", {"encoder_args": {"ffn_mixing_gate": "tanh"}}, "unknown 'ffn_mixing_gate'"),
-        ("vit_tiny_patch16_qdmoa", {"encoder_args": {"num_heads": 5}}, "num_heads"),
         ("vit_tiny_patch16_qdmoa", {"encoder_args": {"norm_layer": 3}}, "encoder_args={'norm_layer': 3}"),
         ("vit_tiny_patch16_qdmoa", {"mask_ratio": 1.0}, "mask_ratio=1.0 leaves 0 of 4 patches"),
-        ("vit_tiny_patch16_qdmoa", {"mask_ratio": 0.0}, "mask_ratio=0.0 leaves 4 of 4 patches"),
         ("vit_tiny_patch16_qdmoa", {"decoder_heads": 5}, "decoder_heads=5"),
         ("vit_tiny_patch16_qdmoa", {"decoder_ffn": "geglu"}, "'geglu' is not one of relu2, gelu"),
     ],
@@ -415,14 +410,3 @@ def test_reconstruction_and_its_losses(norm_pix_loss):
     torch.testing.assert_close(trained.mean(), output.loss)
     pixel = (reconstruction - images).square().sum(dim=(1, 2, 3)) / (output.mask.sum(1) * 8 * 8 * 3)
     torch.testing.assert_close(losses["loss_pixel"], pixel)
-
-
-def test_a_perfect_prediction_reconstructs_the_image():
-    mae = tiny_mae(norm_pix_loss=True)
-    images, noise = make_batch(mae)
-    mask = mae.mask_from(noise)
-    patches = mae.patchify(images)[mask.bool()].view(3, -1, 192)
-    perfect = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    output = MAEOutput(torch.zeros(()), perfect, mask)
-    torch.testing.assert_close(mae.reconstruct(images, output), images)
-    assert max(loss.max().item() for loss in mae.reconstruction_losses(images, output).values()) < 1e-9

@@ -198,18 +198,6 @@ def test_changed_sources_are_packed_again(folder, tmp_path, encode, photos):
     assert len(list(out.glob("*.tar"))) == 3, "shards of the larger set are removed"
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b'{"name": "../kept.tar"}'])
-def test_damaged_work_files_cost_one_shard(folder, tmp_path, monkeypatch, content):
-    settings, out = ShardSettings(samples_per_shard=12), tmp_path / "out"
-    (tmp_path / "kept.tar").write_text("mine")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shards_module, "write_manifest", lambda *args, **fields: signal.raise_signal(signal.SIGINT))
-        make_shards(str(folder), out, settings)
-    next(out.glob(".parts/*.json")).write_bytes(content)
-    (report,) = make_shards(str(folder), out, settings)
-    assert report.kept_shards == 1 and len(by_key(out)) == 24 and (tmp_path / "kept.tar").exists()
-
-
 def test_folders_with_other_content_are_not_overwritten(folder, tmp_path):
     make_shards(str(folder), tmp_path / "out")
     with pytest.raises(ConfigError, match=r"was packed with .*'short_side': None"):

@@ -11,10 +11,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.layers import set_scriptable
-from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from moa_ffn import FFN, VARIANTS
 from moa_vision.vit import FFN_ARGUMENTS, SIZES, ffn_settings, model_name
@@ -79,12 +77,10 @@ def test_gelu_equals_timm_with_the_same_weights():
     ("arguments", "size", "outputs"),
     [
         ({"num_classes": 0}, (32, 32), 192),
-        ({"img_size": (32, 48)}, (32, 48), 1000),
         ({"dynamic_img_size": True}, (64, 64), 1000),
         ({"patch_size": 8, "in_chans": 1}, (32, 32), 1000),
         ({"global_pool": "avg"}, (32, 32), 1000),
         ({"global_pool": "map"}, (32, 32), 1000),
-        ({"embed_dim": 96, "num_heads": 2, "mlp_ratio": 3.0}, (32, 32), 1000),
         ({"init_values": 1e-5, "qk_norm": True, "reg_tokens": 4, "fix_init": True}, (32, 32), 1000),
         ({"drop_path_rate": 0.5, "proj_drop_rate": 0.1, "pos_drop_rate": 0.1}, (32, 32), 1000),
     ],
@@ -93,21 +89,11 @@ def test_timm_arguments(arguments, size, outputs):
     assert vit(**arguments)(images(2, arguments.get("in_chans", 3), *size)).shape == (2, outputs)
 
 
-def test_arguments_reach_the_ffn():
-    model = vit(
-        ffn_mixing_gate="softmax", ffn_up_activations=["id", "t", "s"], ffn_mix_init_std=0.3, proj_drop_rate=0.2
-    )
-    for ffn in ffns(model):
-        assert ffn.spec.mixing_gate == "softmax" and ffn.spec.up_activations == ("identity", "tanh", "silu")
-        assert ffn.mix_init_std == 0.3 and ffn.drop.p == 0.2
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"ffn_gates": "tanh"}, "ffn_gates.*allowed: ffn_mixing_gate, "),
         ({"ffn_mixing_gate": "relu"}, "gate='relu' is not one of sigmoid, tanh, softmax"),
-        ({"ffn_gate_activations": "gelu,swish"}, "unknown activation 'swish'"),
         ({"act_layer": "relu"}, "act_layer is not allowed"),
         ({"scale_mlp_norm": True}, "scale_mlp_norm=True"),
         ({"mlp_layer": nn.Identity}, "mlp_layer is not allowed"),
@@ -117,12 +103,6 @@ def test_arguments_reach_the_ffn():
 def test_invalid_arguments_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         vit(**arguments)
-
-
-@pytest.mark.parametrize("arguments", [("huge", "qdmoa"), ("base", "geglu")])
-def test_unknown_sizes_and_variants_are_rejected(arguments):
-    with pytest.raises(ValueError, match="is not one of"):
-        model_name(*arguments)
 
 
 def test_every_setting_of_the_layer_is_an_argument():
@@ -137,7 +117,7 @@ def test_settings_of_a_layer_build_an_equal_layer():
     assert again.spec == layer.spec and ffn_settings(again) == ffn_settings(layer)
 
 
-@pytest.mark.parametrize("weight_init", ["", "jax", "jax_nlhb", "moco", "reset", "skip"])
+@pytest.mark.parametrize("weight_init", ["", "jax", "reset"])
 @pytest.mark.parametrize("variant", ["qdmoa", "bila"])
 def test_timm_initialization_keeps_that_of_the_ffn(weight_init, variant):
     arguments = {"ffn_mix_init_std": 0.3, "ffn_coef_init": 0.7}
@@ -145,7 +125,7 @@ def test_timm_initialization_keeps_that_of_the_ffn(weight_init, variant):
     with torch.device("meta"):
         later = vit(f"vit_tiny_patch16_{variant}", **arguments)
     later.to_empty(device="cpu")
-    later.init_weights("" if weight_init in ("jax_nlhb", "skip") else weight_init)
+    later.init_weights(weight_init)
     for ffn in ffns(built) + ffns(later):
         assert ffn.gate_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
         assert ffn.down_proj.bias.abs().max() == 0
@@ -174,39 +154,13 @@ def test_merged_lora_equals_the_adapted_model():
     torch.testing.assert_close(adapted.merge_and_unload()(x), out, rtol=1e-4, atol=1e-4)
 
 
-def traced_by_timm(model: VisionTransformer, x: Tensor) -> nn.Module:
-    """Trace with torchvision's extractor and timm's leaf modules, as timm's own tests do."""
-    settings = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
-    settings["param_shapes_constant"] = True
-    _, nodes = get_graph_node_names(model, tracer_kwargs=settings)
-    graph = create_feature_extractor(model, {nodes[-1]: "out"}, tracer_kwargs=settings)
-
-    class Last(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.graph = graph
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.graph(x)["out"]
-
-    return Last()
-
-
-def traced(model: VisionTransformer, x: Tensor):
-    with torch.no_grad():
-        return torch.jit.trace(model, x)
-
-
 def exported(model: VisionTransformer, x: Tensor):
     return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
 
 
 TOOLS = {
     "fx": lambda model, x: torch.fx.symbolic_trace(model),
-    "torchvision": traced_by_timm,
     "script": lambda model, x: torch.jit.script(model),
-    "fx, script": lambda model, x: torch.jit.script(traced_by_timm(model, x)),
-    "trace": traced,
     "export": exported,
 }
 
