@@ -9,14 +9,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from webdataset.shardlists import expand_urls
 
 from moa_train.errors import ConfigError, DataError
 from moa_train.manifest import MANIFEST, check_entry, parse_manifest
@@ -25,7 +29,6 @@ from moa_train.progress import CountBar
 from moa_vision import cache
 from moa_vision.cache import Shard, ShardCache, release
 from moa_vision.images import ImageError
-from moa_vision.patterns import expand, short_names
 from moa_vision.table import IMAGE_EXTENSIONS, BadSample, SampleTable, index_tar
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,9 @@ COUNTS = ("samples", "bytes")
 
 _OPEN_FILES = 64
 _THREADS = 8
+_ALLOWED = "allowed are a folder of shards, or tars by path, brace or glob"
+_PACK = "pack images first: python scripts/make_shards.py --source {} --out FOLDER"
+_SHARD_NAME = re.compile(r"\.tar\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +82,7 @@ class ShardIndex:
 
     @cached_property
     def shard_names(self) -> tuple[str, ...]:
-        """Short unique names of the shards; see `moa_vision.patterns.short_names`."""
+        """Short unique names of the shards; see `short_names`."""
         return short_names([shard.url for shard in self.shards])
 
     def name(self, sample: int) -> str:
@@ -259,3 +265,64 @@ def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -
     temporary.write_bytes(table.to_bytes())
     temporary.replace(cached)
     return table
+
+
+def expand(pattern: str, allowed: str = _ALLOWED) -> list[str]:
+    """Return the manifests and shards that a pattern names, in order; see `moa_vision.index.open_index`.
+
+    Raises ConfigError if there is none; `allowed` lists the alternatives in its message.
+    """
+    names: list[str] = []
+    for part in expand_urls(pattern):  # "::" and braces, as in webdataset
+        if part.startswith("file:") or not cache.is_remote(part):
+            names += _expand_local(re.sub(r"^file:(//)?", "", part), allowed)
+        elif "*" in part and not part.startswith(("http://", "https://")):
+            fs, path = cache.filesystem(part)
+            scheme = part.split("://")[0]
+            names += [f"{scheme}://{found}" for found in sorted(fs.glob(path))]
+        elif _SHARD_NAME.search(part.rsplit("/", 1)[-1]) or part.endswith(MANIFEST):
+            names.append(part)
+        else:
+            names.append(f"{part.rstrip('/')}/{MANIFEST}")
+    if not names:
+        raise ConfigError(f"{pattern!r} matches no shard; {allowed}")
+    return names
+
+
+def short_names(urls: Sequence[str]) -> tuple[str, ...]:
+    """Return the file names of shards without ".tar", with as many parent folders as make them unique.
+
+    URLs that differ only elsewhere, such as in a query, stay whole.
+    """
+    plain = [url.split("?")[0] if cache.is_remote(url) else url for url in urls]
+    paths = [re.sub(r"\.tar\b[^/]*$", "", url, flags=re.IGNORECASE).split("/") for url in plain]
+    for depth in range(1, max(map(len, paths), default=0) + 1):
+        names = tuple("/".join(path[-depth:]) for path in paths)
+        if len(set(names)) == len(names):
+            return names
+    return tuple(urls)
+
+
+def _expand_local(part: str, allowed: str) -> list[str]:
+    path = Path(part).expanduser()
+    if path.is_dir():
+        return _expand_folder(path)
+    if not has_magic(str(path)) and not path.exists():
+        raise ConfigError(f"{part!r} does not exist; {allowed}")
+    return sorted(glob(str(path), recursive=True))  # noqa: PTH207  (Path.glob rejects absolute patterns)
+
+
+def _expand_folder(folder: Path) -> list[str]:
+    if (folder / MANIFEST).exists():
+        return [str(folder / MANIFEST)]
+    found = sorted(str(child) for child in folder.iterdir() if child.suffix == ".tar")
+    if not found:
+        hint = "; give a folder of shards"
+        if any(_is_image(file) for levels in ("*", "*/*", "*/*/*") for file in folder.glob(levels)):
+            hint = f"; {_PACK.format(folder)}"
+        raise ConfigError(f"folder {str(folder)!r} has no {MANIFEST} and no .tar file{hint}")
+    return found
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower()[1:] in IMAGE_EXTENSIONS

@@ -21,8 +21,7 @@ from moa_train.manifest import MANIFEST
 from moa_train.progress import CountBar
 from moa_vision.cache import Shard, ShardCache, default_cache_dir, short_hash
 from moa_vision.images import ImageError
-from moa_vision.index import load_manifest, manifest_shard
-from moa_vision.patterns import expand, short_names
+from moa_vision.index import expand, load_manifest, manifest_shard, short_names
 from moa_vision.table import IMAGE_EXTENSIONS, Member, image_member, scan_tar
 
 log = logging.getLogger(__name__)

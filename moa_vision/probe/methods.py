@@ -23,11 +23,10 @@ from moa_vision.data import DataConfig, val_loader
 from moa_vision.image_task import DATA_RESUME_MUTABLE_KEYS
 from moa_vision.images import MODES
 from moa_vision.index import ShardIndex
-from moa_vision.probe.classify import Classifier, ClassifierRun, FinetuneTask, LinearTask
+from moa_vision.probe.classify import Classifier, ClassifierRun, FinetuneTask, LinearTask, open_labelled
 from moa_vision.probe.config import FinetuneConfig, Method, ProbeConfig
 from moa_vision.probe.encoders import TrainedEncoder
 from moa_vision.probe.knn import Features, extract_features, knn_accuracies
-from moa_vision.probe.labelled import open_labelled
 
 TASKS: dict[str, type[LinearTask | FinetuneTask]] = {"linear": LinearTask, "finetune": FinetuneTask}
 

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as tv
 from moa_train.data_order import StepBatches
 from moa_train.errors import ConfigError
 from moa_vision.crops import central_box, random_box
-from moa_vision.data import DataConfig, ImageBatch, normalize, train_loader, val_loader
+from moa_vision.data import DataConfig, EpochOrder, ImageBatch, normalize, train_loader, val_loader
 from moa_vision.images import decode_image
 from moa_vision.index import open_index
 
@@ -59,7 +59,7 @@ def joined(batches):
     )
 
 
-# --- order --------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------------------------
 
 
 @given(st.data())
@@ -136,7 +136,7 @@ def test_data_sets_are_sent_to_spawned_workers(shards):
     same(list(loader), train(index, num_steps=2))
 
 
-# --- pixels -------------------------------------------------------------------------------------------------------
+# --- pixels ---------------------------------------------------------------------------------------------------------
 
 
 def test_training_pixels_equal_the_official_recipe(shards):
@@ -309,7 +309,7 @@ def test_bad_samples_are_left_out_of_validation(spoiled):
     assert empty.images.shape == (0, 3, 48, 32) and empty.labels.dtype == torch.int64 and len(empty.bad) == 1
 
 
-# --- settings -----------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("field", "value"), [
@@ -334,3 +334,38 @@ def test_impossible_batches_are_rejected(shards):
         train(index, global_batch=12, micro_batch=5, world_size=2)
     with pytest.raises(ConfigError, match=r"30 images per epoch.*one global batch of 32"):
         train(index, global_batch=32, micro_batch=32, config={"repeated_augmentation": 3})
+
+
+# --- epochs ---------------------------------------------------------------------------------------------------------
+
+
+shard_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(sum)
+
+
+@given(shard_sizes, st.integers(0, 2**40), st.integers(1, 5), st.integers(1, 4), st.integers(0, 9))
+@settings(max_examples=100, deadline=None)
+def test_order_covers_every_image_within_its_window(sizes, seed, window, repeats, shared):
+    starts = np.cumsum([0, *sizes])
+    order = EpochOrder(starts, seed, window, repeats)
+    total = sum(sizes)
+    assert (order.slots, len(order)) == (total // repeats, total // repeats * repeats)
+    if not order.slots:
+        return
+    shown = [order.sample(shared * repeats + e, slot) for e in range(repeats) for slot in range(order.slots)]
+    assert len(set(shown)) == len(shown) == order.slots * repeats
+    shards = [int(np.searchsorted(starts, sample, side="right")) - 1 for sample in shown]
+    for shard in set(shards):  # between a shard's first and last sample only the shards of its window are read
+        span = shards[shards.index(shard) : len(shards) - shards[::-1].index(shard)]
+        assert len(set(span)) <= window
+    again = EpochOrder(starts, seed, window, repeats)
+    assert [again.sample(shared * repeats, slot) for slot in range(order.slots)] == shown[: order.slots]
+    assert order.sample(shared * repeats, order.slots) == shown[0], "wraps around"
+
+
+def test_orders_of_seeds_and_epochs_differ():
+    starts = np.arange(0, 1001, 100)
+    orders = [EpochOrder(starts, seed, 4) for seed in (0, 1)]
+    shown = {tuple(order.sample(epoch, slot) for slot in range(1000)) for order in orders for epoch in (0, 1)}
+    assert len(shown) == 4
+    with pytest.raises(ValueError, match="seed is -1"):
+        EpochOrder(starts, -1, 4)

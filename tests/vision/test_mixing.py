@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moa_vision.diagnostics import mixing_maps, save_mixing
 from moa_vision.mae import MAE, create_mae
-from moa_vision.mixing import mixing_maps, save_mixing
 
 ROWS, COLUMNS, P = 3, 4, 8
 SIZES = {"decoder_dim": 24, "decoder_depth": 2, "decoder_heads": 2}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from moa_vision.diagnostics import KINDS, save_reconstructions
 from moa_vision.mae import MAE, create_mae
-from moa_vision.reconstruct import KINDS, save_reconstructions
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 P, ROWS, COLUMNS = 8, 3, 4
