@@ -54,17 +54,11 @@ def central_box(height: int, width: int, size: tuple[int, int], crop_pct: float)
 
 
 def crop_into(out: Tensor, image: Tensor, box: Box, flip: bool = False) -> None:
-    """Crop `image` to `box`, resize it to `out` by antialiased bicubic interpolation, and mirror it if `flip`.
+    """Crop `image` (H, W, C) to `box` and resize it into `out` (h, w, C) by antialiased bicubic interpolation.
 
     The batch axis is added to (H, W, C) before the permutation, so that torch sees channels-last strides and does not
     copy the pixels; `[None]` on a (3, H, W) view takes 60 % longer for the same bits. Torch's fast kernels take up to
     four channels, so more are resized in groups of four.
-
-    Args:
-        out: (h, w, C), written.
-        image: (H, W, C), contiguous, of the same dtype.
-        box: Top, left, height, width.
-        flip: Mirror left to right.
     """
     top, left, height, width = box
     crop = image[top : top + height, left : left + width]

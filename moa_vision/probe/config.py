@@ -64,10 +64,9 @@ class LinearConfig(Recipe):
     A batch normalization without parameters and a linear layer on frozen features, trained with LARS on random crops.
 
     Args:
-        blr: Base learning rate; the peak learning rate is blr * batch_size / 256. The default fits MAE's batch size
-            and length. LARS scales updates to rate / 1000 of the weight norm, whatever the gradients, so the peak
-            learning rate (6.4) carries over to other batch sizes: use a blr of about 1600 / batch_size, and more for
-            fewer than about 2,000 steps. A learning rate that is too low makes every encoder look bad.
+        blr: Base learning rate; the peak learning rate is blr * batch_size / 256. LARS scales updates to rate / 1000 of
+            the weight norm, whatever the gradients, so the peak (6.4) carries over to other batch sizes: use a blr of
+            about 1600 / batch_size, and more for fewer than about 2,000 steps.
         momentum: Momentum of LARS.
         pool: Features: mean of the patch tokens (avg) or class token (cls), after the final norm.
     """

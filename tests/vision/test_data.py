@@ -128,14 +128,6 @@ def test_repeated_augmentation_shares_decoding(shards, monkeypatch):
     assert torch.equal(joined(repeated(micro_batch=2, start_step=7))[0], pixels[7 * 8 :])
 
 
-@pytest.mark.slow
-def test_data_sets_are_sent_to_spawned_workers(shards):
-    index = open_index(str(shards))
-    loader = train_loader(index, config(workers=1), seed=3, global_batch=6, micro_batch=6, num_steps=2, **SIZE)
-    loader.multiprocessing_context = "forkserver"
-    same(list(loader), train(index, num_steps=2))
-
-
 # --- pixels ---------------------------------------------------------------------------------------------------------
 
 

@@ -67,13 +67,6 @@ def test_positions_are_resampled_for_other_image_sizes(tmp_path, source):
     torch.testing.assert_close(model.pos_embed[:, 1:], resized.flatten(2).transpose(1, 2))
 
 
-def test_dynamic_image_size(exported):
-    mae, folder = exported
-    model, x = load(folder, dynamic_img_size=True), images(32)
-    torch.testing.assert_close(model.forward_features(x), mae.encoder.forward_features(x))
-    assert model(images(40, 64)).shape == (2, 32)
-
-
 def test_ffn_settings_are_exported_and_run_settings_are_not(tmp_path):
     settings = {"ffn_mixing_gate": "tanh", "ffn_gate_activations": ["r", "s"], "ffn_up_activations": "id,t,g"}
     mae = make(**settings, ffn_mix_bias=True, drop_path_rate=0.2, proj_drop_rate=0.1, ffn_backend="eager")

@@ -175,13 +175,6 @@ def test_kill_9_with_workers_leaves_no_process_and_resumes_exactly(train, argume
     assert weights(folder) == weights(unbroken)
 
 
-def test_losses_do_not_depend_on_workers_and_micro_batches(train):
-    encoder = '{"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 4}'
-    _, one = train("one", model__encoder_args=encoder)
-    _, other = train("other", model__encoder_args=encoder, data__workers=2, loop__micro_batch_size=8)
-    assert [row["loss"] for row in rows(other)] == pytest.approx([row["loss"] for row in rows(one)], rel=1e-4)
-
-
 @pytest.mark.slow
 def test_resume_requires_the_same_samples(train, shards, write_tar, photos, encode, tmp_path, capsys):
     code, folder = train()

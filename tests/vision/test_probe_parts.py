@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from timm.data import Mixup, create_transform
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 from moa_train.errors import DataError
@@ -109,17 +108,6 @@ def test_folded_head_equals_norm_and_head():
 @pytest.fixture
 def labelled_images():
     return torch.randn(8, 3, *SIZE), torch.arange(8) % CLASSES
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_without_mixing_is_the_smoothed_cross_entropy(smoothing, labelled_images):
-    images, labels = labelled_images
-    mixing = MixingAugment(CLASSES, mixup=0, cutmix=0, smoothing=smoothing, erase=0)
-    same, targets = mixing(images.clone(), labels, 3)
-    logits = torch.randn(len(labels), CLASSES)
-    loss = SoftTargetCrossEntropy()(logits, targets)
-    torch.testing.assert_close(loss, LabelSmoothingCrossEntropy(smoothing)(logits, labels))
-    assert torch.equal(same, images)
 
 
 @pytest.mark.parametrize("seed", range(4))
