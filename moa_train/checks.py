@@ -57,6 +57,7 @@ class Plan(NamedTuple):
         bytes: Size of all files in the manifest.
         problems: Problems found without reading the shards.
         checks: One check per shard; each may run in another process.
+        note: What is not checked.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Plan(NamedTuple):
     bytes: int
     problems: list[Problem]
     checks: Sequence[Callable[[], Checked]]
+    note: str = ""
 
 
 def shards_in(folder: Path) -> list[str]:

@@ -12,10 +12,11 @@ import hashlib
 import logging
 import os
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -39,8 +40,15 @@ BACKOFF_S = 2.0
 STALL_S = 30.0
 """Time without a byte after which an HTTP transfer fails."""
 
+LOST_S = 600.0
+"""Time after which an unavailable shard is tried again."""
+
 _PERMANENT_STATUS = (401, 403, 404, 410)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class LostShard(DataError):
+    """A shard that is unavailable after all retries."""
 
 
 class Shard(NamedTuple):
@@ -57,8 +65,8 @@ def default_cache_dir() -> Path:
 
 
 def is_remote(url: str) -> bool:
-    """Return whether `url` is `scheme://...` rather than a path."""
-    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url))
+    """Return whether `url` is `scheme://...` or `pipe:command` rather than a path."""
+    return url.startswith("pipe:") or bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url))
 
 
 def short_hash(*parts: object) -> str:
@@ -83,7 +91,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def read_remote(url: str) -> bytes:
-    """Return a small remote file. Raises DataError after all retries."""
+    """Return a small remote file. Raises LostShard after all retries."""
     fs, path = filesystem(url)
     return _with_retries(lambda: fs.cat_file(path), url)
 
@@ -95,10 +103,12 @@ class ShardCache:
     Args:
         folder: Created when needed.
         max_bytes: Limit of the shards; the least recently used are evicted. None: no limit.
+        opened_s: `time.time()` of creation; shards that were unavailable before are tried again.
     """
 
     folder: Path
     max_bytes: int | None = None
+    opened_s: float = field(default_factory=time.time)
 
     def open(self, shard: Shard) -> int:
         """Open a shard, fetched first if needed, and return its descriptor; close it with `release`.
@@ -106,7 +116,8 @@ class ShardCache:
         Any number of processes may open the same shard: one fetches it, the others wait. An open shard is not evicted.
 
         Raises:
-            DataError: The shard is missing or unavailable after all retries, or the cache folder cannot be written.
+            LostShard: The shard is missing, or unavailable after all retries.
+            DataError: The cache folder cannot be written.
             OSError: A local shard cannot be read.
         """
         try:
@@ -114,7 +125,7 @@ class ShardCache:
             if not is_remote(shard.url):
                 return os.open(target, os.O_RDONLY)
         except FileNotFoundError as error:
-            raise DataError(f"cannot read shard {shard.url}: {error}") from error
+            raise LostShard(f"cannot read shard {shard.url}: {error}") from error
         with suppress(FileNotFoundError):
             return hold(target)
         try:
@@ -122,6 +133,7 @@ class ShardCache:
             with FileLock(f"{target}.lock"):
                 with suppress(FileNotFoundError):  # fetched by another process meanwhile
                     return hold(target)
+                self._raise_if_lost(target)
                 make_room(target.parent, self.max_bytes, shard.bytes or 0)
                 file = _fetch(shard, target)
                 make_room(target.parent, self.max_bytes)
@@ -143,30 +155,49 @@ class ShardCache:
             return Path(shard.url)
         return self.folder / "shards" / f"{short_hash(shard.url, shard.sha256)}.tar"
 
+    def _raise_if_lost(self, target: Path) -> None:
+        """Raise the LostShard that another process recorded since `opened_s`, if it is recent."""
+        record = _lost_record(target)
+        if record.exists() and record.stat().st_mtime >= max(self.opened_s, time.time() - LOST_S):
+            raise LostShard(record.read_text(encoding="utf-8"))
+
 
 def _fetch(shard: Shard, target: Path) -> int:
-    """Fetch a shard to `target` and return its held descriptor."""
+    """Fetch a shard to `target` and return its held descriptor; record a failure for waiting processes."""
     temporary = target.with_name(f"{target.name}.tmp")
     try:
         _with_retries(lambda: _transfer(shard, temporary), shard.url)
         sync_file(temporary)
         file = hold(temporary)
         temporary.replace(target)
+    except LostShard as error:
+        record = _lost_record(target)
+        record.write_text(str(error), encoding="utf-8")
+        os.utime(record, (time.time(), time.time()))  # the clock of `opened_s`, which the kernel's lags
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return file
 
 
+def _lost_record(target: Path) -> Path:
+    return target.with_name(f"{target.name}.lost")
+
+
 def _transfer(shard: Shard, path: Path) -> None:
     """Fetch a shard to `path` and verify its size and checksum."""
-    fs, remote = filesystem(shard.url)
-    fs.get_file(remote, str(path))
+    if shard.url.startswith("pipe:"):
+        with path.open("wb") as file:
+            subprocess.run(shard.url.removeprefix("pipe:"), shell=True, stdout=file, check=True)
+    else:
+        fs, remote = filesystem(shard.url)
+        fs.get_file(remote, str(path))
     if shard.sha256 is not None and (problem := file_problem(path, shard._asdict())):
         raise DataError(problem)
 
 
 def _with_retries(action: Callable[[], T], url: str) -> T:
-    """Return the result of `action`, repeated after temporary errors. Raises DataError after the last attempt."""
+    """Return the result of `action`, repeated after temporary errors. Raises LostShard after the last attempt."""
     for attempt in count(1):
         try:
             return action()
@@ -177,7 +208,7 @@ def _with_retries(action: Callable[[], T], url: str) -> T:
                 raise
             reason = f"{type(error).__name__}: {error}"
             if attempt >= ATTEMPTS or _is_permanent(error):
-                raise DataError(f"cannot fetch {url} (attempt {attempt} of {ATTEMPTS}): {reason}") from error
+                raise LostShard(f"cannot fetch {url} (attempt {attempt} of {ATTEMPTS}): {reason}") from error
             pause_s = BACKOFF_S * 2 ** (attempt - 1)
             log.warning("fetching %s failed (%s); retrying in %.0f s", url, reason, pause_s)
             time.sleep(pause_s)
@@ -231,7 +262,7 @@ def _cached(folder: Path) -> Iterator[tuple[int, int, Path]]:
     """Yield time of last use, size and path of each file."""
     for path in folder.iterdir():
         with suppress(FileNotFoundError):  # a transfer just finished
-            if path.suffix != ".lock":
+            if path.suffix not in (".lock", ".lost"):
                 stat = path.stat()
                 yield stat.st_mtime_ns, stat.st_size, path
 

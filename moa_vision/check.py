@@ -2,83 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from moa_train.checks import Checked, Plan, Problem, unlisted
 from moa_train.errors import DataError
 from moa_train.manifest import MANIFEST, file_problem
+from moa_vision import cache
+from moa_vision.cache import Shard, ShardCache
 from moa_vision.images import ImageError, decode_image
-from moa_vision.index import load_manifest
+from moa_vision.index import load_manifest, manifest_shard
 from moa_vision.table import SampleTable, index_tar
 
 
-def plan_check(folder: Path, *, decode: bool = False) -> Plan:
-    """Plan the check of the data set in `folder`; its manifest and index are checked at once."""
+def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | None = None) -> Plan:
+    """Plan the check of a data set; its manifest and index are checked at once.
+
+    Args:
+        manifest_url: URL or path of the manifest.
+        decode: Also decode every image.
+        cache_dir: Folder of one remote shard per process while it is checked; None:
+            `moa_vision.cache.default_cache_dir`.
+    """
+    cache_dir = cache_dir or cache.default_cache_dir()
+    base = manifest_url.rpartition("/")[0] or "."
     try:
-        manifest = load_manifest(str(folder / MANIFEST))
+        manifest = load_manifest(manifest_url)
     except DataError as error:
-        return Plan(str(folder), "images", 0, [Problem(str(folder / MANIFEST), "", str(error))], [])
-    entries, index = manifest["shards"], folder / manifest["index"]["name"]
-    problems = unlisted(folder, [entry["name"] for entry in entries])
+        return Plan(base, "images", 0, [Problem(manifest_url, "", str(error))], [])
+    entries, index = manifest["shards"], manifest_shard(manifest_url, manifest["index"])
+    problems = [] if cache.is_remote(manifest_url) else unlisted(Path(base), [entry["name"] for entry in entries])
     table: SampleTable | None = None
     try:
-        problems += _file_problems(index, manifest["index"])
-        table = SampleTable.from_bytes(index.read_bytes())
+        with _fetched(index, cache_dir) as path:
+            problems += _file_problems(index, path)
+            table = SampleTable.from_bytes(path.read_bytes())
     except (OSError, DataError) as error:
-        problems.append(Problem(str(index), "", str(error)))
+        problems.append(Problem(index.url, "", str(error)))
     if table is not None and len(table) != manifest["samples"]:
-        problems.append(Problem(str(index), "", f"has {len(table)} samples, the manifest lists {manifest['samples']}"))
+        problems.append(Problem(index.url, "", f"has {len(table)} samples, the manifest lists {manifest['samples']}"))
         table = None
     checks = []
     first = 0
     for entry in entries:
         last = first + entry["samples"]
         listed = None if table is None else table.rows(first, last)
-        checks.append(ShardCheck(folder / entry["name"], entry, decode, listed, len(manifest["label_names"])))
+        shard = manifest_shard(manifest_url, entry)
+        checks.append(ShardCheck(shard, cache_dir, decode, entry["samples"], listed, len(manifest["label_names"])))
         first = last
-    return Plan(str(folder), "images", manifest["bytes"], problems, checks)
+    return Plan(base, "images", manifest["bytes"], problems, checks)
+
+
+def plan_tars(
+    name: str,
+    urls: Sequence[str],
+    *,
+    decode: bool = False,
+    cache_dir: Path | None = None,
+    image_key: str | None = None,
+) -> Plan:
+    """Plan the check of tars without a manifest: headers, members, labels and images.
+
+    Args:
+        name: Name of the set.
+        urls: URLs or paths of the tars.
+        decode: Also decode every image.
+        cache_dir: See `plan_check`.
+        image_key: See `moa_vision.table.image_member`.
+    """
+    cache_dir = cache_dir or cache.default_cache_dir()
+    size = sum(Path(url).stat().st_size for url in urls if not cache.is_remote(url))
+    checks = [ShardCheck(Shard(url), cache_dir, decode, image_key=image_key) for url in urls]
+    note = f"no {MANIFEST}: sizes, checksums and missing shards cannot be checked"
+    return Plan(name, "images", size, [], checks, note)
 
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """The check of one shard; `listed` are its rows of the index, None without a usable index."""
+    """The check of one shard: its bytes, its members against the index, and its images.
 
-    path: Path
-    entry: dict[str, Any]
+    Args:
+        shard: The tar.
+        cache_dir: A remote shard is kept in a temporary folder there.
+        decode: Decode the images.
+        samples: Number of samples in the manifest; None: there is no manifest.
+        listed: Rows of the index, see `SampleTable.rows`; None: there is no usable index.
+        num_labels: Number of label names; 0: unknown.
+        image_key: See `moa_vision.table.image_member`.
+    """
+
+    shard: Shard
+    cache_dir: Path
     decode: bool
-    listed: dict[str, tuple[int, int, int]] | None
-    num_labels: int
+    samples: int | None = None
+    listed: dict[str, tuple[int, int, int]] | None = None
+    num_labels: int = 0
+    image_key: str | None = None
 
     def __call__(self) -> Checked:
         """Run the check; may run in another process."""
         problems: list[Problem] = []
         try:
-            problems += _file_problems(self.path, self.entry)
-            table = index_tar(self.path)
-            problems += [self._problem(bad.key, bad.reason) for bad in table.problems]
-            problems += self._sample_problems(table)
-            return Checked(len(table), self.path.stat().st_size, problems)
+            with _fetched(self.shard, self.cache_dir) as path:
+                problems += _file_problems(self.shard, path)
+                table = index_tar(path, self.shard.url, self.image_key)
+                problems += [self._problem(bad.key, bad.reason) for bad in table.problems]
+                problems += self._sample_problems(path, table)
+                return Checked(len(table), path.stat().st_size, problems)
         except (OSError, DataError) as error:
-            return Checked(0, self.entry["bytes"], [*problems, self._problem("", str(error))])
+            return Checked(0, self.shard.bytes or 0, [*problems, self._problem("", str(error))])
 
     def _problem(self, sample: str, text: str) -> Problem:
-        return Problem(str(self.path), sample, text)
+        return Problem(self.shard.url, sample, text)
 
-    def _sample_problems(self, table: SampleTable) -> Iterator[Problem]:
-        if len(table) != self.entry["samples"]:
-            yield self._problem("", f"has {len(table)} samples, the manifest lists {self.entry['samples']}")
+    def _sample_problems(self, path: Path, table: SampleTable) -> Iterator[Problem]:
+        if self.samples is None and not len(table):
+            yield self._problem("", "has no sample with an image")
+        if self.samples is not None and len(table) != self.samples:
+            yield self._problem("", f"has {len(table)} samples, the manifest lists {self.samples}")
         found = table.rows(0, len(table))
         if self.listed is not None:
             yield from self._differences(self.listed, found)
         for key, (offset, size, label) in found.items():
             if self.num_labels and label >= self.num_labels:
                 yield self._problem(key, f"label {label} is not among the {self.num_labels} label names")
-            if self.decode and (reason := _decoding_error(self.path, offset, size)):
+            if self.decode and (reason := _decoding_error(path, offset, size)):
                 yield self._problem(key, f"cannot be decoded: {reason}")
 
     def _differences(
@@ -95,9 +148,23 @@ class ShardCheck:
             yield self._problem(key, "is in the tar but not in the index")
 
 
-def _file_problems(path: Path, entry: dict[str, Any]) -> list[Problem]:
-    problem = file_problem(path, entry)
-    return [Problem(str(path), "", problem)] if problem else []
+@contextmanager
+def _fetched(shard: Shard, cache_dir: Path) -> Iterator[Path]:
+    """Yield the path of the plain file; a remote one is fetched and deleted afterwards."""
+    if not cache.is_remote(shard.url):
+        yield Path(shard.url)
+        return
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="check-", dir=cache_dir) as folder:
+        yield ShardCache(Path(folder)).fetch(shard)
+
+
+def _file_problems(shard: Shard, path: Path) -> list[Problem]:
+    """Return how a file differs from its manifest entry; a fetched one was verified by the cache."""
+    if shard.sha256 is None or cache.is_remote(shard.url):
+        return []
+    problem = file_problem(path, shard._asdict())
+    return [Problem(shard.url, "", problem)] if problem else []
 
 
 def _decoding_error(path: Path, offset: int, size: int) -> str | None:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from moa_train.data_order import ORDER, SAMPLE, StepBatches, batch_loader, generator, philox_key
 from moa_train.errors import ConfigError, DataError, require
+from moa_vision.cache import LostShard
 from moa_vision.crops import CROP_DRAWS, Box, central_box, crop_into, random_box
 from moa_vision.images import ImageError, decode_image
 from moa_vision.index import ShardIndex, ShardReader
@@ -30,8 +31,8 @@ class DataConfig:
     """Image shards and their augmentation.
 
     Args:
-        train: Training shards: a folder of scripts/make_shards.py, or tars by path, {brace}, glob, http(s):// or
-            hf://; several joined by "::".
+        train: Training shards: a folder of scripts/make_shards.py, or tars by path, {brace}, glob, http(s)://,
+            hf:// or pipe:command; several joined by "::".
         val: Validation shards, in the same form; null: no validation.
         image_key: Image among a sample's members: input.jpg for KEY.input.jpg; several in order of preference,
             "input.jpg;jpg". Null: jpg, png, ..., or the only member with such a suffix. Ignored for shards of
@@ -50,7 +51,8 @@ class DataConfig:
         cache_dir: Folder of indices and of remote shards; default ~/.cache/moa_vision.
         cache_gib: Limit of the remote shards kept there, in GiB; the least recently used are evicted.
             Shards in transfer may exceed it temporarily. Null: no limit.
-        max_bad_samples: Number of distinct unusable samples, over all sessions of the run, after which it stops.
+        max_bad_samples: Number of distinct unusable samples, over all sessions of the run, after which it stops; an
+            unavailable shard with more samples stops it too.
     """
 
     train: str
@@ -188,13 +190,13 @@ class _Samples(Dataset[ImageBatch]):
         self.config = config
         self.spec = spec
         open_files = {} if index.cache.max_bytes is None else {"open_files": bounded_files}
-        self.reader = ShardReader(index, **open_files)
+        self.reader = ShardReader(index, config.max_bad_samples, **open_files)
 
     def decode(self, sample: int, bad: list[BadSample]) -> Tensor | None:
         """Return a sample's image, or None after adding it to `bad`."""
         try:
             return decode_image(self.reader.read(sample), self.spec.channels)
-        except (ImageError, OSError) as error:
+        except (ImageError, OSError, LostShard) as error:
             bad.append(self.index.bad(sample, error))
             return None
 

@@ -27,7 +27,7 @@ from moa_train.manifest import MANIFEST, check_entry, parse_manifest
 from moa_train.open_files import OpenFiles
 from moa_train.progress import CountBar
 from moa_vision import cache
-from moa_vision.cache import Shard, ShardCache, release
+from moa_vision.cache import LostShard, Shard, ShardCache, release
 from moa_vision.images import ImageError
 from moa_vision.table import IMAGE_EXTENSIONS, BadSample, SampleTable, index_tar
 
@@ -110,11 +110,13 @@ class ShardReader:
 
     Args:
         index: The samples.
+        max_lost: Largest number of samples that a lost shard may have; None: any number.
         open_files: Number of files kept open.
     """
 
-    def __init__(self, index: ShardIndex, open_files: int = _OPEN_FILES) -> None:
+    def __init__(self, index: ShardIndex, max_lost: int | None = None, open_files: int = _OPEN_FILES) -> None:
         self.index = index
+        self.max_lost = max_lost
         self._files = OpenFiles(open_files, release)
 
     def read(self, sample: int) -> np.ndarray:
@@ -122,12 +124,24 @@ class ShardReader:
 
         Raises:
             ImageError: The shard is shorter than its index.
-            OSError: The shard cannot be read.
-            DataError: The shard is missing or unavailable after all retries, or the cache cannot be written.
+            OSError, LostShard: The shard cannot be read or fetched.
+            DataError: A lost shard has more than `max_lost` samples, or the cache cannot be written.
         """
         number = self.index.shard_of(sample)
-        shard, cache = self.index.shards[number], self.index.cache
-        return self._files.read(number, lambda: cache.open(shard), lambda file: self._read(file, sample))
+        return self._files.read(number, lambda: self._open(number), lambda file: self._read(file, sample))
+
+    def _open(self, number: int) -> int:
+        shard = self.index.shards[number]
+        try:
+            return self.index.cache.open(shard)
+        except LostShard as error:
+            samples = int(self.index.starts[number + 1] - self.index.starts[number])
+            if self.max_lost is None or samples <= self.max_lost:
+                raise
+            raise DataError(
+                f"shard {shard.url} with {samples:,} samples is unavailable, more than data.max_bad_samples = "
+                f"{self.max_lost} allows: {error}. Restore it or raise the limit, then run the command again."
+            ) from error
 
     def _read(self, file: int, sample: int) -> np.ndarray:
         offset, size = int(self.index.table.offsets[sample]), int(self.index.table.sizes[sample])
@@ -146,8 +160,8 @@ def open_index(
     """Resolve a pattern and index its shards.
 
     Args:
-        pattern: A folder (with a manifest or tars), a manifest, or tars named by path, brace, glob, http(s)://, or
-            hf://; several joined by "::". A remote name without ".tar" is a folder with a manifest.
+        pattern: A folder (with a manifest or tars), a manifest, or tars named by path, brace, glob, http(s)://, hf://
+            or pipe:command; several joined by "::". A remote name without ".tar" is a folder with a manifest.
         cache_dir: Folder for new indices and for remote shards; None: `default_cache_dir`.
         cache_gib: Limit of the shards kept there in GiB; the least recently used are evicted. None: no limit.
         image_key: Member that is the image, as in `moa_vision.table.image_member`; ignored for manifests.
@@ -256,6 +270,10 @@ def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -
         file = shard_cache.open(shard)
         try:
             table = index_tar(shard_cache.path(shard), shard.url, image_key)
+        except DataError:
+            if cache.is_remote(shard.url):  # the transfer may have been cut; the next run fetches it again
+                shard_cache.path(shard).unlink(missing_ok=True)
+            raise
         finally:
             release(file)
     except OSError as error:
@@ -274,8 +292,11 @@ def expand(pattern: str, allowed: str = _ALLOWED) -> list[str]:
     """
     names: list[str] = []
     for part in expand_urls(pattern):  # "::" and braces, as in webdataset
-        if part.startswith("file:") or not cache.is_remote(part):
-            names += _expand_local(re.sub(r"^file:(//)?", "", part), allowed)
+        if part.startswith("pipe:"):
+            names.append(part)
+        elif part.startswith("file:") or not cache.is_remote(part):
+            local = _expand_local(re.sub(r"^file:(//)?", "", part), allowed)
+            names += [f"./{name}" if cache.is_remote(name) else name for name in local]  # a file named "pipe:..."
         elif "*" in part and not part.startswith(("http://", "https://")):
             fs, path = cache.filesystem(part)
             scheme = part.split("://")[0]

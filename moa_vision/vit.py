@@ -1,12 +1,13 @@
 """ViTs with any FFN of the family, registered with timm as `vit_{size}_patch16_{variant}`, 224 pixels.
 
-Each model is timm's own `VisionTransformer` with `moa_ffn.FFN` as its `mlp_layer`. In addition to timm's arguments,
-`ffn_*` keyword arguments set the FFN (`FFN_ARGUMENTS`):
-`timm.create_model("vit_base_patch16_qdmoa", ffn_mixing_gate="tanh", ffn_gate_activations="g,s")`.
+Each model is timm's own `VisionTransformer` with `moa_ffn.FFN` as its `mlp_layer`, or timm's `NaFlexVit` with
+`use_naflex=True` or TIMM_USE_NAFLEXVIT=true. In addition to timm's arguments, `ffn_*` keyword arguments set the FFN
+(`FFN_ARGUMENTS`): `timm.create_model("vit_base_patch16_qdmoa", ffn_mixing_gate="tanh", ffn_gate_activations="g,s")`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.naflexvit import NaFlexVit, _create_naflexvit_from_classic  # private; present in timm 1.0.31
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -147,7 +149,9 @@ def flops_per_image(model: nn.Module, image_shape: Sequence[int]) -> int:
     return flops(2) - flops(1)
 
 
-def _create(name: str, size: str, variant: str, pretrained: bool, kwargs: dict[str, Any]) -> VisionTransformer:
+def _create(
+    name: str, size: str, variant: str, pretrained: bool, use_naflex: bool | None, kwargs: dict[str, Any]
+) -> VisionTransformer | NaFlexVit:
     given = {key for key in kwargs if key.startswith("ffn_")}
     if unknown := given - set(FFN_ARGUMENTS):
         raise ValueError(f"{name}: unknown argument {min(unknown)!r}; allowed: {', '.join(FFN_ARGUMENTS)}")
@@ -156,14 +160,19 @@ def _create(name: str, size: str, variant: str, pretrained: bool, kwargs: dict[s
             raise ValueError(f"{name}: {key} is not allowed, because the model name sets the FFN")
     settings = {key.removeprefix("ffn_"): kwargs.pop(key) for key in given}
     arguments = {"patch_size": 16, **SIZES[size], **kwargs, "mlp_layer": ffn_layer(variant, **settings)}
-    model = build_model_with_cfg(
-        VisionTransformer,
-        name,
-        pretrained,
-        pretrained_filter_fn=_load_filter,
-        feature_cfg={"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"},
-        **arguments,
-    )
+    if use_naflex is None:
+        use_naflex = os.environ.get("TIMM_USE_NAFLEXVIT", "false").lower() == "true"
+    if use_naflex:
+        model = _create_naflexvit_from_classic(name, pretrained, **arguments)
+    else:
+        model = build_model_with_cfg(
+            VisionTransformer,
+            name,
+            pretrained,
+            pretrained_filter_fn=_load_filter,
+            feature_cfg={"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"},
+            **arguments,
+        )
     if sum(isinstance(module, TimmFFN) for module in model.modules()) < arguments["depth"]:
         raise ValueError(
             f"{name}: block_fn={kwargs.get('block_fn')!r} builds blocks without the {variant} FFN; "
@@ -172,11 +181,13 @@ def _create(name: str, size: str, variant: str, pretrained: bool, kwargs: dict[s
     return model
 
 
-def _entrypoint(size: str, variant: str) -> Callable[..., VisionTransformer]:
+def _entrypoint(size: str, variant: str) -> Callable[..., VisionTransformer | NaFlexVit]:
     name = model_name(size, variant)
 
-    def create(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-        return _create(name, size, variant, pretrained, kwargs)
+    def create(
+        pretrained: bool = False, use_naflex: bool | None = None, **kwargs: Any
+    ) -> VisionTransformer | NaFlexVit:
+        return _create(name, size, variant, pretrained, use_naflex, kwargs)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"ViT-{size.capitalize()}/16 at 224 pixels with the `{variant}` FFN."

@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--source",
         required=True,
-        help="folder of images (subfolders are classes) | tars by path, {brace}, glob, http(s)://, hf:// "
+        help="folder of images (subfolders are classes) | tars by path, {brace}, glob, http(s)://, hf://, pipe: "
         "| torchvision:NAME:root=DIR[:split=train] | hf:NAME[:config=NAME][:split=train]",
     )
     add("--out", required=True, help="output folder; with --val-fraction, of train/ and val/")

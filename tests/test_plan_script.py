@@ -181,6 +181,7 @@ def test_mask_of_documents_is_saved():
         ("{}/*.tar", 6),
         ("{0}/a.tar::{0}/b.tar", 6),
         ("{}/absent/*.tar", 1_281_167),
+        ("pipe:touch {}/ran", 1_281_167),
         ("http://localhost:9/a.tar", 1_281_167),
     ],
 )
@@ -191,6 +192,7 @@ def test_local_images_are_counted(pattern, images, tmp_path):
     config = read_config(MAEConfig, write_config(tmp_path, {"model": SMALL_MAE, "data": data}))
     assert mae_workload(config).samples_per_epoch == images
     assert mae_workload(config, images=100).samples_per_epoch == 100
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(("repeats", "decoded"), [(1, 1.0), (2, 1 / 2), (6, 1 / 2)])

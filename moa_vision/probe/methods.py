@@ -12,10 +12,11 @@ from dataclasses import asdict, replace
 from typing import Any, Literal, get_type_hints
 
 import torch
+from webdataset.shardlists import expand_urls
 
 from moa_train.atomic_io import write_json
 from moa_train.config import RESUME_MUTABLE_KEYS, EpochSchedule, OptimConfig
-from moa_train.errors import DataError, require
+from moa_train.errors import ConfigError, DataError, require
 from moa_train.run_folder import RunFolder
 from moa_train.trainer import run
 from moa_vision.bad_samples import BadSamples
@@ -189,6 +190,12 @@ def data_config(config: ProbeConfig, encoder: TrainedEncoder) -> DataConfig:
     values: dict[str, Any] = {key: encoder.data.get(key) if value is None else value for key, value in given.items()}
     for key in ("train", "val"):
         require(key, values[key], bool(values[key]), "labelled shards: give --train SHARDS and --val SHARDS")
+        # A run folder may come from someone else.
+        if given[key] is None and any(part.startswith("pipe:") for part in expand_urls(values[key])):
+            raise ConfigError(
+                f"data.{key} is {values[key]!r} in {encoder.folder}, which runs a command; to allow it, give it with "
+                "--train and --val"
+            )
     chosen = {key: value for key, value in values.items() if value is not None}
     types = get_type_hints(DataConfig)
     for key, value in chosen.items():

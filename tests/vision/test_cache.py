@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from moa_train.errors import ConfigError, DataError
 from moa_vision import cache
-from moa_vision.cache import ATTEMPTS, Shard, ShardCache, hold, make_room, release
+from moa_vision.cache import ATTEMPTS, LostShard, Shard, ShardCache, hold, make_room, release
 from moa_vision.index import ShardReader, open_index
 
 FORK = multiprocessing.get_context("fork")
@@ -49,7 +49,7 @@ def test_temporary_errors_are_retried(server, shards, tmp_path, faults):
 ])  # fmt: skip
 def test_final_error_names_the_url(server, tmp_path, fault, tries, text):
     server.faults["a.tar"] = [fault] * 9
-    with pytest.raises(DataError, match=rf"cannot fetch http.*a\.tar.*{text}"):
+    with pytest.raises(LostShard, match=rf"cannot fetch http.*a\.tar.*{text}"):
         ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar"))
     assert len(server.requests) == tries
     assert not list(tmp_path.glob("cache/shards/*.tar*tmp*"))
@@ -57,7 +57,7 @@ def test_final_error_names_the_url(server, tmp_path, fault, tries, text):
 
 def test_checksum_is_verified_after_the_transfer(server, shards, tmp_path):
     data = (shards / "a.tar").read_bytes()
-    with pytest.raises(DataError, match=r"a\.tar.*SHA-256 differs"):
+    with pytest.raises(LostShard, match=r"a\.tar.*SHA-256 differs"):
         ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar", len(data), "0" * 64))
     assert len(server.requests) == ATTEMPTS
     good = Shard(f"{server.url}/a.tar", len(data), hashlib.sha256(data).hexdigest())
@@ -68,8 +68,14 @@ def test_a_stalled_transfer_fails(server, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "STALL_S", 0.2)
     monkeypatch.setattr(cache, "ATTEMPTS", 2)
     server.faults["a.tar"] = ["stall"] * 2
-    with pytest.raises(DataError, match=r"attempt 2 of 2.*Timeout"):
+    with pytest.raises(LostShard, match=r"attempt 2 of 2.*Timeout"):
         ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar"))
+
+
+def test_failing_pipe_reports_its_exit_status(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(cache, "BACKOFF_S", 0.0)
+    with pytest.raises(LostShard, match="exit status 3"):
+        ShardCache(tmp_path / "cache").fetch(Shard(f"pipe:head -c 5000 {shards}/a.tar; exit 3"))
 
 
 def test_unknown_scheme_is_a_config_error(tmp_path):
@@ -180,6 +186,30 @@ def test_processes_share_a_bounded_cache(write_tar, serve, tmp_path):
     assert sum(path.stat().st_size for path in kept) <= 5.5 * size and {path.suffix for path in kept} == {".tar"}
 
 
+def test_a_cut_transfer_does_not_stay_in_the_cache(server, tmp_path):
+    """Without a manifest or a length, only the tar shows that its end is missing."""
+    server.faults["a.tar"] = ["silent cut"]
+    with pytest.raises(DataError, match=r"a\.tar: truncated"):
+        open_index(f"{server.url}/a.tar", tmp_path / "cache")
+    assert len(open_index(f"{server.url}/a.tar", tmp_path / "cache")) == 9
+
+
+def test_a_lost_shard_is_not_retried_by_other_readers_of_the_run(server, tmp_path, monkeypatch):
+    shard = Shard(f"{server.url}/a.tar")
+    first, second = ShardCache(tmp_path / "cache"), ShardCache(tmp_path / "cache")
+    server.faults["a.tar"] = [404]
+    for shard_cache in (first, second):
+        with pytest.raises(LostShard, match="cannot fetch http"):
+            shard_cache.fetch(shard)
+    assert len(server.requests) == 1
+    assert ShardCache(tmp_path / "cache").fetch(shard).exists(), "a run that starts later tries again"
+    server.faults["b.tar"] = [404]
+    with pytest.raises(LostShard):
+        first.fetch(Shard(f"{server.url}/b.tar"))
+    monkeypatch.setattr(cache, "LOST_S", -1.0)
+    assert first.fetch(Shard(f"{server.url}/b.tar")).exists(), "tried again after a while"
+
+
 # --- eviction -----------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +258,3 @@ def test_leftovers_of_killed_transfers_are_removed(cached):
     with FileLock(folder / "b.tar.lock"):  # in progress
         make_room(folder, None)
         assert [name for name in names(folder) if not name.endswith(".lock")] == ["0.tar", "b.tar.tmp"]
-
-
-# --- local shards -------------------------------------------------------------------------------------------------

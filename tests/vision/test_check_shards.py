@@ -169,13 +169,22 @@ def test_wrong_usage_exits_with_2(packed, command, tmp_path, capsys):
             command(arguments)
         assert stop.value.code == 2
     assert "--workers is -3; it must be 1 or above" in capsys.readouterr().err
+    assert command([str(tmp_path / "nowhere.tar")]) == 2
 
 
-def test_the_sets_of_a_folder_are_checked(shards, tmp_path, check):
+def test_remote_sets_are_fetched_checked_and_deleted(shards, tmp_path, check, serve):
     make_shards(str(shards), tmp_path / "set", ShardSettings(samples_per_shard=8), val_fraction=0.25)
     code, lines = check(tmp_path / "set")
-    assert code == 0
-    assert [line.split(":")[0] for line in lines[:2]] == [f"{tmp_path}/set/{part}" for part in ("train", "val")]
+    assert code == 0 and [line.split(":")[0] for line in lines[:2]] == [
+        f"{tmp_path}/set/{part}" for part in ("train", "val")
+    ]
+    server = serve(tmp_path / "set" / "val")
+    assert check(server.url, "--decode", "--cache-dir", tmp_path / "cache")[0] == 0
+    server.faults = {"shard-000000.tar": [404], "index.safetensors": [404]}
+    code, lines = check(f"{server.url}/", "--cache-dir", tmp_path / "cache")
+    assert code == 1 and not list((tmp_path / "cache").iterdir())
+    assert f"{server.url}/index.safetensors: cannot fetch" in lines[0]
+    assert f"{server.url}/shard-000000.tar: cannot fetch" in lines[1]
 
 
 def test_shards_without_a_manifest_entry_are_reported(packed, tmp_path, check):
@@ -188,3 +197,31 @@ def test_shards_without_a_manifest_entry_are_reported(packed, tmp_path, check):
     packed.rename(tmp_path / "val")
     (tmp_path / "source.tar").write_bytes(b"")
     assert check(tmp_path)[1][-2].startswith(f"{tmp_path}/val: "), "tars next to train and val are their source"
+
+
+def test_tars_without_a_manifest_are_checked(shards, tmp_path, check, serve, write_tar):
+    options = ("--decode", "--cache-dir", tmp_path / "cache", "--workers", 1)
+    note = "(no manifest.json: sizes, checksums and missing shards cannot be checked)"
+    server = serve(shards)
+    for name, count in ((shards, 32), (f"{shards}/{{a,c}}.tar", 16), (f"{server.url}/b.tar", 4)):
+        code, lines = check(name, *options)
+        assert code == 0 and f", {count} images, " in lines[0] and lines[0].endswith(f": no problems {note}")
+    key, offset, size = member(shards / "c.tar", ".jpg")
+    data = bytearray((shards / "c.tar").read_bytes())
+    data[offset : offset + size] = bytes(size)
+    (shards / "c.tar").write_bytes(data)
+    write_tar(shards / "d.tar", [("x.jpg", b"text"), ("y.json", b"{}")])
+    (shards / "e.tar").write_bytes((shards / "e.tar").read_bytes()[:20_000])
+    code, lines = check(shards, *options)
+    assert code == 1 and lines[-2].endswith(f": 4 problems {note}")
+    for start in (
+        f"c.tar: {key}: cannot be decoded: ",
+        "d.tar: x: cannot be decoded: ",
+        "d.tar: y: no image",
+        "e.tar: ",
+    ):
+        assert sum(line.startswith(f"{shards}/{start}") for line in lines) == 1, (start, lines)
+    write_tar(tmp_path / "pair.tar", [("x.input.jpg", b"1"), ("x.target.jpg", b"2")])
+    assert check(tmp_path / "pair.tar", "--image-key", "input.jpg")[0] == 0
+    code, lines = check(tmp_path / "pair.tar")
+    assert code == 1 and lines[1] == f"{tmp_path}/pair.tar: has no sample with an image"

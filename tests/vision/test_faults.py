@@ -1,4 +1,4 @@
-"""Training runs over a server with faults: what is retried, and what is fatal."""
+"""Training runs over a server with faults: what is retried, skipped, and fatal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from moa_vision import cache
+from moa_vision.index import open_index
 from moa_vision.pretrain import main
 from moa_vision.shards import ShardSettings, make_shards
 
@@ -76,17 +77,29 @@ def test_temporary_faults_do_not_change_the_losses(train, server, monkeypatch):
     assert len(shards) == 8 + sum(map(len, faults)), "each fault cost one attempt"
 
 
-def test_an_unavailable_shard_ends_the_run(train, server, capsys):
+def test_a_small_lost_shard_is_skipped_and_listed(train, server, tmp_path):
     server.faults["shard-000003.tar"] = [404] * 99
-    code, folder = train("run")
+    code, folder = train("run", data__max_bad_samples=4)
+    assert code == 0 and len(losses(folder)) == 8
+    bad = bad_samples(folder)
+    lost = open_index(str(tmp_path / "packed")).table
+    assert sorted(sample["key"] for sample in bad) == sorted(lost.key(number) for number in range(12, 16))
+    assert {sample["shard"] for sample in bad} == {f"{server.url}/shard-000003.tar"}
+    assert all("cannot fetch" in sample["reason"] for sample in bad)
+    assert json.loads((folder / "summary.json").read_text())["bad_samples"] == 4
+
+
+def test_a_lost_shard_larger_than_the_limit_ends_the_run(train, server, capsys):
+    server.faults["shard-000003.tar"] = [404] * 99
+    code, folder = train("run", data__max_bad_samples=3)
     error = capsys.readouterr().err
     assert code != 0
     assert error.count("error: ") == 1 and "Traceback" not in error
-    assert f"cannot fetch {server.url}/shard-000003.tar" in error
+    assert "shard-000003.tar with 4 samples is unavailable, more than data.max_bad_samples = 3 allows: " in error
     assert not bad_samples(folder), "no sample is blamed for its shard"
     assert not multiprocessing.active_children(), "a remaining worker would block the exit"
     server.faults.clear()
-    assert train("run")[0] == 0, "the same command resumes when the shard is back"
+    assert train("run", data__max_bad_samples=3)[0] == 0, "the same command resumes when the shard is back"
 
 
 def test_samples_without_an_image_count_in_every_session(train, shards, write_tar, photos, encode, tmp_path, capsys):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from moa_train.errors import ConfigError, DataError
+from moa_vision.cache import LostShard
 from moa_vision.data import DataConfig, val_loader
 from moa_vision.images import ImageError
 from moa_vision.index import ShardReader, expand, open_index, short_names
@@ -136,6 +138,15 @@ def test_workers_fetch_each_shard_once(packed, tmp_path, serve):
     assert sorted(shards) == sorted(path.name for path in packed.glob("*.tar"))
 
 
+def test_a_shard_with_more_samples_than_may_be_bad_ends_reading(shards):
+    index = open_index(str(shards))
+    (shards / "b.tar").unlink()
+    with pytest.raises(LostShard, match=r"b\.tar"):
+        ShardReader(index, max_lost=4).read(9)
+    with pytest.raises(DataError, match=r"b\.tar with 4 samples is unavailable, more than data\.max_bad_samples = 3"):
+        ShardReader(index, max_lost=3).read(9)
+
+
 def test_a_shrunk_shard_is_an_image_error(shards):
     index = open_index(str(shards))
     (shards / "b.tar").write_bytes(b"")
@@ -158,6 +169,7 @@ def test_every_form_of_pattern_reads_the_same_samples(shards, tmp_path, serve):
         f"{shards}/{{a,b,c,d,e}}.tar",
         f"{shards}/[a-c].tar::file://{shards}/d.tar::{shards}/e.tar",
         f"{server.url}/{{a..e}}.tar",
+        f"pipe:cat {shards}/{{a..e}}.tar",
     ):
         assert contents(pattern) == expected, pattern
 
@@ -183,6 +195,12 @@ def test_image_folders_are_answered_with_the_packing_command(folder, tmp_path, m
         expand(folder)
 
 
+def test_a_file_name_never_becomes_a_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pipe:touch made.tar").write_bytes(b"")
+    assert expand("*.tar") == expand("file:pipe:touch made.tar") == ["./pipe:touch made.tar"]
+
+
 def test_remote_names():
     assert expand("hf://datasets/me/photos::https://host/x.tar?token=a") == [
         "hf://datasets/me/photos/manifest.json",
@@ -192,7 +210,7 @@ def test_remote_names():
 
 @pytest.mark.parametrize(("urls", "names"), [
     (["/x/t-0.tar", "/x/t-1.TAR", "t-2.tar"], ["t-0", "t-1", "t-2"]),
-    (["https://h/t-0.tar?token=a/b", "s3://b/t-1.tar"], ["t-0", "t-1"]),
+    (["https://h/t-0.tar?token=a/b", "pipe:aws s3 cp s3://b/t-1.tar -"], ["t-0", "t-1"]),
     (["a/t.tar", "b/t.tar", "b/c.tar"], ["a/t", "b/t", "b/c"]),
     (["https://h/get?file=0.tar", "https://h/get?file=1.tar"], ["https://h/get?file=0.tar", "https://h/get?file=1.tar"]),
 ])  # fmt: skip

@@ -352,6 +352,24 @@ def test_check_reports_errors_and_writes_nothing(arguments, encoder_run, capsys)
     assert not (encoder_run / "probe").exists()
 
 
+@pytest.mark.parametrize("pattern", ["{command}", "p{{ipe,}}:{touch}"])
+def test_commands_in_a_run_folder_are_not_run(run_probe, encoder_run, pattern, tmp_path, capsys):
+    """A run folder may come from someone else; the command line is the user's."""
+    data = read_data(encoder_run)
+    touch = f"touch {tmp_path}/ran; cat {data['train']}"
+    pattern = pattern.format(tar=data["train"], touch=touch, command=f"pipe:{touch}")
+    for key in ("train", "val"):
+        write_config(encoder_run, data | {key: pattern})
+        for method in ("knn", "linear"):
+            assert run_probe(method) == 2
+        error = capsys.readouterr().err
+        assert f"data.{key} is " in error and "give it with --train and --val" in error
+    assert not (tmp_path / "ran").exists()
+    command = f"pipe:{touch}"
+    assert run_probe("knn", train=command, val=command, data__cache_dir=tmp_path / "cache") == 0
+    assert (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("method", ["knn", "linear"])
 def test_samples_without_an_image_count_as_bad(run_probe, encoder_run, method, write_tar, encode, tmp_path, capsys):
     image = encode(picture(np.random.default_rng(0), 0), "PNG")

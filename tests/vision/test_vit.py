@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.layers import set_scriptable
+from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -97,6 +98,7 @@ def test_timm_arguments(arguments, size, outputs):
         ({"act_layer": "relu"}, "act_layer is not allowed"),
         ({"scale_mlp_norm": True}, "scale_mlp_norm=True"),
         ({"mlp_layer": nn.Identity}, "mlp_layer is not allowed"),
+        ({"use_naflex": True, "attn_type": "eva"}, "without the qdmoa FFN"),
         ({"block_fn": ParallelScalingBlock}, "block_fn=.*ParallelScalingBlock.* without the qdmoa FFN"),
     ],
 )
@@ -205,6 +207,18 @@ def test_other_blocks_of_timm(block, per_block):
     model = vit(block_fn=block)
     assert len(ffns(model)) == len(model.blocks) * per_block
     assert model(images(1, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_naflex_equals_the_classic_model(pool, monkeypatch):
+    monkeypatch.setenv("TIMM_USE_NAFLEXVIT", "true")
+    naflex: Any = timm.create_model("vit_tiny_patch16_qdmoa", **SMALL, global_pool=pool).eval()
+    assert isinstance(naflex, NaFlexVit) and len(ffns(naflex)) == 2
+    classic = vit(use_naflex=False, global_pool=pool).eval()
+    state = {name: value.clone() for name, value in classic.state_dict().items()}  # timm changes cls_token in place
+    naflex.load_state_dict(checkpoint_filter_fn(state, naflex))
+    x = images(2, 3, 32, 32)
+    torch.testing.assert_close(naflex(x), classic(x))
 
 
 def test_pretrained_cfg_and_overlay(tmp_path: Path):
