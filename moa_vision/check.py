@@ -20,16 +20,8 @@ from moa_vision.index import load_manifest, manifest_shard
 from moa_vision.table import SampleTable, index_tar
 
 
-def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | None = None) -> Plan:
-    """Plan the check of a data set; its manifest and index are checked at once.
-
-    Args:
-        manifest_url: URL or path of the manifest.
-        decode: Also decode every image.
-        cache_dir: Folder of one remote shard per process while it is checked; None:
-            `moa_vision.cache.default_cache_dir`.
-    """
-    cache_dir = cache_dir or cache.default_cache_dir()
+def plan_check(manifest_url: str, *, decode: bool, cache_dir: Path) -> Plan:
+    """Plan the check of a data set; its manifest and index are checked at once. For the arguments see `ShardCheck`."""
     base = manifest_url.rpartition("/")[0] or "."
     try:
         manifest = load_manifest(manifest_url)
@@ -42,10 +34,10 @@ def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | Non
         with _fetched(index, cache_dir) as path:
             problems += _file_problems(index, path)
             table = SampleTable.from_bytes(path.read_bytes())
+            if len(table) != manifest["samples"]:
+                raise DataError(f"has {len(table)} samples, the manifest lists {manifest['samples']}")
     except (OSError, DataError) as error:
         problems.append(Problem(index.url, "", str(error)))
-    if table is not None and len(table) != manifest["samples"]:
-        problems.append(Problem(index.url, "", f"has {len(table)} samples, the manifest lists {manifest['samples']}"))
         table = None
     checks = []
     first = 0
@@ -58,24 +50,8 @@ def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | Non
     return Plan(base, "images", manifest["bytes"], problems, checks)
 
 
-def plan_tars(
-    name: str,
-    urls: Sequence[str],
-    *,
-    decode: bool = False,
-    cache_dir: Path | None = None,
-    image_key: str | None = None,
-) -> Plan:
-    """Plan the check of tars without a manifest: headers, members, labels and images.
-
-    Args:
-        name: Name of the set.
-        urls: URLs or paths of the tars.
-        decode: Also decode every image.
-        cache_dir: See `plan_check`.
-        image_key: See `moa_vision.table.image_member`.
-    """
-    cache_dir = cache_dir or cache.default_cache_dir()
+def plan_tars(name: str, urls: Sequence[str], *, decode: bool, cache_dir: Path, image_key: str | None) -> Plan:
+    """Plan the check of tars without a manifest: headers, members, labels and images; see `ShardCheck`."""
     size = sum(Path(url).stat().st_size for url in urls if not cache.is_remote(url))
     checks = [ShardCheck(Shard(url), cache_dir, decode, image_key=image_key) for url in urls]
     note = f"no {MANIFEST}: sizes, checksums and missing shards cannot be checked"
@@ -88,7 +64,7 @@ class ShardCheck:
 
     Args:
         shard: The tar.
-        cache_dir: A remote shard is kept in a temporary folder there.
+        cache_dir: A remote shard is kept in a temporary folder there while it is checked.
         decode: Decode the images.
         samples: Number of samples in the manifest; None: there is no manifest.
         listed: Rows of the index, see `SampleTable.rows`; None: there is no usable index.

@@ -130,11 +130,11 @@ class ImageBatch(NamedTuple):
 
 
 class BatchSpec(NamedTuple):
-    """Shape of a batch: height and width of the crops, patches of the noise, channels."""
+    """Shape of a batch: height and width of the crops in pixels, length L of the noise, channels C."""
 
     image_size: tuple[int, int]
-    num_patches: int
-    channels: int
+    noise_length: int
+    channels: int = 3
 
 
 class EpochOrder:
@@ -262,7 +262,7 @@ class _BatchBuilder:
     def __init__(self, index: ShardIndex, size: int, spec: BatchSpec) -> None:
         self.index = index
         self.images = torch.empty(size, *spec.image_size, spec.channels, dtype=torch.uint8)
-        self.noise = torch.empty(size, spec.num_patches)
+        self.noise = torch.empty(size, spec.noise_length)
         self.samples: list[int] = []
         self.bad: list[BadSample] = []
 
@@ -297,10 +297,8 @@ def _to_unit(pixels: Tensor) -> Tensor:
 def train_loader(
     index: ShardIndex,
     config: DataConfig,
+    spec: BatchSpec,
     *,
-    image_size: tuple[int, int],
-    channels: int = 3,
-    num_patches: int,
     seed: int,
     global_batch: int,
     micro_batch: int,
@@ -315,11 +313,7 @@ def train_loader(
     step is a seek. Iterate once.
 
     Args:
-        index: The training samples.
-        config: Crops, repeats, window, workers.
-        image_size: Height and width of the crops in pixels.
-        channels: C.
-        num_patches: L, the length of the noise.
+        index, config, spec: The training samples and their batches.
         seed: Seed of order, crops, flips and noise; 0 or above.
         global_batch: Images of a step over all ranks and micro-batches.
         micro_batch: Images of one forward pass on one rank.
@@ -329,7 +323,7 @@ def train_loader(
     Raises:
         ValueError: The batch does not split into micro-batches, or an epoch is shorter than a batch.
     """
-    dataset = TrainSamples(index, config, BatchSpec(image_size, num_patches, channels), seed)
+    dataset = TrainSamples(index, config, spec, seed)
     if len(dataset.order) < global_batch:
         raise ConfigError(
             f"data.train has {len(dataset.order)} images per epoch with data.repeated_augmentation = "
@@ -343,10 +337,8 @@ def train_loader(
 def val_loader(
     index: ShardIndex,
     config: DataConfig,
+    spec: BatchSpec,
     *,
-    image_size: tuple[int, int],
-    channels: int = 3,
-    num_patches: int,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
@@ -355,18 +347,13 @@ def val_loader(
     """Return a loader of one rank's validation samples; over all ranks it yields every sample once.
 
     The last batch is smaller, bad samples make batches smaller, and ranks may differ by one sample: sum losses and
-    counts instead of averaging batch means. May be iterated repeatedly.
-
-    Args:
-        index, config, image_size, channels, num_patches, rank, world_size: As in `train_loader`.
-        batch_size: Images of a batch on one rank.
-        limit: Use this many samples, evenly spread over the data set.
+    counts instead of averaging batch means. May be iterated repeatedly. `limit`: use this many samples, evenly
+    spread over the data set.
     """
     count = len(index) if limit is None else min(limit, len(index))
     samples = [number * len(index) // count for number in range(rank, count, world_size)]
     batches = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
-    dataset = ValSamples(index, config, BatchSpec(image_size, num_patches, channels), bounded_files=1)
-    return batch_loader(dataset, batches, config.workers)
+    return batch_loader(ValSamples(index, config, spec, bounded_files=1), batches, config.workers)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -19,7 +19,7 @@ from moa_train.errors import DataError, require
 from moa_train.optim import FUSED_DEVICES
 from moa_train.plan import TRAINING_FLOPS_PER_FORWARD
 from moa_train.progress import count
-from moa_vision.data import DataConfig, ImageBatch
+from moa_vision.data import BatchSpec, DataConfig, ImageBatch
 from moa_vision.image_task import ImageRun, ImageTask
 from moa_vision.index import ShardIndex, open_index
 from moa_vision.probe.augment import SEED_NUMBERS, BatchRandAugment, MixingAugment, seed_from
@@ -102,15 +102,8 @@ class Classifier(ImageTask):
     def __init__(self, config: ClassifierRun, encoder: TrainedEncoder) -> None:
         self.encoder = encoder
         train, val, self.num_classes = open_labelled(config.data)
-        super().__init__(
-            config,
-            config.data,
-            train,
-            val,
-            image_size=encoder.image_size,
-            channels=encoder.channels,
-            noise_length=SEED_NUMBERS,
-        )
+        spec = BatchSpec(encoder.image_size, SEED_NUMBERS, encoder.channels)
+        super().__init__(config, config.data, train, val, spec)
         batch, samples = config.recipe.batch_size, self.samples_per_epoch
         require(f"{config.method}.batch_size", batch, batch <= samples, f"at most the {samples} training samples")
 

@@ -20,7 +20,7 @@ from moa_train.errors import ConfigError, DataError, require
 from moa_train.run_folder import RunFolder
 from moa_train.trainer import run
 from moa_vision.bad_samples import BadSamples
-from moa_vision.data import DataConfig, val_loader
+from moa_vision.data import BatchSpec, DataConfig, val_loader
 from moa_vision.image_task import DATA_RESUME_MUTABLE_KEYS
 from moa_vision.images import MODES
 from moa_vision.index import ShardIndex
@@ -105,15 +105,8 @@ class KNNProbe(Probe):
     def features(self, index: ShardIndex, bad_samples: BadSamples, limit: int | None = None) -> Features:
         """Return the features of the samples of an index, or of `limit` of them."""
         loop, encoder = self.config.loop, self.encoder
-        loader = val_loader(
-            index,
-            self.data,
-            image_size=encoder.image_size,
-            channels=encoder.channels,
-            num_patches=1,
-            batch_size=loop.micro_batch_size,
-            limit=limit,
-        )
+        spec = BatchSpec(encoder.image_size, 1, encoder.channels)
+        loader = val_loader(index, self.data, spec, batch_size=loop.micro_batch_size, limit=limit)
         bad_samples.note(index.without_image())  # samples that no batch reports
         batches, total = bad_samples.good(loader), len(index) if limit is None else min(limit, len(index))
         return extract_features(self.model, batches, self.data, total=total, bf16=loop.precision == "bf16")
@@ -190,15 +183,15 @@ def data_config(config: ProbeConfig, encoder: TrainedEncoder) -> DataConfig:
     values: dict[str, Any] = {key: encoder.data.get(key) if value is None else value for key, value in given.items()}
     for key in ("train", "val"):
         require(key, values[key], bool(values[key]), "labelled shards: give --train SHARDS and --val SHARDS")
-        # A run folder may come from someone else.
-        if given[key] is None and any(part.startswith("pipe:") for part in expand_urls(values[key])):
-            raise ConfigError(
-                f"data.{key} is {values[key]!r} in {encoder.folder}, which runs a command; to allow it, give it with "
-                "--train and --val"
-            )
     chosen = {key: value for key, value in values.items() if value is not None}
     types = get_type_hints(DataConfig)
     for key, value in chosen.items():
         if not isinstance(value, types[key] | int if key in ("val_crop_pct", "cache_gib") else types[key]):
             raise DataError(f"data.{key} is {value!r} in {encoder.folder}/config.yaml, expected {types[key]}")
+    shards = [name for key in ("train", "val") for name in expand_urls(chosen[key])]
+    if config.train is None and any(name.startswith("pipe:") for name in shards):
+        raise ConfigError(
+            f"data.train or data.val in {encoder.folder}/config.yaml runs a command (pipe:), and a run folder may come "
+            "from someone else; to allow it, give it with --train and --val"
+        )
     return DataConfig(**chosen, mean=encoder.mean, std=encoder.std)

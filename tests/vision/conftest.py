@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import io
+import json
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,34 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A default cache folder that is removed with the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
     return tmp_path / "cache-home"
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> Callable[..., list[str]]:
+    """small_run(**changed) -> command line of a run of a small MAE in tmp_path/runs; `a__b` sets key a.b."""
+
+    def small_run(**changed) -> list[str]:
+        encoder = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
+        values = {
+            "name": "run",
+            "out": tmp_path / "runs",
+            "model.encoder": "vit_tiny_patch16_qdmoa",
+            "model.img_size": [16, 24],
+            "model.encoder_args": json.dumps(encoder | changed.pop("encoder_args", {})),
+            "model.decoder_dim": 16,
+            "model.decoder_depth": 1,
+            "model.decoder_heads": 2,
+            "data.workers": 0,
+            "schedule.epochs": 2,
+            "schedule.warmup_epochs": 0,
+            "schedule.batch_size": 8,
+            "loop.micro_batch_size": 4,
+            "loop.log_every": 1,
+            "loop.trackers": "[]",
+        } | {key.replace("__", "."): value for key, value in changed.items()}
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    return small_run
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 
 from moa_train.errors import DataError
 from moa_vision.bad_samples import BadSamples
-from moa_vision.data import DataConfig, ImageBatch, train_loader
+from moa_vision.data import BatchSpec, DataConfig, ImageBatch, train_loader
 from moa_vision.index import open_index
 from moa_vision.table import BadSample
 
@@ -51,8 +51,8 @@ def test_no_session_continues_beyond_the_limit(path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_of_workers_are_one_line_and_end_them(path, write_tar, workers):
     index = open_index(str(write_tar(path.parent / "none.tar", [(f"{i}.jpg", b"nothing") for i in range(4)])))
-    loader = train_loader(index, DataConfig(train="", workers=workers), image_size=(16, 16), num_patches=1, seed=0,
-                          global_batch=2, micro_batch=2, num_steps=1)  # fmt: skip
+    config, step = DataConfig(train="", workers=workers), {"global_batch": 2, "micro_batch": 2, "num_steps": 1}
+    loader = train_loader(index, config, BatchSpec((16, 16), 1), seed=0, **step)
     with pytest.raises(DataError, match=r"^4 samples in a row are bad, the last is . in .*none\.tar.*again\.$"):
         list(BadSamples(path, 100).good(loader))
     assert not multiprocessing.active_children()

@@ -22,33 +22,15 @@ def server(shards, tmp_path, serve):
 
 
 @pytest.fixture
-def train(tmp_path, server):
+def train(tmp_path, server, small_run):
     """train(name, **changed) -> exit code and folder of a run of 8 steps of 8 images, two epochs, two workers."""
 
     def train(name, **changed):
         AcceleratorState._reset_state(reset_partial_state=True)
-        encoder = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8}
-        values = {
-            "name": name,
-            "out": tmp_path / "runs",
-            "model.encoder": "vit_tiny_patch16_qdmoa",
-            "model.img_size": 16,
-            "model.encoder_args": json.dumps(encoder),
-            "model.decoder_dim": 16,
-            "model.decoder_depth": 1,
-            "model.decoder_heads": 2,
-            "data.train": server.url,
-            "data.cache_dir": tmp_path / "caches" / name,
-            "data.shuffle_window_shards": 1,
-            "data.workers": 2,
-            "schedule.epochs": 2,
-            "schedule.warmup_epochs": 0,
-            "schedule.batch_size": 8,
-            "loop.micro_batch_size": 8,
-            "loop.log_every": 1,
-            "loop.trackers": "[]",
-        } | {key.replace("__", "."): value for key, value in changed.items()}
-        return main([f"--{key}={value}" for key, value in values.items()]), tmp_path / "runs" / name
+        data = {"data__train": server.url, "data__cache_dir": tmp_path / "caches" / name, "data__workers": 2}
+        return main(
+            small_run(name=name, data__shuffle_window_shards=1, **{**data, **changed})
+        ), tmp_path / "runs" / name
 
     return train
 

@@ -113,7 +113,7 @@ def test_torchvision_fallback_gives_the_same_bits(photos, encode, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, ">u2", np.float64])
-@pytest.mark.parametrize("channels", [1, 2, 3, 12])
+@pytest.mark.parametrize("channels", [1, 3, 12])
 def test_arrays_are_read_without_conversion(channels, dtype):
     array = np.random.default_rng(0).integers(0, 256, (20, 30, channels)).astype(dtype)
     first = np.ascontiguousarray(np.moveaxis(array, 2, 0))
@@ -144,8 +144,6 @@ def test_bands_of_pil_images_are_channels(photos, encode):
 
 @pytest.mark.parametrize(("data", "channels", "reason"), [
     (saved(np.zeros((19, 18, 12), np.uint8)), 3, "has 12 channels, not 3; .*in_chans.*--channels"),
-    (tiff(np.zeros((9, 8, 12), np.uint8), planarconfig="contig"), 5, "has 12 channels, not 5"),
-    (tiff(np.zeros((9, 8), np.float32)), 3, "has 1 channel, not 3"),
     (tiff(np.zeros((2, 5, 9, 8), np.uint8), metadata={"axes": "ZCYX"}), 5, "axes ZCYX of .2, 5, 9, 8. are not"),
     (saved(np.zeros((9, 8), np.int32)), 1, "int32 pixels have no known range; allowed are uint8, uint16"),
     (saved(np.full((9, 8), np.nan)), 1, "non-finite"),
@@ -213,10 +211,9 @@ def bomb(form):
     return bytes(data)
 
 
-@pytest.mark.parametrize("limit", [2**26, None], ids=["PIL's limit", "no limit"])
 @pytest.mark.parametrize("form", ["png", "jpeg"])
-def test_decompression_bombs_are_not_decoded(form, limit, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # another library may have removed it
+def test_decompression_bombs_are_not_decoded(form, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # another library may have removed it
     monkeypatch.setattr(images, "_decode_jpeg", lambda data: pytest.fail("decoded"))
-    with pytest.raises(ImageError, match=r"60000 x 60000 pixels|3600000000 pixels"):
+    with pytest.raises(ImageError, match="60000 x 60000 pixels"):
         decode(bomb(form))

@@ -258,7 +258,7 @@ def test_a_stop_ends_the_command_and_the_same_command_resumes(run_probe, encoder
     ("channels", "trained"),
     [(5, ()), *(pytest.param(c, ("linear", "finetune"), marks=pytest.mark.slow) for c in (1, 5))],
 )
-def test_other_numbers_of_channels(channels, trained, tmp_path, run_probe, encoder_run, capsys):
+def test_other_numbers_of_channels(channels, trained, tmp_path, run_probe, encoder_run, small_run, capsys):
     """Arrays of two classes: packing, pre-training, timm's loading and the probes."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 24), ("val", 12)):
@@ -270,25 +270,9 @@ def test_other_numbers_of_channels(channels, trained, tmp_path, run_probe, encod
             np.save(file, pixels)
         make_shards(str(tmp_path / "arrays" / part), tmp_path / part, ShardSettings(channels=channels))
     shutil.rmtree(encoder_run)
-    encoder = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4, "in_chans": channels}
-    values = {
-        "name": "run",
-        "out": tmp_path,
-        "model.img_size": 16,
-        "model.encoder_args": json.dumps(encoder),
-        "model.decoder_dim": 16,
-        "model.decoder_depth": 1,
-        "model.decoder_heads": 2,
-        "data.train": tmp_path / "train",
-        "data.val": tmp_path / "val",
-        "data.workers": 0,
-        "schedule.epochs": 2,
-        "schedule.batch_size": 8,
-        "loop.micro_batch_size": 8,
-        "loop.trackers": "[]",
-    }
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert pretrain.main([f"--{key}={value}" for key, value in values.items()]) == 0
+    data = {"data__train": tmp_path / "train", "data__val": tmp_path / "val", "model__img_size": 16}
+    assert pretrain.main(small_run(out=tmp_path, encoder_args={"in_chans": channels}, **data)) == 0
     model = timm.create_model(f"local-dir:{encoder_run / 'export'}", pretrained=True)
     data = timm.data.resolve_model_data_config(model)
     assert data["input_size"] == (channels, 16, 16) and data["mean"] == pytest.approx((0.449,) * channels)
@@ -308,7 +292,6 @@ def test_other_numbers_of_channels(channels, trained, tmp_path, run_probe, encod
     [
         ("knn", {"knn__k": "[49]"}, "knn.k is (49,); it must be at most the 48 training samples"),
         ("linear", {"linear__batch_size": 64}, "linear.batch_size is 64; it must be at most the 48 training"),
-        ("linear", {"train": "{unlabelled}", "val": "{unlabelled}"}, "u1 in {unlabelled} and 1 other samples"),
         ("knn", {"train": "{unlabelled}", "val": "{unlabelled}"}, "u1 in {unlabelled} and 1 other samples"),
         ("knn", {"train": "{few}", "val": "{many}"}, "has label 6, but the largest label in {few} is 5"),
     ],
@@ -332,9 +315,7 @@ def test_errors_are_one_line(run_probe, method, changed, message, labelled, writ
         ("--loop.micro_batch_size=7", "loop.micro_batch_size is 7; it must be even"),
         ("--train=a.tar", "val is None; it must be given together with train"),
         ("--linear.epoch=3", "did you mean linear.epochs?"),
-        ("--finetune.warmup_epochs=9", "finetune.warmup_epochs is 9.0; it must be from 0 to finetune.epochs (3.0)"),
         ("--linear.min_lr=9", "linear.min_lr is 9.0; it must be from 0 to the peak learning rate (1.88)"),
-        ("--finetune.rand_augment=m9", "finetune.rand_augment is 'm9'"),
     ],
 )
 def test_invalid_keys_are_rejected(arguments, option, message, capsys):
@@ -360,10 +341,8 @@ def test_commands_in_a_run_folder_are_not_run(run_probe, encoder_run, pattern, t
     pattern = pattern.format(tar=data["train"], touch=touch, command=f"pipe:{touch}")
     for key in ("train", "val"):
         write_config(encoder_run, data | {key: pattern})
-        for method in ("knn", "linear"):
-            assert run_probe(method) == 2
-        error = capsys.readouterr().err
-        assert f"data.{key} is " in error and "give it with --train and --val" in error
+        assert run_probe("knn") == 2
+        assert "runs a command (pipe:)" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     command = f"pipe:{touch}"
     assert run_probe("knn", train=command, val=command, data__cache_dir=tmp_path / "cache") == 0

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from timm.data import Mixup, create_transform
 from torch import nn
@@ -13,7 +12,7 @@ from moa_train.errors import DataError
 from moa_vision import vit
 from moa_vision.data import ImageBatch
 from moa_vision.probe import knn
-from moa_vision.probe.augment import BatchRandAugment, MixingAugment, seed_from, seeded_globals
+from moa_vision.probe.augment import BatchRandAugment, MixingAugment, seed_from
 from moa_vision.probe.classify import LinearProbe, lars, layer_groups
 from moa_vision.probe.knn import Features, KNNConfig, knn_accuracies
 
@@ -30,7 +29,7 @@ def unit_features(count, seed):
 
 
 @pytest.mark.parametrize("similarities", [1, 2**27], ids=["in chunks", "at once"])
-@pytest.mark.parametrize("k", [1, 5, 20])
+@pytest.mark.parametrize("k", [1, 20])
 def test_accuracies_equal_scikit_learn(k, similarities, monkeypatch):
     monkeypatch.setattr(knn, "SIMILARITIES", similarities)
     train, val = unit_features(60, 3), unit_features(200, 4)
@@ -58,17 +57,16 @@ def layer_of(name, depth):
     return int(name.split(".")[1]) + 1 if name.startswith("blocks") else depth + 1
 
 
-@pytest.mark.parametrize("layer_decay", [0.65, 1.0])
-def test_layer_groups_equal_mae(layer_decay):
+def test_layer_groups_equal_mae():
     model = vit.vit_tiny_patch16_qdla(img_size=32, depth=2, num_classes=CLASSES, global_pool="avg")
-    groups = layer_groups(model, 0.05, layer_decay)
+    groups = layer_groups(model, 0.05, 0.65)
     found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     named = dict(model.named_parameters())
     assert sum(len(group["params"]) for group in groups) == len(named) == len(found)
     assert any(name.endswith("mix_coef") for name in named)
     for name, parameter in named.items():
         no_decay = parameter.ndim == 1 or name in ("cls_token", "pos_embed") or name.endswith("mix_coef")
-        scale = layer_decay ** (3 - layer_of(name, 2))
+        scale = 0.65 ** (3 - layer_of(name, 2))
         assert found[id(parameter)] == (pytest.approx(scale), 0.0 if no_decay else 0.05), name
 
 
@@ -156,16 +154,6 @@ def test_rand_augment_of_an_image_depends_on_its_noise_only():
     assert together is batch and torch.equal(batch.images, torch.cat(alone))
     assert sum(not torch.equal(a, b) for a, b in zip(before, batch.images, strict=True)) > 6
     assert seed_from(batch.noise[0]) != seed_from(batch.noise[1])
-
-
-def test_rand_augment_works_at_full_magnitude():
-    """timm posterizes to 0 bits at the top of its scale, which Pillow rejects."""
-    augment = BatchRandAugment("rand-m10-n1-p1-inc1", SIZE, (0.5, 0.5, 0.5))
-    image = Image.fromarray(np.full((*SIZE, 3), 200, np.uint8))
-    assert "PosterizeIncreasing" in [op.name for op in augment.transform.ops]
-    for op in augment.transform.ops:
-        with seeded_globals(0):
-            assert op(image).size == SIZE
 
 
 def test_rand_augment_takes_grey_images_of_8_bits():

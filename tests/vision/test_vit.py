@@ -40,12 +40,6 @@ def images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_every_size_and_variant_is_registered():
-    expected = {f"vit_{size}_patch16_{variant}" for size in SIZES for variant in VARIANTS}
-    assert len(expected) == 44
-    assert expected <= set(timm.list_models("vit_*"))
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_trains(variant):
     model = vit(model_name("tiny", variant), num_classes=10)
@@ -77,13 +71,10 @@ def test_gelu_equals_timm_with_the_same_weights():
 @pytest.mark.parametrize(
     ("arguments", "size", "outputs"),
     [
-        ({"num_classes": 0}, (32, 32), 192),
         ({"dynamic_img_size": True}, (64, 64), 1000),
         ({"patch_size": 8, "in_chans": 1}, (32, 32), 1000),
-        ({"global_pool": "avg"}, (32, 32), 1000),
-        ({"global_pool": "map"}, (32, 32), 1000),
+        ({"global_pool": "map", "num_classes": 0}, (32, 32), 192),
         ({"init_values": 1e-5, "qk_norm": True, "reg_tokens": 4, "fix_init": True}, (32, 32), 1000),
-        ({"drop_path_rate": 0.5, "proj_drop_rate": 0.1, "pos_drop_rate": 0.1}, (32, 32), 1000),
     ],
 )
 def test_timm_arguments(arguments, size, outputs):
