@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import skimage.data
-from hypothesis import strategies as st
 from PIL import Image
 
 from moa_vision import cache
@@ -90,26 +89,6 @@ def write_tar() -> Callable[..., Path]:
         return path
 
     return write_tar
-
-
-@pytest.fixture(scope="session")
-def mutations() -> Callable[[bytes], st.SearchStrategy[bytes]]:
-    """mutations(data) -> strategy of `data` with bytes changed, a piece removed or the end cut off."""
-
-    def mutated(data: bytes, edits, cut, end) -> bytes:
-        changed = bytearray(data)
-        for at, new in edits:
-            changed[at : at + len(new)] = new
-        if cut is not None:
-            del changed[cut[0] : cut[0] + cut[1]]
-        return bytes(changed[:end])
-
-    def mutations(data: bytes) -> st.SearchStrategy[bytes]:
-        edits = st.lists(st.tuples(st.integers(0, len(data) - 1), st.binary(min_size=1, max_size=12)), max_size=6)
-        cuts = st.tuples(st.integers(0, len(data)), st.integers(0, 600))
-        return st.builds(mutated, st.just(data), edits, st.none() | cuts, st.none() | st.integers(0, len(data)))
-
-    return mutations
 
 
 @pytest.fixture

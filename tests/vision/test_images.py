@@ -11,7 +11,6 @@ import pytest
 import skimage.data
 import tifffile
 import torch
-from hypothesis import given, settings
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
@@ -178,14 +177,11 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("examples", [100, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", FILES)
-def test_mutated_images_are_decoded_or_image_errors(form, examples, mutations):
+def test_damaged_images_are_decoded_or_image_errors(fuzz, fuzzing, form):
     channels = 5 if form in ("bands", "npy") else 3
 
-    @settings(max_examples=examples, deadline=None, derandomize=True)
-    @given(mutations(FILES[form]))
-    def check(data):
+    def attempt(data):
         try:
             pixels = decode_image(np.frombuffer(bytearray(data), np.uint8), channels)
         except ImageError as error:
@@ -193,7 +189,7 @@ def test_mutated_images_are_decoded_or_image_errors(form, examples, mutations):
         else:
             assert pixels.ndim == 3 and pixels.shape[2] == channels and pixels.dtype in (torch.uint8, torch.float32)
 
-    check()
+    fuzz(fuzzing.damaged(FILES[form]), attempt, examples=100)
 
 
 def chunk(kind, data):
