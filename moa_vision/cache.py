@@ -100,10 +100,8 @@ def read_remote(url: str) -> bytes:
 class ShardCache:
     """A folder of fetched shards, shared by all processes of a machine.
 
-    Args:
-        folder: Created when needed.
-        max_bytes: Limit of the shards; the least recently used are evicted. None: no limit.
-        opened_s: `time.time()` of creation; shards that were unavailable before are tried again.
+    Beyond `max_bytes` the least recently used are evicted. Shards that were unavailable before `opened_s`, the
+    `time.time()` of creation, are tried again.
     """
 
     folder: Path

@@ -60,16 +60,10 @@ def plan_tars(name: str, urls: Sequence[str], *, decode: bool, cache_dir: Path, 
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """The check of one shard: its bytes, its members against the index, and its images.
+    """The check of one shard: its bytes, its members against the index, and its images if `decode` is set.
 
-    Args:
-        shard: The tar.
-        cache_dir: A remote shard is kept in a temporary folder there while it is checked.
-        decode: Decode the images.
-        samples: Number of samples in the manifest; None: there is no manifest.
-        listed: Rows of the index, see `SampleTable.rows`; None: there is no usable index.
-        num_labels: Number of label names; 0: unknown.
-        image_key: See `moa_vision.table.image_member`.
+    A remote shard is kept in a temporary folder in `cache_dir` meanwhile. `samples`, `listed` (`SampleTable.rows`) and
+    `num_labels` come from the manifest and its index, if there are any; `image_key` is for tars without a manifest.
     """
 
     shard: Shard

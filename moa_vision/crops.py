@@ -18,14 +18,10 @@ CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2
 def random_box(
     draws: np.ndarray, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:
-    """Return the box of torchvision's `RandomResizedCrop.get_params` for given random numbers.
+    """Return the box of torchvision's `RandomResizedCrop.get_params` for numbers `draws`, (CROP_DRAWS,) in [0, 1).
 
-    Args:
-        draws: (CROP_DRAWS,) uniform in [0, 1).
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-        scale: Smallest and largest area of the box as a fraction of the image.
-        ratio: Smallest and largest width / height, sampled uniformly in its logarithm.
+    `scale` is the smallest and largest area of the box as a fraction of the image, `ratio` the smallest and largest
+    width / height, sampled uniformly in its logarithm.
     """
     area, (low, high) = height * width, np.log(ratio)
     for u_area, u_ratio in draws[: 2 * _CROP_ATTEMPTS].reshape(-1, 2).tolist():

@@ -169,9 +169,8 @@ def save_reconstructions(
 
     Args:
         mae, images, noise: As in `mixing_maps`.
-        keys: Names of the N images.
+        keys, step: Names of the N images, and training step of the weights.
         folder: Target, created if missing.
-        step: Training step of the weights.
         mean, std: Normalization per channel, for pixels in [0, 1].
     """
     folder = Path(folder)

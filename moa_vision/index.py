@@ -41,7 +41,7 @@ COUNTS = ("samples", "bytes")
 
 _OPEN_FILES = 64
 _THREADS = 8
-_ALLOWED = "allowed are a folder of shards, or tars by path, brace or glob"
+_ALLOWED = "give a folder, or tars by path, brace or glob"
 _PACK = "pack images first: python scripts/make_shards.py --source {} --out FOLDER"
 _SHARD_NAME = re.compile(r"\.tar\b", re.IGNORECASE)
 
@@ -106,12 +106,9 @@ class ShardIndex:
 
 
 class ShardReader:
-    """A reader of encoded images; every process has its own open files.
+    """A reader of encoded images; every process has its own `open_files` open files.
 
-    Args:
-        index: The samples.
-        max_lost: Largest number of samples that a lost shard may have; None: any number.
-        open_files: Number of files kept open.
+    A lost shard may have `max_lost` samples, or any number (None).
     """
 
     def __init__(self, index: ShardIndex, max_lost: int | None = None, open_files: int = _OPEN_FILES) -> None:
@@ -255,10 +252,7 @@ def _open_manifest(url: str, shard_cache: ShardCache) -> ShardIndex:
 
 
 def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -> SampleTable:
-    """Return the table of a shard from the cached index, or from its headers.
-
-    A cached index belongs to the path, size and modification time of a local shard, or to the URL of a remote one.
-    """
+    """Return the table of a shard from the index cached for its URL or path, size and time, or from its headers."""
     identity: tuple[object, ...] = (shard.url,)
     try:
         if not cache.is_remote(shard.url):
@@ -285,17 +279,14 @@ def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -
     return table
 
 
-def expand(pattern: str, allowed: str = _ALLOWED) -> list[str]:
-    """Return the manifests and shards that a pattern names, in order; see `moa_vision.index.open_index`.
-
-    Raises ConfigError if there is none; `allowed` lists the alternatives in its message.
-    """
+def expand(pattern: str) -> list[str]:
+    """Return the manifests and shards that a pattern names, in order; see `open_index`. Raises ConfigError if none."""
     names: list[str] = []
     for part in expand_urls(pattern):  # "::" and braces, as in webdataset
         if part.startswith("pipe:"):
             names.append(part)
         elif part.startswith("file:") or not cache.is_remote(part):
-            local = _expand_local(re.sub(r"^file:(//)?", "", part), allowed)
+            local = _expand_local(re.sub(r"^file:(//)?", "", part))
             names += [f"./{name}" if cache.is_remote(name) else name for name in local]  # a file named "pipe:..."
         elif "*" in part and not part.startswith(("http://", "https://")):
             fs, path = cache.filesystem(part)
@@ -306,7 +297,7 @@ def expand(pattern: str, allowed: str = _ALLOWED) -> list[str]:
         else:
             names.append(f"{part.rstrip('/')}/{MANIFEST}")
     if not names:
-        raise ConfigError(f"{pattern!r} matches no shard; {allowed}")
+        raise ConfigError(f"{pattern!r} matches no shard; {_ALLOWED}")
     return names
 
 
@@ -324,12 +315,12 @@ def short_names(urls: Sequence[str]) -> tuple[str, ...]:
     return tuple(urls)
 
 
-def _expand_local(part: str, allowed: str) -> list[str]:
+def _expand_local(part: str) -> list[str]:
     path = Path(part).expanduser()
     if path.is_dir():
         return _expand_folder(path)
     if not has_magic(str(path)) and not path.exists():
-        raise ConfigError(f"{part!r} does not exist; {allowed}")
+        raise ConfigError(f"{part!r} does not exist; {_ALLOWED}")
     return sorted(glob(str(path), recursive=True))  # noqa: PTH207  (Path.glob rejects absolute patterns)
 
 

@@ -26,8 +26,6 @@ from moa_vision.table import IMAGE_EXTENSIONS, Member, image_member, scan_tar
 
 log = logging.getLogger(__name__)
 
-_ALLOWED = "allowed are a folder of images, tars by path, brace or glob, torchvision:NAME and hf:NAME"
-
 
 class Item(NamedTuple):
     """One image of a source: its key in the shard, its name in reports, and what the source needs to read it."""
@@ -127,7 +125,7 @@ class TarSource(Source):
     def __init__(self, pattern: str, cache_dir: Path, image_key: str | None = None) -> None:
         self.image_key = image_key
         shards: list[Shard] = []
-        for name in expand(pattern, _ALLOWED):
+        for name in expand(pattern):
             if name.endswith(MANIFEST):
                 manifest = load_manifest(name)
                 shards += [manifest_shard(name, entry) for entry in manifest["shards"]]

@@ -131,13 +131,9 @@ def _load_filter(state_dict: dict[str, Tensor], model: VisionTransformer) -> dic
 
 
 def flops_per_image(model: nn.Module, image_shape: Sequence[int]) -> int:
-    """Count the FLOPs that one more image adds to a forward pass: matrix products, a multiply-add is two.
+    """Count the FLOPs that one more image (C, H, W) adds to a forward pass: matrix products, a multiply-add is two.
 
     Nothing is computed and no weight is copied.
-
-    Args:
-        model: Module of images (B, C, H, W).
-        image_shape: (C, H, W).
     """
     weights = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 

@@ -26,12 +26,9 @@ resized, 414 only decoded (benchmarks/loader.py)."""
 
 
 def mae_workload(config: MAEConfig, *, images: int | None = None, decode_rate: float = 318.0) -> Workload:
-    """Return the requirements of a masked autoencoder's run.
+    """Return the requirements of a masked autoencoder's run on `images` training images.
 
-    Args:
-        config: The run.
-        images: Training images; None counts local shards, and assumes ImageNet-1k where there are none.
-        decode_rate: Images per second that one core prepares.
+    None counts local shards, and assumes ImageNet-1k where there are none. One core prepares `decode_rate` images/s.
     """
     images = images or count_images(config.data)
     assumed = [f"{decode_rate:g} images/s per core (--decode-rate)"]

@@ -129,10 +129,6 @@ class Classifier(ImageTask):
             "bad_samples": self.bad_samples.recorded(),
         }
 
-    def no_weight_decay(self) -> set[str]:
-        """Return nothing, because the task has its own optimizer."""
-        return set()
-
     def val_losses(self, model: nn.Module, batch: ImageBatch) -> dict[str, Tensor]:
         """Return cross-entropy, top-1 error and top-5 error of each image, (B,) each."""
         logits = model(self.normalized(batch.images)).float()

@@ -100,10 +100,7 @@ def pooling_arguments(pool: Pool) -> dict[str, Any]:
 
 
 def find_encoders(path: str | Path) -> tuple[list[TrainedEncoder], list[Path]]:
-    """Find the encoder of a run or export folder, or those of all runs in a sweep folder, sorted by name.
-
-    Returns:
-        The encoders, and the sweep's runs without one (unfinished or diverged).
+    """Return the encoder of a run or export folder, or those of a sweep folder and its runs without one.
 
     Raises:
         DataError: `path` holds no encoder.

@@ -132,9 +132,3 @@ def test_wrong_hugging_face_sources_are_named(hub_set):
         with pytest.raises(ValueError, match=message) as error:
             open_source(text, image_key=image_key)
         assert isinstance(error.value, ConfigError | DataError)
-
-
-@pytest.mark.parametrize("text", ["nowhere", "nowhere/{0..3}.tar", "nowhere/*.tar", "zip:nowhere"])
-def test_a_missing_source_lists_what_is_allowed(text):
-    with pytest.raises(ConfigError, match=r"nowhere.*allowed are a folder of images, tars .*torchvision:"):
-        open_source(text)
