@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from moa_train.errors import ConfigError, DataError
+from moa_train.errors import DataError
 from moa_vision import cache
 from moa_vision.cache import ATTEMPTS, LostShard, Shard, ShardCache, hold, make_room, release
 from moa_vision.index import ShardReader, open_index
@@ -76,11 +76,6 @@ def test_failing_pipe_reports_its_exit_status(tmp_path, shards, monkeypatch):
     monkeypatch.setattr(cache, "BACKOFF_S", 0.0)
     with pytest.raises(LostShard, match="exit status 3"):
         ShardCache(tmp_path / "cache").fetch(Shard(f"pipe:head -c 5000 {shards}/a.tar; exit 3"))
-
-
-def test_unknown_scheme_is_a_config_error(tmp_path):
-    with pytest.raises(ConfigError, match="cannot open zzz://"):
-        ShardCache(tmp_path / "cache").fetch(Shard("zzz://host/a.tar"))
 
 
 def test_full_disk_is_not_retried(server, tmp_path, monkeypatch):

@@ -61,9 +61,8 @@ def member(path, suffix):
     return found.name.split(".")[0], found.offset_data, found.size
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_intact_set_passes(packed, check, workers):
-    code, lines = check(packed, "--decode", "--workers", workers)
+def test_an_intact_set_passes(packed, check):
+    code, lines = check(packed, "--decode", "--workers", 2)
     assert code == 0 and len(lines) == 2
     assert lines[0].startswith(f"{packed}: 4 shards, 32 images, ") and lines[0].endswith(": no problems")
     assert lines[1].startswith("1 data sets checked in ") and lines[1].endswith(": 0 problems")

@@ -218,8 +218,8 @@ def test_validation_masks_belong_to_the_sample_name(shards):
     index = open_index(str(shards))
     expected = validate(index)
     loader = val_loader(index, config(workers=1), SPEC, batch_size=5)
-    same(list(loader), expected)
-    same(list(loader), expected)  # iterated again
+    for _ in range(2):  # may be iterated again
+        same(list(loader), expected)
     pixels, noise, keys = joined(expected)
     reverse = open_index("::".join(str(path) for path in sorted(shards.glob("*.tar"), reverse=True)))
     moved_pixels, moved_noise, moved = joined(validate(reverse, batch_size=7))

@@ -127,8 +127,6 @@ def test_arrays_are_read_without_conversion(channels, dtype):
         pixels = decode(data, channels)
         assert pixels.dtype == (np.uint8 if dtype == np.uint8 else np.float32) and pixels.flags.c_contiguous
         assert np.array_equal(pixels, expected)
-    if channels == 1:
-        assert np.array_equal(decode(saved(array[..., 0]), 1), expected)
 
 
 def test_bands_of_pil_images_are_channels(photos, encode):
