@@ -16,6 +16,7 @@ import skimage.data
 from PIL import Image
 
 from moa_vision import cache
+from moa_vision.shards import ShardSettings, make_shards
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +105,13 @@ def shards(tmp_path: Path, photos, encode, write_tar) -> Path:
             number += 1
         write_tar(folder / f"{letter}.tar", members)
     return folder
+
+
+@pytest.fixture
+def packed(shards: Path, tmp_path: Path) -> Path:
+    """A packed data set of the photographs in `shards`: 4 shards of 8."""
+    make_shards(str(shards), tmp_path / "packed", ShardSettings(samples_per_shard=8))
+    return tmp_path / "packed"
 
 
 class Server(http.server.ThreadingHTTPServer):

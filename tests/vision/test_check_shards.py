@@ -26,13 +26,6 @@ def command():
 
 
 @pytest.fixture
-def packed(shards, tmp_path):
-    """A packed data set of the photographs: 4 shards of 8."""
-    make_shards(str(shards), tmp_path / "packed", ShardSettings(samples_per_shard=8))
-    return tmp_path / "packed"
-
-
-@pytest.fixture
 def check(command, capsys):
     """check(*arguments) -> exit code and the printed lines."""
 

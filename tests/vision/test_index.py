@@ -12,7 +12,6 @@ from moa_vision.cache import LostShard
 from moa_vision.data import BatchSpec, DataConfig, val_loader
 from moa_vision.images import ImageError
 from moa_vision.index import ShardReader, expand, open_index, short_names
-from moa_vision.shards import ShardSettings, make_shards
 from moa_vision.table import index_tar
 
 
@@ -23,13 +22,6 @@ def keys_of(index):
 def contents(index):
     reader = ShardReader(index)
     return [reader.read(i).tobytes() for i in range(len(index))]
-
-
-@pytest.fixture
-def packed(shards, tmp_path):
-    """A packed data set of the photographs: 4 shards of 8."""
-    make_shards(str(shards), tmp_path / "packed", ShardSettings(samples_per_shard=8))
-    return tmp_path / "packed"
 
 
 # --- tars without a manifest --------------------------------------------------------------------------------------

@@ -87,7 +87,6 @@ def test_torchvision_data_sets(monkeypatch):
 @pytest.mark.parametrize(("text", "message"), [
     ("Nothing", "no data set 'Nothing'"),
     ("Numbers:root=x:split=other", "split is 'other'"),
-    ("Numbers:size=3", "size"),
     ("Numbers:root=[", r"root is '\[', which is not valid YAML; quote it"),
     ("Missing:root=x", "No module named 'lmdb'"),
 ])  # fmt: skip
