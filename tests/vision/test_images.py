@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -190,24 +189,11 @@ def test_damaged_images_are_decoded_or_image_errors(fuzz, fuzzing, form):
     fuzz(fuzzing.damaged(FILES[form]), attempt, examples=100)
 
 
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def bomb(form):
-    """Return an image whose header claims 60,000 x 60,000 pixels."""
-    if form == "png":
-        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
-        return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
-    data = bytearray(photo("JPEG"))
-    at = data.index(b"\xff\xc0") + 5
-    data[at : at + 4] = struct.pack(">HH", 60000, 60000)
-    return bytes(data)
-
-
-@pytest.mark.parametrize("form", ["png", "jpeg"])
-def test_decompression_bombs_are_not_decoded(form, monkeypatch):
+def test_decompression_bombs_are_not_decoded(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # another library may have removed it
     monkeypatch.setattr(images, "_decode_jpeg", lambda data: pytest.fail("decoded"))
+    data = bytearray(photo("JPEG"))
+    size = data.index(b"\xff\xc0") + 5
+    data[size : size + 4] = struct.pack(">HH", 60000, 60000)
     with pytest.raises(ImageError, match="60000 x 60000 pixels"):
-        decode(bomb(form))
+        decode(data)
