@@ -78,9 +78,8 @@ def test_ffn_settings_are_exported_and_run_settings_are_not(tmp_path):
     assert not {"drop_path_rate", "proj_drop_rate", "ffn_backend"} & model_args.keys()
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_tiny_patch16_qdmoa"])
-def test_encoder_comes_back(tmp_path, name):
-    mae, x = make(name), images(32)
+def test_encoder_without_the_layer_comes_back(tmp_path):
+    mae, x = make("deit3_small_patch16_224"), images(32)
     export_encoder(mae, tmp_path / "export", MEAN, STD)
     assert torch.equal(load(tmp_path / "export").forward_features(x), mae.encoder.forward_features(x))
 

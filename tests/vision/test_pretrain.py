@@ -168,12 +168,3 @@ def test_errors_are_one_line(train, changed, message, capsys, tmp_path, monkeypa
     assert code == 2
     assert message in error and "Traceback" not in error and error.count("error:") == 1
     assert not folder.exists()
-
-
-def test_help_documents_keys(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for words in ("timm name of the encoder", "--data.train", "Steps between checkpoints", "pretrain_mae.py"):
-        assert words in text

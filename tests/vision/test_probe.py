@@ -65,17 +65,9 @@ def encoder_run(tmp_path, labelled):
     mae = create_mae("vit_tiny_patch16_qdla", img_size=SIZE, encoder_args=sizes, **decoder)
     export_encoder(mae, folder / "export", MEAN, STD)
     data = {"train": str(labelled("train", 48)), "val": str(labelled("val", 18)), "workers": 0, "val_crop_pct": 1.0}
-    write_config(folder, data)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "run", "data": data}))
     (folder / "summary.json").write_text(json.dumps({"steps": 12, "status": "finished"}))
     return folder
-
-
-def write_config(folder, data):
-    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "run", "data": data}))
-
-
-def read_data(folder):
-    return yaml.safe_load((folder / "config.yaml").read_text())["data"]
 
 
 @pytest.fixture
@@ -298,10 +290,10 @@ def test_check_reports_errors_and_writes_nothing(arguments, encoder_run, capsys)
 
 def test_commands_in_a_run_folder_are_not_run(run_probe, encoder_run, tmp_path, capsys):
     """A run folder may come from someone else; the command line is the user's."""
-    data = read_data(encoder_run)
-    touch = f"touch {tmp_path}/ran; cat {data['train']}"
-    for key in ("train", "val"):
-        write_config(encoder_run, data | {key: f"p{{ipe,}}:{touch}"})
+    train = f"{tmp_path}/train.tar"
+    touch = f"touch {tmp_path}/ran; cat {train}"
+    for data in ({"train": f"p{{ipe,}}:{touch}", "val": train}, {"train": train, "val": f"pipe:{touch}"}):
+        (encoder_run / "config.yaml").write_text(yaml.safe_dump({"data": data}))
         assert run_probe("knn") == 2
         assert "runs a command (pipe:)" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
@@ -357,6 +349,4 @@ def test_help_documents_keys(capsys, monkeypatch):
         runpy.run_path(str(ROOT / "scripts/probe.py"), run_name="__main__")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for words in ("probe.py RUN ...", "--method {knn,linear,finetune}", "--linear.blr", "Labelled held-out shards"):
-        assert words in text
-    assert "--linear.epochs EPOCHS Passes over the training samples." in text
+    assert "probe.py RUN ..." in text and "--linear.epochs EPOCHS Passes over the training samples." in text

@@ -118,15 +118,6 @@ def test_mixing_equals_timm(seed, labelled_images):
     assert not torch.equal(ours[0], images)
 
 
-def test_erasing_replaces_a_rectangle(labelled_images):
-    images, labels = labelled_images
-    erased, _ = MixingAugment(CLASSES, mixup=0, cutmix=0, smoothing=0, erase=1)(images.clone(), labels, 1)
-    for before, after in zip(images, erased, strict=True):
-        changed = (before != after).all(dim=0)
-        rows, columns = changed.any(dim=1), changed.any(dim=0)
-        assert 0 < changed.sum() == rows.sum() * columns.sum() < changed.numel()
-
-
 def test_rand_augment_has_the_operations_of_timms_recipe():
     mean = (0.4, 0.5, 0.6)
     ours = BatchRandAugment(POLICY, (32, 40), mean).transform

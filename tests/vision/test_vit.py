@@ -1,7 +1,6 @@
 """The registered ViTs against timm's own, with timm's arguments, methods and export tools."""
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -9,7 +8,6 @@ import peft
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.layers import set_scriptable
 from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
@@ -202,16 +200,3 @@ def test_naflex_equals_the_classic_model(monkeypatch):
     naflex.load_state_dict(checkpoint_filter_fn(state, naflex))
     x = images(2, 3, 32, 32)
     torch.testing.assert_close(naflex(x), classic(x))
-
-
-def test_pretrained_cfg_and_overlay(tmp_path: Path):
-    source = vit(num_classes=5)
-    save_file(source.state_dict(), tmp_path / "weights.safetensors")
-    overlay = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 5}
-    x = images(2, 3, 32, 32)
-    config = timm.get_pretrained_cfg("vit_tiny_patch16_qdmoa")
-    assert config is not None
-    for arguments in ({"pretrained_cfg_overlay": overlay}, {"pretrained_cfg": {**config.to_dict(), **overlay}}):
-        torch.testing.assert_close(vit(pretrained=True, **arguments)(x), source(x))
-    other = vit(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
-    torch.testing.assert_close(other.forward_features(x), source.forward_features(x))
