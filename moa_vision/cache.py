@@ -118,12 +118,12 @@ class ShardCache:
             DataError: The cache folder cannot be written.
             OSError: A local shard cannot be read.
         """
-        try:
-            target = self.path(shard)
-            if not is_remote(shard.url):
+        target = self.path(shard)
+        if not is_remote(shard.url):
+            try:
                 return os.open(target, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise LostShard(f"cannot read shard {shard.url}: {error}") from error
+            except FileNotFoundError as error:
+                raise LostShard(f"cannot read shard {shard.url}: {error}") from error
         with suppress(FileNotFoundError):
             return hold(target)
         try:

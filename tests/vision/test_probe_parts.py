@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from timm.data import Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
 from torch import nn
 
 from moa_train.errors import DataError
 from moa_vision import vit
 from moa_vision.data import ImageBatch
 from moa_vision.probe import knn
-from moa_vision.probe.augment import BatchRandAugment, MixingAugment, seed_from
+from moa_vision.probe.augment import BatchRandAugment, MixingAugment, seed_from, seeded_globals
 from moa_vision.probe.classify import LinearProbe, lars, layer_groups
 from moa_vision.probe.knn import Features, KNNConfig, knn_accuracies
 
@@ -103,19 +105,18 @@ def test_folded_head_equals_norm_and_head():
 # augmentations
 
 
-@pytest.fixture
-def labelled_images():
-    return torch.randn(8, 3, *SIZE), torch.arange(8) % CLASSES
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_mixing_equals_timm(seed, labelled_images):
-    images, labels = labelled_images
-    ours = MixingAugment(CLASSES, mixup=0.8, cutmix=1.0, smoothing=0.1, erase=0)(images.clone(), labels, seed)
-    np.random.seed(seed)
-    theirs = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=CLASSES)(images.clone(), labels)
+@pytest.mark.parametrize("seed", range(3))
+def test_erasing_and_mixing_equal_timm(seed):
+    images, labels = torch.randn(8, 3, *SIZE), torch.arange(8) % CLASSES
+    augment = MixingAugment(CLASSES, mixup=0.8, cutmix=1.0, smoothing=0.1, erase=0.5)
+    torch.manual_seed(seed)
+    ours = augment(images.clone(), labels, seed)
+    torch.manual_seed(seed)
+    with seeded_globals(seed):
+        erased = RandomErasing(0.5, mode="pixel", device="cpu")(images.clone())
+        theirs = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=CLASSES)(erased.clone(), labels)
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
-    assert not torch.equal(ours[0], images)
+    assert not torch.equal(erased, images) and not torch.equal(ours[0], erased)
 
 
 def test_rand_augment_has_the_operations_of_timms_recipe():
@@ -145,6 +146,16 @@ def test_rand_augment_of_an_image_depends_on_its_noise_only():
     assert together is batch and torch.equal(batch.images, torch.cat(alone))
     assert sum(not torch.equal(a, b) for a, b in zip(before, batch.images, strict=True)) > 6
     assert seed_from(batch.noise[0]) != seed_from(batch.noise[1])
+
+
+def test_rand_augment_works_at_full_magnitude():
+    """timm posterizes to 0 bits at the top of its scale, which Pillow rejects."""
+    augment = BatchRandAugment("rand-m10-n1-p1-inc1", SIZE, (0.5, 0.5, 0.5))
+    image = Image.fromarray(np.full((*SIZE, 3), 200, np.uint8))
+    assert "PosterizeIncreasing" in [op.name for op in augment.transform.ops]
+    for op in augment.transform.ops:
+        with seeded_globals(0):
+            assert op(image).size == SIZE
 
 
 def test_rand_augment_takes_grey_images_of_8_bits():
