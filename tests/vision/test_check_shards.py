@@ -106,18 +106,6 @@ def test_index_and_tar_are_compared_by_sample(packed, check):
         assert any(text in line for line in lines), (text, lines)
 
 
-def test_images_are_decoded_on_request(packed, check):
-    path = packed / "shard-000001.tar"
-    key, offset, size = member(path, ".jpg")
-    data = bytearray(path.read_bytes())
-    data[offset : offset + size] = bytes(size)
-    path.write_bytes(data)
-    relist(packed, path.name, 1)
-    assert check(packed)[0] == 0
-    code, lines = check(packed, "--decode")
-    assert code == 1 and len(lines) == 3 and lines[0].startswith(f"{path}: {key}: cannot be decoded: ")
-
-
 def test_odd_members_and_counts_are_reported(packed, check, write_tar):
     write_tar(packed / "shard-000002.tar", [("a.jpg", b"A"), ("a.jpg", b"B"), ("b.cls", b"1"), ("c.jpg", b"")])
     relist(packed, "shard-000002.tar", 2)

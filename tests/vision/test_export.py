@@ -96,10 +96,19 @@ def test_whole_mae_comes_back(tmp_path):
     assert document["mean"] == list(MEAN) and document["std"] == list(STD)
 
 
-def test_an_older_export_is_replaced(exported):
+def test_an_older_export_is_replaced_as_a_whole(exported, monkeypatch):
     _, folder = exported
     (folder / "stale.txt").write_text("old")
     export_encoder(make(), folder, MEAN, STD)
     files = {"config.json", "model.safetensors", "mae.json", "mae.safetensors"}
     assert {path.name for path in folder.parent.iterdir()} == {"export"}
     assert {path.name for path in folder.iterdir()} == files
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("moa_vision.export.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_encoder(make(), folder, MEAN, STD)
+    assert {path.name for path in folder.parent.iterdir()} == {"export"}
+    assert load(folder).num_classes == 0

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import shutil
 import time
 
 import psutil
@@ -121,23 +120,6 @@ def test_kill_9_with_workers_leaves_no_process_and_resumes_exactly(train, argume
     assert train("run", **changed)[0] == train("unbroken", **changed)[0] == 0
     assert rows(folder) == rows(folder.parent / "unbroken")
     assert weights(folder) == weights(folder.parent / "unbroken")
-
-
-@pytest.mark.slow
-def test_resume_requires_the_same_samples(train, shards, write_tar, photos, encode, tmp_path, capsys):
-    code, folder = train()
-    assert code == 0
-    (folder / "summary.json").unlink()
-    shutil.copytree(shards, tmp_path / "copy")
-    shutil.rmtree(shards)
-    (tmp_path / "copy").rename(shards)
-    assert train()[0] == 0
-    (folder / "summary.json").unlink()
-    write_tar(shards / "d.tar", [("another.jpg", encode(photos[0]))])
-    capsys.readouterr()
-    assert train()[0] == 2
-    assert "train samples" in capsys.readouterr().err
-    assert train(resume="force")[0] == 0
 
 
 def test_bad_samples_are_recorded_and_limited(train, shards, write_tar, photos, encode, capsys):
