@@ -40,8 +40,6 @@ class BadSamples:
                 if len(batch.images):
                     yield batch
             ended = True
-        except DataError as error:  # torch puts a worker's traceback before the message
-            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
         finally:
             if not ended:
                 end_workers(batches)

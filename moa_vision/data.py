@@ -73,12 +73,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name, least in (
-            ("shuffle_window_shards", 1),
-            ("repeated_augmentation", 1),
-            ("workers", 0),
-            ("max_bad_samples", 0),
-        ):
+        lowest = {"shuffle_window_shards": 1, "repeated_augmentation": 1, "workers": 0, "max_bad_samples": 0}
+        for name, least in lowest.items():
             require(f"data.{name}", getattr(self, name), getattr(self, name) >= least, f"{least} or above")
         (small, large), (narrow, wide) = self.crop_scale, self.crop_ratio
         require("data.crop_scale", self.crop_scale, 0 < small <= large <= 1, "two fractions, the smaller one first")
@@ -101,11 +97,8 @@ class DataConfig:
             values = getattr(self, name)
             if values == default and channels != 3:
                 values = (sum(default) / 3,)
-            if len(values) not in (1, channels):
-                raise ConfigError(
-                    f"data.{name} has {len(values)} values, but the model has {channels} channels "
-                    f"(model.encoder_args.in_chans); give {channels} values, or one for all channels"
-                )
+            wanted = f"{channels} values, one for each channel (model.encoder_args.in_chans), or one for all"
+            require(f"data.{name}", values, len(values) in (1, channels), wanted)
             fitted[name] = values if len(values) == channels else values * channels
         return replace(self, **fitted)
 

@@ -42,7 +42,6 @@ COUNTS = ("samples", "bytes")
 _OPEN_FILES = 64
 _THREADS = 8
 _ALLOWED = "give a folder, or tars by path, brace or glob"
-_PACK = "pack images first: python scripts/make_shards.py --source {} --out FOLDER"
 _SHARD_NAME = re.compile(r"\.tar\b", re.IGNORECASE)
 
 
@@ -329,12 +328,8 @@ def _expand_folder(folder: Path) -> list[str]:
         return [str(folder / MANIFEST)]
     found = sorted(str(child) for child in folder.iterdir() if child.suffix == ".tar")
     if not found:
-        hint = "; give a folder of shards"
-        if any(_is_image(file) for levels in ("*", "*/*", "*/*/*") for file in folder.glob(levels)):
-            hint = f"; {_PACK.format(folder)}"
-        raise ConfigError(f"folder {str(folder)!r} has no {MANIFEST} and no .tar file{hint}")
+        raise ConfigError(
+            f"folder {str(folder)!r} has no {MANIFEST} and no .tar file; give a folder of shards, or pack images "
+            f"first: python scripts/make_shards.py --source {folder} --out FOLDER"
+        )
     return found
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower()[1:] in IMAGE_EXTENSIONS
