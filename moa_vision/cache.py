@@ -162,19 +162,19 @@ class ShardCache:
 
 def _fetch(shard: Shard, target: Path) -> int:
     """Fetch a shard to `target` and return its held descriptor; record a failure for waiting processes."""
-    temporary = target.with_name(f"{target.name}.tmp")
+    temporary, record = target.with_name(f"{target.name}.tmp"), _lost_record(target)
     try:
         _with_retries(lambda: _transfer(shard, temporary), shard.url)
         sync_file(temporary)
         file = hold(temporary)
         temporary.replace(target)
     except LostShard as error:
-        record = _lost_record(target)
         record.write_text(str(error), encoding="utf-8")
         os.utime(record, (time.time(), time.time()))  # the clock of `opened_s`, which the kernel's lags
         raise
     finally:
         temporary.unlink(missing_ok=True)
+    record.unlink(missing_ok=True)
     return file
 
 

@@ -193,6 +193,7 @@ def test_a_lost_shard_is_not_retried_by_other_readers_of_the_run(server, tmp_pat
         first.fetch(Shard(f"{server.url}/b.tar"))
     monkeypatch.setattr(cache, "LOST_S", -1.0)
     assert first.fetch(Shard(f"{server.url}/b.tar")).exists(), "tried again after a while"
+    assert not list(tmp_path.rglob("*.lost"))
 
 
 # --- eviction -----------------------------------------------------------------------------------------------------
