@@ -1,4 +1,4 @@
-"""Common look of all figures: Altair charts -> SVG and PNG files, and interactive Vega-Lite in the page."""
+"""Common look of all figures: Altair charts -> PNG files, and interactive Vega-Lite in the page."""
 
 from __future__ import annotations
 
@@ -71,14 +71,12 @@ class Chart:
         spec: Vega-Lite with inline data and light colours. Its parameters "hidden" and "hidden_groups" list the runs
             and groups that are switched off; every datum of a run has the run's position as "run", or its group's as
             "group".
-        svg: Stand-alone SVG on a light background, with the runs that are shown at first.
-        png: The same as PNG.
+        png: PNG on a light background, with the runs that are shown at first.
     """
 
     name: str
     title: str
     spec: dict[str, Any]
-    svg: str
     png: bytes
 
 
@@ -109,8 +107,8 @@ def draw(name: str, title: str, chart: AnyChart, *, hidden: Sequence[int] = (), 
     for view in _views(spec):
         if "data" in view:
             view["transform"] = [{"filter": _SHOWN}, *view.get("transform", [])]
-    svg = _renumbered(vl_convert.vegalite_to_svg(_unpointed(spec) | {"width": WIDTH}))
-    return Chart(name, title, spec, svg, vl_convert.svg_to_png(svg, scale=_PNG_SCALE))
+    png = vl_convert.vegalite_to_png(_unpointed(spec) | {"width": WIDTH}, scale=_PNG_SCALE)
+    return Chart(name, title, spec, png)
 
 
 def colours(labels: Sequence[str], first: int = 0) -> alt.Scale:
@@ -134,15 +132,10 @@ def live(chart: Chart) -> str:
     Colours are CSS variables, "<" is escaped, and the title is omitted, since the page shows it.
     """
     spec = {key: value for key, value in chart.spec.items() if key != "title"}
-    return _retint(json.dumps(spec, separators=(",", ":"), ensure_ascii=False)).replace("<", "\\u003c")
-
-
-def still(chart: Chart, prefix: str) -> str:
-    """Return the chart's SVG for the page, with CSS variables as colours and `prefix` before all ids."""
-    svg = re.sub(r'\bid="', f'id="{prefix}', chart.svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}", svg)
-    svg = re.sub(r'\bxlink:href="#', f'href="#{prefix}', svg)
-    return _retint(svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(chart.title)}" ', 1))
+    text = json.dumps(spec, separators=(",", ":"), ensure_ascii=False)
+    for light, token in TOKENS.items():
+        text = text.replace(f'"{light}"', f'"var(--{token})"')
+    return text.replace("<", "\\u003c")
 
 
 @functools.cache
@@ -169,19 +162,3 @@ def _unpointed(spec: dict[str, Any]) -> dict[str, Any]:
     layers = [view for view in spec["layer"] if not view.get("name", "").startswith(POINTER)]
     params = [param for param in spec["params"] if "views" not in param]
     return spec | {"layer": layers, "params": params}
-
-
-def _renumbered(svg: str) -> str:
-    """Return the SVG with ids that do not depend on what was drawn before: vl-convert counts them per process."""
-    ids = {old: f"part{number}" for number, old in enumerate(re.findall(r'\bid="([^"]+)"', svg))}
-    return re.sub(r'(\bid="|url\(#|href="#)([^")]+)', lambda match: match[1] + ids.get(match[2], match[2]), svg)
-
-
-def _retint(text: str) -> str:
-    for light, token in TOKENS.items():
-        text = text.replace(f'"{light}"', f'"var(--{token})"')
-    return text
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

@@ -6,7 +6,6 @@ import base64
 import csv
 import hashlib
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -26,8 +25,6 @@ FILTERS = (
     formatting.ratio, formatting.count, formatting.grouped, formatting.memory, formatting.duration, formatting.rate,
     formatting.accuracy, formatting.points, formatting.probability, formatting.first_of, formatting.show,
 )  # fmt: skip
-
-_MANIFEST = "files.json"  # files of the page and their SHA-256
 
 
 class Series(NamedTuple):
@@ -117,14 +114,13 @@ def sentences(template: str, **content: Any) -> list[str]:
 
 
 def write_page(sections: Sequence[Section], out: str | Path, *, title: str, command: str) -> Path:
-    """Write index.html (self-contained), summary.md, figures/*.{svg,png}, tables/*.csv and files.json.
+    """Write index.html (self-contained), summary.md, figures/*.png and tables/*.csv.
 
     With several sections, files go to figures/SLUG and tables/SLUG, and ids on the page begin with "SLUG-".
 
     Args:
         sections: Sections in the order of the page, at least one, with unique slugs.
-        out: Output folder, created if missing. Files of an earlier page that this one lacks are removed, unless they
-            were changed. Other files stay.
+        out: Output folder, created if missing.
         title: Title of the page.
         command: Command that the page names as its source, such as "scripts/compare_runs.py".
 
@@ -136,14 +132,9 @@ def write_page(sections: Sequence[Section], out: str | Path, *, title: str, comm
     files = {name: text.encode(errors="replace") for name, text in _pages(sections, places, title, command).items()}
     for section, place in zip(sections, places, strict=True):
         files |= _files(section, place)
-    earlier = _manifest(out)
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(content)
-    digests = {name: _digest(content) for name, content in files.items()}
-    (out / _MANIFEST).write_text(json.dumps(digests, indent=1) + "\n")
-    for name in earlier.keys() - files.keys():
-        _remove_unchanged(out, name, earlier[name])
     return out / "index.html"
 
 
@@ -158,7 +149,6 @@ def _files(section: Section, place: _Place) -> dict[str, bytes]:
         if rows
     }
     for name, chart in section.charts.items():
-        files[f"figures/{place.folder}{name}.svg"] = chart.svg.encode()
         files[f"figures/{place.folder}{name}.png"] = chart.png
     return files
 
@@ -194,7 +184,6 @@ def _environment() -> Environment:
         environment.filters[text.__name__] = text
     environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
     environment.filters["live"] = lambda chart: Markup(charts.live(chart))
-    environment.filters["still"] = lambda chart, prefix: Markup(charts.still(chart, prefix))
     environment.globals["palette"] = charts.PALETTE
     return environment
 
@@ -206,26 +195,3 @@ def _scripts() -> list[Markup]:
 def _csp_hash(script: str) -> str:
     """Return the Content Security Policy source that allows this script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}'"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _manifest(out: Path) -> dict[str, str]:
-    """Return the files of the page that was written to a folder before; empty without a readable manifest."""
-    try:
-        listed = json.loads((out / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return listed if isinstance(listed, dict) else {}
-
-
-def _remove_unchanged(out: Path, name: str, digest: str) -> None:
-    """Remove a file below a folder if its digest is unchanged, and the parent folders that this leaves empty."""
-    path = out / name
-    if path.resolve().is_relative_to(out.resolve()) and path.is_file() and _digest(path.read_bytes()) == digest:
-        path.unlink()
-        for parent in path.relative_to(out).parents[:-1]:
-            if not any((out / parent).iterdir()):
-                (out / parent).rmdir()

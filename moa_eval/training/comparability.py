@@ -1,12 +1,8 @@
-"""Reasons why runs are not comparable: differing data, masks, batch, budget or held-out images."""
+"""Reasons why runs are not comparable: differing data, masks, batch or budget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from moa_eval.page.formatting import grouped, show, spell
 from moa_eval.training.comparison import Method
@@ -25,7 +21,7 @@ def incomparable_reasons(methods: Sequence[Method]) -> list[str]:
     for own in sets:
         members = [run for method in own for run in method.runs]
         reasons += [words for key, words in _key_mismatches(members) if key.startswith("schedule.")]
-    return [*reasons, *(reason for own in sets for reason in _budget_mismatch(own)), *_image_mismatches(runs)]
+    return [*reasons, *(reason for own in sets for reason in _budget_mismatch(own))]
 
 
 def _key_mismatches(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
@@ -45,23 +41,3 @@ def _budget_mismatch(methods: Sequence[Method]) -> Iterator[str]:
     seen = {run.label: run.seen for run in compared if run.diverged_at is None}
     if len(set(seen.values())) > 1:
         yield f"{compared[0].kind.unit}s seen: {spell([*seen], [grouped(value) for value in seen.values()])}"
-
-
-def _image_mismatches(runs: Sequence[Run]) -> Iterator[str]:
-    """Compare the recorded pictures: whether a key stands for the same photograph and the same mask in all runs."""
-    recorded = [run for run in runs if run.reconstructions]
-    for run in recorded[1:]:
-        first = {image.key: image for image in recorded[0].reconstructions}
-        pairs = [(first[image.key], image) for image in run.reconstructions if image.key in first]
-        # Different pixels also make a different masked picture: one reason is enough.
-        for tile, what in (("original", "pixels"), ("masked", "mask")):
-            keys = [own.key for own, other in pairs if not _same_picture(getattr(own, tile), getattr(other, tile))]
-            if keys:
-                which = f"{what} of {len(keys)} held-out images, such as {keys[0]}"
-                yield f"{which}: {run.label} differs from {recorded[0].label}"
-                break
-
-
-def _same_picture(a: Path, b: Path) -> bool:
-    with Image.open(a) as first, Image.open(b) as second:
-        return np.array_equal(np.asarray(first.convert("RGB")), np.asarray(second.convert("RGB")))

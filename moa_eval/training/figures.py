@@ -14,27 +14,20 @@ from moa_eval.page.charts import Chart, colours, draw, shapes
 from moa_eval.training.comparison import Comparison, Method, RunGroup
 from moa_eval.training.curves import CROSS, Axis, Line, Rows, Values, draw_curves, short, smooth
 from moa_eval.training.intervals import mean
-from moa_eval.training.layer_figures import coefficient_spread, coefficients_over_depth, expert_load, router_entropy
+from moa_eval.training.layer_figures import coefficient_spread, coefficients_over_depth
 from moa_eval.training.mixing_maps import shown_mixing, term_colours
 from moa_eval.training.probes import probe_names
 from moa_eval.training.runs import Columns, Run
-from moa_eval.training.scaling import Line as FittedLine
-from moa_eval.training.size_figures import against_parameters, against_size
 
 _OUTLIER = 6.0  # median distances above the best mean loss, beyond which a mean does not set the y axis
 
 
-def draw_all(comparison: Comparison, lines: Sequence[FittedLine]) -> dict[str, Chart]:
-    """Draw every figure that the runs have data for, by name.
-
-    Args:
-        comparison: The runs.
-        lines: Fitted lines of loss against size.
-    """
-    return {chart.name: chart for chart in _charts(comparison, lines) if chart is not None}
+def draw_all(comparison: Comparison) -> dict[str, Chart]:
+    """Draw every figure that the runs have data for, by name."""
+    return {chart.name: chart for chart in _charts(comparison) if chart is not None}
 
 
-def _charts(comparison: Comparison, lines: Sequence[FittedLine]) -> Iterator[Chart | None]:
+def _charts(comparison: Comparison) -> Iterator[Chart | None]:
     counter, unit = comparison.kind.counter, comparison.kind.unit
     seen = Axis(f"{unit}s seen", lambda run, rows: rows[counter])
     flops = Axis("training FLOPs", lambda run, rows: rows[counter] * run.flops_per_unit)
@@ -49,13 +42,7 @@ def _charts(comparison: Comparison, lines: Sequence[FittedLine]) -> Iterator[Cha
     yield _validation(comparison, "validation_loss_time", main, time)
     yield _training(comparison, "train_loss_time", time)
     yield _rates(comparison)
-    yield against_parameters(comparison)
-    yield against_size(comparison, lines)
     yield _probes(comparison)
-    for method in comparison.methods:
-        if experts := method.shown_run.experts:
-            yield expert_load(method.shown_run, experts)
-            yield router_entropy(method.shown_run, experts)
     mixing = shown_mixing(comparison)
     for run, own in mixing:
         yield coefficients_over_depth(run, own, term_colours(mixing))

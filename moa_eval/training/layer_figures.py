@@ -1,4 +1,4 @@
-"""Figures of recorded layers: mixing coefficients, and expert routing."""
+"""Figures of the recorded mixing coefficients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 
 from moa_eval.page.charts import MUTED, Chart, colours, draw
 from moa_eval.training.curves import Rows, short
-from moa_eval.training.experts import DEAD, OVERLOADED, Experts
 from moa_eval.training.mixing import STATIC, STATISTICS, Mixing
 from moa_eval.training.runs import Run
 
@@ -71,37 +70,6 @@ def coefficient_spread(run: Run, mixing: Mixing) -> Chart | None:
     layers = [static.encode(y=alt.Y("static:Q")), *_lines(run, rows, _seen_axis(run), y)]
     title = f"{run.label}: spread of the coefficients over tokens, by layer"
     return draw(f"mixing_training_{run.index}", title, alt.layer(*layers)) if len(mixing.steps) > 1 else None
-
-
-def expert_load(run: Run, experts: Experts) -> Chart:
-    """Draw the load of each layer's experts at the last recorded step, sorted by load."""
-    rows = [
-        {"layer": layer.layer, "part": "experts", "depth": depth, "rank": rank, "expert": int(expert)}
-        | {"load": short(float(layer.relative[expert]))}
-        for depth, layer in enumerate(experts.last)
-        for rank, expert in enumerate(np.argsort(-layer.relative, kind="stable"), start=1)
-    ]
-    x = alt.X("rank:Q").title("experts by falling load").axis(tickMinStep=1).scale(nice=False, zero=False)
-    y = alt.Y("load:Q").title("load, multiples of an even share").scale(zero=True)
-    limits = [{"load": 1, "dashed": 0}, {"load": DEAD, "dashed": 1}, {"load": OVERLOADED, "dashed": 1}]
-    dash = alt.when("datum.dashed").then(alt.value([4, 3])).otherwise(alt.value([1, 0]))
-    rules = alt.Chart(alt.InlineData(values=limits)).mark_rule(color=MUTED).encode(y="load:Q", strokeDash=dash)
-    chart = alt.layer(rules, *_lines(run, rows, x, y, alt.Tooltip("expert:O")))
-    return draw(f"expert_load_{run.index}", f"{run.label}: load of the experts, by layer", chart)
-
-
-def router_entropy(run: Run, experts: Experts) -> Chart | None:
-    """Draw the entropy of each layer's router during training; return None for a single record."""
-    rows = [
-        {"layer": layer.layer, "part": "router", "depth": depth, "entropy": short(layer.entropy)}
-        | {"seen": short(run.seen_at(step))}
-        for step, layers in experts.steps.items()
-        for depth, layer in enumerate(layers)
-    ]
-    y = alt.Y("entropy:Q").title("router entropy, fraction of the maximum").scale(zero=False)
-    chart = alt.layer(*_lines(run, rows, _seen_axis(run), y))
-    title = f"{run.label}: entropy of the routers"
-    return draw(f"router_entropy_{run.index}", title, chart) if len(experts.steps) > 1 else None
 
 
 def _lines(run: Run, rows: Rows, x: alt.X, y: alt.Y, *tooltip: alt.Tooltip) -> list[alt.Chart]:

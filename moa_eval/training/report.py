@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from moa_eval.page.writing import Row, Section, Series
-from moa_eval.training import experts, figures, scaling
+from moa_eval.training import experts, figures
 from moa_eval.training.comparison import Comparison
 from moa_eval.training.grouping import compare
 from moa_eval.training.mixing_maps import mixing_content
@@ -48,14 +48,13 @@ def training_section(
     """
     paths = [path for folder in folders for path in find_runs(folder)]
     comparison = compare([read_run(path) for path in paths], strict=strict, baseline=baseline)
-    lines = scaling.fit_lines(comparison)
     return Section(
         slug=slug,
         title=title or _title(comparison),
         template="training",
-        content=_content(comparison, lines),
-        tables=make_tables(comparison, lines),
-        charts=figures.draw_all(comparison, lines),
+        content=_content(comparison),
+        tables=make_tables(comparison),
+        charts=figures.draw_all(comparison),
         verdict=verdict(comparison),
         caveats=caveats(comparison),
         series=[
@@ -95,7 +94,7 @@ def gallery(runs: Sequence[Run], limit: int = SHOWN_IMAGES) -> list[Row]:
     return rows
 
 
-def _content(comparison: Comparison, lines: Sequence[scaling.Line]) -> dict[str, Any]:
+def _content(comparison: Comparison) -> dict[str, Any]:
     shown, baseline = [method.shown_run for method in comparison.methods], comparison.baseline
     return {
         "comparison": comparison,
@@ -104,7 +103,6 @@ def _content(comparison: Comparison, lines: Sequence[scaling.Line]) -> dict[str,
         "shown_runs": shown,
         "gallery": gallery(shown),
         "baseline": f"{baseline.name} of the same size" if comparison.has_sizes else baseline.label,
-        "scaling": scaling.sentences(lines),
         "mixing": mixing_content(comparison),
         "experts": [
             {"run": run.index, "label": run.label, "sentence": experts.sentence(run.label, run.experts)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pandas as pd
 
@@ -20,12 +19,8 @@ from moa_eval.training.intervals import UNKNOWN, by_seed, deviation, mean, quoti
 from moa_eval.training.mixing import STATIC, STATISTICS
 from moa_eval.training.probes import probe_rows, probe_run_rows
 from moa_eval.training.runs import Columns, Run
-from moa_eval.training.scaling import Line, line_rows, scaling_rows
 
 Tables = dict[str, list[Row]]
-
-TOLERANCE = 0.01
-"""Relative excess over the best loss up to which a learning rate counts as equally good."""
 
 _COSTS: dict[str, Callable[[Run], float]] = {
     "parameters": lambda run: run.number("parameters", "total"),
@@ -40,27 +35,22 @@ _DIFFERENCE = ("difference", "relative", "low_95", "high_95")
 _UNSHOWN_KEYS = ("name", "out", "resume")
 
 
-def make_tables(comparison: Comparison, lines: list[Line]) -> Tables:
+def make_tables(comparison: Comparison) -> Tables:
     """Return every table by name; a table without content is empty."""
     return {
         "losses": loss_rows(comparison),
         "runs": run_rows(comparison),
         "rates": rate_rows(comparison),
-        "tolerance": [_tolerance_row(method, comparison.metric) for method in comparison.methods],
         "equal_rates": equal_rate_rows(comparison),
         "costs": cost_rows(comparison),
         "parameters": parameter_rows(comparison),
-        "scaling": scaling_rows(lines),
-        "scaling_lines": line_rows(lines),
         "probe": probe_rows(comparison),
         "probe_runs": probe_run_rows(comparison),
         "reconstructions": _reconstruction_rows(comparison),
         "mixing": mixing_rows(comparison),
         "experts": expert_rows(comparison),
-        "expert_load": expert_load_rows(comparison),
         "config": config_rows(comparison),
-        "environment": environment_rows(comparison, [run.environment for run in comparison.runs]),
-        "packages": environment_rows(comparison, [run.environment.get("packages") or {} for run in comparison.runs]),
+        "environment": environment_rows(comparison),
         "validation": _curve_rows(comparison, [run.validation for run in comparison.runs]),
         "train": _curve_rows(comparison, [run.train for run in comparison.runs]),
     }
@@ -232,17 +222,6 @@ def expert_rows(comparison: Comparison) -> list[Row]:
     ]
 
 
-def expert_load_rows(comparison: Comparison) -> list[Row]:
-    """Return a row per run, layer and expert at the last recorded step: its load as a multiple of an even share."""
-    return [
-        {"run": run.label, "layer": layer.layer, "expert": expert, "load": load}
-        for run in comparison.runs
-        if run.experts
-        for layer in run.experts.last
-        for expert, load in enumerate(layer.relative.tolist())
-    ]
-
-
 def config_rows(comparison: Comparison) -> list[Row]:
     """Return a row per config key that differs, with a column per method."""
     rows = []
@@ -255,14 +234,14 @@ def config_rows(comparison: Comparison) -> list[Row]:
     return rows
 
 
-def environment_rows(comparison: Comparison, environments: list[dict[str, Any]]) -> list[Row]:
+def environment_rows(comparison: Comparison) -> list[Row]:
     """Return a row per key and value of the runs' environments; "runs" names those with the value, or is "all"."""
     rows = []
-    keys = dict.fromkeys(key for own in environments for key in own if key not in ("packages", "command"))
-    for key in keys:
+    keys = dict.fromkeys(key for run in comparison.runs for key in run.environment)
+    for key in [key for key in keys if key not in ("packages", "command")]:
         labels: dict[str, list[str]] = {}
-        for run, own in zip(comparison.runs, environments, strict=True):
-            labels.setdefault(show(own.get(key)), []).append(run.label)
+        for run in comparison.runs:
+            labels.setdefault(show(run.environment.get(key)), []).append(run.label)
         rows += [
             {"key": key, "value": value, "runs": "all" if len(labels) == 1 else "; ".join(owners)}
             for value, owners in labels.items()
@@ -296,45 +275,6 @@ def _run_row(comparison: Comparison, method: Method, group: RunGroup, run: Run) 
                 f"{corner}_{loss}_relative": quotient(value - reference, reference),
             }
     return row
-
-
-def _tolerance_row(method: Method, metric: str) -> Row:
-    """Return a row about a method's learning rates and the span of good ones.
-
-    "edge" tells whether the best rate is the "lowest" or "highest" tried. "span" is the ratio of the highest to the
-    lowest rate within 1 % of the best group's loss, without a worse, diverged or unfinished rate in between.
-    """
-    low, high = _good_rates(method, metric)
-    return {
-        "method": method.label,
-        "rates_tried": len(method.groups),
-        "lowest_rate": method.groups[0].learning_rate,
-        "highest_rate": method.groups[-1].learning_rate,
-        "best_rate": _best_rate(method),
-        "edge": method.edge,
-        "low_good_rate": low,
-        "high_good_rate": high,
-        "span": quotient(high, low),
-        "diverged_rates": sum(bool(group.diverged) for group in method.groups),
-    }
-
-
-def _good_rates(method: Method, metric: str) -> tuple[float, float]:
-    """Return the lowest and highest rate around the best one that are equally good; NaN without a best one."""
-    if method.best is None:
-        return math.nan, math.nan
-    limit = method.best.mean_loss(metric) * (1 + TOLERANCE)
-    low = high = method.best.learning_rate
-    at = method.groups.index(method.best)
-    for group in reversed(method.groups[:at]):
-        if len(group.complete) < len(group.runs) or group.mean_loss(metric) > limit:
-            break
-        low = group.learning_rate
-    for group in method.groups[at + 1 :]:
-        if len(group.complete) < len(group.runs) or group.mean_loss(metric) > limit:
-            break
-        high = group.learning_rate
-    return low, high
 
 
 def _best_rate(method: Method) -> float:

@@ -10,9 +10,8 @@ from itertools import groupby
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from moa_eval.page import formatting
+from moa_eval.page import formatting, writing
 from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row, Section, Series
 from moa_eval.training.configuration import config_difference
@@ -70,17 +69,13 @@ def zero_shot_section(
 
 
 def sentences(template: str, comparison: Comparison) -> list[str]:
-    """Render a text template of moa_eval.page; return one sentence per line."""
-    environment = Environment(
-        loader=PackageLoader("moa_eval.page"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    for function in (formatting.accuracy, formatting.points, formatting.grouped, formatting.probability):
-        environment.filters[function.__name__] = function
+    """Return the sentences of a text template about a comparison."""
     runs = [model.evaluation for model in comparison.models]
     primary = comparison.of(comparison.primary)
     tests = [c for c in comparison.contrasts if math.isfinite(c.p_holm) and not c.measure.is_average]
     plain = next((m for m in comparison.measures if m.is_average and not m.headline), None)
-    text = environment.get_template(template).render(
+    return writing.sentences(
+        template,
         comparison=comparison,
         models=comparison.models,
         baseline=comparison.baseline,
@@ -99,7 +94,6 @@ def sentences(template: str, comparison: Comparison) -> list[str]:
             "lm-eval versions": [show(run.content.get("lm_eval_version")) for run in runs],
         },
     )
-    return [line for line in text.splitlines() if line.strip()]
 
 
 def averaged_tasks(comparison: Comparison) -> str:

@@ -157,7 +157,7 @@ def make_run(tmp_path):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Sections without charts, for tests of everything else: drawing is most of the time."""
-    monkeypatch.setattr("moa_eval.training.figures.draw_all", lambda *records: {})
+    monkeypatch.setattr("moa_eval.training.figures.draw_all", lambda comparison: {})
     monkeypatch.setattr("moa_eval.zero_shot.report.draw", lambda comparison: {})
 
 

@@ -37,7 +37,7 @@ def test_compare_runs_prints_the_verdict_and_the_path_of_the_page(make_run, tmp_
     assert (code, page, err) == (0, str(tmp_path / "out" / "index.html"), "")
     assert "".join(verdict) in (tmp_path / "out" / "summary.md").read_text().replace("**", "")
     assert "<h1>Mine &amp; yours</h1>" in (tmp_path / "out" / "index.html").read_text()
-    assert {"tables/losses.csv", "tables/mixing.csv", "figures/validation_loss.svg"} <= set(files(tmp_path / "out"))
+    assert {"tables/losses.csv", "tables/mixing.csv", "figures/validation_loss.png"} <= set(files(tmp_path / "out"))
 
 
 @pytest.mark.usefixtures("no_figures")

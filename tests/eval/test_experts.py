@@ -5,9 +5,8 @@ import pytest
 
 from moa_eval.training.experts import read_experts, sentence
 from moa_eval.training.grouping import compare
-from moa_eval.training.layer_figures import expert_load, router_entropy
 from moa_eval.training.reading import read_run
-from moa_eval.training.tables import expert_load_rows, expert_rows
+from moa_eval.training.tables import expert_rows
 from moa_train.errors import DataError
 
 EVEN = [0.25] * 4
@@ -58,21 +57,6 @@ def test_tables_have_all_layers_and_experts(folder):
     ]
     assert (rows[3]["lowest_load"], rows[3]["highest_load"]) == pytest.approx((0.04, 2.2))
     assert (rows[3]["experts"], rows[3]["dead"], rows[3]["overloaded"], rows[3]["dropped"]) == (4, 1, 1, 0)
-    assert [row["load"] for row in expert_load_rows(comparison)[4:]] == pytest.approx([4 * load for load in UNEVEN])
-
-
-def test_figures_show_sorted_loads_and_entropy(folder):
-    run = read_run(folder)
-    loads = rows(expert_load(run, run.experts), "rank")
-    for layer, load in (("model.0", EVEN), ("model.1", UNEVEN)):
-        own = [row["load"] for row in loads if row["layer"] == layer]
-        assert own == pytest.approx(sorted((4 * share for share in load), reverse=True))
-    entropy = rows(router_entropy(run, run.experts), "entropy")
-    assert {(row["seen"], row["entropy"]) for row in entropy} == {(20 * 64, 1.0), (40 * 64, 0.5)}
-
-
-def rows(chart, column):
-    return [row for values in chart.spec["datasets"].values() for row in values if column in row]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
 """The page, in headless Chromium where it is installed."""
 
 import base64
-import hashlib
 import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 
 import altair as alt
 import pytest
@@ -63,8 +61,7 @@ def files(folder):
 
 def test_a_section_is_written_as_page_summary_tables_and_figures(page):
     assert files(page.parent) == {
-        "index.html", "summary.md", "files.json", "tables/zero_shot.csv", "tables/settings.csv",
-        "figures/accuracy.svg", "figures/accuracy.png",
+        "index.html", "summary.md", "tables/zero_shot.csv", "tables/settings.csv", "figures/accuracy.png",
     }  # fmt: skip
     assert "<title>One &lt;page&gt;</title>" in page.read_text()
     assert (page.parent / "summary.md").read_text().startswith("# One <page>\n\n**No difference.**\n\n- Made by hand.")
@@ -77,26 +74,9 @@ def test_sections_of_a_page_have_unique_ids_and_folders(tmp_path):
     assert len(ids) == len(set(ids)) and {"a", "b", "a-scores", "b-scores", "a-verdict"} <= set(ids)
     assert set(re.findall(r'href="#([^"]+)"', text)) <= set(ids)
     links = set(re.findall(r'href="([^"#]+)" download', text))
-    assert {"figures/b/accuracy.svg", "tables/a/zero_shot.csv"} <= links <= files(tmp_path)
+    assert {"figures/b/accuracy.png", "tables/a/zero_shot.csv"} <= links <= files(tmp_path)
     assert text.count("vegaEmbed=") == 1
     assert (tmp_path / "summary.md").read_text().count("## Section ") == 2
-
-
-def test_stale_files_of_an_earlier_page_are_removed_unless_edited(tmp_path):
-    section, out = replace(small_section(), charts={}), tmp_path / "out"
-    more = {"old": [{"x": 1}], "edited": [{"x": 1}], "empty": []}
-    write_page([replace(section, tables=section.tables | more)], out, title="x", command="y")
-    assert (out / "tables/old.csv").is_file() and not (out / "tables/empty.csv").exists()
-    (out / "tables/edited.csv").write_text("mine")
-    (out / "tables/mine.csv").write_text("mine")
-    outside = tmp_path / "outside"
-    outside.write_text("x")
-    listed = json.loads((out / "files.json").read_text())
-    listed["../outside"] = hashlib.sha256(b"x").hexdigest()
-    (out / "files.json").write_text(json.dumps(listed))
-    write_page([section], out, title="x", command="y")
-    kept = {"tables/edited.csv", "tables/mine.csv", "tables/zero_shot.csv", "tables/settings.csv"}
-    assert files(out) == {"index.html", "summary.md", "files.json"} | kept and outside.is_file()
 
 
 SCRIPT = """
@@ -146,10 +126,6 @@ def evaluate(page, script, *flags):
 def test_the_content_security_policy_allows_the_scripts(page):
     text = dump(page)
     assert 'data-ready=""' in text and "mark-line role-mark" in text.split('<div class="plot')[1].split("<script")[0]
-
-
-def test_figures_have_a_fallback_without_scripts(page):
-    assert "mark-line role-mark" in re.search(r"<noscript>(.*?)</noscript>", page.read_text(), re.DOTALL)[1]
 
 
 @needs_chromium

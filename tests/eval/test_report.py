@@ -20,7 +20,7 @@ def test_a_section_has_title_verdict_caveats_and_tables(make_run):
     assert section.verdict[1] == "One seed: no evidence of a general difference."
     assert section.caveats == ["Peak learning rates differ: 3e-4 (SwiGLU), 1.2e-3 (qd-MoA)."]
     assert [own["label"] for own in section.content["mixing"]] == ["qd-MoA"]
-    assert {"losses", "rates", "tolerance", "costs", "probe", "config", "mixing", "train"} <= section.tables.keys()
+    assert {"losses", "rates", "costs", "probe", "config", "mixing", "train"} <= section.tables.keys()
 
 
 def test_series_are_grouped_and_coloured_by_method(make_run):

@@ -10,7 +10,6 @@ from moa_eval.page.writing import as_csv
 from moa_eval.training.grouping import compare
 from moa_eval.training.reading import read_run
 from moa_eval.training.readme import results_markdown
-from moa_eval.training.scaling import fit_lines
 from moa_eval.training.tables import make_tables
 from moa_train.errors import DataError
 
@@ -29,7 +28,7 @@ def last(folder, loss):
 
 def tabulate(folders):
     comparison = compare([read_run(folder) for folder in folders])
-    return make_tables(comparison, fit_lines(comparison))
+    return make_tables(comparison)
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +105,6 @@ def test_rates_have_the_spread_over_seeds_and_the_excess_over_the_best(sweep):
     assert (rows[4]["seeds"], rows[4]["diverged"]) == (0, 2) and math.isnan(rows[4]["mean"])
 
 
-def test_tolerance_is_the_span_of_rates_within_one_percent(sweep):
-    first, second = sweep[1]["tolerance"]
-    assert (first["edge"], first["span"], first["rates_tried"]) == ("", 1.0, 1)
-    assert (second["lowest_rate"], second["highest_rate"], second["best_rate"]) == (5e-4, 4e-3, 2e-3)
-    assert (second["low_good_rate"], second["high_good_rate"], second["span"]) == (1e-3, 2e-3, 2.0)
-    assert (second["edge"], second["diverged_rates"]) == ("", 1)
-
-
 def test_unfinished_runs_are_counted_but_enter_no_loss(make_run):
     moa = {"encoder": MOA, "lr": 1e-3}
     folders = [make_run("a", lr=1e-3), make_run("b", **moa), make_run("c", encoder=MOA, lr=2e-3, final=0.6)]
@@ -125,7 +116,6 @@ def test_unfinished_runs_are_counted_but_enter_no_loss(make_run):
     assert (early["seeds"], early["runs"], early["unfinished"]) == (0, 1, 1) and math.isnan(early["mean"])
     assert (best["mean"], best["seeds"], best["unfinished"]) == (last(folders[1], "loss_norm"), 1, 1)
     assert worse == before["rates"][2] and after["costs"] == before["costs"]
-    assert after["tolerance"][1]["low_good_rate"] == 1e-3
     assert [row["final_loss_norm"] for row in after["losses"]] == [row["final_loss_norm"] for row in before["losses"]]
 
 
@@ -174,11 +164,10 @@ def test_config_differences_have_a_column_per_method(make_run):
 def test_equal_environment_values_share_a_row(make_run):
     folders = [make_run("a"), make_run("b", encoder=MOA), make_run("c", encoder="vit_tiny_patch4_moa")]
     path = folders[1] / "env.json"
-    path.write_text(path.read_text().replace('"2.11.0"', '"2.12.0"').replace('"1.0.20"', '"1.0.21"'))
+    path.write_text(path.read_text().replace('"2.11.0"', '"2.12.0"'))
     tables = tabulate(folders)
     found = {(row["key"], row["value"]): row["runs"] for row in tables["environment"]}
     assert (found["torch", "2.11.0"], found["torch", "2.12.0"], found["cores", "2"]) == ("SwiGLU; MoA", "qd-MoA", "all")
-    assert [row["value"] for row in tables["packages"]] == ["1.0.20", "1.0.21"]
 
 
 def test_mixing_has_a_row_per_coefficient(make_run):
