@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -138,7 +137,6 @@ def live(chart: Chart) -> str:
     return text.replace("<", "\\u003c")
 
 
-@functools.cache
 def javascript() -> str:
     """Return Vega, Vega-Lite and vega-embed as one script (0.9 MB), safe inside a script element."""
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")

@@ -17,16 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moa_eval.page.formatting import first_of, grouped
-from moa_eval.training.files import NUMBER, bad_file, read_json
+from moa_eval.training.files import bad_file, fields, list_of, read_json
 
 DEAD, OVERLOADED = 0.1, 2.0
 """Limits as multiples of an even share."""
 
 _REMEDY = "delete the folder or leave this run out"
-_LAYER = {
-    "layer": str, "load": [NUMBER], "entropy": NUMBER, "max_entropy": NUMBER, "balance_loss": NUMBER,
-    "assignments": int, "dropped": int,
-}  # fmt: skip
+_LAYER = fields(
+    layer="string",
+    load=list_of("number"),
+    entropy="number",
+    max_entropy="number",
+    balance_loss="number",
+    assignments="integer",
+    dropped="integer",
+)
+_STEP = fields(step="integer", layers=list_of(_LAYER))
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def sentence(label: str, experts: Experts) -> str:
 
 
 def _read_step(path: Path) -> tuple[int, tuple[Routing, ...]]:
-    content = read_json(path, {"step": int, "layers": [_LAYER]}, _REMEDY)
+    content = read_json(path, _STEP, _REMEDY)
     routed = [entry for entry in content["layers"] if len(entry["load"]) > 1]  # a single expert is not routed
     return content["step"], tuple(_routing(path, entry) for entry in routed)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from moa_eval.page.formatting import first_of
-from moa_eval.training.files import NUMBER, bad_file, read_json
+from moa_eval.training.files import bad_file, fields, list_of, read_json
 
 STATIC = 0.01
 """Standard deviation below which a coefficient is a static blend; gates lie in (0, 1), with tanh in (-1, 1)."""
@@ -26,8 +26,19 @@ STATIC = 0.01
 STATISTICS = ("mean", "std", "low", "high", "share")
 
 _REMEDY = "delete the folder or leave this run out"
-_LAYER = {"layer": str, "coefficients": [str], "token_adaptive": bool, **{key: [NUMBER] for key in STATISTICS}}
-_PARTS = {"layers": [str], "coefficients": [str]}
+_LAYER = fields(
+    layer="string",
+    coefficients=list_of("string"),
+    token_adaptive="boolean",
+    **dict.fromkeys(STATISTICS, list_of("number")),
+)
+_STEP = fields(step="integer", layers=list_of(_LAYER))
+_PART = fields(layers=list_of("string"), coefficients=list_of("string"))
+_INDEX = fields(
+    keys=list_of("string"),
+    grid=list_of("integer") | {"minItems": 2, "maxItems": 2},
+    parts={"type": "object", "additionalProperties": _PART},
+)
 
 Values = NDArray[np.float64]
 
@@ -112,11 +123,8 @@ def read_mixing(folder: Path) -> Mixing | None:
     index = folder / "index.json"
     if not index.exists():
         return Mixing(steps)
-    content = read_json(index, {"keys": [str], "grid": [int], "parts": dict}, _REMEDY)
+    content = read_json(index, _INDEX, _REMEDY)
     keys, grid, parts = content["keys"], content["grid"], content["parts"]
-    if len(grid) != 2:
-        raise bad_file(index, f"grid is {grid}, expected rows and columns", _REMEDY)
-    read_json(index, {"parts": dict.fromkeys(parts, _PARTS)}, _REMEDY)
     known = {term for layer in steps[max(steps)] for term in layer.terms}
     if unknown := {term for part in parts.values() for term in part["coefficients"]} - known:
         raise bad_file(index, f"names {min(unknown)!r}, which the last step does not have", _REMEDY)
@@ -150,7 +158,7 @@ def _variation(layers: Sequence[Layer]) -> str:
 
 
 def _read_step(path: Path) -> tuple[int, tuple[Layer, ...]]:
-    content = read_json(path, {"step": int, "layers": [_LAYER]}, _REMEDY)
+    content = read_json(path, _STEP, _REMEDY)
     return content["step"], tuple(_layer(path, entry) for entry in content["layers"])
 
 

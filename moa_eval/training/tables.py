@@ -50,7 +50,6 @@ def make_tables(comparison: Comparison) -> Tables:
         "mixing": mixing_rows(comparison),
         "experts": expert_rows(comparison),
         "config": config_rows(comparison),
-        "environment": environment_rows(comparison),
         "validation": _curve_rows(comparison, [run.validation for run in comparison.runs]),
         "train": _curve_rows(comparison, [run.train for run in comparison.runs]),
     }
@@ -231,21 +230,6 @@ def config_rows(comparison: Comparison) -> list[Row]:
             for method in comparison.methods:
                 row[method.label] = ", ".join(dict.fromkeys(show(values[run.index]) for run in method.runs))
             rows.append(row)
-    return rows
-
-
-def environment_rows(comparison: Comparison) -> list[Row]:
-    """Return a row per key and value of the runs' environments; "runs" names those with the value, or is "all"."""
-    rows = []
-    keys = dict.fromkeys(key for run in comparison.runs for key in run.environment)
-    for key in [key for key in keys if key not in ("packages", "command")]:
-        labels: dict[str, list[str]] = {}
-        for run in comparison.runs:
-            labels.setdefault(show(run.environment.get(key)), []).append(run.label)
-        rows += [
-            {"key": key, "value": value, "runs": "all" if len(labels) == 1 else "; ".join(owners)}
-            for value, owners in labels.items()
-        ]
     return rows
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from moa_eval.page.formatting import rate, show, spell
-from moa_eval.page.writing import Row, sentences
+from moa_eval.page.writing import sentences
 from moa_eval.training.comparison import Comparison, Contrast, Method
 from moa_eval.training.configuration import config_difference, role
 from moa_eval.training.intervals import CONFIDENCE, mean, quotient
 from moa_eval.training.probes import probe_rows, unequal_probes
-from moa_eval.training.tables import cost_rows, parameter_rows
+from moa_eval.training.tables import cost_rows
 
 
 def verdict(comparison: Comparison) -> list[str]:
@@ -58,12 +58,9 @@ def caveats(comparison: Comparison) -> list[str]:
         edges=[method for method in methods if method.edge],
         rates="" if comparison.tuned else _if_different(methods, rates),
         equal_rates=[own for own in comparison.equal_rates(comparison.metric) if best and own.method is best.method],
-        started=[run.label for run in runs if run.settings.get("start_from")],
-        repeated=[group for group in comparison.groups if len({run.seed for run in group.runs}) < len(group.runs)],
         causes=_causes(comparison),
         seeds=_seeds(comparison),
         other_signs=_other_signs(comparison),
-        controls=_controls(comparison),
         probes=[row for row in probe_rows(comparison) if best and row["method"] == best.method.label],
         unequal_probes=unequal_probes(comparison),
         parameters=[(method, _parameters_ratio(method)) for method in comparison.alternatives],
@@ -127,16 +124,6 @@ def _other_signs(comparison: Comparison) -> list[tuple[str, Contrast]]:
         for one, other in zip(comparison.contrasts(comparison.metric), comparison.contrasts(loss), strict=True)
         if one.interval.mean * other.interval.mean < 0
     ]
-
-
-def _controls(comparison: Comparison) -> dict[str, list[Row]]:
-    """Return parameters and differences of the methods by baseline, where it has a control; the control first."""
-    rows = [row for row in parameter_rows(comparison) if not math.isnan(row["difference"])]
-    baselines = dict.fromkeys(row["baseline"] for row in rows if row["is_control"])
-    return {
-        baseline: sorted((row for row in rows if row["baseline"] == baseline), key=lambda row: not row["is_control"])
-        for baseline in baselines
-    }
 
 
 def _parameters_ratio(method: Method) -> float:

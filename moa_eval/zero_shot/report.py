@@ -1,15 +1,11 @@
-"""Page section of lm-eval results: verdict, zero-shot table, paired tests, figure and settings."""
+"""Page section of lm-eval results: verdict, zero-shot table, paired tests and figure."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-
-import pandas as pd
 
 from moa_eval.page import formatting, writing
 from moa_eval.page.formatting import show
@@ -18,9 +14,7 @@ from moa_eval.training.configuration import config_difference
 from moa_eval.zero_shot import paired
 from moa_eval.zero_shot.comparison import ZERO_SHOT, Comparison, Contrast, Measure, compare_evaluations, task_label
 from moa_eval.zero_shot.figures import draw
-from moa_eval.zero_shot.results import Evaluation, read_evaluation
-
-_ENVIRONMENT = {"torch": re.compile(r"^PyTorch version: (.+)$", re.M), "GPU": re.compile(r"^GPU 0: (.+)$", re.M)}
+from moa_eval.zero_shot.results import read_evaluation
 
 
 def zero_shot_section(
@@ -43,7 +37,6 @@ def zero_shot_section(
     tables = {
         "zero_shot": score_rows(comparison),
         "paired": [_paired_row(contrast) for contrast in comparison.contrasts],
-        "settings": settings_rows(comparison),
         "config": difference_rows(comparison),
     }
     return Section(
@@ -55,7 +48,6 @@ def zero_shot_section(
             "average_of": averaged_tasks(comparison) if comparison.average else "",
             "cells": _cells(comparison),
             "tests": _tests(comparison),
-            "settings": tables["settings"],
             "differences": tables["config"],
             "resamples": paired.RESAMPLES,
             "seed": paired.SEED,
@@ -121,13 +113,6 @@ def score_rows(comparison: Comparison) -> list[Row]:
     ]
 
 
-def settings_rows(comparison: Comparison) -> list[Row]:
-    """Return how each result was produced, one column per model, without settings that no result records."""
-    settings = pd.DataFrame({model.label: _settings(model.evaluation) for model in comparison.models})
-    recorded = settings[settings.ne("").any(axis=1)].replace("", "–")
-    return recorded.rename_axis("key").reset_index().to_dict("records")
-
-
 def difference_rows(comparison: Comparison) -> list[Row]:
     """Return the keys of lm-eval's settings and task configs that differ, one column per model."""
     configs = []
@@ -163,38 +148,6 @@ def _paired_row(contrast: Contrast) -> Row:
         "p_value": contrast.p_value,
         "p_holm": contrast.p_holm,
     }
-
-
-def _settings(evaluation: Evaluation) -> dict[str, str]:
-    """Return the settings of a result as text; empty where not recorded."""
-    content, config = evaluation.content, evaluation.config
-    environment = str(content.get("pretty_env_info"))
-    shots = {task_label(name): show(task.shots) for name, task in evaluation.tasks.items()}
-    parameters = config.get("model_num_parameters", 0)
-    started, seconds = content.get("date"), float(content.get("total_evaluation_time_seconds", "nan"))
-    recorded = {
-        "model type": config.get("model"),
-        "model arguments": ",".join(f"{key}={show(value)}" for key, value in config["model_args"].items()),
-        "parameters": formatting.count(parameters, 4) if parameters > 0 else None,
-        "dtype": config.get("model_dtype"),
-        "revision": config.get("model_sha") or config.get("model_revision"),
-        "context length": content.get("max_length"),
-        "batch size": config.get("batch_size"),
-        "device": config.get("device"),
-        "shots": ", ".join(f"{name} {own}" for name, own in shots.items())
-        if len({*shots.values()}) > 1
-        else next(iter(shots.values())),
-        "limit": "none" if evaluation.limit is None else f"{evaluation.limit:g}",
-        "few-shot seed": config.get("fewshot_seed"),
-        "lm-eval": content.get("lm_eval_version"),
-        "transformers": content.get("transformers_version"),
-        **{name: match[1] if (match := line.search(environment)) else None for name, line in _ENVIRONMENT.items()},
-        "git commit": content.get("git_hash"),
-        "started": f"{datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M:%S} UTC" if started else None,
-        "time": formatting.duration(seconds) if math.isfinite(seconds) else None,
-        "results file": str(evaluation.path),
-    }
-    return {key: "" if value in (None, "") else show(value) for key, value in recorded.items()}
 
 
 def _cells(comparison: Comparison) -> list[Row]:

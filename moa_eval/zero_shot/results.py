@@ -23,7 +23,6 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from moa_eval.training.reading import parse_json
 from moa_train.errors import DataError
 
 _DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
@@ -194,7 +193,7 @@ def _find(path: Path) -> tuple[Path, int]:
 
 def _read_results(file: Path) -> dict[str, Any]:
     try:
-        content = parse_json(_FUNCTION_ADDRESS.sub("", file.read_text(encoding="utf-8")))
+        content = json.loads(_FUNCTION_ADDRESS.sub("", file.read_text(encoding="utf-8")))
         jsonschema.validate(content, _SCHEMA)
     except (ValueError, RecursionError) as error:
         raise _error(file, f"not valid JSON ({error})", _RERUN) from error
@@ -264,7 +263,7 @@ def _read_samples(path: Path) -> dict[str, pd.DataFrame]:
 
 def _parse_sample(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        sample = parse_json(line)
+        sample = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise _error(path, f"line {number} is not valid JSON ({error})", _RERUN) from error
     if not isinstance(sample, dict) or type(sample.get("doc_id")) is not int:

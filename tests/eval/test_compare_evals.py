@@ -116,7 +116,7 @@ def test_function_addresses_are_no_config_difference(tmp_path, write_results):
     assert [row["key"] for row in rows(write(files, tmp_path / "out"), "config.csv")] == ["model_args.pretrained"]
 
 
-def test_page_shows_scores_and_settings(report):
+def test_page_shows_scores(report):
     files, out = report
     text, found = (out / "index.html").read_text(), cells(out)
     for label in (*LABELS.values(), "Average", "piqa"):
@@ -127,9 +127,6 @@ def test_page_shows_scores_and_settings(report):
         shown = f"{100 * results['acc_norm,none']:.2f}\u00a0±\u00a0{100 * results['acc_norm_stderr,none']:.2f}"
         assert any(cell.startswith(shown) for cell in found)
         assert any(f"acc {100 * results['acc,none']:.2f}" in cell for cell in found)
-        assert str(file) in found
-    settings = {"torch.bfloat16", "0.4.13", "0123abc", "2026-11-21 10:11:12 UTC", "4 min 10 s", "2.15.0", "123.5 M"}
-    assert settings <= set(found)
 
 
 def test_summary_has_well_formed_tables(report):

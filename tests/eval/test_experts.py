@@ -74,7 +74,7 @@ def test_an_unusable_record_is_named_in_one_line(folder, change):
     with pytest.raises(DataError) as caught:
         read_experts(folder / "experts")
     message = str(caught.value)
-    assert message.startswith(f"{folder}/experts/step_00000040.json: ") and "\n" not in message
+    assert message.startswith(f"{folder}/experts/step_00000040.json") and "\n" not in message
 
 
 def test_layers_with_a_single_expert_are_ignored(folder):

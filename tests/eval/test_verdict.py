@@ -107,11 +107,6 @@ def test_an_unfinished_rate_is_not_compared_and_makes_the_verdict_provisional(ma
     assert "Unfinished: qd-MoA, lr 1e-3 (1 920 images)." in " ".join(notes.split())
 
 
-def test_rates_with_different_numbers_of_seeds_are_reported(make_run):
-    folders = sweep(make_run, {(1e-3, 0): 0.4, (1e-3, 1): 0.4, (2e-3, 0): 0.5})
-    assert "The learning rates of qd-MoA were tried with 1 to 2 complete runs." in report(folders)[1]
-
-
 def test_a_method_that_diverged_at_all_rates_has_no_difference(make_run):
     folders = [make_run("base", lr=1e-3)]
     folders += [make_run(f"moa{rate}", encoder=MOA, lr=rate, nan_from=20) for rate in (1e-3, 2e-3)]
@@ -185,15 +180,6 @@ def test_the_verdict_is_on_the_training_objective_and_another_sign_is_reported(m
     assert "In normalized space, the difference of qd-MoA has the other sign: +" in notes
 
 
-def test_a_start_from_another_checkpoint_is_reported(make_run):
-    changes = {"schedule.decay_type": "1-sqrt", "start_from": "runs/x/checkpoints/step_10"}
-    notes = report(
-        [make_run("a", ffn="swiglu"), make_run("b", ffn="moa"), make_run("c", ffn="qdmoa", changes=changes)]
-    )[1]
-    assert "differ for qd-MoA (start_from, schedule.decay_type): " in notes
-    assert "Started from a checkpoint of another run: qd-MoA." in notes
-
-
 def ladder(make_run, gains, seeds):
     """Return folders of language models: SwiGLU and FFNs with these gains, at three sizes."""
     return [
@@ -224,22 +210,3 @@ def test_over_sizes_intervals_are_widened_for_all_comparisons(make_run, gain, su
     assert sentences[1] == (
         f"The 95 % interval over seeds, widened for 3 comparisons, excludes zero at {sure} of 3 sizes."
     )
-
-
-def test_the_gain_of_parameters_alone_is_reported(make_run):
-    counts = {
-        "swiglu": ("dense-0.12b", 1_000_000),
-        "wide": ("llama-large", 1_000_500),
-        "bimoa": ("dense-0.12b", 1_000_480),
-    }
-    folders = [
-        make_run(name, ffn=name.replace("wide", "swiglu"), changes={"model.size": size}, parameters={"total": count})
-        for name, (size, count) in counts.items()
-    ]
-    wide, mixed = (signed(final(folder, "loss") - final(folders[0], "loss")) for folder in folders[1:])
-    notes = report(folders)[1]
-    assert (
-        f"Gain over SwiGLU, dense-0.12b against parameters: SwiGLU, llama-large {wide} for +0.05 % parameters, "
-        f"bi-MoA {mixed} for +0.05 % parameters."
-    ) in notes
-    assert "more than one cause" not in notes  # llama-large differs in the width of the FFN only
