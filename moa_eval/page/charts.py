@@ -28,9 +28,6 @@ TOKENS = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
 
 AnyChart = alt.Chart | alt.LayerChart | alt.FacetChart
 
-POINTER = "pointer"
-"""Prefix of the names of layers that react to the pointer; files omit them."""
-
 WIDTH, HEIGHT = 560, 260
 """Pixels of the plot in files; in the page, a chart is as wide as its container."""
 
@@ -85,7 +82,7 @@ def draw(name: str, title: str, chart: AnyChart, *, hidden: Sequence[int] = (), 
     Args:
         name: File name without its ending.
         title: Title.
-        chart: One panel with inline data; layers whose name begins with `POINTER` appear in the page only.
+        chart: One panel with inline data.
         hidden: Runs that are switched off at first.
         height: Height of the plot in pixels.
     """
@@ -106,7 +103,7 @@ def draw(name: str, title: str, chart: AnyChart, *, hidden: Sequence[int] = (), 
     for view in _views(spec):
         if "data" in view:
             view["transform"] = [{"filter": _SHOWN}, *view.get("transform", [])]
-    png = vl_convert.vegalite_to_png(_unpointed(spec) | {"width": WIDTH}, scale=_PNG_SCALE)
+    png = vl_convert.vegalite_to_png(spec | {"width": WIDTH}, scale=_PNG_SCALE)
     return Chart(name, title, spec, png)
 
 
@@ -151,12 +148,3 @@ def _views(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _legend(view: dict[str, Any]) -> list[str]:
     return view.get("encoding", {}).get("color", {}).get("scale", {}).get("domain", [])
-
-
-def _unpointed(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the chart without the layers of the pointer, which are thousands of invisible marks."""
-    if "layer" not in spec:
-        return spec
-    layers = [view for view in spec["layer"] if not view.get("name", "").startswith(POINTER)]
-    params = [param for param in spec["params"] if "views" not in param]
-    return spec | {"layer": layers, "params": params}

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moa_eval.page import formatting
-from moa_eval.page.charts import INK, MUTED, POINTER, Chart, colours, draw, shapes
+from moa_eval.page.charts import INK, Chart, colours, draw, shapes
 from moa_eval.training.comparison import Comparison
 from moa_eval.training.runs import Columns, Run
 
@@ -103,7 +103,8 @@ def draw_curves(
         marks = _named(comparison, points).mark_point(filled=True, size=32)
         shape = alt.Shape("ffn:N").scale(shapes(_labels(comparison)))
         layers.append(marks.encode(**place, y=_pixels(_HELD), shape=shape, opacity=_pixels(f"{_VISIBLE} ? 0.9 : 0")))
-    layers += _pointer(comparison, points, place, tooltip)
+    hover = _named(comparison, points).mark_point(filled=True, size=60, opacity=0)
+    layers.append(hover.encode(**place, y=_pixels(_HELD), tooltip=tooltip))
     if ends := _diverged_ends(lines):
         marks = _named(comparison, ends).mark_point(shape=CROSS, size=60, strokeWidth=2)
         diverged = [tooltip[0], alt.Tooltip("diverged:N").title("diverged at step")]
@@ -138,21 +139,6 @@ def _strong_lines(comparison: Comparison, points: Rows, place: dict[str, Any]) -
     dash = alt.when("datum.best").then(alt.value([1, 0])).otherwise(alt.value([4, 3]))
     lines = _named(comparison, points).mark_line(clip=True, strokeWidth=width, strokeCap="round")
     return lines.encode(**place, y=_pixels(_AT), strokeDash=dash, detail=["run:N", "part:N"])
-
-
-def _pointer(
-    comparison: Comparison, points: Rows, place: dict[str, Any], tooltip: Sequence[alt.Tooltip]
-) -> list[alt.Chart]:
-    """Return a rule and a mark at the point nearest to the pointer."""
-    hover = alt.selection_point(name="hover", on="pointerover", clear="pointerout", nearest=True, empty=False)
-    opacity = alt.when(hover).then(_pixels(f"{_VISIBLE} ? 1 : 0")).otherwise(alt.value(0))
-    rule = _named(comparison, points).transform_filter(hover).mark_rule(color=MUTED, strokeWidth=0.8)
-    marks = _named(comparison, points).mark_point(filled=True, size=60)
-    nearest = marks.encode(**place, y=_pixels(_HELD), opacity=opacity, tooltip=list(tooltip))
-    return [
-        rule.encode(x=place["x"]).properties(name=f"{POINTER}_rule"),
-        nearest.add_params(hover).properties(name=POINTER),
-    ]
 
 
 def _named(comparison: Comparison, rows: Rows) -> alt.Chart:

@@ -1,4 +1,4 @@
-"""Figures of a comparison: loss curves, learning rates, probing accuracy."""
+"""Figures of a comparison: loss curves, learning rates, mixing coefficients."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import numpy as np
 
 from moa_eval.page import formatting
 from moa_eval.page.charts import Chart, colours, draw, shapes
-from moa_eval.training.comparison import Comparison, Method, RunGroup
+from moa_eval.training.comparison import Comparison, RunGroup
 from moa_eval.training.curves import CROSS, Axis, Line, Rows, Values, draw_curves, short, smooth
 from moa_eval.training.intervals import mean
-from moa_eval.training.layer_figures import coefficient_spread, coefficients_over_depth
+from moa_eval.training.layer_figures import coefficients_over_depth
 from moa_eval.training.mixing_maps import shown_mixing, term_colours
-from moa_eval.training.probes import probe_names
 from moa_eval.training.runs import Columns, Run
 
 _OUTLIER = 6.0  # median distances above the best mean loss, beyond which a mean does not set the y axis
@@ -42,11 +41,9 @@ def _charts(comparison: Comparison) -> Iterator[Chart | None]:
     yield _validation(comparison, "validation_loss_time", main, time)
     yield _training(comparison, "train_loss_time", time)
     yield _rates(comparison)
-    yield _probes(comparison)
     mixing = shown_mixing(comparison)
     for run, own in mixing:
         yield coefficients_over_depth(run, own, term_colours(mixing))
-        yield coefficient_spread(run, own)
 
 
 def _time_axis(runs: Sequence[Run]) -> Axis:
@@ -179,46 +176,3 @@ def _rate_labels(rates: Sequence[float]) -> str:
     """Return a Vega expression that formats each rate like the page."""
     names = ", ".join(f"'{rate!r}': '{formatting.rate(rate)}'" for rate in rates)
     return f"{{{names}}}[toString(datum.value)] || datum.label"
-
-
-def _probes(comparison: Comparison) -> Chart | None:
-    """Draw accuracies minus the baseline's: a point per run, a bar at the mean of the runs shown."""
-    rows = [row for method in comparison.methods for row in _probe_points(method)]
-    if len({row["ffn"] for row in rows}) < 2:
-        return None
-    labels = [method.label for method in comparison.methods]
-    data = alt.Chart(alt.InlineData(values=rows))
-    place = {
-        "x": alt.X("probe:N").title(None).sort(probe_names(comparison)).axis(labelAngle=0),
-        "xOffset": alt.XOffset("ffn:N").scale(domain=labels),
-        "color": alt.Color("ffn:N").scale(colours(labels)),
-        "y": alt.Y("points:Q").title("difference to the baseline, points").scale(zero=True),
-    }
-    tooltip = [
-        alt.Tooltip("label:N").title("run"),
-        alt.Tooltip("probe:N"),
-        alt.Tooltip("accuracy:Q").title("accuracy, %").format(".2f"),
-        alt.Tooltip("points:Q").title("difference").format("+.2f"),
-    ]
-    means = data.transform_aggregate(points="mean(points)", groupby=["ffn", "probe"])
-    shape = alt.Shape("ffn:N").scale(shapes(labels))
-    layers = [
-        means.mark_tick(size=18, thickness=2).encode(**place),
-        data.mark_point(filled=True, size=40, opacity=0.7).encode(**place, shape=shape, tooltip=tooltip),
-    ]
-    title = "Accuracy of the encoders, difference to the baseline"
-    return draw("probe", title, alt.layer(*layers), hidden=comparison.hidden)
-
-
-def _probe_points(method: Method) -> Rows:
-    """Return a row per run and measurement, with the difference to the mean of the baseline's best group."""
-    rows: Rows = []
-    baseline = method.reference.best.runs if method.reference.best else ()
-    for run in method.runs:
-        for probe in run.probes:
-            accuracies = [own.accuracy for other in baseline for own in other.probes if own.name == probe.name]
-            if accuracies:
-                values = {"accuracy": 100 * probe.accuracy, "points": 100 * (probe.accuracy - mean(accuracies))}
-                row = {"run": run.index, "label": run.label, "ffn": method.label, "probe": probe.name}
-                rows.append(row | {key: short(value) for key, value in values.items()})
-    return rows

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import altair as alt
-import numpy as np
 
-from moa_eval.page.charts import MUTED, Chart, colours, draw
-from moa_eval.training.curves import Rows, short
-from moa_eval.training.mixing import STATIC, STATISTICS, Mixing
+from moa_eval.page.charts import Chart, draw
+from moa_eval.training.curves import short
+from moa_eval.training.mixing import STATISTICS, Mixing
 from moa_eval.training.runs import Run
-
-_FIRST_COLOUR = 6  # position in the palette that no method of a small comparison has
 
 
 def coefficients_over_depth(run: Run, mixing: Mixing, tints: Mapping[str, str]) -> Chart:
@@ -55,44 +51,6 @@ def coefficients_over_depth(run: Run, mixing: Mixing, tints: Mapping[str, str]) 
     ]
     title = f"{run.label}: coefficients over depth, with the middle 90 % of the tokens"
     return draw(f"mixing_depth_{run.index}", title, alt.layer(*layers))
-
-
-def coefficient_spread(run: Run, mixing: Mixing) -> Chart | None:
-    """Draw the standard deviation of each layer's coefficients over tokens; return None for a single record."""
-    rows = [
-        {"layer": layer.name, "part": layer.part, "depth": depth, "seen": short(run.seen_at(step))}
-        | {"spread": short(float(np.sqrt(np.mean(np.square(layer.std)))))}
-        for step, layers in mixing.steps.items()
-        for depth, layer in enumerate(layers)
-    ]
-    y = alt.Y("spread:Q").title("deviation over tokens")
-    static = alt.Chart(alt.InlineData(values=[{"static": STATIC}])).mark_rule(color=MUTED, strokeDash=[4, 3])
-    layers = [static.encode(y=alt.Y("static:Q")), *_lines(run, rows, _seen_axis(run), y)]
-    title = f"{run.label}: spread of the coefficients over tokens, by layer"
-    return draw(f"mixing_training_{run.index}", title, alt.layer(*layers)) if len(mixing.steps) > 1 else None
-
-
-def _lines(run: Run, rows: Rows, x: alt.X, y: alt.Y, *tooltip: alt.Tooltip) -> list[alt.Chart]:
-    """Return a line with points per layer, paler for earlier layers, coloured by the part of the model."""
-    parts = [*dict.fromkeys(row["part"] for row in rows)]
-    data = alt.Chart(alt.InlineData(values=[{"run": run.index} | row for row in rows]))
-    legend: Any = alt.Undefined if len(parts) > 1 else None
-    place = {
-        "x": x,
-        "y": y,
-        "color": alt.Color("part:N").scale(colours(parts, _FIRST_COLOUR)).legend(legend),
-        "opacity": alt.Opacity("depth:O").scale(range=[0.3, 1]).legend(None),
-    }
-    values = [alt.Tooltip(own["shorthand"]).title(own["title"]).format(".4~g") for own in (x, y)]
-    return [
-        data.mark_line(strokeWidth=1.4).encode(**place, detail="layer:N"),
-        data.mark_point(filled=True, size=24).encode(**place, tooltip=[alt.Tooltip("layer:N"), *tooltip, *values]),
-    ]
-
-
-def _seen_axis(run: Run) -> alt.X:
-    title = f"{run.kind.unit}s seen"
-    return alt.X("seen:Q").title(title).axis(format="~s", tickCount=6).scale(nice=False)
 
 
 def _layer_axis(names: Sequence[str]) -> alt.X:

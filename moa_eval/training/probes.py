@@ -58,17 +58,6 @@ def probe_run_rows(comparison: Comparison) -> list[Row]:
     return rows
 
 
-def unequal_probes(comparison: Comparison) -> dict[str, list[str]]:
-    """Return the measurements whose data or settings differ among runs, with the names of what differs."""
-    unequal = {}
-    for name in probe_names(comparison):
-        probes = [probe for run in comparison.runs for probe in run.probes if probe.name == name]
-        keys = [key for key in ("train", "val", "settings") if len({show(getattr(probe, key)) for probe in probes}) > 1]
-        if keys:
-            unequal[name] = keys
-    return unequal
-
-
 def probe_names(comparison: Comparison) -> list[str]:
     """Return the names of all measurements: nearest neighbours, linear probes, fine-tuning, then others."""
     names = {probe.name: probe.method for run in comparison.runs for probe in run.probes}

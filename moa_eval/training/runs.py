@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moa_eval.page.writing import Row
 from moa_eval.training.configuration import flatten, split_encoder
-from moa_eval.training.experts import Experts
 from moa_eval.training.mixing import Mixing
 
 Columns = dict[str, NDArray[np.float64]]
@@ -111,7 +111,8 @@ class Run:
         summary: The summary, empty until the run has written one.
         reconstructions: Held-out images in recorded order, at training step `reconstructions_step`.
         probes: Measurements of the encoder by name.
-        mixing, experts: Recorded mixing coefficients and expert routing.
+        mixing: Recorded mixing coefficients.
+        experts: Recorded expert routing, a row per step and layer.
         label, index: Name and position on the page, set by `compare`.
     """
 
@@ -126,7 +127,7 @@ class Run:
     reconstructions_step: int | None = None
     probes: tuple[Probe, ...] = ()
     mixing: Mixing | None = None
-    experts: Experts | None = None
+    experts: Sequence[Row] = ()
     label: str = ""
     index: int = 0
 
@@ -165,11 +166,6 @@ class Run:
     def seen(self) -> int:
         """Images or tokens at the last row; 0 before the first row."""
         return int(max(rows[self.kind.counter].max(initial=0) for rows in (self.train, self.validation)))
-
-    def seen_at(self, step: int) -> float:
-        """Return images or tokens at a step, interpolated between rows; without rows, the step."""
-        steps = self.train["step"]
-        return float(np.interp(step, steps, self.train[self.kind.counter])) if len(steps) else step
 
     @property
     def end(self) -> float:

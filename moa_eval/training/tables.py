@@ -48,7 +48,7 @@ def make_tables(comparison: Comparison) -> Tables:
         "probe_runs": probe_run_rows(comparison),
         "reconstructions": _reconstruction_rows(comparison),
         "mixing": mixing_rows(comparison),
-        "experts": expert_rows(comparison),
+        "experts": [{"run": run.label} | row for run in comparison.runs for row in run.experts],
         "config": config_rows(comparison),
         "validation": _curve_rows(comparison, [run.validation for run in comparison.runs]),
         "train": _curve_rows(comparison, [run.train for run in comparison.runs]),
@@ -194,30 +194,6 @@ def mixing_rows(comparison: Comparison) -> list[Row]:
         for step, layers in run.mixing.steps.items()
         for layer in layers
         for at, term in enumerate(layer.terms)
-    ]
-
-
-def expert_rows(comparison: Comparison) -> list[Row]:
-    """Return a row per run, recorded step and layer with experts; loads are multiples of an even share."""
-    return [
-        {
-            "run": run.label,
-            "step": step,
-            "layer": layer.layer,
-            "experts": len(layer.relative),
-            "lowest_load": float(layer.relative.min()),
-            "highest_load": float(layer.relative.max()),
-            "dead": len(layer.dead),
-            "overloaded": len(layer.overloaded),
-            "entropy": layer.entropy,
-            "balance_loss": layer.balance_loss,
-            "assignments": layer.assignments,
-            "dropped": layer.dropped,
-        }
-        for run in comparison.runs
-        if run.experts
-        for step, layers in run.experts.steps.items()
-        for layer in layers
     ]
 
 

@@ -11,7 +11,7 @@ from moa_eval.page.writing import sentences
 from moa_eval.training.comparison import Comparison, Contrast, Method
 from moa_eval.training.configuration import config_difference, role
 from moa_eval.training.intervals import CONFIDENCE, mean, quotient
-from moa_eval.training.probes import probe_rows, unequal_probes
+from moa_eval.training.probes import probe_rows
 from moa_eval.training.tables import cost_rows
 
 
@@ -62,7 +62,6 @@ def caveats(comparison: Comparison) -> list[str]:
         seeds=_seeds(comparison),
         other_signs=_other_signs(comparison),
         probes=[row for row in probe_rows(comparison) if best and row["method"] == best.method.label],
-        unequal_probes=unequal_probes(comparison),
         parameters=[(method, _parameters_ratio(method)) for method in comparison.alternatives],
         speed=cost_rows(comparison)[best.method.index]["units_per_s_ratio"] if best else math.nan,
         devices=_if_different(runs, devices),

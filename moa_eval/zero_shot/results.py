@@ -29,8 +29,6 @@ _DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
 _RESULTS_FILE = re.compile(rf"(?!samples_).*_({_DATE})\.json")
 _FUNCTION_ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")
 """Memory address in "<function doc_to_text at 0x7f...>", as lm-eval prints a task's functions."""
-_NOT_FINITE = re.compile(r'\["?(nan|-?inf)', re.IGNORECASE)
-"""Start of a (log-likelihood, greedy) pair of a sample that is not finite."""
 _MEAN_METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
 """Metrics that lm-eval defines as the mean over items, whatever the task's config says."""
 _MEAN_TOLERANCE = 1e-9
@@ -85,7 +83,6 @@ class TaskResult:
         items: Digests of what was asked, by doc_id: of the document, the answer, the prompt and all requests.
         metrics: By `Metric.name`.
         config: The task's config as lm-eval resolved it.
-        not_finite: Number of items with a log-likelihood that is NaN or infinite.
     """
 
     name: str
@@ -94,7 +91,6 @@ class TaskResult:
     items: pd.DataFrame
     metrics: dict[str, Metric]
     config: dict[str, Any]
-    not_finite: int
 
     def difference(self, other: TaskResult, own_label: str, other_label: str) -> str | None:
         """Return the first reason why two results of one task are not comparable, or None."""
@@ -220,7 +216,6 @@ def _read_task(file: Path, content: Mapping[str, Any], name: str) -> TaskResult:
         items=first.reindex(columns=list(_IDENTITY)).astype(str),
         metrics=_metrics(path, content["results"][name], config, by_filter),
         config=config,
-        not_finite=sum(bool(_NOT_FINITE.search(responses)) for responses in first["responses"]),
     )
 
 
@@ -243,7 +238,6 @@ def _read_samples(path: Path) -> dict[str, pd.DataFrame]:
         sample = _parse_sample(path, number, line)
         requests = json.dumps(sample.pop("arguments", None), sort_keys=True)
         sample["requests"] = hashlib.sha256(requests.encode()).hexdigest()
-        sample["responses"] = json.dumps(sample.pop("filtered_resps", None))
         samples.append(sample | {"filter": str(sample.get("filter", "none"))})
     if not samples:
         raise _error(path, "there are no samples", _RERUN)

@@ -18,7 +18,7 @@ def dots():
     rows = [{"run": run, "label": LABELS[run], "x": x, "y": x * (run + 1)} for run in (0, 1) for x in (1, 2, 3)]
     colour = alt.Color("label:N").scale(charts.colours(LABELS))
     base = alt.Chart(alt.InlineData(values=rows)).encode(x="x:Q", y="y:Q", color=colour)
-    return alt.layer(base.mark_line(clip=True), base.mark_point().properties(name=f"{charts.POINTER}_all"))
+    return alt.layer(base.mark_line(clip=True), base.mark_point())
 
 
 @pytest.fixture(scope="module")
