@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from moa_eval.training.comparability import incomparable_reasons
+from moa_eval.page.formatting import grouped, show, spell
 from moa_eval.training.comparison import Comparison, Method, RunGroup, best_group
 from moa_eval.training.configuration import (
+    BUDGETS,
     WIDENED,
     WITHIN_METHOD,
     Config,
@@ -76,7 +77,7 @@ def compare(runs: Sequence[Run], *, strict: bool = False, baseline: str | Sequen
     drafts = [own for first in baselines for own in (first, *(draft for draft in drafts if draft.baseline is first))]
     metric = _metric(drafts[0].runs[0])
     methods = _methods(drafts, metric)
-    incomparable = tuple(incomparable_reasons(methods))
+    incomparable = tuple(_incomparable_reasons(methods))
     if strict and incomparable:
         raise DataError(f"not comparable: {'; '.join(incomparable)}; omit --strict for a report with a warning")
     return Comparison(methods, metric, incomparable)
@@ -195,3 +196,36 @@ def _setting_difference(a: Draft, b: Draft) -> dict[str, Any]:
     differing = config_difference([a.config, b.config])
     ignored = (*WITHIN_METHOD, "size")
     return {key: values[1] for key, values in differing.items() if role(key, values) not in ignored}
+
+
+def _incomparable_reasons(methods: Sequence[Method]) -> list[str]:
+    """Return the reasons why the losses of these methods are not comparable, one line each.
+
+    The schedule must match among the methods with one baseline, everything else among all runs.
+    """
+    sets = [[method for method in methods if method.reference is first] for first in methods if not first.baseline]
+    runs = [run for method in methods for run in method.runs]
+    reasons = [words for key, words in _key_mismatches(runs) if not key.startswith("schedule.")]
+    for own in sets:
+        members = [run for method in own for run in method.runs]
+        reasons += [words for key, words in _key_mismatches(members) if key.startswith("schedule.")]
+    return [*reasons, *(reason for own in sets for reason in _budget_mismatch(own))]
+
+
+def _key_mismatches(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
+    for key, values in config_difference([run.config for run in runs]).items():
+        # A budget may be given in different units; what the runs have seen is compared as well.
+        given = [value for value in values if value is not None] if key in BUDGETS else values
+        if role(key, values) == "must match" and any(value != given[0] for value in given):
+            yield key, f"{key}: {spell([run.label for run in runs], [show(value) for value in values])}"
+
+
+def _budget_mismatch(methods: Sequence[Method]) -> Iterator[str]:
+    """Compare what the best groups have seen; runs at other rates and further seeds may be unfinished."""
+    compared = []
+    for method in methods:
+        furthest = max(run.seen for run in method.best_runs)
+        compared += [run for run in method.best_runs if run.seen == furthest or run.status == "finished"]
+    seen = {run.label: run.seen for run in compared if run.diverged_at is None}
+    if len(set(seen.values())) > 1:
+        yield f"{compared[0].kind.unit}s seen: {spell([*seen], [grouped(value) for value in seen.values()])}"

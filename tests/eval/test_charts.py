@@ -62,10 +62,3 @@ def test_lines_have_the_contrast_of_wcag(ground, theme):
     for colours in charts.PALETTE:
         low, high = sorted([luminance(ground), luminance(colours[theme])])
         assert (high + 0.05) / (low + 0.05) >= 3
-
-
-def test_colours_and_shapes_repeat_beyond_the_palette():
-    many = [str(index) for index in range(len(charts.PALETTE) + 1)]
-    for scale in (charts.colours(many), charts.shapes(many)):
-        values = scale.to_dict()["range"]
-        assert len(set(values[:-1])) == len(many) - 1 and values[-1] == values[0]

@@ -68,17 +68,6 @@ def test_sections_of_runs_and_results_share_one_page_in_order(make_run, write_re
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_compare_evals_can_add_a_section_of_runs(make_run, write_results, tmp_path, command):
-    results = [write_results(tmp_path / name, f"m/{name}") for name in "xy"]
-    code, out, _ = command(
-        "compare_evals.py", *results, "--runs", "Training", make_run("c", ffn="swiglu"), "--baseline", "y",
-        "--out", tmp_path / "out",
-    )  # fmt: skip
-    assert code == 0
-    assert [line.split(": ")[0] for line in out.splitlines()[:-1]] == ["x against y", "Training"]
-
-
-@pytest.mark.usefixtures("no_figures")
 def test_table_prints_losses_as_markdown(make_run, tmp_path, command):
     command("compare_runs.py", make_run("a"), make_run("b", encoder=MOA), "--out", tmp_path / "out")
     path = tmp_path / "out" / "tables" / "losses.csv"

@@ -3,7 +3,6 @@
 import csv
 import html
 import json
-import math
 import re
 
 import numpy as np
@@ -193,11 +192,6 @@ def test_verdict_of_equal_answers(tmp_path, write_results):
     assert second == "Both models answer the same of 160 items correctly, so these items show no difference."
 
 
-def test_verdict_of_a_single_result(tmp_path, write_results):
-    out = write([write_results(tmp_path, "m/a")], tmp_path / "out")
-    assert "on the average of the four tasks; there is no other result" in (out / "summary.md").read_text()
-
-
 @pytest.mark.parametrize(
     ("tasks", "words"),
     [
@@ -249,19 +243,3 @@ def test_metric_that_is_no_mean_is_shown_and_not_tested(tmp_path, write_results,
     assert {row["metric"] for row in rows(out, "zero_shot.csv")} == {"acc", "word_perplexity"}
     assert {row["metric"] for row in rows(out, "paired.csv")} == {"acc"}
     assert "25.2500" in (out / "index.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("function", "value", "text"),
-    [
-        (formatting.accuracy, 0.36519, "36.52"),
-        (formatting.points, -0.00761, "−0.76"),
-        (formatting.points, -1e-18, "0.00"),
-        (formatting.probability, 0.2448, "0.24"),
-        (formatting.probability, 0.01849, "0.018"),
-        (formatting.probability, 0.00001, "< 0.0001"),
-        (formatting.probability, math.nan, "–"),
-    ],
-)
-def test_formatting_of_accuracies_and_p_values(function, value, text):
-    assert function(value) == text

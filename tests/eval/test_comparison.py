@@ -114,26 +114,12 @@ def test_methods_of_one_ffn_are_labelled_by_their_settings(make_run):
     assert comparison.runs[3].label == "qd-MoA, mixing_gate tanh, lr 2e-3"
 
 
-def test_language_models_are_compared_in_cross_entropy(make_run):
-    runs = [read_run(make_run(ffn, ffn=ffn, final=final)) for ffn, final in (("swiglu", 3.2), ("qdmoa", 3.1))]
-    comparison = compare(runs)
-    (contrast,) = comparison.contrasts(comparison.metric)
-    assert comparison.metric == "loss"
-    assert contrast.interval.mean == runs[1].validation["loss"][-1] - runs[0].validation["loss"][-1]
-
-
 def test_runs_of_two_kinds_or_one_run_given_twice_are_not_compared(make_run):
     language, vision = read_run(make_run("lm", ffn="swiglu")), read_run(make_run("mae"))
     with pytest.raises(DataError, match=r"lm is a language model and .*mae a masked autoencoder"):
         compare([language, vision])
     with pytest.raises(DataError, match="given 2 times"):
         compare([vision, vision])
-
-
-def test_labels_of_equal_runs_in_different_folders_are_unique(make_run):
-    folders = [make_run("a/same", changes={"name": "x"}), make_run("b/same", changes={"name": "x"})]
-    labels = [run.label for run in compare([read_run(folder) for folder in folders]).runs]
-    assert len(set(labels)) == 2
 
 
 def test_incomparable_runs_are_named_by_key_and_rejected_by_strict(make_run):

@@ -189,11 +189,6 @@ def test_mixing_is_drawn_for_the_shown_run(sweep):
     assert len(depth) == 2 * 3 and all((row["low"], row["mean"], row["high"]) == (0.4, 0.5, 0.6) for row in depth)
 
 
-def test_a_long_run_is_thinned(make_run):
-    x = [row["x"] for row in rows(draw([make_run("a", steps=2000)])[1]["train_loss"], "x", "y")]
-    assert len(x) < 1000 and (min(x), max(x)) == (64, 64 * 2000)
-
-
 @pytest.mark.parametrize("size", [1, 49, 50, 333])
 def test_smoothing_is_a_centred_moving_average(size):
     values = np.random.default_rng(size).normal(size=size)

@@ -55,13 +55,6 @@ def test_gallery_leaves_cells_of_missing_images_empty(make_run):
     assert gallery(runs[2:]) == []
 
 
-def test_a_sweep_folder_stands_for_its_runs_and_a_method_has_one_gallery_run(make_run):
-    folders = [make_run("m", encoder=MOA)] + [make_run(f"s{seed}", seed=seed) for seed in range(3)]
-    section = training_section([folders[0].parent], baseline="SwiGLU", title="Sweep")
-    assert (section.title, len(section.series)) == ("Sweep", 4)
-    assert [run.index for run in section.content["shown_runs"]] == [0, 3]
-
-
 def test_a_baseline_has_no_difference_and_zero_has_no_sign(make_run, tmp_path):
     folders = [make_run("a"), make_run("same", encoder=MOA)]
     shutil.copy(folders[0] / "metrics.jsonl", folders[1])

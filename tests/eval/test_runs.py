@@ -32,13 +32,6 @@ def test_a_run_has_the_values_of_its_files(make_run):
     assert run.reconstructions_step == 40
 
 
-def test_a_language_run_counts_tokens_and_has_one_loss(make_run):
-    run = read_run(make_run("lm", ffn="qdmoa", final=3.0))
-    assert (run.kind.name, run.ffn, run.kind.unit) == ("language model", "qdmoa", "token")
-    assert (run.seen, run.flops_per_unit, run.reconstructions) == (40 * 64, 3_000_000, ())
-    assert set(run.validation) == {"step", "tokens", "loss", "wall_s", "epoch"}
-
-
 def test_a_run_without_summary_is_unfinished_and_has_the_throughput_of_its_rows(make_run):
     run = read_run(make_run(status=None))
     assert run.status == "unfinished"
