@@ -200,12 +200,6 @@ class Run:
         return self.number(f"flops_per_{self.kind.counter[:-1]}")
 
     @property
-    def active_parameters(self) -> float:
-        """Parameters that a token passes, without embeddings; the total if only that is counted."""
-        total, active, inner = (self.number("parameters", key) for key in ("total", "active", "non_embedding"))
-        return total if math.isnan(active) or math.isnan(inner) else active - (total - inner)
-
-    @property
     def throughput(self) -> float:
         """Images or tokens per second without warm-up: the summary's mean, else the median over rows, else NaN."""
         recorded, rows = self.number("throughput"), self.train["throughput"]
