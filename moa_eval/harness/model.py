@@ -23,8 +23,9 @@ from lm_eval.models import huggingface
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from moa_eval.harness.irregular import TRUNCATION, Irregular, counts, fit, fits, warnings
 from moa_eval.harness.loading import ModelError, check_checkpoint, check_finite, logger, one_line
-from moa_eval.harness.prefix_tree import Request, truncated
+from moa_eval.harness.prefix_tree import Request
 from moa_eval.harness.scoring import PrefixTreeScorer
 from moa_eval.harness.tokenization import PairTokenizer
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 HFLM: Any = huggingface.HFLM
 """lm-eval's class, whose type its untyped decorator hides."""
+IRREGULAR_KEY = "moa: irregular items"
+"""Key in lm-eval's cache of answers, whose own keys are hashes."""
 NOT_SCORED = (-math.inf, False)
 
 TokenRequest = tuple[tuple[str, str] | None, Sequence[int], Sequence[int]]
@@ -50,6 +53,9 @@ class MoALM(HFLM):
 
     Args:
         pretrained: Folder or hub name of a checkpoint with safetensors weights, or a loaded model.
+        truncation: What to do with a request longer than `max_length`. "left" truncates the context; of a longer
+            continuation it scores the last `max_length` tokens. "skip" scores -inf, so that the option is not chosen.
+            "error" raises ModelError before anything is scored. True and False are HFLM's, for generation.
         **kwargs: HFLM's arguments. `batch_size` 1 (the default) and "auto" choose batches that fill the device; a
             larger number bounds a batch by what HFLM would hold at that size. Scores do not depend on it.
 
@@ -60,10 +66,13 @@ class MoALM(HFLM):
     # lm-eval documents no hooks inside HFLM. Overridden are _get_config, _create_tokenizer, _create_model and
     # _loglikelihood_tokens; _rank and _world_size are set. Seen in lm-eval 0.4.13.
 
-    def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
+    def __init__(self, pretrained: Any = None, *, truncation: str | bool | None = "left", **kwargs: Any) -> None:
         if pretrained is None:
             raise ModelError("no checkpoint given: pass --model_args pretrained=DIR")
         self._name = pretrained if isinstance(pretrained, str) else type(pretrained).__name__
+        self._truncation = truncation if isinstance(truncation, str) else "left"
+        if self._truncation not in TRUNCATION:
+            raise ModelError(f"truncation={truncation!r} is not available: choose {', '.join(TRUNCATION)}")
         for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
             dtype = kwargs.get(name)
             if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -72,7 +81,7 @@ class MoALM(HFLM):
             check_checkpoint(pretrained, kwargs)
         if os.environ.get("RANK", "0") != "0":
             _quiet()
-        super().__init__(pretrained, **kwargs | {"backend": "causal"})
+        super().__init__(pretrained, truncation=truncation is True, **kwargs | {"backend": "causal"})
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and accelerator.num_processes > 1:  # HFLM sets these on several GPUs only
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
@@ -85,6 +94,7 @@ class MoALM(HFLM):
             softmax_dtype=self.softmax_dtype,
             autocast_dtype=self.mixed_precision_dtype,
         )
+        self._irregular: set[Irregular] = set()
         self._warned: set[str] = set()
 
     # ---- loading, called by HFLM's constructor -----------------------------------------------------------------
@@ -119,36 +129,30 @@ class MoALM(HFLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-probability, is greedy) of each request's continuation, in the order of the requests.
 
-        Equal to HFLM's wherever HFLM returns a number. Requests that HFLM fails at get a warning: a continuation
-        without tokens scores -inf, one longer than `max_length` is scored by its last tokens, one that begins within
-        the context's last token is scored from that token on.
+        Equal to HFLM's wherever HFLM returns a number. Requests that HFLM fails at, or truncates, are handled and
+        counted as `irregular.KINDS` says.
         """
         if self.enable_thinking:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # raises an error
         pairs = cast("list[tuple[str, str]]", [request.args for request in requests])
         with tqdm(desc="Tokenizing inputs", disable=disable_tqdm or self.rank != 0, leave=False) as bar:
             encoded = self._pair_tokenizer.encode(pairs, bar)
-        fitted = [self._fit(request, merged) for request, merged in encoded]
-        scored = [
-            (pair, request.context, request.continuation)
-            for pair, request in zip(pairs, fitted, strict=True)
-            if request
-        ]
+        fitted, found = [], set()
+        for instance, (request, merged) in zip(requests, encoded, strict=True):
+            task, doc_id = instance.task_name or "(no task)", instance.doc_id or 0
+            if self._truncation == "error" and request.continuation and not fits(request, self.max_length):
+                raise ModelError(
+                    f"doc_id {doc_id} of {task} has {len(request.context)} tokens of context and "
+                    f"{len(request.continuation)} of continuation, more than max_length={self.max_length}: raise it if "
+                    "the model allows it, lower num_fewshot, or pass truncation=left or truncation=skip"
+                )
+            request, kinds = fit(request, merged, self.max_length, self._truncation)
+            fitted.append(request)
+            found |= {Irregular(kind, task, doc_id) for kind in kinds}
+        self._add_irregular(found)
+        scored = [(pair, *request) for pair, request in zip(pairs, fitted, strict=True) if request]
         answers = iter(self._loglikelihood_tokens(scored, disable_tqdm=disable_tqdm))
         return [next(answers) if request else NOT_SCORED for request in fitted]
-
-    def _fit(self, request: Request, merged: bool) -> Request | None:
-        """Return the request to score, truncated from the left as by HFLM; None for a continuation without tokens."""
-        context, continuation = request
-        if not continuation:
-            self._warn_once("some continuations have no tokens: their log-likelihood is -inf")
-            return None
-        if merged:
-            self._warn_once("some continuations begin within the context's last token: scored from that token on")
-        if len(context) + len(continuation) <= self.max_length + 1:  # the model does not read the last token
-            return request
-        self._warn_once(f"some requests are longer than max_length={self.max_length}: truncated from the left")
-        return truncated(request, self.max_length)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
@@ -191,6 +195,40 @@ class MoALM(HFLM):
                 f"the tokenizer of {self._name} yields token {largest}, but the model has {rows} embeddings: pass the "
                 "model's own tokenizer by tokenizer=NAME_OR_DIR"
             )
+
+    # ---- irregular items ----------------------------------------------------------------------------------------
+
+    def barrier(self) -> None:
+        """Wait for the other processes and gather irregular items; lm-eval calls this after each type of request."""
+        super().barrier()
+        if self.world_size > 1 and (parts := self.gather_object(self._irregular_items())):
+            self._add_irregular(set().union(*parts))
+            self._report_irregular()
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return HFLM's entries of the results file, the truncation policy, and irregular items by task and kind.
+
+        With lm-eval's `--use_cache` the items are those of all evaluations that share the cache.
+        """
+        irregular = {"truncation": self._truncation, "irregular_items": counts(self._irregular_items())}
+        return super().get_model_info() | irregular
+
+    def _add_irregular(self, found: set[Irregular]) -> None:
+        cache = self.cache_hook.dbdict
+        if cache is None:
+            self._irregular = found
+        else:
+            cache[IRREGULAR_KEY] = self._irregular_items() | found
+        if self.world_size == 1:
+            self._report_irregular()
+
+    def _irregular_items(self) -> set[Irregular]:
+        cache = self.cache_hook.dbdict
+        return self._irregular if cache is None else cache.get(IRREGULAR_KEY, set())
+
+    def _report_irregular(self) -> None:
+        for line in warnings(self._irregular_items(), self.max_length):
+            self._warn_once(line)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -78,7 +78,7 @@ class PairTokenizer:
         encoded: dict[str, list[int]] = {}
         for start in range(0, len(texts), CALL):
             part = texts[start : start + CALL]
-            # not verbose: MoALM warns about long requests
+            # not verbose: long requests are reported as irregular items
             ids = self.tokenizer(part, return_attention_mask=False, verbose=False, **arguments)["input_ids"]
             encoded |= zip(part, ids, strict=True)
             bar.update(len(part))

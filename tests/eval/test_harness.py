@@ -1,4 +1,4 @@
-"""MoALM against lm-eval's HFLM on lm-eval's task files; faulty checkpoints, several processes."""
+"""MoALM against lm-eval's HFLM on lm-eval's task files; irregular requests, faulty checkpoints, several processes."""
 
 import json
 import math
@@ -202,7 +202,7 @@ def test_rolling_likelihood_and_generation_match_hf(both, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"], ids=["trees", "hf_code"])
-def test_requests_that_hf_fails_at_are_scored_with_a_warning(checkpoints, name, caplog):
+def test_requests_that_hf_fails_at_are_scored_and_counted(checkpoints, name, caplog):
     hf, moa = (cls(str(checkpoints / name), device="cpu", max_length=16) for cls in (HFLM, MoALM))
     a, the, start = (moa.tok_encode(text) for text in ("A", " the", "The"))
     assert [len(ids) for ids in (a, the, start)] == [1] * 3
@@ -223,21 +223,40 @@ def test_requests_that_hf_fails_at_are_scored_with_a_warning(checkpoints, name, 
     tokens = [(None, *ids) for ids in irregular.values() if ids]
     expected = [*score(hf, regular), *hf._loglikelihood_tokens(tokens, disable_tqdm=True), NOT_SCORED, NOT_SCORED]
     assert_same(score(moa, [*regular, *irregular]), expected)
-    for words in ("no tokens", "within the context's last token", "longer than max_length=16"):
-        assert caplog.text.count(words) == 1
+    counts = {"merged": 2, "continuation_truncated": 1, "context_truncated": 1, "empty": 2}
+    info = moa.get_model_info()
+    assert (info["irregular_items"], info["truncation"]) == ({"task": counts}, "left")
+    assert caplog.text.count("; items: task ") == len(counts)  # one warning per kind
+    assert "without BOS, as by hf; items: task 1 (first: task, doc_id 1)" in caplog.text
 
 
-def test_answers_are_cached(checkpoints, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["llama", "bloom"], ids=["trees", "hf_code"])
+def test_truncation_policies(checkpoints, name):
+    pairs = [("A man", " is"), ("A man sits. " * 9, " up"), ("A", LONG)]
+    arguments = {"device": "cpu", "max_length": 16}
+    left = score(MoALM(str(checkpoints / name), truncation=True, **arguments), pairs)
+    skip = MoALM(str(checkpoints / name), truncation="skip", **arguments)
+    assert_same(score(skip, pairs), [left[0], NOT_SCORED, NOT_SCORED])
+    assert skip.get_model_info()["irregular_items"] == {"task": {"skipped": 2}}
+    error = MoALM(str(checkpoints / name), truncation="error", **arguments)
+    assert len(score(error, [pairs[0], ("A", "")])) == 2
+    with pytest.raises(ModelError, match=r"doc_id 1 of task has \d+ tokens of context and 2 of .*max_length=16"):
+        score(error, pairs)
+
+
+def test_answers_and_irregular_items_are_cached(checkpoints, tmp_path, monkeypatch):
     """Each answer is cached as soon as it is scored, and a second run scores nothing."""
     pairs = [("A man", " is"), ("A man sits. " * 9, " up"), ("A", LONG), ("", "x")]
-    partial, answers = [], []
+    partial, answers, counts = [], [], []
     for _ in range(2):
         moa = MoALM(str(checkpoints / "llama"), device="cpu", max_length=16)
         lm = CachingLM(moa, str(tmp_path / "answers.db"))
         monkeypatch.setattr(moa.cache_hook, "add_partial", lambda *answer: partial.append(answer))
         answers.append(lm.loglikelihood(instances(pairs)))
+        counts.append(moa.get_model_info()["irregular_items"])
     assert sorted(partial) == sorted(("loglikelihood", *entry) for entry in zip(pairs, answers[0], strict=True))
     assert answers[0] == answers[1]
+    assert counts == [{"task": {"context_truncated": 1, "continuation_truncated": 1}}] * 2
 
 
 def test_unsupported_model_is_scored_by_hf_code(checkpoints, caplog):
@@ -298,6 +317,7 @@ FAULTS = {  # fault -> how to make it in a good checkpoint, or arguments; the me
     "shapes": (change_width, "cannot load the weights of .*ignore_mismatched_sizes"),
     "nan": (set_nan, "has NaN or infinity in model.layers.1.mlp.up_proj.weight"),
     "argument": ({"max_lenght": 7}, "cannot load the weights of .*unexpected keyword argument 'max_lenght'"),
+    "truncation": ({"truncation": "right"}, "truncation='right' is not available: choose left, skip, error"),
     "dtype": ({"dtype": "floaty"}, "dtype='floaty' is not a dtype"),
 }
 
@@ -419,7 +439,7 @@ def run(checkpoints, tmp_path, offline):
 
 
 def assert_results_of_one_process(checkpoints, out):
-    """Check for a single results file with the accuracies and answers of a run in this process."""
+    """Check for a single results file with the accuracies, answers and counts of a run in this process."""
     alone = evaluate(MoALM(str(checkpoints / "llama"), device="cpu", max_length=64), shots=0)
     [result] = [json.loads(path.read_text()) for path in out.rglob("results_*.json")]
     for task in ("openbookqa", "winogrande"):
@@ -430,6 +450,9 @@ def assert_results_of_one_process(checkpoints, out):
         for sample in alone["samples"][task]:
             for (ours,), (theirs,) in zip(samples[sample["doc_id"]]["resps"], sample["resps"], strict=True):
                 assert float(ours[0]) == pytest.approx(theirs[0], abs=1e-4)
+    counts = alone["config"]["irregular_items"]
+    assert counts["openbookqa"]["context_truncated"] > 0
+    assert result["config"]["irregular_items"] == {"openbookqa": counts["openbookqa"]}
 
 
 def scored(notes):

@@ -1,0 +1,69 @@
+"""Requests that do not fit or do not tokenize cleanly: how each is scored, and counts by task."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Set
+from typing import NamedTuple
+
+from moa_eval.harness.prefix_tree import Request, truncated
+
+TRUNCATION = ("left", "skip", "error")
+KINDS = {
+    "context_truncated": "context truncated from the left to max_length={max_length}, without BOS, as by hf",
+    "continuation_truncated": "continuation longer than max_length={max_length}, only its last tokens scored",
+    "skipped": "request longer than max_length={max_length}, not scored (log-likelihood -inf) by truncation=skip",
+    "empty": "continuation without tokens, not scored (log-likelihood -inf)",
+    "merged": "continuation that begins within the context's last token, scored from that token on",
+}
+
+
+class Irregular(NamedTuple):
+    """A kind (one of `KINDS`), and the item that it occurs in."""
+
+    kind: str
+    task: str
+    doc_id: int
+
+
+def fit(request: Request, merged: bool, max_length: int, truncation: str) -> tuple[Request | None, list[str]]:
+    """Return the request to score (None: do not score it) and the kinds of irregularity.
+
+    Args:
+        request: Tokens of the whole request.
+        merged: Whether the continuation begins within the context's last token.
+        max_length: Number of tokens that the model reads.
+        truncation: "left" or "skip".
+    """
+    continuation = request.continuation
+    kinds = ["merged"] if merged else []
+    if not continuation:
+        return None, ["empty"]
+    if fits(request, max_length):
+        return request, kinds
+    if truncation == "skip":
+        return None, ["skipped"]
+    kinds.append("context_truncated" if len(continuation) <= max_length else "continuation_truncated")
+    return truncated(request, max_length), kinds
+
+
+def fits(request: Request, max_length: int) -> bool:
+    """Return whether the model can read a request; it does not read the last token."""
+    return len(request.context) + len(request.continuation) <= max_length + 1
+
+
+def counts(items: Set[Irregular]) -> dict[str, dict[str, int]]:
+    """Return the number of items by task and kind."""
+    tasks = sorted({item.task for item in items})
+    return {task: dict(Counter(item.kind for item in sorted(items) if item.task == task)) for task in tasks}
+
+
+def warnings(items: Set[Irregular], max_length: int) -> list[str]:
+    """Return a line per kind: its meaning, the number of items by task, and the first item."""
+    lines = []
+    for kind, meaning in KINDS.items():
+        if found := sorted(item for item in items if item.kind == kind):
+            tasks = ", ".join(f"{task} {count}" for task, count in Counter(item.task for item in found).items())
+            first = f"first: {found[0].task}, doc_id {found[0].doc_id}"
+            lines.append(f"{meaning.format(max_length=max_length)}; items: {tasks} ({first})")
+    return lines
