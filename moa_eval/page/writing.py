@@ -120,7 +120,7 @@ def write_page(sections: Sequence[Section], out: str | Path, *, title: str, comm
 
     Args:
         sections: Sections in the order of the page, at least one, with unique slugs.
-        out: Output folder, created if missing.
+        out: Output folder, created if missing. Figures and tables of an earlier page in it are removed.
         title: Title of the page.
         command: Command that the page names as its source, such as "scripts/compare_runs.py".
 
@@ -132,6 +132,9 @@ def write_page(sections: Sequence[Section], out: str | Path, *, title: str, comm
     files = {name: text.encode(errors="replace") for name, text in _pages(sections, places, title, command).items()}
     for section, place in zip(sections, places, strict=True):
         files |= _files(section, place)
+    if (out / "index.html").exists():  # files of an earlier page must not stay beside the new one
+        for file in (*out.glob("figures/**/*.png"), *out.glob("tables/**/*.csv")):
+            file.unlink()
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(content)

@@ -11,6 +11,7 @@ losses are measured on held-out data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,6 +103,11 @@ class Method:
     def is_tuned(self) -> bool:
         """Whether several learning rates were tried."""
         return len(self.groups) > 1
+
+    @property
+    def best_rate(self) -> float:
+        """The best learning rate; NaN without a best group."""
+        return self.best.learning_rate if self.best else math.nan
 
     @property
     def edge(self) -> str:

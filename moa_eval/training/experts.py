@@ -33,7 +33,9 @@ _STEP = fields(step="integer", layers=list_of(_LAYER))
 
 
 def read_experts(folder: Path) -> list[Row]:
-    """Return a row per recorded step and layer with several experts, by step; `entropy` is a fraction of its maximum.
+    """Return a row per recorded step and layer with several experts, by step.
+
+    `load` has a value per expert; `entropy` is a fraction of its maximum.
 
     Raises:
         DataError: A file is unusable.
@@ -42,9 +44,14 @@ def read_experts(folder: Path) -> list[Row]:
     return sorted(rows, key=lambda row: row["step"])
 
 
+def last_step(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of the last recorded step."""
+    return [row for row in rows if row["step"] == rows[-1]["step"]]
+
+
 def sentence(label: str, rows: Sequence[Row]) -> str:
     """Return a sentence about a run's routing at its last recorded step."""
-    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    last = last_step(rows)
     total = {key: sum(row[key] for row in last) for key in ("experts", "dead", "overloaded", "dropped", "assignments")}
     entropies = [row["entropy"] for row in last]
     dropped = f"{grouped(total['dropped'])} of {grouped(total['assignments'])}" if total["dropped"] else "none"
@@ -68,6 +75,7 @@ def _read_step(path: Path) -> Iterator[Row]:
             "step": content["step"],
             "layer": entry["layer"],
             "experts": len(load),
+            "load": load.tolist(),
             "lowest_load": float(load.min()),
             "highest_load": float(load.max()),
             "dead": int((load < DEAD).sum()),

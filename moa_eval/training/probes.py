@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 
 from moa_eval.page.formatting import show
@@ -30,7 +29,7 @@ def probe_rows(comparison: Comparison) -> list[Row]:
                 "probe": name,
                 "probe_method": next((probe.method for probe in probes.values()), ""),
                 "method": method.label,
-                "rate": method.best.learning_rate if method.best else math.nan,
+                "rate": method.best_rate,
                 "seeds": len(values),
                 "accuracy": mean(values.values()),
                 "accuracy_sd": deviation(values.values()),

@@ -15,10 +15,12 @@ from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row
 from moa_eval.training.comparison import Comparison, Contrast, Method, RunGroup
 from moa_eval.training.configuration import ffn_part, role
+from moa_eval.training.experts import last_step
 from moa_eval.training.intervals import UNKNOWN, by_seed, deviation, mean, quotient
 from moa_eval.training.mixing import STATIC, STATISTICS
 from moa_eval.training.probes import probe_rows, probe_run_rows
 from moa_eval.training.runs import Columns, Run
+from moa_eval.training.tolerance import tolerance_rows
 
 Tables = dict[str, list[Row]]
 
@@ -41,6 +43,7 @@ def make_tables(comparison: Comparison) -> Tables:
         "losses": loss_rows(comparison),
         "runs": run_rows(comparison),
         "rates": rate_rows(comparison),
+        "tolerance": tolerance_rows(comparison),
         "equal_rates": equal_rate_rows(comparison),
         "costs": cost_rows(comparison),
         "parameters": parameter_rows(comparison),
@@ -48,7 +51,8 @@ def make_tables(comparison: Comparison) -> Tables:
         "probe_runs": probe_run_rows(comparison),
         "reconstructions": _reconstruction_rows(comparison),
         "mixing": mixing_rows(comparison),
-        "experts": [{"run": run.label} | row for run in comparison.runs for row in run.experts],
+        "experts": expert_rows(comparison),
+        "expert_load": expert_load_rows(comparison),
         "config": config_rows(comparison),
         "validation": _curve_rows(comparison, [run.validation for run in comparison.runs]),
         "train": _curve_rows(comparison, [run.train for run in comparison.runs]),
@@ -70,7 +74,7 @@ def loss_rows(comparison: Comparison) -> list[Row]:
         row: Row = {
             "method": method.label,
             "baseline": method.baseline.label if method.baseline else "",
-            "rate": _best_rate(method),
+            "rate": method.best_rate,
             "rates_tried": len(method.groups),
             "seeds": len({run.seed for run in runs}),
             "unit": comparison.kind.unit,
@@ -197,6 +201,25 @@ def mixing_rows(comparison: Comparison) -> list[Row]:
     ]
 
 
+def expert_rows(comparison: Comparison) -> list[Row]:
+    """Return a row per run, recorded step and layer with experts."""
+    return [
+        {"run": run.label} | {key: value for key, value in row.items() if key != "load"}
+        for run in comparison.runs
+        for row in run.experts
+    ]
+
+
+def expert_load_rows(comparison: Comparison) -> list[Row]:
+    """Return a row per run, layer and expert at the last recorded step: its load as a multiple of an even share."""
+    return [
+        {"run": run.label, "layer": row["layer"], "expert": expert, "load": load}
+        for run in comparison.runs
+        for row in last_step(run.experts)
+        for expert, load in enumerate(row["load"])
+    ]
+
+
 def config_rows(comparison: Comparison) -> list[Row]:
     """Return a row per config key that differs, with a column per method."""
     rows = []
@@ -235,10 +258,6 @@ def _run_row(comparison: Comparison, method: Method, group: RunGroup, run: Run) 
                 f"{corner}_{loss}_relative": quotient(value - reference, reference),
             }
     return row
-
-
-def _best_rate(method: Method) -> float:
-    return method.best.learning_rate if method.best else math.nan
 
 
 def _difference_columns(loss: str, contrast: Contrast | None) -> Row:

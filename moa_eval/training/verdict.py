@@ -47,7 +47,6 @@ def caveats(comparison: Comparison) -> list[str]:
     best = leading(contrasts) if contrasts else None
     runs, methods = comparison.runs, comparison.methods
     rates = [rate(method.groups[0].learning_rate) for method in methods]
-    devices = [show(run.device) for run in runs]
     return sentences(
         "training_caveats.txt",
         comparison=comparison,
@@ -64,7 +63,8 @@ def caveats(comparison: Comparison) -> list[str]:
         probes=[row for row in probe_rows(comparison) if best and row["method"] == best.method.label],
         parameters=[(method, _parameters_ratio(method)) for method in comparison.alternatives],
         speed=cost_rows(comparison)[best.method.index]["units_per_s_ratio"] if best else math.nan,
-        devices=_if_different(runs, devices),
+        devices=_if_different(runs, [show(run.device) for run in runs]),
+        commits=_if_different(runs, [show(run.environment.get("git_commit")) for run in runs]),
     )
 
 
@@ -108,11 +108,10 @@ def _causes(comparison: Comparison) -> dict[tuple[str, ...], list[str]]:
 
 
 def _seeds(comparison: Comparison) -> str:
-    """Return the seeds by method if a method shares none with the baseline."""
+    """Return the seeds by method if they differ."""
     methods = [method for method in comparison.methods if method.best]
     seeds = [sorted({run.seed for run in method.best_runs}) for method in methods]
-    differ = any(set(own).isdisjoint(seeds[0]) for own in seeds[1:])
-    return _if_different(methods, [", ".join(map(str, own)) for own in seeds]) if differ else ""
+    return _if_different(methods, [", ".join(map(str, own)) for own in seeds])
 
 
 def _other_signs(comparison: Comparison) -> list[tuple[str, Contrast]]:

@@ -45,12 +45,14 @@ def test_an_unusable_record_is_named_in_one_line(folder, change):
 def test_a_row_has_loads_and_entropy_of_a_layer(folder):
     lone = {"layer": "model.9", "load": [1.0], "entropy": 0.0, "max_entropy": 0.0}
     edit(folder, lambda content: content["layers"].append(content["layers"][0] | lone))  # is not routed
-    rows = make_tables(compare([read_run(folder)]))["experts"]
+    tables = make_tables(compare([read_run(folder)]))
+    rows = tables["experts"]
     assert [(row["step"], row["layer"]) for row in rows] == [
         (20, "model.0"), (20, "model.1"), (40, "model.0"), (40, "model.1"),
     ]  # fmt: skip
     assert (rows[3]["lowest_load"], rows[3]["highest_load"], rows[3]["entropy"]) == pytest.approx((0.04, 2.2, 0.5))
     assert (rows[3]["experts"], rows[3]["dead"], rows[3]["overloaded"], rows[3]["dropped"]) == (4, 1, 1, 0)
+    assert [row["load"] for row in tables["expert_load"][4:8]] == pytest.approx([4 * load for load in UNEVEN])
 
 
 def test_the_sentence_counts_dead_and_overloaded_experts(folder):

@@ -79,6 +79,15 @@ def test_sections_of_a_page_have_unique_ids_and_folders(tmp_path):
     assert (tmp_path / "summary.md").read_text().count("## Section ") == 2
 
 
+def test_figures_and_tables_of_an_earlier_page_are_removed(tmp_path):
+    write_page([small_section("a"), small_section("b")], tmp_path, title="Two", command="a script")
+    (tmp_path / "figures/notes.txt").touch()
+    write_page([small_section()], tmp_path, title="One", command="a script")
+    assert files(tmp_path) == {
+        "index.html", "summary.md", "tables/zero_shot.csv", "figures/accuracy.png", "figures/notes.txt",
+    }  # fmt: skip
+
+
 SCRIPT = """
 <script>
 const errors = [];

@@ -105,6 +105,14 @@ def test_rates_have_the_spread_over_seeds_and_the_excess_over_the_best(sweep):
     assert (rows[4]["seeds"], rows[4]["diverged"]) == (0, 2) and math.isnan(rows[4]["mean"])
 
 
+def test_tolerance_is_the_span_of_rates_within_one_percent(sweep):
+    first, second = sweep[1]["tolerance"]
+    assert (first["edge"], first["span"], first["rates_tried"]) == ("", 1.0, 1)
+    assert (second["lowest_rate"], second["highest_rate"], second["best_rate"]) == (5e-4, 4e-3, 2e-3)
+    assert (second["low_good_rate"], second["high_good_rate"], second["span"]) == (1e-3, 2e-3, 2.0)
+    assert (second["edge"], second["diverged_rates"]) == ("", 1)
+
+
 def test_unfinished_runs_are_counted_but_enter_no_loss(make_run):
     moa = {"encoder": MOA, "lr": 1e-3}
     folders = [make_run("a", lr=1e-3), make_run("b", **moa), make_run("c", encoder=MOA, lr=2e-3, final=0.6)]
@@ -115,6 +123,7 @@ def test_unfinished_runs_are_counted_but_enter_no_loss(make_run):
     early, best, worse = after["rates"][1:]
     assert (early["seeds"], early["runs"], early["unfinished"]) == (0, 1, 1) and math.isnan(early["mean"])
     assert (best["mean"], best["seeds"], best["unfinished"]) == (last(folders[1], "loss_norm"), 1, 1)
+    assert after["tolerance"][1]["low_good_rate"] == 1e-3
     assert worse == before["rates"][2] and after["costs"] == before["costs"]
     assert [row["final_loss_norm"] for row in after["losses"]] == [row["final_loss_norm"] for row in before["losses"]]
 

@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -114,6 +115,15 @@ def test_a_lower_throughput_is_reported(make_run):
     path = folders[1] / "summary.json"
     path.write_text(path.read_text().replace('"throughput": 120.0', '"throughput": 60.0'))
     assert "qd-MoA has 0.50× the throughput of SwiGLU: losses are compared after equal images" in report(folders)[1]
+
+
+def test_other_code_versions_and_devices_are_reported(make_run):
+    folders = [make_run("a"), make_run("b", encoder=MOA)]
+    environment = {"git_commit": "4567def", "device": "an accelerator"}
+    (folders[1] / "env.json").write_text(json.dumps(environment))
+    notes = report(folders)[1]
+    assert "Code versions differ: 0123abc (SwiGLU), 4567def (qd-MoA)." in notes
+    assert "Devices differ, so speed and memory are not comparable: a processor (SwiGLU), an accelerator" in notes
 
 
 def test_encoder_accuracy_is_reported_with_the_loss(make_run):
