@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -14,11 +14,11 @@ from moa_eval.page.charts import Chart, colours, draw, shapes
 from moa_eval.training.comparison import Comparison, RunGroup
 from moa_eval.training.curves import CROSS, Axis, Line, Rows, Values, draw_curves, short, smooth
 from moa_eval.training.intervals import mean
-from moa_eval.training.layer_figures import coefficients_over_depth
+from moa_eval.training.mixing import STATISTICS, Mixing
 from moa_eval.training.mixing_maps import shown_mixing, term_colours
 from moa_eval.training.runs import Columns, Run
 
-_OUTLIER = 6.0  # median distances above the best mean loss, beyond which a mean does not set the y axis
+_OUTLIER = 6.0  # median distances above the best mean loss, where the y axis of the learning rates ends
 
 
 def draw_all(comparison: Comparison) -> dict[str, Chart]:
@@ -43,7 +43,7 @@ def _charts(comparison: Comparison) -> Iterator[Chart | None]:
     yield _rates(comparison)
     mixing = shown_mixing(comparison)
     for run, own in mixing:
-        yield coefficients_over_depth(run, own, term_colours(mixing))
+        yield _coefficients(run, own, term_colours(mixing))
 
 
 def _time_axis(runs: Sequence[Run]) -> Axis:
@@ -62,10 +62,8 @@ def _validation(comparison: Comparison, name: str, loss: str, axis: Axis) -> Cha
 
 
 def _training(comparison: Comparison, name: str, axis: Axis) -> Chart | None:
-    lines = [
-        Line(run, axis.values(run, run.train), smooth(run.train["loss"]), run.train["loss"]) for run in comparison.runs
-    ]
-    return draw_curves(comparison, name, "Training loss", lines, axis)
+    lines = [Line(run, axis.values(run, run.train), smooth(run.train["loss"])) for run in comparison.runs]
+    return draw_curves(comparison, name, "Training loss, moving average", lines, axis)
 
 
 def _differences(comparison: Comparison, loss: str, axis: Axis) -> Chart | None:
@@ -104,41 +102,36 @@ def _rates(comparison: Comparison) -> Chart | None:
         .axis(values=rates, labelExpr=_rate_labels(rates), labelOverlap="greedy")
         .scale(type="log", nice=False, domain=[rates[0] / 1.2, rates[-1] * 1.2])
     )  # fmt: skip
-    place = {"x": x, "color": alt.Color("ffn:N").scale(colours(labels))}
-    inside = {"y": alt.value(alt.ExprRef("scale('y', datum.loss)"))}
+    y = (
+        alt.Y("loss:Q")
+        .title("final validation loss")
+        .scale(zero=False, clamp=True, domainMax=_upper_limit(runs, means))
+    )
+    place = {"x": x, "y": y, "color": alt.Color("ffn:N").scale(colours(labels))}
     tooltip = [
         alt.Tooltip("label:N").title("run group"),
         alt.Tooltip("seed:N"),
         alt.Tooltip("text:N").title("final loss"),
     ]
     points, lines = (alt.Chart(alt.InlineData(values=rows)) for rows in (runs, means))
-    shape = alt.Shape("ffn:N").scale(shapes(labels))
-    y = alt.Y("low:Q").title("final validation loss").scale(zero=False)
+    finite = points.transform_filter("!datum.diverged")
+    marked = place | {"shape": alt.Shape("ffn:N").scale(shapes(labels)), "tooltip": tooltip}
+    at_the_edge = place | {"y": alt.value(alt.ExprRef("6 + 12 * datum.group"))}  # a row per method
     layers = [
-        points.transform_filter("datum.inside").transform_aggregate(low="min(loss)", high="max(loss)")
-        .mark_rule(opacity=0).encode(y=y, y2=alt.Y2("high:Q")),
-        lines.mark_line(clip=True, strokeWidth=1.8).encode(**place, **inside),
-        points.transform_filter("datum.inside && !datum.early").mark_point(filled=True, size=36, opacity=0.6)
-        .encode(**place, **inside, shape=shape, tooltip=tooltip),
-        points.transform_filter("datum.inside && datum.early").mark_point(size=36, strokeWidth=1.5)
-        .encode(**place, **inside, shape=shape, tooltip=tooltip),
+        lines.mark_line(strokeWidth=1.8).encode(**place),
+        finite.transform_filter("!datum.early").mark_point(filled=True, size=36, opacity=0.6).encode(**marked),
+        finite.transform_filter("datum.early").mark_point(size=36, strokeWidth=1.5).encode(**marked),
         lines.transform_filter("datum.best").mark_point(size=170, strokeWidth=2)
-        .encode(**place, **inside, tooltip=[tooltip[0], alt.Tooltip("text:N").title("lowest mean")]),
-        # Runs above the frame and diverged runs appear at its upper edge, a row per method.
-        *(points.transform_filter(f"!datum.inside && datum.diverged == {diverged}")
-          .mark_point(size=55, strokeWidth=2, shape=mark)
-          .encode(**place, y=alt.value(alt.ExprRef("6 + 12 * datum.group")), tooltip=tooltip)
-          for diverged, mark in ((1, CROSS), (0, "triangle-up"))),
+        .encode(**place, tooltip=[tooltip[0], alt.Tooltip("text:N").title("lowest mean")]),
+        points.transform_filter("datum.diverged").mark_point(size=55, strokeWidth=2, shape=CROSS)
+        .encode(**at_the_edge, tooltip=tooltip),
     ]  # fmt: skip
     title = f"Final validation loss against the peak learning rate, {comparison.kind.losses[comparison.metric]}"
     return draw("loss_against_rate", title, alt.layer(*layers))
 
 
 def _rate_points(comparison: Comparison) -> tuple[Rows, Rows]:
-    """Return a row per run, and a row per group with complete runs.
-
-    "group" is the method, "inside" whether the frame shows a run, "early" whether it is unfinished.
-    """
+    """Return a row per run ("early" if it is unfinished), and a row per group with complete runs."""
     runs: Rows = []
     means: Rows = []
     for method in comparison.methods:
@@ -150,8 +143,7 @@ def _rate_points(comparison: Comparison) -> tuple[Rows, Rows]:
                 loss = group.mean_loss(comparison.metric)
                 best = group is method.best
                 means.append(row | {"loss": short(loss), "best": best, "text": formatting.loss(loss)})
-    limit = _highest_shown([row["loss"] for row in means])
-    return [row | {"inside": "loss" in row and row["loss"] <= limit} for row in runs], means
+    return runs, means
 
 
 def _rate_point(comparison: Comparison, group: RunGroup, run: Run) -> dict[str, Any]:
@@ -164,15 +156,60 @@ def _rate_point(comparison: Comparison, group: RunGroup, run: Run) -> dict[str, 
     return row | {"loss": short(loss), "text": f"{formatting.loss(loss)}{unfinished}"}
 
 
-def _highest_shown(means: Sequence[float]) -> float:
-    """Return the highest loss that sets the y axis, so that one bad rate does not flatten the others."""
-    if not means:
-        return np.inf
-    excess = float(np.median(np.array(means) - min(means)))
-    return min(means) + _OUTLIER * excess if excess > 0 else np.inf
+def _upper_limit(runs: Rows, means: Rows) -> float:
+    """Return the end of the y axis, so that one bad rate does not flatten the others."""
+    losses = np.array([row["loss"] for row in means])
+    excess = float(np.median(losses - losses.min()))
+    highest = max(row["loss"] for row in runs if "loss" in row)
+    return min(highest, float(losses.min()) + _OUTLIER * excess) if excess > 0 else highest
 
 
 def _rate_labels(rates: Sequence[float]) -> str:
     """Return a Vega expression that formats each rate like the page."""
     names = ", ".join(f"'{rate!r}': '{formatting.rate(rate)}'" for rate in rates)
     return f"{{{names}}}[toString(datum.value)] || datum.label"
+
+
+def _coefficients(run: Run, mixing: Mixing, tints: Mapping[str, str]) -> Chart:
+    """Draw every coefficient by layer: its mean and the middle 90 % of the tokens; `tints` has a colour per term."""
+    rows = [
+        {"run": run.index, "layer": layer.name, "term": term}
+        | {key: short(getattr(layer, key)[at]) for key in STATISTICS}
+        for layer in mixing.last
+        for at, term in enumerate(layer.terms)
+    ]
+    terms = mixing.terms
+    data = alt.Chart(alt.InlineData(values=rows))
+    scale = alt.Scale(domain=terms, range=[tints[term] for term in terms])
+    place = {
+        "x": _layer_axis([layer.name for layer in mixing.last]),
+        "xOffset": alt.XOffset("term:N").sort(terms).scale(paddingInner=0.4),
+        "color": alt.Color("term:N").sort(terms).scale(scale),
+    }
+    tooltip = [
+        alt.Tooltip("layer:N"),
+        alt.Tooltip("term:N"),
+        alt.Tooltip("mean:Q").format(".3f"),
+        alt.Tooltip("low:Q").title("5th percentile").format(".3f"),
+        alt.Tooltip("high:Q").title("95th percentile").format(".3f"),
+        alt.Tooltip("std:Q").title("standard deviation").format(".3f"),
+        alt.Tooltip("share:Q").title("share of the sum").format(".1%"),
+    ]
+    y = alt.Y("low:Q").title("coefficient").scale(zero=False)
+    bars = data.mark_rule(strokeWidth=2, opacity=0.45, strokeCap="round")
+    layers = [
+        bars.encode(**place, y=y, y2=alt.Y2("high:Q"), tooltip=tooltip),
+        data.mark_point(filled=True, size=26, opacity=1).encode(**place, y=alt.Y("mean:Q"), tooltip=tooltip),
+    ]
+    title = f"{run.label}: coefficients over depth, with the middle 90 % of the tokens"
+    return draw(f"mixing_depth_{run.index}", title, alt.layer(*layers))
+
+
+def _layer_axis(names: Sequence[str]) -> alt.X:
+    parts = [*dict.fromkeys(name.split(".")[0] for name in names)]
+    shown = "slice(datum.label, indexof(datum.label, '.') + 1)"  # "0", or "0.shared" for experts of a layer
+    title = "layer"
+    if len(parts) > 1:
+        shown = f"slice(datum.label, 0, 1) + {shown}"
+        title = f"layer ({', '.join(f'{part[0]}: {part}' for part in parts)})"
+    return alt.X("layer:N").sort(list(names)).title(title).axis(labelAngle=0, labelExpr=shown, labelOverlap="greedy")
