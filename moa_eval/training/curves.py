@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moa_eval.page import formatting
 from moa_eval.page.charts import INK, Chart, colours, draw, shapes
 from moa_eval.training.comparison import Comparison
 from moa_eval.training.runs import Columns, Run
@@ -142,13 +141,13 @@ def _points(line: Line, start: float, top: float, count: int) -> Rows:
     at = np.flatnonzero(line.finite & (line.x >= start) & (line.y <= top))
     if len(at) > count:
         at = at[np.unique(np.linspace(0, len(at) - 1, count).round().astype(int))]
-    return [_point(line, i) | ({"part": int(part[i])} if part[i] else {}) for i in at]
+    return [_point(line, i) | ({"part": int(part[i])} if part[i] else {}) for i in at.tolist()]
 
 
 def _end(line: Line, top: float) -> dict[str, Any]:
     """Return the last finite point of a diverged run, at the upper edge if it lies beyond."""
     point = _point(line, int(np.flatnonzero(line.finite)[-1]))
-    return point | {"y": min(point["y"], top), "diverged": formatting.grouped(line.run.diverged_at)}
+    return point | {"y": min(point["y"], top), "diverged": f"{line.run.diverged_at}"}
 
 
 def _point(line: Line, at: int) -> dict[str, Any]:

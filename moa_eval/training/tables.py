@@ -14,7 +14,7 @@ import pandas as pd
 from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row
 from moa_eval.training.comparison import Comparison, Contrast, Method, RunGroup
-from moa_eval.training.configuration import ffn_part, role
+from moa_eval.training.configuration import role
 from moa_eval.training.experts import last_step
 from moa_eval.training.intervals import UNKNOWN, by_seed, deviation, mean, quotient
 from moa_eval.training.mixing import STATIC, STATISTICS
@@ -46,7 +46,6 @@ def make_tables(comparison: Comparison) -> Tables:
         "tolerance": tolerance_rows(comparison),
         "equal_rates": equal_rate_rows(comparison),
         "costs": cost_rows(comparison),
-        "parameters": parameter_rows(comparison),
         "probe": probe_rows(comparison),
         "probe_runs": probe_run_rows(comparison),
         "reconstructions": _reconstruction_rows(comparison),
@@ -167,20 +166,6 @@ def cost_rows(comparison: Comparison) -> list[Row]:
     return rows
 
 
-def parameter_rows(comparison: Comparison) -> list[Row]:
-    """Return a row per method: its additional parameters and its difference in loss.
-
-    The table is empty without a control: a method with its baseline's FFN and another number of parameters.
-    """
-    rows: list[Row] = []
-    for method, cost, loss in zip(comparison.methods, cost_rows(comparison), loss_rows(comparison), strict=True):
-        row: Row = {key: loss[key] for key in ("method", "baseline", "rate", "seeds")}
-        row |= {key: cost[key] for key in ("parameters", "parameters_ratio", "mixing_parameters")}
-        row |= {"is_control": _is_control(method, cost["parameters_ratio"]), "loss": loss[f"final_{comparison.metric}"]}
-        rows.append(row | {key: loss[f"{comparison.metric}_{key}"] for key in _DIFFERENCE})
-    return rows if any(row["is_control"] for row in rows) else []
-
-
 def mixing_rows(comparison: Comparison) -> list[Row]:
     """Return a row per run, recorded step, layer and coefficient."""
     return [
@@ -269,11 +254,6 @@ def _difference_columns(loss: str, contrast: Contrast | None) -> Row:
 
 def _costs(runs: list[Run]) -> dict[str, float]:
     return pd.DataFrame([{name: read(run) for name, read in _COSTS.items()} for run in runs]).median().to_dict()
-
-
-def _is_control(method: Method, ratio: float) -> bool:
-    same_ffn = ffn_part(method.runs[0].config) == ffn_part(method.reference.runs[0].config)
-    return method.baseline is not None and same_ffn and not math.isnan(ratio) and ratio != 1
 
 
 def _curve_rows(comparison: Comparison, curves: list[Columns]) -> list[Row]:

@@ -55,13 +55,13 @@ def curve(steps, final, seed, name):
 def write_run(
     root, name="baseline", *, encoder="vit_tiny_patch4_swiglu", lr=3e-4, seed=0, final=0.5, steps=40, nan_from=None,
     status="finished", mixing=0, keys=("images/b", "images/a"), tile_size=16, changes=None, ffn=None, spread=None,
-    probes=None, parameters=None, experts=None,
+    probes=None, experts=None,
 ):  # fmt: skip
     """Write a run folder and return its path; `changes` are dotted configuration keys.
 
     With `ffn` it is a language model's. `spread` is the standard deviation over tokens of the coefficients that it
-    records; `probes` maps measurements to accuracies. `parameters` replaces counts of the summary; `experts` are the
-    shares of the assignments that each layer's experts get.
+    records; `probes` maps measurements to accuracies. `experts` are the shares of the
+    assignments that each layer's experts get.
     """
     folder = root / name
     folder.mkdir(parents=True)
@@ -88,7 +88,7 @@ def write_run(
     for probe, accuracy in (probes or {}).items():
         _write_probe(folder / "probe" / f"{probe}.json", probe, accuracy)
     if status is not None:
-        (folder / "summary.json").write_text(json.dumps(_summary(config, rows, status, mixing, parameters)))
+        (folder / "summary.json").write_text(json.dumps(_summary(config, rows, status, mixing)))
     if experts is not None:
         write_experts(folder / "experts", experts)
     return folder
@@ -265,7 +265,7 @@ def _rows(losses, nan_from, language=False):
     return rows
 
 
-def _summary(config, rows, status, mixing, parameters):
+def _summary(config, rows, status, mixing):
     vals = [row for row in rows if row["kind"] == "val"]
     losses = [key for key in ("loss", "loss_norm", "loss_pixel") if vals and key in vals[0]]
     best = min(vals, key=lambda row: row["loss"], default=None)
@@ -285,7 +285,6 @@ def _summary(config, rows, status, mixing, parameters):
             "decoder": 300_000,
             "ffn": 500_000,
             "mixing": mixing,
-            **(parameters or {}),
         },
         f"flops_per_{counter[:-1]}": 3_000_000 + 10 * mixing,
         "flops_total": 1e12,
