@@ -28,10 +28,7 @@ class Irregular(NamedTuple):
 
 
 def fit(request: Request, merged: bool, max_length: int, truncation: str, item: str) -> tuple[Request | None, Set[str]]:
-    """Return the request to score (None: do not score it) and the kinds of irregularity.
-
-    `merged` says that the continuation begins within the context's last token, and `item` names the request in
-    messages.
+    """Return the request to score (None: do not score it) and the kinds of irregularity; `item` is for messages.
 
     Raises:
         ModelError: The request is longer than `max_length` and `truncation` is "error".

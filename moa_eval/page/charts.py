@@ -59,11 +59,9 @@ _SHOWN = "indexof(hidden, datum.run) < 0 && indexof(hidden_groups, datum.group) 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn figure.
+    """A drawn figure; `name` is its file name without ending.
 
     Attributes:
-        name: File name without its ending.
-        title: Title and text alternative.
         spec: Vega-Lite with inline data and light colours. Its parameters "hidden" and "hidden_groups" list the runs
             and groups that are switched off; every datum of a run has the run's position as "run", or its group's as
             "group".
@@ -77,21 +75,8 @@ class Chart:
 
 
 def draw(name: str, title: str, chart: AnyChart, *, hidden: Sequence[int] = (), height: int = HEIGHT) -> Chart:
-    """Draw a chart with the common look and the page's switches.
-
-    Args:
-        name: File name without its ending.
-        title: Title.
-        chart: One panel with inline data.
-        hidden: Runs that are switched off at first.
-        height: Height of the plot in pixels.
-    """
-    spec: dict[str, Any] = {
-        **chart.to_dict(),
-        "title": title,
-        "width": "container",
-        "height": height,
-    }
+    """Draw one panel with the common look and the page's switches; `hidden` runs are switched off at first."""
+    spec: dict[str, Any] = {**chart.to_dict(), "title": title, "width": "container", "height": height}
     letters = max((len(label) for view in _views(spec) for label in _legend(view)), default=0)
     columns = {"expr": f"max(1, floor(width / {7 * letters + 36}))"}
     spec["config"] = _CONFIG | {"legend": _CONFIG["legend"] | {"columns": columns}}

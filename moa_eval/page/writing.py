@@ -30,11 +30,8 @@ FILTERS = (
 class Series(NamedTuple):
     """A run in the page's switches; its position is "run" in charts and data-run in the page.
 
-    Attributes:
-        label: Name on the page.
-        group: Heading above its switch; a group has a switch too.
-        colour: Position of its colour in `PALETTE`, modulo its length.
-        shown: False if it is switched off at first.
+    `group` is the heading above its switch, which has a switch too. `colour` is a position in `PALETTE`, modulo its
+    length. A run that is not `shown` is switched off at first.
     """
 
     label: str
@@ -114,7 +111,7 @@ def sentences(template: str, **content: Any) -> list[str]:
 
 
 def write_page(sections: Sequence[Section], out: str | Path, *, title: str, command: str) -> Path:
-    """Write index.html (self-contained), summary.md, figures/*.png and tables/*.csv.
+    """Write index.html (self-contained), summary.md, figures/*.png and tables/*.csv; return the path of index.html.
 
     With several sections, files go to figures/SLUG and tables/SLUG, and ids on the page begin with "SLUG-".
 
@@ -123,9 +120,6 @@ def write_page(sections: Sequence[Section], out: str | Path, *, title: str, comm
         out: Output folder, created if missing. Figures and tables of an earlier page in it are removed.
         title: Title of the page.
         command: Command that the page names as its source, such as "scripts/compare_runs.py".
-
-    Returns:
-        The path of index.html.
     """
     out = Path(out)
     places = [_place(section, alone=len(sections) == 1) for section in sections]

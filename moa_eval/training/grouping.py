@@ -29,13 +29,7 @@ from moa_train.errors import ConfigError, DataError
 
 @dataclass(eq=False)
 class Draft:
-    """Runs of one method before it has a name.
-
-    Attributes:
-        runs: The runs by learning rate and seed.
-        family: Key that is equal for one FFN at all sizes.
-        baseline: The method that this one is compared with; None for a baseline.
-    """
+    """A method before it has a name: its runs by learning rate and seed."""
 
     runs: list[Run]
     family: str = ""
@@ -55,11 +49,8 @@ class Draft:
 def compare(runs: Sequence[Run], *, strict: bool = False, baseline: str | Sequence[str] = ()) -> Comparison:
     """Compare runs; the first belongs to the baseline, unless `baseline` names another.
 
-    Args:
-        runs: Runs in any order.
-        strict: Raise an error where the page would show a warning.
-        baseline: A method's label ("SwiGLU"), an FFN ("swiglu"), or a run's name or folder; of several, the first
-            that exists is taken.
+    A baseline is named by a method's label ("SwiGLU"), an FFN ("swiglu"), or a run's name or folder; of several names
+    the first that exists is taken.
 
     Raises:
         DataError: A folder is given twice, or the runs are of different kinds; with `strict`, the runs differ in

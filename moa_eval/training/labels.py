@@ -34,11 +34,9 @@ class MethodNames(NamedTuple):
 
 
 def method_names(run: Run, firsts: Sequence[Run]) -> MethodNames:
-    """Return the names of a method: its FFN, its size, and the settings that distinguish it.
+    """Return the names of the method of a run: its FFN, its size, and the settings that distinguish it.
 
-    Args:
-        run: The method's first run.
-        firsts: The first run of every method.
+    `firsts` are the first runs of all methods.
     """
     size_values = size_part(run.config)
     rivals = [other.config for other in firsts if other.ffn == run.ffn and size_part(other.config) == size_values]

@@ -45,10 +45,9 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Layer:
-    """Coefficients of one layer over all tokens of the recorded images or texts, at one step.
+    """Coefficients of one layer, such as "encoder.0", over all tokens of the recorded images or texts, at one step.
 
     Attributes:
-        name: Name such as "encoder.0".
         terms: Names of the K terms, such as "g·id".
         token_adaptive: False for learned constants (LA), which are equal for all tokens.
         mean, std, low, high: Mean, standard deviation, 5th and 95th percentile of each coefficient, (K,).
@@ -72,11 +71,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Maps:
-    """Shares in one part of the model at the last recorded step, by image.
+    """Shares in one part of the model at the last recorded step, for its L layers and K terms.
 
-    Attributes:
-        layers, terms: Names of the L layers and K terms.
-        shares: (images, L, rows * columns, K); NaN for a token that was not computed.
+    `shares` is (images, L, rows * columns, K); NaN for a token that was not computed.
     """
 
     layers: tuple[str, ...]
@@ -86,13 +83,9 @@ class Maps:
 
 @dataclass(frozen=True)
 class Mixing:
-    """Recorded mixing of a run.
+    """Recorded mixing of a run: layers by rising step, and maps of the images `keys` by part of the model.
 
-    Attributes:
-        steps: Layers by training step, in rising order.
-        keys: Keys of the mapped images; empty without maps.
-        grid: Rows and columns of patches.
-        maps: Maps by part of the model.
+    `grid` is the number of rows and columns of patches. Without maps, `keys` is empty.
     """
 
     steps: dict[int, tuple[Layer, ...]]

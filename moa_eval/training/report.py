@@ -33,14 +33,10 @@ def training_section(
     strict: bool = False,
     baseline: str | Sequence[str] = (),
 ) -> Section:
-    """Compare run folders; the first belongs to the baseline unless another is named.
+    """Compare run folders and folders of run folders (sweeps); see `grouping.compare` for `baseline`.
 
-    Args:
-        folders: Run folders, and folders of run folders (a sweep).
-        slug: Name of the section in file names and ids.
-        title: Heading (default: the names of the methods).
-        strict: Raise an error for runs that differ in data, masks, batch or budget.
-        baseline: A method's label, an FFN, or a run's name or folder; of several, the first that exists is taken.
+    `slug` names the section in file names and ids; the default title has the names of the methods. With `strict`, runs
+    that differ in data, masks, batch or budget are an error.
 
     Raises:
         DataError: A run folder is unusable, or the runs must not be compared.

@@ -24,15 +24,10 @@ FINITE = ("loss", "loss_norm", "loss_pixel", "grad_norm")
 
 @dataclass(frozen=True)
 class RunKind:
-    """What a run trains, with its columns and terms.
+    """What a run trains: its terms on the page and in messages, its columns, and the config key of its FFN.
 
-    Attributes:
-        name: Name in messages.
-        counter: Column that counts training data, "samples" or "tokens".
-        unit: Name of one sample or token on the page.
-        losses: Compared columns of validation rows, with the name of the space each loss is measured in.
-        objective: Name of these losses.
-        ffn_key: Config key that names the FFN.
+    `counter` is the column that counts training data; `losses` are the compared columns of validation rows, with the
+    name of the space that each loss is measured in.
     """
 
     name: str
@@ -77,13 +72,8 @@ class Reconstruction:
 class Probe:
     """Classification accuracy of a run's encoder, measured by `scripts/probe.py`.
 
-    Attributes:
-        name: File name without its ending: the method, optionally followed by the data set.
-        method: "knn", "linear" or "finetune".
-        accuracy, top5: Fractions of the held-out images; top5 is NaN if not measured.
-        train, val: Patterns of the shards; train_samples, val_samples: number of images in them.
-        step: Training step of the encoder, None if unknown.
-        settings: Settings of the measurement.
+    `name` is the file's: the method ("knn", "linear" or "finetune"), optionally followed by the data set. Accuracies
+    are fractions of the held-out images; top5 is NaN if not measured. `train` and `val` are patterns of shards.
     """
 
     name: str
@@ -100,19 +90,14 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A training run.
+    """A training run: the content of its folder.
 
     Attributes:
-        kind: What it trains.
-        folder: The run folder.
         config: The resolved config.
         environment: Versions, device, git commit and command.
         train, validation: Rows by rising step: an array per column, NaN where a row has no value.
         summary: The summary, empty until the run has written one.
-        reconstructions: Held-out images in recorded order, at training step `reconstructions_step`.
-        probes: Measurements of the encoder by name.
-        mixing: Recorded mixing coefficients.
-        experts: Recorded expert routing, a row per step and layer.
+        experts: A row per recorded step and layer.
         label, index: Name and position on the page, set by `compare`.
     """
 

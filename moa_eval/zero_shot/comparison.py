@@ -60,7 +60,6 @@ class Measure:
         metric: Name of the metric; "headline" or "acc" for an average.
         headline: Whether this is the headline metric of its task. Only headline metrics are tested together.
         parts: The (task, metric) pairs that are averaged; one pair for a task.
-        items: Number of items.
         shots: Number of few-shot examples; None for an average, or if not recorded.
     """
 
@@ -110,7 +109,6 @@ class Contrast:
     """Paired test of one model against the baseline in one measure.
 
     Attributes:
-        measure, model, baseline: What is compared.
         table: Right and wrong answers of both models, summed over tasks; None for scores other than 0 and 1.
         difference: Value of the model minus that of the baseline.
         interval: Paired bootstrap interval of the difference.
@@ -185,11 +183,9 @@ class Comparison:
 
 
 def compare_evaluations(evaluations: Sequence[Evaluation], baseline: str | None = None) -> Comparison:
-    """Check that evaluations are comparable, and test every difference to the baseline.
+    """Check that evaluations are comparable, and test every difference to the baseline (default: the first).
 
-    Args:
-        evaluations: At least one.
-        baseline: Label, model name or path of the baseline (default: the first evaluation).
+    `baseline` is a label, a model name or a path.
 
     Raises:
         DataError: A results file is given twice; or tasks, versions, shots, limits, items, prompts or metrics differ.

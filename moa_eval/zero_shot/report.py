@@ -20,13 +20,10 @@ from moa_eval.zero_shot.results import read_evaluation
 def zero_shot_section(
     results: Sequence[str | Path], *, slug: str = "zero-shot", title: str | None = None, baseline: str | None = None
 ) -> Section:
-    """Return the page section that compares lm-eval results.
+    """Return the page section that compares folders that lm-eval wrote, or results files.
 
-    Args:
-        results: Folders that lm-eval wrote, or results files.
-        slug: Name of the section in file names and ids.
-        title: Heading (default: the models' labels).
-        baseline: Label, model name or path of the baseline (default: the first result).
+    `slug` names the section in file names and ids. The default baseline is the first result, and the default title
+    has the models' labels.
 
     Raises:
         DataError: Results are missing, damaged, or not comparable.
