@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -162,8 +160,7 @@ def _pages(sections: Sequence[Section], places: Sequence[_Place], title: str, co
             parts.append(Markup(render(f"{section.template}.{ending}", content)))
         scripts = _scripts() if ending == "html" and any(section.charts for section in sections) else []
         entries = list(zip(shown, places, parts, strict=True))
-        hashes = [_csp_hash(script) for script in scripts]
-        pages[page] = render(f"page.{ending}", common | {"entries": entries, "scripts": scripts, "hashes": hashes})
+        pages[page] = render(f"page.{ending}", common | {"entries": entries, "scripts": scripts})
     return pages
 
 
@@ -187,8 +184,3 @@ def _environment() -> Environment:
 
 def _scripts() -> list[Markup]:
     return [Markup(charts.javascript()), Markup(render("page.js", {}))]
-
-
-def _csp_hash(script: str) -> str:
-    """Return the Content Security Policy source that allows this script."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}'"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pandas as pd
 
@@ -16,10 +17,9 @@ from moa_eval.page.writing import Row
 from moa_eval.training.comparison import Comparison, Contrast, Method, RunGroup
 from moa_eval.training.configuration import role
 from moa_eval.training.experts import last_step
-from moa_eval.training.intervals import UNKNOWN, by_seed, deviation, mean, quotient
+from moa_eval.training.intervals import UNKNOWN, by_seed, deviation, difference, mean, quotient
 from moa_eval.training.mixing import STATIC, STATISTICS
-from moa_eval.training.probes import probe_rows, probe_run_rows
-from moa_eval.training.runs import Columns, Run
+from moa_eval.training.runs import Columns, Probe, Run
 from moa_eval.training.tolerance import tolerance_rows
 
 Tables = dict[str, list[Row]]
@@ -34,6 +34,7 @@ _COSTS: dict[str, Callable[[Run], float]] = {
 }
 _CORNERS: dict[str, Callable[[Run, str], float]] = {"final": Run.final, "best": Run.best}
 _DIFFERENCE = ("difference", "relative", "low_95", "high_95")
+_PROBES = ("knn", "linear", "finetune")  # in the order of the table
 _UNSHOWN_KEYS = ("name", "out", "resume")
 
 
@@ -166,6 +167,50 @@ def cost_rows(comparison: Comparison) -> list[Row]:
     return rows
 
 
+def probe_rows(comparison: Comparison) -> list[Row]:
+    """Return a row per measurement and method: accuracy of the runs of its best group, over seeds."""
+    rows = []
+    for name in _probe_names(comparison):
+        measured = {method: _measured(method, name) for method in comparison.methods}
+        accuracies = {
+            method: by_seed([*own], [probe.accuracy for probe in own.values()]) for method, own in measured.items()
+        }
+        for method, probes in measured.items():
+            values = accuracies[method]
+            baseline = accuracies[method.baseline] if method.baseline else {}
+            gap = difference(values, baseline) if baseline else UNKNOWN
+            row: Row = {
+                "probe": name,
+                "probe_method": next((probe.method for probe in probes.values()), ""),
+                "method": method.label,
+                "rate": method.best_rate,
+                "seeds": len(values),
+                "accuracy": mean(values.values()),
+                "accuracy_sd": deviation(values.values()),
+                "top5": mean(probe.top5 for probe in probes.values()),
+                "difference": gap.mean,
+                "low_95": gap.low,
+                "high_95": gap.high,
+                "val_samples": min((probe.val_samples for probe in probes.values()), default=0),
+            }
+            rows += [row] if probes else []
+    return rows
+
+
+def probe_run_rows(comparison: Comparison) -> list[Row]:
+    """Return a row per run and measurement."""
+    rows = []
+    for run in comparison.runs:
+        for probe in run.probes:
+            values = asdict(probe) | {
+                "step": "" if probe.step is None else probe.step,
+                "settings": show(probe.settings),
+            }
+            names = {"probe": values.pop("name"), "probe_method": values.pop("method")}
+            rows.append({"run": run.label, **names, **values})
+    return rows
+
+
 def mixing_rows(comparison: Comparison) -> list[Row]:
     """Return a row per run, recorded step, layer and coefficient."""
     return [
@@ -274,3 +319,14 @@ def _reconstruction_rows(comparison: Comparison) -> list[Row]:
         for run in comparison.runs
         for image in run.reconstructions
     ]
+
+
+def _probe_names(comparison: Comparison) -> list[str]:
+    """Return the names of all measurements: nearest neighbours, linear probes, fine-tuning, then others."""
+    names = {probe.name: probe.method for run in comparison.runs for probe in run.probes}
+    return sorted(names, key=lambda name: ([*_PROBES, names[name]].index(names[name]), name))
+
+
+def _measured(method: Method, name: str) -> dict[Run, Probe]:
+    runs = method.best.runs if method.best else ()
+    return {run: probe for run in runs for probe in run.probes if probe.name == name}

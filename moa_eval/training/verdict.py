@@ -11,8 +11,7 @@ from moa_eval.page.writing import sentences
 from moa_eval.training.comparison import Comparison, Contrast, Method
 from moa_eval.training.configuration import config_difference, role
 from moa_eval.training.intervals import CONFIDENCE, mean, quotient
-from moa_eval.training.probes import probe_rows
-from moa_eval.training.tables import cost_rows
+from moa_eval.training.tables import cost_rows, probe_rows
 
 
 def verdict(comparison: Comparison) -> list[str]:

@@ -29,7 +29,7 @@ _RESULTS_FILE = re.compile(rf"(?!samples_).*_({_DATE})\.json")
 _FUNCTION_ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")
 """Memory address in "<function doc_to_text at 0x7f...>", as lm-eval prints a task's functions."""
 _MEAN_METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
-"""Metrics that lm-eval defines as the mean over items, whatever the task's config says."""
+"""Metrics that lm-eval defines as the mean over items."""
 _MEAN_TOLERANCE = 1e-9
 _IDENTITY = {"doc_hash": "texts", "target_hash": "answers", "prompt_hash": "prompts", "requests": "requests"}
 """Columns of `TaskResult.items` that identify what was asked, with their names in messages."""
@@ -207,7 +207,7 @@ def _read_task(file: Path, content: Mapping[str, Any], name: str) -> TaskResult:
         shots=shots if isinstance(shots, int) else None,
         version=None if version is None else str(version),
         items=first.reindex(columns=list(_IDENTITY)).astype(str),
-        metrics=_metrics(path, content["results"][name], config, by_filter),
+        metrics=_metrics(path, content["results"][name], by_filter),
         config=config,
     )
 
@@ -258,9 +258,7 @@ def _parse_sample(path: Path, number: int, line: str) -> dict[str, Any]:
     return sample
 
 
-def _metrics(
-    path: Path, results: Mapping[str, Any], config: Mapping[str, Any], by_filter: Mapping[str, pd.DataFrame]
-) -> dict[str, Metric]:
+def _metrics(path: Path, results: Mapping[str, Any], by_filter: Mapping[str, pd.DataFrame]) -> dict[str, Metric]:
     found = {}
     for key, value in results.items():
         name, _, chosen = key.partition(",")
@@ -269,7 +267,7 @@ def _metrics(
         column = by_filter[chosen].to_dict("list").get(name, [None]) if chosen in by_filter else [None]
         scores = np.array(column, dtype=np.float64) if all(map(_is_number, column)) else None
         if scores is None or not abs(scores.mean() - value) <= _MEAN_TOLERANCE:  # also false for NaN
-            if name in _MEAN_METRICS or _aggregation(config, name) == "mean":
+            if name in _MEAN_METRICS:
                 shown = "missing" if scores is None else f"{scores.mean():.6g}"
                 reason = f"{key} is {shown} in the samples, {value:.6g} in the results"
                 raise bad_file(path, reason, "the samples are damaged or belong to other results: run lm_eval again")
@@ -282,12 +280,6 @@ def _metrics(
     if not found:
         raise bad_file(path, "the results have no metric", "run lm_eval without --predict_only")
     return found
-
-
-def _aggregation(config: Mapping[str, Any], metric: str) -> Any:
-    entries = config.get("metric_list")
-    entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    return next((entry.get("aggregation") for entry in entries if entry.get("metric") == metric), None)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
