@@ -48,17 +48,3 @@ def test_scripts_are_safe_inside_a_script_element(chart):
     (values,) = json.loads(text)["datasets"].values()
     assert "<" not in text and {row["label"] for row in values} == set(LABELS)
     assert "vegaEmbed" in bundle and "</script" not in bundle.lower() and "<!--" not in bundle
-
-
-def luminance(colour):
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return np.dot(linear, [0.2126, 0.7152, 0.0722])
-
-
-@pytest.mark.parametrize(("ground", "theme"), [("#fffefc", 0), ("#15181d", 1)])
-def test_lines_have_the_contrast_of_wcag(ground, theme):
-    """WCAG 2.1, 1.4.11: graphics have a contrast of at least 3 to 1."""
-    for colours in charts.PALETTE:
-        low, high = sorted([luminance(ground), luminance(colours[theme])])
-        assert (high + 0.05) / (low + 0.05) >= 3

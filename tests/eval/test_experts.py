@@ -27,12 +27,11 @@ def edit(folder, change):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: content.pop("layers"),
         lambda content: content["layers"][0].pop("entropy"),
         lambda content: content["layers"][0].update(load=[4, 4, 2]),
         lambda content: content["layers"][0].update(max_entropy=0.0),
     ],
-    ids=["no layers", "no entropy", "no shares", "no maximum"],
+    ids=["no entropy", "no shares", "no maximum"],
 )
 def test_an_unusable_record_is_named_in_one_line(folder, change):
     edit(folder, change)

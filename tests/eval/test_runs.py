@@ -109,14 +109,11 @@ def unlink(name):
 
 FAULTS = {  # change to the folder, file and words of the message
     "no folder": (shutil.rmtree, "", "no such folder"),
-    "no environment": (unlink("env.json"), "env.json", "cannot be read"),
-    "bad yaml": (replace("config.yaml", "name: baseline", "name: [baseline"), "config.yaml", "cannot be read"),
     "no seed": (replace("config.yaml", "seed: 0", "sead: 0"), "config.yaml", "'seed' is a required property"),
     "text as rate": (replace("config.yaml", "lr: 0.0003", "lr: fast"), "config.yaml", "optim.lr has the wrong format"),
     "bad line": (replace("metrics.jsonl", '"kind"', "kind"), "metrics.jsonl", "line 1 is no metrics row"),
     "no column": (replace("metrics.jsonl", '"samples"', '"tokens"'), "metrics.jsonl", "'samples' is missing"),
     "two runs": (replace("metrics.jsonl", '"samples": 64,', '"samples": 9999,'), "metrics.jsonl", "'samples' falls"),
-    "cut json": (write("summary.json", '{"a"'), "summary.json", "cannot be read"),
     "no tile": (unlink("reconstructions/01_masked.png"), "reconstructions/01_masked.png", "not a readable PNG"),
     "no png": (write("reconstructions/00_original.png", "GIF89a"), "reconstructions/00_original.png", "not a readable"),
     "outside": (
