@@ -173,16 +173,15 @@ def _rate_labels(rates: Sequence[float]) -> str:
 def _coefficients(run: Run, mixing: Mixing, tints: Mapping[str, str]) -> Chart:
     """Draw every coefficient by layer: its mean and the middle 90 % of the tokens; `tints` has a colour per term."""
     rows = [
-        {"run": run.index, "layer": layer.name, "term": term}
-        | {key: short(getattr(layer, key)[at]) for key in STATISTICS}
-        for layer in mixing.last
-        for at, term in enumerate(layer.terms)
+        {"run": run.index, "layer": row["layer"], "term": row["coefficient"]}
+        | {key: short(row[key]) for key in STATISTICS}
+        for row in mixing.last
     ]
     terms = mixing.terms
     data = alt.Chart(alt.InlineData(values=rows))
     scale = alt.Scale(domain=terms, range=[tints[term] for term in terms])
     place = {
-        "x": _layer_axis([layer.name for layer in mixing.last]),
+        "x": _layer_axis([*dict.fromkeys(row["layer"] for row in mixing.last)]),
         "xOffset": alt.XOffset("term:N").sort(terms).scale(paddingInner=0.4),
         "color": alt.Color("term:N").sort(terms).scale(scale),
     }

@@ -18,7 +18,6 @@ from moa_eval.training.comparison import Comparison, Contrast, Method, RunGroup
 from moa_eval.training.configuration import role
 from moa_eval.training.experts import last_step
 from moa_eval.training.intervals import UNKNOWN, by_seed, deviation, difference, mean, quotient
-from moa_eval.training.mixing import STATIC, STATISTICS
 from moa_eval.training.runs import Columns, Probe, Run
 from moa_eval.training.tolerance import tolerance_rows
 
@@ -50,7 +49,7 @@ def make_tables(comparison: Comparison) -> Tables:
         "probe": probe_rows(comparison),
         "probe_runs": probe_run_rows(comparison),
         "reconstructions": _reconstruction_rows(comparison),
-        "mixing": mixing_rows(comparison),
+        "mixing": [{"run": run.label} | row for run in comparison.runs if run.mixing for row in run.mixing.rows],
         "experts": expert_rows(comparison),
         "expert_load": expert_load_rows(comparison),
         "config": config_rows(comparison),
@@ -209,26 +208,6 @@ def probe_run_rows(comparison: Comparison) -> list[Row]:
             names = {"probe": values.pop("name"), "probe_method": values.pop("method")}
             rows.append({"run": run.label, **names, **values})
     return rows
-
-
-def mixing_rows(comparison: Comparison) -> list[Row]:
-    """Return a row per run, recorded step, layer and coefficient."""
-    return [
-        {
-            "run": run.label,
-            "step": step,
-            "layer": layer.name,
-            "coefficient": term,
-            "token_adaptive": layer.token_adaptive,
-            **{key: float(getattr(layer, key)[at]) for key in STATISTICS},
-            "static": bool(layer.std[at] < STATIC),
-        }
-        for run in comparison.runs
-        if run.mixing
-        for step, layers in run.mixing.steps.items()
-        for layer in layers
-        for at, term in enumerate(layer.terms)
-    ]
 
 
 def expert_rows(comparison: Comparison) -> list[Row]:

@@ -84,6 +84,8 @@ def sentences(template: str, comparison: Comparison) -> list[str]:
             "Dtypes": [show(run.config.get("model_dtype")) for run in runs],
             "Context lengths": [show(run.content.get("max_length")) for run in runs],
             "lm-eval versions": [show(run.content.get("lm_eval_version")) for run in runs],
+            "transformers versions": [show(run.content.get("transformers_version")) for run in runs],
+            "Code versions": [show(run.content.get("git_hash")) for run in runs],
         },
     )
 

@@ -215,7 +215,7 @@ def test_caveats_name_different_settings(tmp_path, write_results):
     files = [write_results(tmp_path, f"m/{name}", shots=5, limit=40) for name in "ab"]
     content = json.loads(files[1].read_text())
     content["config"] |= {"model": "hf", "model_dtype": "torch.float32"}
-    content["lm_eval_version"] = "0.4.14"
+    content |= {"lm_eval_version": "0.4.14", "git_hash": "4567def"}
     files[1].write_text(json.dumps(content))
     notes = caveats(files)
     assert "Evaluated with --limit 40: the tasks are incomplete." in notes
@@ -223,6 +223,7 @@ def test_caveats_name_different_settings(tmp_path, write_results):
     assert "Model types differ: moa (a), hf (b)." in notes
     assert "Dtypes differ: torch.bfloat16 (a), torch.float32 (b)." in notes
     assert "lm-eval versions differ: 0.4.13 (a), 0.4.14 (b)." in notes
+    assert "Code versions differ: 0123abc (a), 4567def (b)." in notes
 
 
 def test_caveats_of_few_discordant_items_and_older_results(tmp_path, write_results):

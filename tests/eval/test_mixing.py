@@ -28,9 +28,9 @@ def edit(folder, name, change):
 
 def test_records_are_read(make_run):
     mixing = read_mixing(make_run(encoder=MOA, spread=0.1) / "mixing")
-    assert [*mixing.steps] == [20, 40]
-    assert [(layer.name, layer.part, layer.terms) for layer in mixing.last] == [
-        (f"encoder.{i}", "encoder", ("g·id", "s·id", "r2·id")) for i in range(2)
+    assert [row["step"] for row in mixing.rows] == [20] * 6 + [40] * 6
+    assert [(row["layer"], row["coefficient"]) for row in mixing.last] == [
+        (f"encoder.{i}", term) for i in range(2) for term in ("g·id", "s·id", "r2·id")
     ]
     np.testing.assert_allclose(mixing.maps["encoder"].shares.sum(-1), 1, atol=2e-3)
     assert (mixing.grid, mixing.keys) == ((2, 2), ("images/b", "images/a"))
