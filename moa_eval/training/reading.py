@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from moa_eval.page.formatting import show
+from moa_eval.page.writing import Row
 from moa_eval.training.experts import read_experts
 from moa_eval.training.files import bad_file, check, fields, list_of, read_json
 from moa_eval.training.mixing import read_mixing
-from moa_eval.training.runs import AUTOENCODER, LANGUAGE_MODEL, Columns, Probe, Reconstruction, Run, RunKind
+from moa_eval.training.runs import AUTOENCODER, LANGUAGE_MODEL, Columns, Reconstruction, Run, RunKind
 from moa_train.reading import read_yaml
-from moa_train.run_folder import Row, RunFolder
+from moa_train.run_folder import RunFolder
 
 _ROW_COLUMNS = {"train": ("loss", "grad_norm", "epoch", "lr", "throughput", "mfu"), "val": ("loss", "epoch")}
 _PROBE = fields(
@@ -90,7 +92,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], RunKind]:
     return config, kind
 
 
-def _columns(path: Path, rows: list[Row], row_kind: str, kind: RunKind) -> Columns:
+def _columns(path: Path, rows: list[dict[str, Any]], row_kind: str, kind: RunKind) -> Columns:
     """Return the columns by step; a resumed run repeats steps after its last checkpoint, and the later row counts."""
     required = ["step", kind.counter, "wall_s"]
     losses = kind.losses if row_kind == "val" else ()
@@ -106,16 +108,17 @@ def _columns(path: Path, rows: list[Row], row_kind: str, kind: RunKind) -> Colum
     return {column: frame[column].to_numpy() for column in columns}
 
 
-def _read_probe(path: Path) -> Probe:
+def _read_probe(path: Path) -> Row:
     content = read_json(path, _PROBE, "measure it again with scripts/probe.py, or delete it")
-    top5 = content.get("top5")
-    return Probe(
-        name=path.stem,
-        **{key: content[key] for key in ("method", "accuracy", "train", "val", "train_samples", "val_samples")},
-        top5=math.nan if top5 is None else top5,
-        step=content.get("step"),
-        settings=content.get("settings") or {},
-    )
+    top5, step = content.get("top5"), content.get("step")
+    return {
+        "probe": path.stem,
+        "probe_method": content["method"],
+        "top5": math.nan if top5 is None else top5,
+        "step": "" if step is None else step,
+        "settings": show(content.get("settings") or {}),
+        **{key: content[key] for key in ("accuracy", "train", "val", "train_samples", "val_samples")},
+    }
 
 
 def _read_reconstructions(index: Path) -> tuple[tuple[Reconstruction, ...], int | None]:

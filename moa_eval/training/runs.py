@@ -68,26 +68,6 @@ class Reconstruction:
     reconstruction: Path
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Classification accuracy of a run's encoder, measured by `scripts/probe.py`.
-
-    `name` is the file's: the method ("knn", "linear" or "finetune"), optionally followed by the data set. Accuracies
-    are fractions of the held-out images; top5 is NaN if not measured. `train` and `val` are patterns of shards.
-    """
-
-    name: str
-    method: str
-    accuracy: float
-    top5: float
-    train: str
-    val: str
-    train_samples: int
-    val_samples: int
-    step: int | None
-    settings: dict[str, Any]
-
-
 @dataclass(frozen=True, eq=False)
 class Run:
     """A training run: the content of its folder.
@@ -97,6 +77,7 @@ class Run:
         environment: Versions, device, git commit and command.
         train, validation: Rows by rising step: an array per column, NaN where a row has no value.
         summary: The summary, empty until the run has written one.
+        probes: A row per measurement of the encoder (`scripts/probe.py`); accuracies are fractions of held-out images.
         experts: A row per recorded step and layer.
         label, index: Name and position on the page, set by `compare`.
     """
@@ -110,7 +91,7 @@ class Run:
     summary: dict[str, Any]
     reconstructions: tuple[Reconstruction, ...] = ()
     reconstructions_step: int | None = None
-    probes: tuple[Probe, ...] = ()
+    probes: Sequence[Row] = ()
     mixing: Mixing | None = None
     experts: Sequence[Row] = ()
     label: str = ""

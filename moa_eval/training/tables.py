@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 
 import pandas as pd
 
@@ -18,7 +17,7 @@ from moa_eval.training.comparison import Comparison, Contrast, Method, RunGroup
 from moa_eval.training.configuration import role
 from moa_eval.training.experts import last_step
 from moa_eval.training.intervals import UNKNOWN, by_seed, deviation, difference, mean, quotient
-from moa_eval.training.runs import Columns, Probe, Run
+from moa_eval.training.runs import Columns, Run
 from moa_eval.training.tolerance import tolerance_rows
 
 Tables = dict[str, list[Row]]
@@ -47,7 +46,7 @@ def make_tables(comparison: Comparison) -> Tables:
         "equal_rates": equal_rate_rows(comparison),
         "costs": cost_rows(comparison),
         "probe": probe_rows(comparison),
-        "probe_runs": probe_run_rows(comparison),
+        "probe_runs": [{"run": run.label} | probe for run in comparison.runs for probe in run.probes],
         "reconstructions": _reconstruction_rows(comparison),
         "mixing": [{"run": run.label} | row for run in comparison.runs if run.mixing for row in run.mixing.rows],
         "experts": expert_rows(comparison),
@@ -169,10 +168,11 @@ def cost_rows(comparison: Comparison) -> list[Row]:
 def probe_rows(comparison: Comparison) -> list[Row]:
     """Return a row per measurement and method: accuracy of the runs of its best group, over seeds."""
     rows = []
-    for name in _probe_names(comparison):
+    kinds = {probe["probe"]: probe["probe_method"] for run in comparison.runs for probe in run.probes}
+    for name in sorted(kinds, key=lambda name: ([*_PROBES, kinds[name]].index(kinds[name]), name)):
         measured = {method: _measured(method, name) for method in comparison.methods}
         accuracies = {
-            method: by_seed([*own], [probe.accuracy for probe in own.values()]) for method, own in measured.items()
+            method: by_seed([*own], [probe["accuracy"] for probe in own.values()]) for method, own in measured.items()
         }
         for method, probes in measured.items():
             values = accuracies[method]
@@ -180,33 +180,19 @@ def probe_rows(comparison: Comparison) -> list[Row]:
             gap = difference(values, baseline) if baseline else UNKNOWN
             row: Row = {
                 "probe": name,
-                "probe_method": next((probe.method for probe in probes.values()), ""),
+                "probe_method": kinds[name],
                 "method": method.label,
                 "rate": method.best_rate,
                 "seeds": len(values),
                 "accuracy": mean(values.values()),
                 "accuracy_sd": deviation(values.values()),
-                "top5": mean(probe.top5 for probe in probes.values()),
+                "top5": mean(probe["top5"] for probe in probes.values()),
                 "difference": gap.mean,
                 "low_95": gap.low,
                 "high_95": gap.high,
-                "val_samples": min((probe.val_samples for probe in probes.values()), default=0),
+                "val_samples": min((probe["val_samples"] for probe in probes.values()), default=0),
             }
             rows += [row] if probes else []
-    return rows
-
-
-def probe_run_rows(comparison: Comparison) -> list[Row]:
-    """Return a row per run and measurement."""
-    rows = []
-    for run in comparison.runs:
-        for probe in run.probes:
-            values = asdict(probe) | {
-                "step": "" if probe.step is None else probe.step,
-                "settings": show(probe.settings),
-            }
-            names = {"probe": values.pop("name"), "probe_method": values.pop("method")}
-            rows.append({"run": run.label, **names, **values})
     return rows
 
 
@@ -300,12 +286,6 @@ def _reconstruction_rows(comparison: Comparison) -> list[Row]:
     ]
 
 
-def _probe_names(comparison: Comparison) -> list[str]:
-    """Return the names of all measurements: nearest neighbours, linear probes, fine-tuning, then others."""
-    names = {probe.name: probe.method for run in comparison.runs for probe in run.probes}
-    return sorted(names, key=lambda name: ([*_PROBES, names[name]].index(names[name]), name))
-
-
-def _measured(method: Method, name: str) -> dict[Run, Probe]:
+def _measured(method: Method, name: str) -> dict[Run, Row]:
     runs = method.best.runs if method.best else ()
-    return {run: probe for run in runs for probe in run.probes if probe.name == name}
+    return {run: probe for run in runs for probe in run.probes if probe["probe"] == name}

@@ -65,10 +65,10 @@ def test_an_incomplete_last_line_is_ignored(make_run):
 
 def test_probes_are_read_by_name(make_run):
     run = read_run(make_run(probes={"linear": 0.625, "knn-imagenet": 0.5, "knn": 0.25}))
-    assert [(probe.name, probe.method, probe.accuracy) for probe in run.probes] == [
+    assert [(probe["probe"], probe["probe_method"], probe["accuracy"]) for probe in run.probes] == [
         ("knn-imagenet", "knn", 0.5), ("knn", "knn", 0.25), ("linear", "linear", 0.625),
     ]  # fmt: skip
-    assert math.isnan(run.probes[0].top5) and run.probes[0].settings == {"k": 20}
+    assert math.isnan(run.probes[0]["top5"]) and run.probes[0]["settings"] == '{"k": 20}'
 
 
 def test_a_sweep_folder_stands_for_its_run_folders(make_run):
