@@ -1,4 +1,4 @@
-"""JSON files of a run folder, checked against a schema."""
+"""JSON files checked against a schema, with errors of one line."""
 
 from __future__ import annotations
 
