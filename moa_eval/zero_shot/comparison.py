@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moa_eval.zero_shot import paired
+from moa_eval.zero_shot import likelihoods, paired
 from moa_eval.zero_shot.paired import ALPHA
 from moa_eval.zero_shot.results import Evaluation, Metric, TaskResult
 from moa_train.errors import ConfigError, DataError
@@ -19,6 +19,8 @@ from moa_train.errors import ConfigError, DataError
 AVERAGE = "average"
 HEADLINE = "headline"
 """Metric of an average: each task's own headline metric."""
+
+CONTINUOUS = (likelihoods.BITS_PER_BYTE, likelihoods.PROBABILITY)
 
 
 class Task(NamedTuple):
@@ -57,7 +59,7 @@ class Measure:
 
     Attributes:
         task: Name of the task, or `AVERAGE`.
-        metric: Name of the metric; "headline" or "acc" for an average.
+        metric: Name of the metric; "headline", "acc" or one of `CONTINUOUS` for an average.
         headline: Whether this is the headline metric of its task. Only headline metrics are tested together.
         parts: The (task, metric) pairs that are averaged; one pair for a task.
         shots: Number of few-shot examples; None for an average, or if not recorded.
@@ -95,8 +97,18 @@ class Measure:
         known = [part for part in scores if part is not None]
         return known if len(known) == len(scores) else None
 
+    def clusters(self, model: Model) -> list[NDArray[np.int64]]:
+        """Return the clusters of the items of each part."""
+        return [model.evaluation.tasks[task].clusters for task, _ in self.parts]
+
+    def in_bits(self, model: Model) -> bool:
+        """Whether the values are bits per byte, of which fewer are better."""
+        return any(metric.in_bits for metric in self._metrics(model))
+
     def is_fraction(self, models: Sequence[Model]) -> bool:
-        """Whether all scores of all models lie in [0, 1], so that values can be given in percent."""
+        """Whether all scores of all models are fractions, so that values can be given in percent."""
+        if self.in_bits(models[0]):
+            return False
         scores = [self.scores(model) for model in models]
         return all(own is not None and all(part.min() >= 0 and part.max() <= 1 for part in own) for own in scores)
 
@@ -113,7 +125,8 @@ class Contrast:
         difference: Value of the model minus that of the baseline.
         interval: Paired bootstrap interval of the difference.
         stderr: Paired standard error of the difference.
-        p_value: Exact McNemar test, stratified by task; NaN for scores other than 0 and 1.
+        p_value: Exact McNemar test for right and wrong answers, else a paired t-test; both stratified by task and
+            clustered.
         p_holm: `p_value` adjusted over the headline measures of all tasks and models, or over the averages of all
             models; NaN if not adjusted.
     """
@@ -176,6 +189,21 @@ class Comparison:
         paper = [measure for measure in headlines if measure.task in ZERO_SHOT]
         only = paper or headlines
         return self.average or (only[0] if len(only) == 1 else None)
+
+    def continuous(self) -> list[Contrast]:
+        """Return the contrasts in bits per byte that differ significantly where those in accuracy do not."""
+        primary = self.primary
+        if primary is None:
+            return []
+        equal = [contrast.model for contrast in self.of(primary) if not contrast.significant]
+        return [
+            contrast
+            for contrast in self.contrasts
+            if contrast.measure.task == primary.task
+            and contrast.measure.metric == likelihoods.BITS_PER_BYTE
+            and contrast.model in equal
+            and contrast.significant
+        ]
 
     def of(self, measure: Measure | None) -> list[Contrast]:
         """Return the contrasts of a measure, one per model."""
@@ -266,9 +294,10 @@ def _measures(evaluation: Evaluation) -> Iterator[Measure]:
         items = sum(len(task.items) for task in paper)
         parts = tuple((task.name, _headline_metric(task)) for task in paper)
         yield Measure(AVERAGE, HEADLINE, True, parts, items)
-        plain = tuple((task.name, "acc") for task in paper)
-        if plain != parts and all("acc" in task.metrics for task in paper):
-            yield Measure(AVERAGE, "acc", False, plain, items)
+        for metric in ("acc", *CONTINUOUS):
+            same = tuple((task.name, metric) for task in paper)
+            if same != parts and all(metric in task.metrics for task in paper):
+                yield Measure(AVERAGE, metric, False, same, items)
     for name, task in tasks.items():
         if name not in ZERO_SHOT:
             yield from _task_measures(task)
@@ -291,7 +320,7 @@ def _contrast(measure: Measure, model: Model, baseline: Model) -> Contrast | Non
     ours, theirs = measure.scores(model), measure.scores(baseline)
     if ours is None or theirs is None:
         return None
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    differences, clusters = [a - b for a, b in zip(ours, theirs, strict=True)], measure.clusters(baseline)
     tables = [table for a, b in zip(ours, theirs, strict=True) if (table := paired.table(a, b))]
     binary = len(tables) == len(differences)
     return Contrast(
@@ -300,9 +329,9 @@ def _contrast(measure: Measure, model: Model, baseline: Model) -> Contrast | Non
         baseline,
         table=paired.Table(*map(sum, zip(*tables, strict=True))) if binary else None,
         difference=paired.mean_difference(differences),
-        interval=paired.bootstrap(differences),
-        stderr=paired.standard_error(differences),
-        p_value=paired.stratified_mcnemar(tables) if binary else math.nan,
+        interval=paired.bootstrap(differences, clusters),
+        stderr=paired.standard_error(differences, clusters),
+        p_value=(paired.stratified_mcnemar if binary else paired.t_test)(differences, clusters),
     )
 
 

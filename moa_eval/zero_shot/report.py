@@ -65,7 +65,7 @@ def sentences(template: str, comparison: Comparison) -> list[str]:
     runs = [model.evaluation for model in comparison.models]
     primary = comparison.of(comparison.primary)
     tests = [c for c in comparison.contrasts if math.isfinite(c.p_holm) and not c.measure.is_average]
-    plain = next((m for m in comparison.measures if m.is_average and not m.headline), None)
+    plain = next((m for m in comparison.measures if m.is_average and m.metric == "acc"), None)
     return writing.sentences(
         template,
         comparison=comparison,

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from moa_eval.training.files import bad_file, check
+from moa_eval.zero_shot import likelihoods
 
 _DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
 _RESULTS_FILE = re.compile(rf"(?!samples_).*_({_DATE})\.json")
@@ -63,12 +64,14 @@ class Metric:
         value: As in the results file.
         stderr: As in the results file, else of the mean of `scores`; NaN if unknown.
         scores: Values per item (N,), in the order of `TaskResult.items`; None if `value` is not their mean.
+        in_bits: Whether the values are bits per byte, of which fewer are better.
     """
 
     name: str
     value: float
     stderr: float
     scores: NDArray[np.float64] | None
+    in_bits: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class TaskResult:
         shots: Number of few-shot examples; None if not recorded.
         version: Version of the task's config; None if not recorded.
         items: Digests of what was asked, by doc_id: of the document, the answer, the prompt and all requests.
+        clusters: Number (N,) of each item's group of related items, in the order of `items`.
         metrics: By `Metric.name`.
         config: The task's config as lm-eval resolved it.
     """
@@ -88,6 +92,7 @@ class TaskResult:
     shots: int | None
     version: str | None
     items: pd.DataFrame
+    clusters: NDArray[np.int64]
     metrics: dict[str, Metric]
     config: dict[str, Any]
 
@@ -207,6 +212,7 @@ def _read_task(file: Path, content: Mapping[str, Any], name: str) -> TaskResult:
         shots=shots if isinstance(shots, int) else None,
         version=None if version is None else str(version),
         items=first.reindex(columns=list(_IDENTITY)).astype(str),
+        clusters=pd.factorize(first["cluster"])[0].astype(np.int64),
         metrics=_metrics(path, content["results"][name], by_filter),
         config=config,
     )
@@ -229,6 +235,7 @@ def _read_samples(path: Path) -> dict[str, pd.DataFrame]:
     samples = []
     for number, line in enumerate(lines, start=1):
         sample = _parse_sample(path, number, line)
+        sample |= likelihoods.measures(sample) | {"cluster": likelihoods.cluster(sample)}
         requests = json.dumps(sample.pop("arguments", None), sort_keys=True)
         sample["requests"] = hashlib.sha256(requests.encode()).hexdigest()
         samples.append(sample | {"filter": str(sample.get("filter", "none"))})
@@ -279,6 +286,17 @@ def _metrics(path: Path, results: Mapping[str, Any], by_filter: Mapping[str, pd.
         found[label] = Metric(label, float(value), float(stderr), scores)
     if not found:
         raise bad_file(path, "the results have no metric", "run lm_eval without --predict_only")
+    return found | _continuous(next(iter(by_filter.values())))
+
+
+def _continuous(samples: pd.DataFrame) -> dict[str, Metric]:
+    """Return the metrics of `likelihoods.measures` that every sample has with a finite value."""
+    found = {}
+    for name in samples.columns.intersection([likelihoods.BITS_PER_BYTE, likelihoods.PROBABILITY], sort=False):
+        scores = samples[name].to_numpy(dtype=np.float64)
+        if np.isfinite(scores).all():
+            stderr = float(stats.sem(scores)) if len(scores) > 1 else math.nan
+            found[name] = Metric(name, float(scores.mean()), stderr, scores, name == likelihoods.BITS_PER_BYTE)
     return found
 
 

@@ -171,12 +171,13 @@ HARNESS_TASKS = {
 
 def write_results(
     root, model="models/base", *, seed=0, skill=0.5, items=40, tasks=HARNESS_TASKS, shots=0, limit=None,
-    date="2026-11-21T10-11-12.345678", log_samples=True,
+    date="2026-11-21T10-11-12.345678", log_samples=True, certainty=0.0,
 ):  # fmt: skip
     """Write results as `lm_eval --output_path root --log_samples` (0.4.13) does; return the results file.
 
     `tasks` maps a task to its metrics. Each metric is 1 for a share `skill` of the items and 0 for the others. Equal
-    seeds give equal answers, up to the items that a different skill changes.
+    seeds give equal answers, up to the items that a different skill changes. `certainty` is about the advantage of
+    the right choices' log-likelihoods.
     """
     folder = root / model.replace("/", "__")
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +187,7 @@ def write_results(
         draws = {metric: generator.random(items) for metric in metrics}
         answers = {metric: (draw < skill).astype(float) for metric, draw in draws.items()}
         samples[task] = [
-            _sample(task, index, shots, {metric: float(own[index]) for metric, own in answers.items()})
+            _sample(task, index, shots, {metric: float(own[index]) for metric, own in answers.items()}, certainty)
             for index in range(items)
         ]
         results[task] = {"alias": task, "name": task, "sample_len": items}
@@ -223,9 +224,12 @@ def write_results(
     return file
 
 
-def _sample(task, index, shots, metrics):
+def _sample(task, index, shots, metrics, certainty):
     doc = {"query": f"{task} \u2028 question {index}", "gold": index % 4}
     contexts = [f"{shots} examples. {doc['query']}"] * 4
+    responses = [["-1.5", "False"] for _ in contexts]
+    if certainty:
+        responses[doc["gold"]][0] = str(-1.5 + certainty * (0.8 + 0.1 * (index % 5)))
     digests = {
         "doc_hash": json.dumps(doc, indent=2, ensure_ascii=False),
         "prompt_hash": contexts[0],
@@ -234,7 +238,7 @@ def _sample(task, index, shots, metrics):
     return {
         "doc_id": index, "doc": doc, "target": str(doc["gold"]),
         "arguments": {f"gen_args_{i}": {"arg_0": c, "arg_1": f" answer {i}"} for i, c in enumerate(contexts)},
-        "resps": [[["-1.5", "False"]]] * 4, "filtered_resps": [["-1.5", "False"]] * 4, "filter": "none",
+        "resps": [[response] for response in responses], "filtered_resps": responses, "filter": "none",
         "metrics": list(metrics), **{key: hashlib.sha256(text.encode()).hexdigest() for key, text in digests.items()},
         **metrics,
     }  # fmt: skip

@@ -8,7 +8,6 @@ import pytest
 from scipy import stats
 
 from moa_eval.zero_shot import paired
-from moa_eval.zero_shot.paired import Table
 
 
 def answers(seed, size, first=0.5, second=0.5, shared=0.6):
@@ -19,8 +18,10 @@ def answers(seed, size, first=0.5, second=0.5, shared=0.6):
     return (luck < first).astype(float), (own < second).astype(float)
 
 
-def tables_of(first, second, sizes):
-    return [Table(0, a, b, size - a - b) for a, b, size in zip(first, second, sizes, strict=True)]
+def differences_of(first, second, sizes):
+    """Strata in which one model alone is right on `first` items, and the other alone on `second`."""
+    counts = zip(first, second, sizes, strict=True)
+    return [np.repeat([1.0, -1.0, 0.0], [a, b, size - a - b]) for a, b, size in counts]
 
 
 def test_table_counts_answers():
@@ -31,11 +32,11 @@ def test_table_counts_answers():
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (0, 6), (3, 9), (9, 3), (7, 7), (25, 40), (900, 1100), (0, 400)])
 def test_single_stratum_is_the_binomial_test(first, second):
     expected = stats.binomtest(first, first + second, 0.5).pvalue
-    assert paired.stratified_mcnemar(tables_of([first], [second], [5000])) == pytest.approx(expected, rel=1e-9)
+    assert paired.stratified_mcnemar(differences_of([first], [second], [5000])) == pytest.approx(expected, rel=1e-9)
 
 
 def test_equal_answers_have_p_one():
-    assert paired.stratified_mcnemar([Table(5, 0, 0, 5)]) == 1.0
+    assert paired.stratified_mcnemar([np.zeros(10)]) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -57,15 +58,45 @@ def test_strata_match_enumeration_of_all_outcomes(first, second, sizes):
         for wins in itertools.product(*(range(number + 1) for number in numbers))
         if statistic(wins) >= statistic(first) - 1e-12
     )
-    assert paired.stratified_mcnemar(tables_of(first, second, sizes)) == pytest.approx(expected, rel=1e-9)
+    assert paired.stratified_mcnemar(differences_of(first, second, sizes)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_strata_of_the_real_sizes_approach_the_normal_law():
     first, second, sizes = (160, 1500, 80, 200), (130, 1450, 70, 180), (1172, 10042, 500, 1267)
     scale = math.sqrt(sum((a + b) / size**2 for a, b, size in zip(first, second, sizes, strict=True)))
     shift = sum((a - b) / size for a, b, size in zip(first, second, sizes, strict=True))
-    found = paired.stratified_mcnemar(tables_of(first, second, sizes))
+    found = paired.stratified_mcnemar(differences_of(first, second, sizes))
     assert found == pytest.approx(2 * stats.norm.sf(shift / scale), rel=0.02)
+
+
+def test_clustered_answers_are_swapped_together():
+    generator = np.random.default_rng(0)
+    differences, clusters = generator.integers(-1, 2, 14).astype(float), np.repeat(np.arange(7), 2)
+    sums = np.bincount(clusters, differences)
+    outcomes = np.array([*itertools.product((1, -1), repeat=7)]) @ sums
+    expected = np.mean(np.abs(outcomes) >= abs(sums.sum()) - 1e-12)
+    assert paired.stratified_mcnemar([differences], [clusters]) == pytest.approx(expected)
+
+
+def test_t_test_is_scipys():
+    first, second = np.random.default_rng(0).normal([0.3, 0.0], 1, (50, 2)).T
+    assert paired.t_test([first - second]) == pytest.approx(stats.ttest_rel(first, second).pvalue)
+    assert paired.t_test([np.zeros(5), np.zeros(3)]) == 1.0
+
+
+def test_t_test_of_strata_is_welchs():
+    first, second = np.random.default_rng(0).normal(0.2, 1, 40), np.random.default_rng(1).normal(0.1, 3, 15)
+    expected = stats.ttest_ind(first, -second, equal_var=False).pvalue  # the mean of both against 0
+    assert paired.t_test([first, second]) == pytest.approx(expected)
+
+
+def test_clusters_of_equal_size_are_their_means():
+    values, clusters = np.random.default_rng(0).normal(0.3, 1, (2, 60))[0], np.repeat(np.arange(20), 3)
+    values += np.repeat(np.random.default_rng(1).normal(0, 1, 20), 3)
+    means = values.reshape(20, 3).mean(axis=1)
+    assert paired.standard_error([values], [clusters]) == pytest.approx(stats.sem(means))
+    assert paired.t_test([values], [clusters]) == pytest.approx(stats.ttest_1samp(means, 0).pvalue)
+    np.testing.assert_allclose(paired.bootstrap([values], [clusters]), paired.bootstrap([means]), rtol=0.1)
 
 
 def test_bootstrap_draws_within_strata():
