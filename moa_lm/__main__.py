@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from transformers.utils import logging
 from moa_ffn import VARIANTS
 from moa_lm.encode import load_tokenizer
 from moa_lm.modeling import MoALlamaForCausalLM
-from moa_lm.sizes import SIZES, TABLE_VARIANTS, count_parameters, named_config
+from moa_lm.sizes import SIZES, TABLE_VARIANTS, count_parameters, named_config, padded_vocab
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.atomic_io import new_folder
 from moa_train.errors import ConfigError, DataError, require
@@ -29,13 +28,13 @@ COLUMNS = (
     *("paper's total (1e9)", "ratio", "paper's active (1e9)", "ratio of active"),
 )
 BILLIONS = ("total", "active", "non-embedding")
-"""Columns that the Markdown table shows in billions; the CSV file has exact counts."""
+"""Columns in billions."""
 
 TALES = Path(__file__).parent / "texts" / "tales.jsonl.gz"
 TALES_SETTINGS = TokenSettings(train_bpe=2048, val_fraction=0.1)
 
 NOTES = """
-Parameter counts are exact; total, active and non-embedding are in billions. `hidden` is the hidden width of the FFN,
+total, active and non-embedding are exact counts in billions. `hidden` is the hidden width of the FFN,
 with experts that of one expert. `active` counts the parameters that process one token, embeddings included; `mixing`
 those of the mixture of activations; ratios are ours / paper's. The paper (arXiv:2605.26647) gives names and a few
 counts, not shapes. The shape of dense-0.12b and llama-large is inferred: it matches both counts to every digit if
@@ -65,7 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument(
         "--ffn", nargs="+", choices=VARIANTS, default=list(TABLE_VARIANTS), metavar="FFN", help="only these variants"
     )
-    sizes.add_argument("--csv", action="store_true", help="comma-separated values instead of Markdown")
     sizes.set_defaults(run=_sizes)
 
     create = commands.add_parser(
@@ -77,13 +75,6 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument("--size", required=True, choices=SIZES, metavar="SIZE", help="named size, see `sizes`")
     create.add_argument(
         "--tokenizer", required=True, metavar="NAME", help="folder or Hub name of the tokenizer, for the vocabulary"
-    )
-    create.add_argument(
-        "--vocab-multiple",
-        type=int,
-        default=64,
-        metavar="N",
-        help="pad the vocabulary to a multiple of N, for faster matrix products (default: %(default)s)",
     )
     create.set_defaults(run=_create)
 
@@ -121,12 +112,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sizes(options: argparse.Namespace) -> None:
-    rows = list(_rows(options.size, options.ffn))
-    if options.csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerows([COLUMNS, *rows])
-        return
-    lines = [[_cell(column, value) for column, value in zip(COLUMNS, row, strict=True)] for row in rows]
+    rows = _rows(options.size, options.ffn)
+    lines = ([_cell(column, value) for column, value in zip(COLUMNS, row, strict=True)] for row in rows)
     for line in (COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *lines):
         print(f"| {' | '.join(line)} |")
     print(NOTES)
@@ -163,10 +150,9 @@ def _cell(column: str, value: str | float | None) -> str:
 
 def _create(options: argparse.Namespace) -> None:
     _check_out(options.out)
-    require("--vocab-multiple", options.vocab_multiple, options.vocab_multiple >= 1, "1 or above")
     tokenizer = load_tokenizer(options.tokenizer)
     fields = {
-        "vocab_size": -(-len(tokenizer) // options.vocab_multiple) * options.vocab_multiple,
+        "vocab_size": padded_vocab(len(tokenizer)),
         **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         **_settings(options.set),
     }

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moa_train.data_order import ORDER, StepBatches, batch_loader, generator, philox_key
 from moa_train.errors import ConfigError, DataError, require
-from moa_train.manifest import MANIFEST, file_problem, parse_manifest
+from moa_train.manifest import MANIFEST, parse_manifest
 from moa_train.open_files import OpenFiles, open_to_read
 
 FORMAT = "moa-tokens-1"
@@ -168,12 +168,6 @@ class TokenShards:
             raise DataError(f"{path}: {error}; {_remedy(self.folder)}") from error
         if count != tokens.nbytes:
             raise DataError(f"{path} was truncated; {_remedy(self.folder)}")
-
-    def verify(self) -> None:
-        """Read all shards and compare their checksums. Raises DataError naming the first that differs."""
-        for shard in self.manifest["shards"]:
-            if problem := file_problem(self.folder / shard["name"], shard):
-                raise DataError(f"{self.folder / shard['name']}: {problem}; {_remedy(self.folder)}")
 
     def require_same_tokenizer(self, other: TokenShards) -> None:
         """Raise DataError unless `other` has the same tokenizer."""

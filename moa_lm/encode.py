@@ -1,12 +1,9 @@
-"""Documents -> tokens, in worker processes, by any tokenizer of the `tokenizers` library."""
+"""Documents -> tokens by any tokenizer of the `tokenizers` library, which uses all cores."""
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +19,9 @@ from moa_train.atomic_io import new_folder, write_json
 from moa_train.errors import ConfigError, DataError
 from moa_train.manifest import file_sha256
 from moa_train.reading import read_json
-from moa_train.signals import end_with_parent, ignore_stop_signals
 
-_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**20, 1024
-"""A worker's task ends with the document that reaches one of the two."""
+_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**24, 8192
+"""A chunk, which is encoded in parallel, ends with the document that reaches one of the two."""
 
 
 class Vocabulary(NamedTuple):
@@ -108,11 +104,7 @@ def open_vocabulary(folder: Path, name: str) -> Vocabulary:
 
 
 class Encoder:
-    """A function from texts to tokens that gives the same result in any process.
-
-    Args:
-        vocabulary: The tokenizer.
-    """
+    """A function from texts to tokens."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.folder = vocabulary.folder
@@ -132,32 +124,11 @@ class Encoder:
         return [np.array([*encoding.ids, self.end_of_text], self.dtype) for encoding in encodings]
 
 
-def tokenize(texts: Iterator[Text], vocabulary: Vocabulary, workers: int) -> Generator[tuple[Text, np.ndarray]]:
-    """Yield documents in order, each with its tokens; `texts` is read ahead by a few chunks per worker.
-
-    Args:
-        texts: The documents.
-        vocabulary: The tokenizer.
-        workers: Number of processes; 1 tokenizes in this process.
-    """
-    chunks = _chunks(texts)
-    if workers <= 1:
-        encode = Encoder(vocabulary)
-        for chunk in chunks:
-            yield from zip(chunk, encode([text.text for text in chunk]), strict=True)
-        return
-    pending: deque[tuple[list[Text], Future[list[np.ndarray]]]] = deque()
-    with _single_threaded(), ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(vocabulary,)) as pool:
-        try:
-            for chunk in chunks:
-                pending.append((chunk, pool.submit(_encode_in_worker, [text.text for text in chunk])))
-                if len(pending) > 2 * workers:
-                    done, future = pending.popleft()
-                    yield from zip(done, future.result(), strict=True)
-            for done, future in pending:
-                yield from zip(done, future.result(), strict=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+def tokenize(texts: Iterator[Text], vocabulary: Vocabulary) -> Iterator[tuple[Text, np.ndarray]]:
+    """Yield documents in order, each with its tokens; `texts` is read ahead by one chunk."""
+    encode = Encoder(vocabulary)
+    for chunk in _chunks(texts):
+        yield from zip(chunk, encode([text.text for text in chunk]), strict=True)
 
 
 def _chunks(texts: Iterator[Text]) -> Iterator[list[Text]]:
@@ -171,31 +142,3 @@ def _chunks(texts: Iterator[Text]) -> Iterator[list[Text]]:
             chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-_worker_encoder: Encoder | None = None
-
-
-def _start_worker(vocabulary: Vocabulary) -> None:
-    global _worker_encoder
-    ignore_stop_signals()
-    end_with_parent()
-    _worker_encoder = Encoder(vocabulary)
-
-
-def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
-    assert _worker_encoder is not None
-    return _worker_encoder(texts)
-
-
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Keep `tokenizers` from starting threads in processes that are forked within the context."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -126,6 +126,11 @@ def _units_of_bimoa(config: MoALlamaConfig) -> int:
     return round(bimoa.extra_parameters(config.hidden_size) / (3 * config.hidden_size))
 
 
+def padded_vocab(tokens: int) -> int:
+    """Return the vocabulary size of a model: that of the tokenizer, padded to a multiple of 64 for faster products."""
+    return -(-tokens // 64) * 64
+
+
 class Parameters(NamedTuple):
     """Parameter counts of a model.
 

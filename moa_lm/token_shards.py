@@ -1,7 +1,7 @@
 """Documents -> tokens -> shards and their manifest: the data set that `moa_lm.data` reads.
 
-Documents keep the order of their sources, and a shard ends with the document that fills it: the number of processes
-does not change a byte. Every finished shard is recorded in an unfinished manifest, from which the same command
+Documents keep the order of their sources, and a shard ends with the document that fills it: the same texts and
+settings give the same bytes. Every finished shard is recorded in an unfinished manifest, from which the same command
 resumes: it reads the sources again, verifies by a running SHA-256 that the texts are the same, and tokenizes from the
 end of the last finished shard on.
 """
@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from filelock import FileLock, Timeout
 
 from moa_lm.bpe import train_bpe
 from moa_lm.data import TOKENIZER
@@ -75,7 +72,6 @@ def make_tokens(
     settings: TokenSettings,
     *,
     val_sources: Sequence[str] = (),
-    workers: int = 1,
     max_bad: int = 100,
 ) -> list[Report]:
     """Pack documents into token shards in `out`, or with held-out documents in `out`/train and `out`/val.
@@ -85,7 +81,6 @@ def make_tokens(
         out: Destination; created if it does not exist.
         settings: See `TokenSettings`.
         val_sources: Sources of held-out documents, instead of `settings.val_fraction`.
-        workers: Processes that tokenize.
         max_bad: Number of unreadable documents per source above which packing fails.
 
     Returns:
@@ -104,16 +99,15 @@ def make_tokens(
     ]
     readers = [CorpusReader(corpus, settings.val_fraction, max_bad) for corpus in corpora]
     folders = [out / "train", out / "val"] if val_sources or settings.val_fraction else [out]
-    with _exclusive(out):
-        _check_folders(out, folders)
-        writers = _open_writers(folders, settings, readers[0], two_sources=bool(val_sources))
-        groups = [[writer] for writer in writers] if val_sources else [writers]
-        ends = [_pack(reader, group, workers) for reader, group in zip(readers, groups, strict=True)]
-        return [
-            writer.publish(reader, end)
-            for reader, group, end in zip(readers, groups, ends, strict=True)
-            for writer in group
-        ]
+    _check_folders(out, folders)
+    writers = _open_writers(folders, settings, readers[0], two_sources=bool(val_sources))
+    groups = [[writer] for writer in writers] if val_sources else [writers]
+    ends = [_pack(reader, group) for reader, group in zip(readers, groups, strict=True)]
+    return [
+        writer.publish(reader, end)
+        for reader, group, end in zip(readers, groups, ends, strict=True)
+        for writer in group
+    ]
 
 
 def _open_writers(
@@ -129,11 +123,9 @@ def _open_writers(
             save_tokenizer(settings.tokenizer, new, settings.end_of_text)
             identity["tokenizer_sha256"] = file_sha256(new / "tokenizer.json")
         earlier = [earlier_run(folder, identity) for folder in folders]
-        trained_on = earlier[0].trained_on
-        if settings.train_bpe is not None and not earlier[0].exists:
+        if settings.train_bpe is not None and not any(run.shards for run in earlier):
             training = (text.text for text in reader if not text.held_out)
             train_bpe(training, settings.train_bpe).save_pretrained(new)
-            trained_on = reader.state.sha256
         for folder in folders:
             if new.exists():
                 _copy_folder(new, folder / TOKENIZER)
@@ -143,23 +135,22 @@ def _open_writers(
     vocabulary = open_vocabulary(first, name)
     limits = (settings.max_tokens, None)
     return [
-        TokenSetWriter(folder, identity, vocabulary, run, None if number else trained_on, limits[number])
-        for number, (folder, run) in enumerate(zip(folders, earlier, strict=True))
+        TokenSetWriter(folder, identity, vocabulary, run, limit)
+        for folder, run, limit in zip(folders, earlier, limits, strict=False)
     ]
 
 
-def _pack(reader: CorpusReader, writers: list[TokenSetWriter], workers: int) -> ReadState:
+def _pack(reader: CorpusReader, writers: list[TokenSetWriter]) -> ReadState:
     """Tokenize the documents that no kept shard holds, each into its set, and return how far the source was read.
 
     `max_tokens` of the first set (train) ends the reading for both.
     """
     end: ReadState | None = None
-    with closing(tokenize(_missing(reader, writers), writers[0].vocabulary, workers)) as tokenized:
-        for text, tokens in tokenized:
-            writers[text.held_out].add(text, tokens, reader)
-            if text.state.documents == writers[0].end:
-                end = text.state
-                break
+    for text, tokens in tokenize(_missing(reader, writers), writers[0].vocabulary):
+        writers[text.held_out].add(text, tokens, reader)
+        if text.state.documents == writers[0].end:
+            end = text.state
+            break
     end = end or reader.state
     for writer in writers:
         writer.close(reader, end)
@@ -188,19 +179,3 @@ def _check_folders(out: Path, folders: list[Path]) -> None:
             raise DataError(f"{folder} already holds a data set; delete it or choose another --out than {out}")
         if shards and not manifest and not (folder / UNFINISHED).exists():
             raise DataError(f"{folder} holds shards without a manifest; delete them or choose another --out")
-
-
-@contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
-    """Hold the lock of a destination. Raises DataError if another run holds it."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise DataError(f"{out} is being written by another run; wait for it or choose another --out") from error
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink()
-        lock.release()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
-from moa_lm.data import COUNTS, FORMAT, TENSOR, TOKENIZER
+from moa_lm.data import COUNTS, FORMAT, TENSOR
 from moa_lm.documents import CorpusReader, ReadState, Text
 from moa_lm.encode import Vocabulary
 from moa_train.atomic_io import write_bytes, write_json
@@ -21,8 +21,7 @@ from moa_train.errors import ConfigError, DataError
 from moa_train.manifest import MANIFEST, check_entry, file_entry, file_problem, parse_manifest, write_manifest
 
 UNFINISHED = "unfinished.json"
-"""Name of the record of a set that is being written: settings, finished shards and, with `train_bpe`, the SHA-256 of
-the texts that its tokenizer was trained on."""
+"""Name of the record of a set that is being written: settings and finished shards."""
 
 _RECORD_COUNTS = (*COUNTS, "text_bytes", "until")
 
@@ -59,15 +58,11 @@ class EarlierRun:
         finished: Whether it wrote the manifest.
         shards: Records of the shards that it wrote.
         source_sha256: SHA-256 of all texts of a finished set's source.
-        trained_on: SHA-256 of the texts that the tokenizer of an unfinished set was trained on.
-        exists: Whether there was one at all.
     """
 
     finished: bool = False
     shards: Sequence[dict[str, Any]] = ()
     source_sha256: str | None = None
-    trained_on: str | None = None
-    exists: bool = True
 
 
 def earlier_run(folder: Path, identity: dict[str, Any]) -> EarlierRun:
@@ -80,7 +75,7 @@ def earlier_run(folder: Path, identity: dict[str, Any]) -> EarlierRun:
     finished = (folder / MANIFEST).exists()
     path = folder / (MANIFEST if finished else UNFINISHED)
     if not path.exists():
-        return EarlierRun(exists=False)
+        return EarlierRun()
     try:
         record = parse_manifest(path.read_bytes(), FORMAT)
         settings, source = record.get("settings"), record.get("source")
@@ -91,14 +86,14 @@ def earlier_run(folder: Path, identity: dict[str, Any]) -> EarlierRun:
     except DataError as error:
         raise DataError(f"{path} cannot be read: {error}; delete {folder} to start again") from error
     differing = differing_keys(settings, identity, mutable_keys=frozenset())
-    if differing and not record["shards"]:
-        return EarlierRun(exists=False)
+    if not record["shards"]:
+        return EarlierRun()
     if differing:
         raise ConfigError(
             f"{folder} was made with other settings ({', '.join(differing)}); use the same settings, delete the folder "
             "or choose another one"
         )
-    return EarlierRun(finished, record["shards"], source.get("sha256"), record.get("trained_on"))
+    return EarlierRun(finished, record["shards"], source.get("sha256"))
 
 
 class TokenSetWriter:
@@ -109,7 +104,6 @@ class TokenSetWriter:
         identity: Settings that decide the tokens, for the manifest.
         vocabulary: The tokenizer.
         earlier: What an earlier run left in the folder.
-        trained_on: SHA-256 of the texts that the tokenizer was trained on; None for a given tokenizer.
         max_tokens: Number of tokens that ends the set; None: it ends with the documents.
 
     Attributes:
@@ -122,14 +116,12 @@ class TokenSetWriter:
         identity: dict[str, Any],
         vocabulary: Vocabulary,
         earlier: EarlierRun,
-        trained_on: str | None,
         max_tokens: int | None,
     ) -> None:
         self.folder = folder
         self.identity = identity
         self.vocabulary = vocabulary
         self.earlier = earlier
-        self.trained_on = trained_on
         self.records = list(takewhile(self._is_intact, earlier.shards))
         self.finished = earlier.finished and len(self.records) == len(earlier.shards)
         if not self.finished:  # only the last shard of a finished set may be partly filled
@@ -189,8 +181,6 @@ class TokenSetWriter:
 
     def publish(self, reader: CorpusReader, end: ReadState) -> Report:
         """Write the manifest, which makes the set valid, after `close`. Raises DataError if the texts have changed."""
-        if self.trained_on not in (None, end.sha256):
-            raise reader.changed(str(self.folder / TOKENIZER))
         if self.finished and self.earlier.source_sha256 != end.sha256:
             raise reader.changed(str(self.folder))
         if not self.finished:
@@ -235,7 +225,7 @@ class TokenSetWriter:
         self._pieces, self._tokens, self._bytes = [], 0, 0
 
     def _save_progress(self) -> None:
-        progress = {"format": FORMAT, "source": {}, "settings": self.identity, "trained_on": self.trained_on}
+        progress = {"format": FORMAT, "source": {}, "settings": self.identity}
         write_json(self.folder / UNFINISHED, {**progress, "shards": self.records})
 
     def _is_intact(self, record: dict[str, Any]) -> bool:

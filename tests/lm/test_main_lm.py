@@ -1,15 +1,12 @@
 """python -m moa_lm: model folders, the table of sizes, the demo's data, and errors."""
 
-import csv
 import hashlib
-import io
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa_lm.__main__ import COLUMNS, main
-from moa_lm.sizes import SIZES, TABLE_VARIANTS
 
 
 def create(*extra, size="dense-tiny"):
@@ -34,19 +31,10 @@ def test_create(tokenizer_folder, tmp_path, capsys):
 
 
 def test_create_options(tokenizer_folder, tmp_path):
-    arguments = (
-        "--tokenizer",
-        tokenizer_folder,
-        "--out",
-        tmp_path / "m",
-        "--vocab-multiple",
-        "1",
-        "--dtype",
-        "bfloat16",
-    )
-    assert main(create(*arguments, size="moe-tiny")) == 0
+    options = ("--tokenizer", tokenizer_folder, "--out", tmp_path / "m", "--dtype", "bfloat16")
+    assert main(create(*options, size="moe-tiny")) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    assert (model.config.vocab_size, model.config.num_experts, model.dtype) == (70, 8, torch.bfloat16)
+    assert (model.config.vocab_size, model.config.num_experts, model.dtype) == (128, 8, torch.bfloat16)
 
 
 def test_create_does_not_overwrite(tokenizer_folder, tmp_path, capsys):
@@ -88,7 +76,6 @@ def test_user_errors_are_one_line(llama, tokenizer_folder, tmp_path, capsys):
         "no such folder": create("--tokenizer", str(tmp_path / "nowhere"), *out),
         "'loud'": create(*tokenizer, *out, "--set", "ffn_mixing_gate=loud"),
         "must be FIELD=VALUE": create(*tokenizer, *out, "--set", "ffn_mixing_gate"),
-        "--vocab-multiple is 0; it must be 1 or above": create(*tokenizer, *out, "--vocab-multiple", "0"),
         "Type-I FFN": ["convert", str(tmp_path / "llama"), "--ffn", "moa", *out],
         "nowhere: no such folder": ["convert", str(tmp_path / "nowhere"), "--ffn", "qdmoa", *out],
         "empty": ["convert", str(tmp_path / "empty"), "--ffn", "qdmoa", *out],
@@ -99,18 +86,6 @@ def test_user_errors_are_one_line(llama, tokenizer_folder, tmp_path, capsys):
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, error
         assert not (tmp_path / "out").exists()
-
-
-def test_sizes_as_csv(capsys):
-    names = ["dense-tiny", "dense-0.12b", "llama-large", "moe-tiny"]
-    assert main(["sizes", "--csv", "--size", *names]) == 0
-    header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
-    assert tuple(header) == COLUMNS
-    expected = [(name, v) for name in names for v in SIZES[name].variants or TABLE_VARIANTS]
-    assert [tuple(row[:2]) for row in rows] == expected
-    baseline = next(row for row in rows if row[:2] == ["dense-0.12b", "swiglu"])
-    assert baseline[2:9] == ["6", "768", "2048", "119744256", "119744256", "42477312", "0"]
-    assert baseline[9:] == ["0.11974", "1.0", "", ""]
 
 
 def test_sizes_as_markdown(capsys):

@@ -121,14 +121,6 @@ def test_wrong_content_is_found_when_read(damaged):
         TokenShards(folder).window(8, 4)
 
 
-def test_checksums_are_verified_on_request(damaged):
-    folder, path = damaged
-    TokenShards(folder).verify()
-    path.write_bytes(path.read_bytes()[:-1] + b"!")
-    with pytest.raises(DataError, match=r"shard-000001\.safetensors: SHA-256 differs"):
-        TokenShards(folder).verify()
-
-
 def test_token_outside_of_the_vocabulary_is_reported(tmp_path):
     folder = write_set(tmp_path / "set", [[1, 2, 999, 3]], vocab_size=70)
     with pytest.raises(DataError, match=r"window 0 of 3 tokens holds token 999, but the vocabulary of .* has 70"):
