@@ -6,7 +6,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaForCausalLM,
-    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -170,12 +169,6 @@ def test_wrong_weights_are_named(change, message, llama, tmp_path):
     save_file(change(load_file(path)), path, {"format": "pt"})
     with pytest.raises(DataError, match=rf"{tmp_path}:? {message}"):
         MoALlamaForCausalLM.from_llama(tmp_path, "qdmoa")
-
-
-def test_model_without_a_head_is_refused(llama, tmp_path):
-    LlamaModel(llama().config).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match=r"lacks 'lm_head\.weight'"):
-        MoALlamaForCausalLM.from_llama(tmp_path)
 
 
 def test_damaged_files_are_named(llama, tmp_path):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moa_ffn import VARIANTS
 from moa_ffn.activations import ACTIVATIONS
-from moa_lm import diagnostics as module
 from moa_lm.diagnostics import save, watch
 from moa_lm.modeling import document_positions
 
@@ -137,15 +136,6 @@ def test_model_is_unchanged(training, tiny, tokens):
     watch(model, tokens(2, 6))
     assert sum(len(module._forward_hooks) for module in model.modules()) == before
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_number_of_tokens_is_limited(tiny, tokens, monkeypatch):
-    model, input_ids = tiny(**EXPERTS), tokens(5, 8)
-    monkeypatch.setattr(module, "MAX_TOKENS", 20)
-    assert watch(model, input_ids) == watch(model, input_ids[:2])
-    assert watch(model, input_ids).experts[0]["assignments"] == 2 * 16
-    monkeypatch.setattr(module, "MAX_TOKENS", 5)
-    assert watch(model, input_ids).experts[0]["assignments"] == 16  # one sequence at least
 
 
 def test_document_positions_are_used(tiny, tokens):

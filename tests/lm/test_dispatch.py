@@ -43,28 +43,6 @@ def test_groups_sort_assignments_by_expert(drawn):
     assert torch.equal(groups.order[groups.rows].flatten(), torch.arange(indices.numel()))
 
 
-@settings(max_examples=40, deadline=None)
-@given(assignments(), st.integers(0, 3))
-def test_dispatch_and_combine_equal_one_hot_products(drawn, width):
-    """Forward and both gradients in float64."""
-    indices, experts = drawn
-    n, k = indices.shape
-    groups = group_by_expert(indices, experts)
-    chooses = torch.zeros(n * k, n, dtype=torch.float64)  # (S, N): row r belongs to token t
-    chooses[torch.arange(n * k), groups.order // k] = 1
-    x = torch.randn(n, width, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(n, k, dtype=torch.float64, requires_grad=True)
-    row_weights = torch.stack([weights[int(o) // k, int(o) % k] for o in groups.order]) if n else weights.flatten()
-    rows = dispatch(x, groups)
-    torch.testing.assert_close(rows, chooses @ x)
-    out = combine(rows.sin(), weights, groups)
-    expected = chooses.T @ ((chooses @ x).sin() * row_weights.unsqueeze(-1))
-    torch.testing.assert_close(out, expected)
-    seed = torch.randn_like(out)
-    actual = torch.autograd.grad(out, (x, weights), seed)
-    torch.testing.assert_close(actual, torch.autograd.grad(expected, (x, weights), seed))
-
-
 CPU_METHODS = ("blocks", "grouped", "loop")
 
 
@@ -131,15 +109,6 @@ def test_flops_are_those_of_the_products():
         out.sum().backward()
     product = 2 * 6 * 5 * 4  # of six assignments
     assert forward == 2 * product and counter.get_total_flops() == 6 * product
-
-
-def test_second_derivative_raises():
-    groups = group_by_expert(torch.tensor([[0, 1]]), 2)
-    x = torch.randn(1, 3, requires_grad=True)
-    (a,) = project_in(x, [(torch.randn(2, 4, 3), None)], groups, "blocks")
-    (grad,) = torch.autograd.grad(a.sin().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        grad.sum().backward()
 
 
 @pytest.mark.parametrize("width", [8, 5])

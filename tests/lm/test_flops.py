@@ -19,17 +19,9 @@ def counted(model: MoALlamaForCausalLM, input_ids: torch.Tensor) -> int:
     return counter.get_total_flops() - sum(rotary)  # a product with the positions before transformers 5.24
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_dense_models(variant, attention, tiny, tokens):
-    model = tiny(ffn_variant=variant, attn_implementation=attention)
-    assert forward_flops(model.config, 24) == counted(model, tokens(1, 24))
-
-
-@pytest.mark.parametrize("mixing", ["layer", "expert"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_active_experts_are_counted(variant, mixing, tiny, tokens):
-    model = tiny(ffn_variant=variant, expert_mixing=mixing, **EXPERTS)
+def test_dense_models(variant, tiny, tokens):
+    model = tiny(ffn_variant=variant)
     assert forward_flops(model.config, 24) == counted(model, tokens(1, 24))
 
 
@@ -37,19 +29,13 @@ def test_active_experts_are_counted(variant, mixing, tiny, tokens):
     "fields",
     [
         {"head_dim": 20},
-        {"tie_word_embeddings": True},
+        {**EXPERTS, "ffn_variant": "bila", "expert_mixing": "expert"},
         {"attention_bias": True, "mlp_bias": True, "ffn_mix_bias": True},
-        {"num_key_value_heads": 1, "num_hidden_layers": 3},
         {**EXPERTS, "num_shared_experts": 0},
         {**EXPERTS, "num_shared_experts": 2, "num_experts_per_tok": 5},
     ],
-    ids=["wide heads", "tied", "biased", "one key head", "no shared expert", "two shared experts"],
+    ids=["wide heads", "own mixing", "biased", "no shared expert", "two shared experts"],
 )
 def test_other_shapes(fields, tiny, tokens):
     model = tiny(**fields)
     assert forward_flops(model.config, 17) == counted(model, tokens(1, 17))
-
-
-def test_flops_are_linear_in_the_batch(tiny, tokens):
-    model = tiny(**EXPERTS)
-    assert 3 * forward_flops(model.config, 8) == counted(model, tokens(3, 8))

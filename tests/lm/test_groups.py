@@ -5,14 +5,13 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
-from moa_ffn import FFN, VARIANTS
+from moa_ffn import FFN
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
 from moa_lm.groups import hidden_matrices, no_weight_decay
 from moa_lm.moe import Experts
 from moa_lm.router import TopKRouter
 from moa_train.config import OptimConfig
-from moa_train.muon import StackedMuon
-from moa_train.optim import build_optimizer, describe_groups
+from moa_train.optim import build_optimizer
 
 SIZES = {
     "vocab_size": 50,
@@ -59,7 +58,7 @@ def by_module(model):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "biases"])
 @pytest.mark.parametrize("feedforward", FEEDFORWARD)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["relu2", "la", "bila", "qdmoa"])
 def test_every_parameter_is_classified_once(variant, feedforward, bias):
     biases = {"mlp_bias": bias, "attention_bias": bias, "ffn_mix_bias": bias and "moa" in variant}
     model = build(ffn_variant=variant, **FEEDFORWARD[feedforward], **biases)
@@ -69,28 +68,6 @@ def test_every_parameter_is_classified_once(variant, feedforward, bias):
     assert {id(named[name]) for name in hidden_matrices(model)} == hidden
     assert {id(named[name]) for name in no_weight_decay(model)} == vectors
     assert {named[name].ndim for name in hidden_matrices(model)} == ({2} if feedforward == "dense" else {2, 3})
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_muon_steps_a_model_with_experts(tied):
-    model = build(ffn_variant="qdmoa", tie_word_embeddings=tied, **FEEDFORWARD["layer"])
-    config = OptimConfig(algorithm="muon", weight_decay=0.1)
-    optimizer = build_optimizer(model, config, no_weight_decay(model), hidden_matrices(model))
-    embeddings = 50 * 8 * (1 if tied else 2)
-    # Router 4 x 8, mixing 6 x 8 of routed and of shared experts, a layer; attention 2 x 8 x 8 and 2 x 8 x 4.
-    assert describe_groups(optimizer) == (
-        "Muon (update 0.2 sqrt(max(A, B))): "
-        f"14 matrices ({2 * (192 + 3 * 48):,}) and 6 stacks of 4 ({2 * 3 * 4 * 48:,}) with weight decay 0.1; "
-        f"AdamW: {7 if tied else 8} tensors ({embeddings + 2 * (32 + 48 + 48):,}) with weight decay 0.1; "
-        f"5 tensors (40) without"
-    )
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    tokens = torch.arange(48).view(2, 24)
-    model(tokens, labels=tokens).loss.backward()
-    optimizer.step()
-    assert all((before[name] != parameter).any() for name, parameter in model.named_parameters())
-    stacks = [group["params"] for o in optimizer.optimizers if isinstance(o, StackedMuon) for group in o.param_groups]
-    assert [stack.shape[0] for part in stacks for stack in part] == [4] * 6
 
 
 def test_wrapped_and_frozen_models():

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from moa_ffn import VARIANTS
@@ -70,27 +70,6 @@ def test_swiglu_equals_llama_at_any_shape(heads, batch, length, tiny, llama, tok
     assert error(ours(input_ids).logits, theirs(input_ids).logits) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "linear", "factor": 2.0},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    ],
-    ids=["linear", "llama3"],
-)
-def test_swiglu_equals_llama_with_rotary_scaling(rope, tiny, llama, tokens):
-    same = {"rope_parameters": {"rope_theta": 10000.0, **rope}}
-    theirs, ours = llama(**same), tiny(ffn_variant="swiglu", **same)
-    ours.load_state_dict(theirs.state_dict())
-    assert error(ours(tokens(1, 30)).logits, theirs(tokens(1, 30)).logits) < 1e-5
-
-
 @pytest.mark.parametrize("name", FAMILY)
 def test_hidden_states_follow_from_the_layers(name, tiny, tokens):
     """The FFN has the position of Llama's MLP."""
@@ -129,9 +108,8 @@ def test_cache_by_either_argument_name(name, tiny, tokens):
     assert error(torch.cat(parts, dim=1), model(input_ids).logits) < 1e-5
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_resize_token_embeddings(tied, tiny, tokens, tmp_path):
-    model = tiny(tie_word_embeddings=tied)
+def test_resize_token_embeddings(tiny, tokens, tmp_path):
+    model = tiny(tie_word_embeddings=True)
     input_ids = tokens(1, 6)
     with torch.no_grad():
         before = model(input_ids).logits
@@ -144,21 +122,7 @@ def test_resize_token_embeddings(tied, tiny, tokens, tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids).logits, after)
 
 
-def test_logits_to_keep(tiny, tokens):
-    model, input_ids = tiny(), tokens(2, 8)
-    full = model(input_ids).logits
-    kept = torch.tensor([1, 6])
-    grid = torch.tensor([[0, 5], [7, 2]])
-    assert torch.equal(model(input_ids, logits_to_keep=3).logits, full[:, -3:])
-    assert torch.allclose(model(input_ids, logits_to_keep=kept).logits, full[:, kept], rtol=1e-5, atol=1e-6)
-    by_row = torch.stack([row[places] for row, places in zip(full, grid, strict=True)])
-    assert torch.allclose(model(input_ids, logits_to_keep=grid).logits, by_row, rtol=1e-5, atol=1e-6)
-    mask = torch.zeros(2, 8, dtype=torch.bool)
-    mask[0, 3] = mask[1, 4:6] = True
-    assert torch.allclose(model(input_ids, logits_to_keep=mask).logits, full[mask], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", ["bila", "moe"])
 def test_save_and_load_with_auto_classes(name, tiny, tokens, tmp_path):
     model = tiny(**fields(name), ffn_mixing_gate="tanh", ffn_gate_activations="s,r", ffn_up_activations="id,l")
     model.save_pretrained(tmp_path)
@@ -175,19 +139,6 @@ def test_save_and_load_with_auto_classes(name, tiny, tokens, tmp_path):
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base) is MoALlamaModel
     assert torch.equal(base(tokens(1, 6)).last_hidden_state, model.model(tokens(1, 6)).last_hidden_state)
-
-
-def test_half_precision(tiny, tokens, tmp_path):
-    model = tiny()
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
-    logits = loaded(tokens(2, 9)).logits
-    assert logits.dtype == torch.bfloat16
-    assert error(logits.float(), model(tokens(2, 9)).logits) < 5e-2
-    loaded.save_pretrained(tmp_path / "half")
-    assert AutoConfig.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["qdmoa", "bila", "moe"])
@@ -210,15 +161,13 @@ def test_initialization(name, tiny):
 
 
 @pytest.mark.parametrize("variant", ["qdmoa", "bila", "bimoa", "moe"])
-@pytest.mark.parametrize("device_map", [None, "cpu"])
-def test_missing_mixing_weights_are_initialized_on_load(variant, device_map, tiny, tmp_path):
+def test_missing_mixing_weights_are_initialized_on_load(variant, tiny, tmp_path):
     """Weights that the checkpoint lacks are neither empty nor initialized by Llama's rule."""
     saved = tiny(**{**fields(variant), "ffn_variant": "swiglu"})
     saved.save_pretrained(tmp_path)
     torch.manual_seed(0)
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path,
-        device_map=device_map,
         ffn_variant=fields(variant)["ffn_variant"],
         ffn_mix_init_std=3.0,
         ffn_coef_init=0.7,
@@ -234,12 +183,6 @@ def test_missing_mixing_weights_are_initialized_on_load(variant, device_map, tin
             assert value.std().item() == pytest.approx(3.0, rel=0.3)
         else:
             assert torch.equal(value, kept[name]), name
-
-
-def test_from_pretrained_checks_overrides(tiny, tmp_path):
-    tiny().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="ffn_mixing_gate='loud' is not one of"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, ffn_mixing_gate="loud")
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="transformers makes a mask in every graph of torch 2.11")

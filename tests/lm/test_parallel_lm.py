@@ -3,17 +3,11 @@
 import json
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from torch import distributed
-from torch._dynamo.backends.distributed import DDPOptimizer
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-from moa_lm.modeling import MoALlamaForCausalLM
 from moa_lm.pretrain import main
-from moa_lm.sizes import named_config
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.signals import EXIT_STOPPED
 
@@ -166,37 +160,3 @@ def test_checkpoint_moves_between_one_process_ddp_and_fsdp(tokens, tmp_path, two
         for key in momenta:  # a lost one differs by half or more, where losses do not tell it from rounding
             before, after = (state[key] for state in states)
             assert (after - before).norm() < 0.1 * before.norm(), key
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", ["dense-micro", "moe-micro"])
-def test_ddp_splits_the_compiled_graph_at_buckets(size, monkeypatch):
-    """The compiled graph is split at the ends of DDP's buckets, through our autograd functions too.
-
-    The models above are smaller than a bucket. By "aot_eager": what is cut is the graph, whatever compiles the parts.
-    """
-    cuts, compile_fn = [], DDPOptimizer.compile_fn
-
-    def counted(optimizer, *args):
-        done = compile_fn(optimizer, *args)
-        cuts.append(len(optimizer.buckets))
-        return done
-
-    monkeypatch.setattr(DDPOptimizer, "compile_fn", counted)
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = MoALlamaForCausalLM(named_config(size, "qdmoa", vocab_size=512)).train()
-        input_ids = torch.randint(512, (2, 64))
-        gradients = []
-        for _ in range(2):
-            model.zero_grad()
-            whole = DistributedDataParallel(model, bucket_cap_mb=1)
-            whole(input_ids=input_ids, labels=input_ids, skip_logits=True).loss.backward()
-            gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-            model.compile(backend="aot_eager")
-    finally:
-        distributed.destroy_process_group()
-        torch._dynamo.reset()
-    assert max(cuts) > 2
-    for name, gradient in gradients[0].items():
-        assert (gradients[1][name] - gradient).norm() < 1e-5 * gradient.norm(), name
