@@ -23,10 +23,7 @@ from moa_train.errors import ConfigError, DataError, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-COLUMNS = (
-    *("size", "FFN", "layers", "width", "hidden", "total", "active", "non-embedding", "mixing"),
-    *("paper's total (1e9)", "ratio", "paper's active (1e9)", "ratio of active"),
-)
+COLUMNS = ("size", "FFN", "layers", "width", "hidden", "total", "active", "non-embedding", "mixing")
 BILLIONS = ("total", "active", "non-embedding")
 """Columns in billions."""
 
@@ -34,12 +31,9 @@ TALES = Path(__file__).parent / "texts" / "tales.jsonl.gz"
 TALES_SETTINGS = TokenSettings(train_bpe=2048, val_fraction=0.1)
 
 NOTES = """
-total, active and non-embedding are exact counts in billions. `hidden` is the hidden width of the FFN,
-with experts that of one expert. `active` counts the parameters that process one token, embeddings included; `mixing`
-those of the mixture of activations; ratios are ours / paper's. The paper (arXiv:2605.26647) gives names and a few
-counts, not shapes. The shape of dense-0.12b and llama-large is inferred: it matches both counts to every digit if
-bi-MoA mixes six activations on each branch (`g,s,r,r2,l,t`; bimoa in this table has the default dictionaries). All
-other shapes are this project's, and the paper's figures for them are the rounded ones in its model names."""
+total, active and non-embedding are exact counts in billions. `hidden` is the hidden width of the FFN, with experts that
+of one expert. `active` counts the parameters that process one token, embeddings included; `mixing` those of the mixture
+of activations. docs/language-models.md compares them with the paper's."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,33 +113,19 @@ def _sizes(options: argparse.Namespace) -> None:
     print(NOTES)
 
 
-def _rows(sizes: list[str], variants: list[str]) -> Iterator[list[str | int | float | None]]:
+def _rows(sizes: list[str], variants: list[str]) -> Iterator[list[str | int]]:
     for name in sizes:
-        size = SIZES[name]
-        for variant in [v for v in variants if not size.variants or v in size.variants]:
+        for variant in [v for v in variants if v in (SIZES[name].variants or variants)]:
             config = named_config(name, variant)
-            count = count_parameters(config)
             hidden = config.moe_intermediate_size or config.intermediate_size
-            yield [
-                *(name, variant, config.num_hidden_layers, config.hidden_size, hidden, *count),
-                *_compared(count.total, size.paper_total, variant),
-                *_compared(count.active, size.paper_active, variant),
-            ]
+            yield [name, variant, config.num_hidden_layers, config.hidden_size, hidden, *count_parameters(config)]
 
 
-def _compared(ours: int, paper: dict[str, str], variant: str) -> tuple[str | None, float | None]:
-    """Return the paper's figure with its digits, and the ratio of ours to it."""
-    figure = paper.get(variant, paper.get(""))
-    return (None, None) if figure is None else (figure, round(ours / (float(figure) * 1e9), 4))
-
-
-def _cell(column: str, value: str | float | None) -> str:
+def _cell(column: str, value: str | int) -> str:
     """Format a cell of the Markdown table."""
-    if value is None or isinstance(value, str):
-        return value or ""
     if column in BILLIONS:
-        return f"{value / 1e9:.5f}"
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if column == "mixing" else str(value)
+        return f"{int(value) / 1e9:.5f}"
+    return f"{value:,}" if column == "mixing" else str(value)
 
 
 def _create(options: argparse.Namespace) -> None:

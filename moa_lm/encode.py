@@ -103,32 +103,23 @@ def open_vocabulary(folder: Path, name: str) -> Vocabulary:
     return Vocabulary(folder, name, file_sha256(folder / "tokenizer.json"), size, end)
 
 
-class Encoder:
-    """A function from texts to tokens."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.folder = vocabulary.folder
-        self.end_of_text = vocabulary.end_of_text
-        self.dtype = DTYPES[vocabulary.dtype]
-        self.tokenizer = Tokenizer.from_file(str(vocabulary.folder / "tokenizer.json"))
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" within a text is plain text
-
-    def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the tokens of each text, end-of-text included. Raises DataError for a text that has no encoding."""
-        try:
-            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # tokenizers raises plain Exception
-            raise DataError(f"{self.folder}: the tokenizer cannot encode a text ({error})") from error
-        return [np.array([*encoding.ids, self.end_of_text], self.dtype) for encoding in encodings]
-
-
 def tokenize(texts: Iterator[Text], vocabulary: Vocabulary) -> Iterator[tuple[Text, np.ndarray]]:
-    """Yield documents in order, each with its tokens; `texts` is read ahead by one chunk."""
-    encode = Encoder(vocabulary)
+    """Yield documents in order, each with its tokens, end-of-text included; one chunk of `texts` is read ahead.
+
+    Raises:
+        DataError: The tokenizer cannot encode a text.
+    """
+    tokenizer = Tokenizer.from_file(str(vocabulary.folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" within a text is plain text
     for chunk in _chunks(texts):
-        yield from zip(chunk, encode([text.text for text in chunk]), strict=True)
+        try:
+            encodings = tokenizer.encode_batch_fast([text.text for text in chunk], add_special_tokens=False)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise DataError(f"{vocabulary.folder}: the tokenizer cannot encode a text ({error})") from error
+        for text, encoding in zip(chunk, encodings, strict=True):
+            yield text, np.array([*encoding.ids, vocabulary.end_of_text], DTYPES[vocabulary.dtype])
 
 
 def _chunks(texts: Iterator[Text]) -> Iterator[list[Text]]:

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 from moa_lm.bpe import train_bpe
 from moa_lm.data import TOKENIZER
-from moa_lm.documents import Corpus, CorpusReader, ReadState, Text
+from moa_lm.documents import Corpus, ReadState, Text
 from moa_lm.encode import open_vocabulary, save_tokenizer, tokenize
 from moa_lm.token_writer import UNFINISHED, Report, TokenSetWriter, earlier_run
 from moa_train.atomic_io import new_folder
@@ -94,24 +94,22 @@ def make_tokens(
     if val_sources and settings.val_fraction:
         raise ConfigError(f"val_fraction is {settings.val_fraction} with val_sources; set one of the two")
     out = Path(out).expanduser()
-    corpora = [
-        Corpus(names, field=settings.field, split_on=settings.split_on) for names in (sources, val_sources) if names
-    ]
-    readers = [CorpusReader(corpus, settings.val_fraction, max_bad) for corpus in corpora]
+    reading = {"field": settings.field, "split_on": settings.split_on, "val_fraction": settings.val_fraction}
+    corpora = [Corpus(names, **reading, max_bad=max_bad) for names in (sources, val_sources) if names]
     folders = [out / "train", out / "val"] if val_sources or settings.val_fraction else [out]
     _check_folders(out, folders)
-    writers = _open_writers(folders, settings, readers[0], two_sources=bool(val_sources))
+    writers = _open_writers(folders, settings, corpora[0], two_sources=bool(val_sources))
     groups = [[writer] for writer in writers] if val_sources else [writers]
-    ends = [_pack(reader, group) for reader, group in zip(readers, groups, strict=True)]
+    ends = [_pack(corpus, group) for corpus, group in zip(corpora, groups, strict=True)]
     return [
-        writer.publish(reader, end)
-        for reader, group, end in zip(readers, groups, ends, strict=True)
+        writer.publish(corpus, end)
+        for corpus, group, end in zip(corpora, groups, ends, strict=True)
         for writer in group
     ]
 
 
 def _open_writers(
-    folders: list[Path], settings: TokenSettings, reader: CorpusReader, *, two_sources: bool
+    folders: list[Path], settings: TokenSettings, corpus: Corpus, *, two_sources: bool
 ) -> list[TokenSetWriter]:
     """Return the writers of the sets, each with its tokenizer in place, which is trained here if needed."""
     identity = {**asdict(settings), "val_sources": two_sources, "tokenizer_sha256": None}
@@ -124,7 +122,7 @@ def _open_writers(
             identity["tokenizer_sha256"] = file_sha256(new / "tokenizer.json")
         earlier = [earlier_run(folder, identity) for folder in folders]
         if settings.train_bpe is not None and not any(run.shards for run in earlier):
-            training = (text.text for text in reader if not text.held_out)
+            training = (text.text for text in corpus if not text.held_out)
             train_bpe(training, settings.train_bpe).save_pretrained(new)
         for folder in folders:
             if new.exists():
@@ -140,27 +138,27 @@ def _open_writers(
     ]
 
 
-def _pack(reader: CorpusReader, writers: list[TokenSetWriter]) -> ReadState:
+def _pack(corpus: Corpus, writers: list[TokenSetWriter]) -> ReadState:
     """Tokenize the documents that no kept shard holds, each into its set, and return how far the source was read.
 
     `max_tokens` of the first set (train) ends the reading for both.
     """
     end: ReadState | None = None
-    for text, tokens in tokenize(_missing(reader, writers), writers[0].vocabulary):
-        writers[text.held_out].add(text, tokens, reader)
+    for text, tokens in tokenize(_missing(corpus, writers), writers[0].vocabulary):
+        writers[text.held_out].add(text, tokens, corpus)
         if text.state.documents == writers[0].end:
             end = text.state
             break
-    end = end or reader.state
+    end = end or corpus.state
     for writer in writers:
-        writer.close(reader, end)
+        writer.close(corpus, end)
     return end
 
 
-def _missing(reader: CorpusReader, writers: list[TokenSetWriter]) -> Iterator[Text]:
+def _missing(corpus: Corpus, writers: list[TokenSetWriter]) -> Iterator[Text]:
     """Yield the documents that no kept shard holds, up to the end of the first set if a kept shard has it."""
-    for text in reader:
-        if not writers[text.held_out].holds(text, reader):
+    for text in corpus:
+        if not writers[text.held_out].holds(text, corpus):
             yield text
         if text.state.documents == writers[0].end:
             return

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from moa_lm.data import COUNTS, FORMAT, TENSOR
-from moa_lm.documents import CorpusReader, ReadState, Text
+from moa_lm.documents import Corpus, ReadState, Text
 from moa_lm.encode import Vocabulary
 from moa_train.atomic_io import write_bytes, write_json
 from moa_train.config import differing_keys
@@ -139,21 +139,21 @@ class TokenSetWriter:
             self._save_progress()
             (folder / MANIFEST).unlink(missing_ok=True)
 
-    def holds(self, text: Text, reader: CorpusReader) -> bool:
+    def holds(self, text: Text, corpus: Corpus) -> bool:
         """Return whether a kept shard holds this document. Raises DataError if the texts up to it have changed."""
         end = self._kept_ends.pop(text.state.documents, None)
         if end is not None and end["until_sha256"] != text.state.sha256:
-            raise reader.changed(str(self.folder / end["name"]))
+            raise corpus.changed(str(self.folder / end["name"]))
         return text.state.documents <= self.covered
 
-    def add(self, text: Text, tokens: np.ndarray, reader: CorpusReader) -> None:
+    def add(self, text: Text, tokens: np.ndarray, corpus: Corpus) -> None:
         """Add a document to the current shard and write the shard if it is full.
 
         Raises:
             DataError: The set was finished without this document, so the texts have changed.
         """
         if self.finished:
-            raise reader.changed(str(self.folder))
+            raise corpus.changed(str(self.folder))
         self._count(len(tokens), text.state.documents)
         self._pieces.append(tokens)
         self._tokens += len(tokens)
@@ -162,33 +162,33 @@ class TokenSetWriter:
         if self._tokens >= self.identity["shard_tokens"]:
             self._write()
 
-    def close(self, reader: CorpusReader, end: ReadState) -> None:
+    def close(self, corpus: Corpus, end: ReadState) -> None:
         """Write the last shard.
 
         Args:
-            reader: The source.
+            corpus: The source.
             end: How far the source was read.
 
         Raises:
             DataError: The set is empty, or the documents ended before the kept shards did.
         """
         if self._kept_ends:
-            raise reader.changed(str(self.folder))
+            raise corpus.changed(str(self.folder))
         if self._pieces:
             self._write()
         if not self.records:
-            raise _empty(self.folder, reader, end)
+            raise _empty(self.folder, corpus, end)
 
-    def publish(self, reader: CorpusReader, end: ReadState) -> Report:
+    def publish(self, corpus: Corpus, end: ReadState) -> Report:
         """Write the manifest, which makes the set valid, after `close`. Raises DataError if the texts have changed."""
         if self.finished and self.earlier.source_sha256 != end.sha256:
-            raise reader.changed(str(self.folder))
+            raise corpus.changed(str(self.folder))
         if not self.finished:
             names = {record["name"] for record in self.records}
             for path in self.folder.glob("shard-*.safetensors"):
                 if path.name not in names:
                     path.unlink()
-            source = {"names": list(reader.corpus.names), **end._asdict()}
+            source = {"names": list(corpus.names), **end._asdict()}
             write_manifest(self.folder, FORMAT, self.records, **self._totals(), source=source, settings=self.identity)
         (self.folder / UNFINISHED).unlink(missing_ok=True)
         documents, tokens, size = (self._sum(field) for field in ("documents", "tokens", "text_bytes"))
@@ -236,11 +236,11 @@ class TokenSetWriter:
         return record["tokens"] >= self.identity["shard_tokens"]
 
 
-def _empty(folder: Path, reader: CorpusReader, end: ReadState) -> DataError:
-    names = ", ".join(reader.corpus.names)
+def _empty(folder: Path, corpus: Corpus, end: ReadState) -> DataError:
+    names = ", ".join(corpus.names)
     if not end.documents:
         return DataError(f"{names}: no usable document ({end.empty} empty, {end.unreadable} unreadable)")
     return DataError(
         f"none of the {end.documents} documents of {names} is left for {folder}; change val_fraction "
-        f"({reader.val_fraction}), split the texts into more documents (--split-on), or use --val-source"
+        f"({corpus.val_fraction}), split the texts into more documents (--split-on), or use --val-source"
     )

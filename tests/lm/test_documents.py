@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moa_lm.documents import Corpus, CorpusReader
+from moa_lm.documents import Corpus
 from moa_train.errors import ConfigError, DataError
 
 TEXTS = [f"Text {i}.\n" + "Äpfel 日本語 🦉 stones\n" * (i % 5) + "\nEnd" for i in range(20)]
@@ -21,11 +21,11 @@ def write_jsonl(path, texts):
 
 
 def read(*sources, **options):
-    return [document.text for document in Corpus([str(source) for source in sources], **options)]
+    return [document.text for document in Corpus([str(source) for source in sources], **options).documents()]
 
 
 def problems(*sources, **options):
-    documents = Corpus([str(source) for source in sources], **options)
+    documents = Corpus([str(source) for source in sources], **options).documents()
     return {document.where.rpartition("/")[2]: document.problem for document in documents if document.problem}
 
 
@@ -70,7 +70,7 @@ def test_parquet_and_streamed_data_sets(parquet):
     assert read(parquet, field="body") == TEXTS
     (parquet.parent / "train1.parquet").unlink()
     corpus = Corpus([f"hf:{parquet.parent}"], field="body")
-    assert [document.text for document in corpus] == [document.text for document in corpus] == TEXTS
+    assert [text.text for text in corpus] == [text.text for text in corpus] == TEXTS
 
 
 def test_options_of_a_streamed_data_set(parquet, tmp_path):
@@ -146,7 +146,7 @@ def test_broken_stream_is_named_with_the_last_row(monkeypatch):
 
 def test_reader_counts_skipped_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": " \\n"}\n{\n{"text": "end"}\n')
-    reader = CorpusReader(Corpus([str(tmp_path / "a.jsonl")]), max_bad=1)
+    reader = Corpus([str(tmp_path / "a.jsonl")], max_bad=1)
     assert [text.text for text in reader] == ["good", "end"]
     assert (reader.state.documents, reader.state.empty, reader.state.unreadable) == (2, 1, 1)
     reader.max_bad = 0
