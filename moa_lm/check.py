@@ -34,13 +34,7 @@ def plan_check(folder: Path) -> Plan:
 
 
 def check_shard(folder: Path, shard: dict[str, Any], manifest: dict[str, Any]) -> Checked:
-    """Check the bytes and tokens of one shard, and that it holds its documents, each ended by end-of-text.
-
-    Args:
-        folder: Folder of the set.
-        shard: Entry of the shard in the manifest.
-        manifest: Manifest of the set.
-    """
+    """Check the bytes and tokens of one shard, and that it holds its documents, each ended by end-of-text."""
     path = folder / shard["name"]
     try:
         mismatch = file_problem(path, shard)

@@ -72,16 +72,10 @@ def combine(out: Tensor, weights: Tensor, groups: Groups) -> Tensor:
 
 
 def project_in(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], groups: Groups, method: str) -> list[Tensor]:
-    """Apply linear maps of each of its experts to every token.
+    """Apply linear maps of each of its experts to every token: x (N, I) -> (S, O) for each map.
 
-    Args:
-        x: (N, I) tokens.
-        maps: Weight (E, O, I) and bias (E, O) or None of each map.
-        groups: The assignments.
-        method: A result of `choose_method`.
-
-    Returns:
-        (S, O) for each map, in x's dtype or autocast's.
+    A map has a weight (E, O, I) and a bias (E, O) or None; `method` is a result of `choose_method`. Results have x's
+    dtype or autocast's.
     """
     if method == "blocks":
         tokens = expert_blocks.row_tokens(groups.order, groups.rows.shape[1])
@@ -94,18 +88,10 @@ def project_in(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], groups: 
 def project_out(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor, groups: Groups, method: str
 ) -> Tensor:
-    """Apply its expert's linear map to every row and sum the rows of each token with weights.
+    """Apply its expert's linear map to every row and sum the rows of each token with weights: (S, I) -> (N, O).
 
-    Args:
-        hidden: (S, I) rows sorted by expert.
-        weight: (E, O, I).
-        bias: (E, O) or None.
-        scales: (N, k), the weights of the sum.
-        groups: Assignments of the rows.
-        method: A result of `choose_method`.
-
-    Returns:
-        (N, O) in hidden's dtype or autocast's.
+    Shapes are weight (E, O, I), bias (E, O) and scales (N, k), the weights of the sum. The result has hidden's dtype or
+    autocast's.
     """
     if method != "blocks":
         return combine(grouped_linear(hidden, weight, bias, groups, method), scales, groups)
@@ -117,18 +103,10 @@ def project_out(
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups, method: str) -> Tensor:
-    """Apply its expert's linear map to each row.
+    """Apply its expert's linear map, weight (E, O, I) and bias (E, O), to each row: (S, I) -> (S, O).
 
-    Args:
-        x: (S, I) rows sorted by expert.
-        weight: (E, O, I), as in nn.Linear for each expert; cast to the dtype of the product, as is the bias.
-        bias: (E, O) or None.
-        groups: Assignments of the rows.
-        method: "grouped" or "loop". The loop reads the group sizes on the host, which synchronizes the device and
-            breaks a compiled graph.
-
-    Returns:
-        (S, O) in x's dtype or autocast's.
+    `method` is "grouped" or "loop", which reads the group sizes on the host: that synchronizes the device and breaks a
+    compiled graph. The result has x's dtype or autocast's.
     """
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)

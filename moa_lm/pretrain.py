@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -355,8 +354,7 @@ def checked_config(config: ModelConfig, given: dict[str, Any]) -> MoALlamaConfig
     """
     known = {field.name for field in fields(MoALlamaConfig)}
     for name, value in config.args.items():
-        hint = "".join(f"; did you mean {match}?" for match in get_close_matches(name, known, 1))
-        require(f"model.args.{name}", value, name in known, f"a field of MoALlamaConfig{hint}")
+        require(f"model.args.{name}", value, name in known, "a field of MoALlamaConfig")
         if name in given:
             raise ConfigError(f"model.args.{name} is {value!r}, but the data decide it; leave it out")
     try:
@@ -383,12 +381,7 @@ def build_model(config: ModelConfig, shards: TokenShards, sequence_length: int) 
 
 
 def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
-    """Train as the command line says and return the exit code of `moa_train.trainer.run`.
-
-    Args:
-        arguments: Words of the command line; None: those of the process.
-        default: Config file to read if the command line names none.
-    """
+    """Train as the command line says and return the exit code; `default` is the config file if it names none."""
     config = parse_config(
         LMConfig,
         sys.argv[1:] if arguments is None else arguments,

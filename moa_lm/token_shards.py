@@ -79,12 +79,9 @@ def make_tokens(
     Args:
         sources: See `moa_lm.documents.Corpus`.
         out: Destination; created if it does not exist.
-        settings: See `TokenSettings`.
+        settings: Settings of the tokens.
         val_sources: Sources of held-out documents, instead of `settings.val_fraction`.
         max_bad: Number of unreadable documents per source above which packing fails.
-
-    Returns:
-        One report, or those of train and val.
 
     Raises:
         ConfigError: A setting is invalid, or differs from those that `out` was made with.

@@ -99,13 +99,6 @@ def earlier_run(folder: Path, identity: dict[str, Any]) -> EarlierRun:
 class TokenSetWriter:
     """Packs the documents of one set into shards and keeps the intact shards of an earlier run.
 
-    Args:
-        folder: Folder of the set, with the tokenizer.
-        identity: Settings that decide the tokens, for the manifest.
-        vocabulary: The tokenizer.
-        earlier: What an earlier run left in the folder.
-        max_tokens: Number of tokens that ends the set; None: it ends with the documents.
-
     Attributes:
         end: Number of the document that reaches `max_tokens`; None until then.
     """
@@ -147,11 +140,7 @@ class TokenSetWriter:
         return text.state.documents <= self.covered
 
     def add(self, text: Text, tokens: np.ndarray, corpus: Corpus) -> None:
-        """Add a document to the current shard and write the shard if it is full.
-
-        Raises:
-            DataError: The set was finished without this document, so the texts have changed.
-        """
+        """Add a document to the current shard and write a full shard. Raises DataError for a finished set."""
         if self.finished:
             raise corpus.changed(str(self.folder))
         self._count(len(tokens), text.state.documents)
@@ -163,15 +152,7 @@ class TokenSetWriter:
             self._write()
 
     def close(self, corpus: Corpus, end: ReadState) -> None:
-        """Write the last shard.
-
-        Args:
-            corpus: The source.
-            end: How far the source was read.
-
-        Raises:
-            DataError: The set is empty, or the documents ended before the kept shards did.
-        """
+        """Write the last shard. Raises DataError if the set is empty or lacks documents of the kept shards."""
         if self._kept_ends:
             raise corpus.changed(str(self.folder))
         if self._pieces:

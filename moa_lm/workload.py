@@ -23,9 +23,7 @@ from moa_train.plan import TRAINING_FLOPS_PER_FORWARD
 def lm_workload(config: LMConfig, *, tokens: int | None = None) -> Workload:
     """Return the requirements of a language model's run; without its shards GPT-2's vocabulary is assumed.
 
-    Args:
-        config: The run.
-        tokens: Training tokens; None takes those of local shards.
+    `tokens` replaces the number of training tokens of local shards.
 
     Raises:
         ConfigError: The model is not possible, or the schedule counts epochs of an unknown number of tokens.
@@ -90,15 +88,10 @@ def _muon_shapes(config: LMConfig, model: MoALlamaForCausalLM) -> dict[str, tupl
 def saved_bytes(
     model: MoALlamaConfig, length: int, *, bf16: bool, checkpointed: bool = False, masked: bool = False
 ) -> SavedBytes:
-    """Return the bytes saved for backward, traced on models of one and of two layers.
+    """Return the bytes saved for backward by sequences of `length`, traced on models of one and of two layers.
 
-    Args:
-        model: The model.
-        length: Tokens of a sequence.
-        bf16: Whether autocast is used.
-        checkpointed: Whether only the float32 input of each layer is kept, with all of one layer (gradient
-            checkpointing).
-        masked: Whether each layer keeps a mask of documents.
+    With gradient checkpointing they are the float32 inputs of all layers and everything of one layer. A `masked` model
+    keeps a mask of documents in each layer.
     """
     fields = {"ffn_backend": "eager", "expert_dispatch": "grouped"}  # tracing cannot follow the others
 

@@ -70,18 +70,6 @@ def test_compiles_once_for_all_sizes(compiling):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2  # forward and backward
 
 
-def test_inference_mode_and_threads_do_not_change_results(compiling):
-    ffn, x = make("swiglu"), torch.randn(TOKENS, 24)
-    expected, threads = ffn(x), torch.get_num_threads()
-    with torch.inference_mode():
-        assert torch.equal(ffn(x), expected)
-    torch.set_num_threads(threads + 1)
-    try:
-        assert torch.equal(ffn(x), expected)
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_few_tokens_are_not_compiled(monkeypatch):
     monkeypatch.delenv(compiled.SWITCH)
     monkeypatch.setattr(compiled, "unavailable_reason", lambda: pytest.fail("asked whether it could compile"))

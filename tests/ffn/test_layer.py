@@ -116,17 +116,6 @@ def test_low_precision(variant, dtype, tolerance):
         assert relative_rms(got, want) < tolerance
 
 
-@pytest.mark.parametrize("gate", GATES)
-def test_mixing_matrix(gate):
-    """C(x) by hand from the mixing vectors of bi-MoA and qd-MoA."""
-    nonlinearity = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "softmax": lambda logits: logits.softmax(-1)}[gate]
-    separable, full = make("bimoa", mixing_gate=gate), make("qdmoa", mixing_gate=gate)
-    logits = X @ separable.mix_proj.weight.T
-    outer = torch.einsum("nk,nl->nkl", nonlinearity(logits[:, :3]), nonlinearity(logits[:, 3:]))
-    torch.testing.assert_close(separable.mixing(X), outer)
-    torch.testing.assert_close(full.mixing(X), nonlinearity(X @ full.mix_proj.weight.T).view(5, 3, 2))
-
-
 @pytest.mark.parametrize("variant", ["la", "onela", "bila", "qdla"])
 def test_one_hot_coefficients_give_a_plain_ffn(variant):
     ffn = make(variant)

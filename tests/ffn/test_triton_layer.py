@@ -52,12 +52,6 @@ def test_equals_eager(variant, bias):
     assert_equals_eager(make(variant, bias=bias, mix_bias=bias), tokens(2, 3))
 
 
-def test_no_tokens():
-    out, _, *gradients = output_and_gradients(make("qdmoa"), tokens(0, 2))
-    assert out.shape == (0, 2, DIM)
-    assert not any(gradient.any() for gradient in gradients)
-
-
 @pytest.mark.parametrize("frozen", ["gate_proj", "down_proj", "mix"])
 def test_frozen_parameters(frozen):
     ffn = make("qdmoa", bias=True)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from moa_ffn import ACTIVATIONS, GATES, VARIANTS
 from moa_lm import MoALlamaConfig
-from moa_lm.configuration import build_config
+from moa_lm.configuration import FFN_FIELDS, build_config
 from moa_train.errors import ConfigError
 
 
@@ -99,3 +99,28 @@ def test_tensor_parallel_plan_leaves_out_the_ffn():
     attention = {name for name in LlamaConfig().base_model_tp_plan or {} if "attn" in name}
     assert attention <= set(plan)
     assert "base_model_tp_plan" not in MoALlamaConfig().to_dict()
+
+
+SMALL = {
+    "vocab_size": 101,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+EXPERTS = ("num_experts", "num_experts_per_tok", "num_shared_experts", "moe_intermediate_size")
+FUZZED = sorted([*FFN_FIELDS, *EXPERTS, "expert_mixing", "expert_dispatch", "norm_topk_prob"])
+
+
+@pytest.mark.filterwarnings("default")  # of odd dtypes
+def test_odd_values_are_kept_or_refused_by_name(fuzz, fuzzing):
+    def attempt(changes):
+        made = []
+        error = fuzzing.refusal(lambda: made.append(build_config(**SMALL | changes)), ConfigError)
+        assert error is None or any(name in str(error) for name in FUZZED), error
+        for config in made:
+            again = MoALlamaConfig.from_dict(json.loads(config.to_json_string()))
+            assert again.to_json_string() == config.to_json_string()
+
+    values = st.sampled_from(fuzzing.ODD)
+    fuzz(st.dictionaries(st.sampled_from(FUZZED), values, min_size=1, max_size=3), attempt, examples=30)

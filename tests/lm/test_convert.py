@@ -201,3 +201,16 @@ def test_missing_folder_and_pickled_weights(llama, tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         MoALlamaForCausalLM.from_llama(tmp_path)
+
+
+@pytest.mark.filterwarnings("default")  # of odd dtypes
+def test_damaged_weights(fuzz, fuzzing, tiny, tmp_path):
+    tiny(ffn_variant="swiglu", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8).save_pretrained(tmp_path)
+
+    def attempt(example):
+        name, content = example
+        with fuzzing.replaced(tmp_path / name, content):
+            error = fuzzing.refusal(lambda: MoALlamaForCausalLM.from_llama(tmp_path, "qdmoa"), DataError)
+        assert error is None or str(tmp_path) in str(error), error
+
+    fuzz(fuzzing.damage(tmp_path, ["model.safetensors"]), attempt, examples=20)

@@ -70,21 +70,7 @@ def test_swiglu_equals_llama_at_any_shape(heads, batch, length, tiny, llama, tok
     assert error(ours(input_ids).logits, theirs(input_ids).logits) < 1e-5
 
 
-@pytest.mark.parametrize("name", FAMILY)
-def test_hidden_states_follow_from_the_layers(name, tiny, tokens):
-    """The FFN has the position of Llama's MLP."""
-    model = tiny(**fields(name), attn_implementation="eager")
-    input_ids = tokens(2, 7)
-    states = model(input_ids, output_hidden_states=True).hidden_states
-    rotary = model.model.rotary_emb(states[0], torch.arange(7)[None])
-    causal = torch.full((7, 7), -torch.inf).triu(1)[None, None]
-    layer = model.model.layers[0]
-    attended = states[0] + layer.self_attn(layer.input_layernorm(states[0]), rotary, causal)[0]
-    expected = attended + layer.mlp(layer.post_attention_layernorm(attended))
-    assert error(states[1], expected) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["swiglu", "relu2", "bila", "qdmoa", "moe"])
+@pytest.mark.parametrize("name", ["bila", "moe"])
 def test_generation_with_and_without_cache(name, tiny, tokens):
     model = tiny(**fields(name))
     prompt = tokens(2, 5)

@@ -10,11 +10,11 @@ from torch.func import functional_call
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from moa_ffn import FFN, VARIANTS
+from moa_ffn import FFN
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.moe import MoE
 
-SEVERAL = ("relu2", "moa", "swiglu", "onemoa", "bimoa", "qdmoa", "qdla")
+SEVERAL = ("relu2", "qdmoa", "bila")
 MIXINGS = ("layer", "expert")
 
 
@@ -117,7 +117,7 @@ def _slices(experts: nn.Module, expert: int) -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.parametrize(("variant", "mixing"), list(itertools.product(VARIANTS, MIXINGS)))
+@pytest.mark.parametrize(("variant", "mixing"), list(itertools.product(("moa", "onemoa", *SEVERAL), MIXINGS)))
 @pytest.mark.parametrize("biases", [False, True], ids=["plain", "biases"])
 def test_output_is_the_weighted_sum_of_ffns(variant, mixing, biases):
     settings = {"mlp_bias": biases, "ffn_mix_bias": biases, "norm_topk_prob": not biases}
@@ -193,32 +193,6 @@ def test_output_of_a_token_does_not_depend_on_its_batch(method, mixing):
             (torch.cat([moe(token) for token in hidden.view(-1, 1, 12)]).view_as(whole), whole),
         ):
             torch.testing.assert_close(other, expected, rtol=0, atol=1e-6 * whole.abs().max().item())
-
-
-@pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
-@pytest.mark.parametrize("variant", ["moa", "qdmoa", "bila"])
-def test_experts_without_tokens_get_a_zero_gradient(method, variant):
-    moe = with_method(make(ffn_variant=variant, expert_mixing="expert", mlp_bias=True), method)
-    with torch.no_grad():
-        moe.router.weight.zero_()
-        moe.router.weight[:, 0] = torch.tensor([0.0, 3.0, 0.0, 2.0, 1.0, 0.0])
-    hidden = tokens(2, 5, 12)
-    hidden[..., 0] = 1.0
-    result = gradients(moe, hidden)
-    assert moe.router(hidden.view(-1, 12))[2].unique().tolist() == [1, 3, 4]
-    for name, _ in moe.experts.named_parameters():
-        used = result[f"experts.{name}"].flatten(1).abs().sum(1) > 0
-        assert used.tolist() == [False, True, False, True, True, False], name
-    torch.testing.assert_close(result["out"], one_by_one(moe, hidden).detach(), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
-@pytest.mark.parametrize("mixing", MIXINGS)
-def test_empty_batch(method, mixing):
-    moe = with_method(make(expert_mixing=mixing), method)
-    result = gradients(moe, torch.zeros(0, 3, 12))
-    assert result.pop("out").shape == result.pop("hidden").shape == (0, 3, 12)
-    assert all(grad is not None and not grad.any() for grad in result.values())
 
 
 @pytest.mark.parametrize("method", ["grouped", "loop"])

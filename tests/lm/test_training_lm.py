@@ -34,7 +34,7 @@ def enable_checkpointing(model: nn.Module, options: dict[str, Any] | None = None
     enable(options)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", ["relu2", "bila", "moe"])
 def test_one_step_changes_every_parameter(name, tiny, tokens):
     model = tiny(**fields(name)).train()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
