@@ -149,7 +149,7 @@ def _expert_row(layer: str, logits: Tensor, indices: Tensor) -> Iterator[Row]:
         "load": expert_load(indices, count).tolist(),
         "entropy": router_entropy(logits).item(),
         "max_entropy": math.log(count),
-        "balance_loss": load_balancing_loss(logits, k, indices=indices).item(),
+        "balance_loss": load_balancing_loss(logits, k).item(),
         "assignments": indices.numel(),
         "dropped": indices.numel() - reached,
     }
