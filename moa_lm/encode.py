@@ -20,7 +20,7 @@ from moa_train.errors import ConfigError, DataError
 from moa_train.manifest import file_sha256
 from moa_train.reading import read_json
 
-_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**24, 8192
+_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**22, 8192
 """A chunk, which is encoded in parallel, ends with the document that reaches one of the two."""
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from moa_lm.modeling import (
     document_positions,
     labels_within_documents,
 )
-from moa_lm.sizes import SIZES, count_parameters, named_config, padded_vocab
+from moa_lm.sizes import END_OF_TEXT, SIZES, VOCAB_SIZE, count_parameters, named_config, padded_vocab
 from moa_train.config import RESUME_MUTABLE_KEYS, RunConfig, ScheduleConfig, parse_config
 from moa_train.errors import ConfigError, DataError, require
 from moa_train.progress import count
@@ -335,26 +336,23 @@ def budgeted(config: MoALlamaConfig, size: str = "") -> int:
     return count_parameters(fixed).active
 
 
-def model_config(config: ModelConfig, shards: TokenShards, sequence_length: int) -> MoALlamaConfig:
-    """Return the transformers configuration of a model for these tokens. Raises ConfigError."""
-    given = {
-        "vocab_size": padded_vocab(shards.vocab_size),
-        "bos_token_id": shards.end_of_text,
-        "eos_token_id": shards.end_of_text,
-        "max_position_embeddings": max(2048, sequence_length),
-    }
-    return checked_config(config, given)
-
-
-def checked_config(config: ModelConfig, given: dict[str, Any]) -> MoALlamaConfig:
-    """Return the transformers configuration with the fields `given` and model.args.
+def model_config(config: ModelConfig, shards: TokenShards | None, sequence_length: int) -> MoALlamaConfig:
+    """Return the transformers configuration of a model for these tokens, without shards for GPT-2's vocabulary.
 
     Raises:
-        ConfigError: model.args has an unknown field, one of `given`, or an invalid value.
+        ConfigError: model.args has an unknown field, one that the data decide, or an invalid value.
     """
+    vocab_size, end = (VOCAB_SIZE, END_OF_TEXT) if shards is None else (shards.vocab_size, shards.end_of_text)
+    given = {
+        "vocab_size": padded_vocab(vocab_size),
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "max_position_embeddings": max(2048, sequence_length),
+    }
     known = {field.name for field in fields(MoALlamaConfig)}
     for name, value in config.args.items():
-        require(f"model.args.{name}", value, name in known, "a field of MoALlamaConfig")
+        hint = "".join(f"; did you mean {match}?" for match in get_close_matches(name, known, 1))
+        require(f"model.args.{name}", value, name in known, f"a field of MoALlamaConfig{hint}")
         if name in given:
             raise ConfigError(f"model.args.{name} is {value!r}, but the data decide it; leave it out")
     try:

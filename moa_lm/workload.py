@@ -11,8 +11,8 @@ from moa_lm.data import TokenShards
 from moa_lm.flops import forward_flops
 from moa_lm.groups import hidden_matrices
 from moa_lm.modeling import MoALlamaForCausalLM
-from moa_lm.pretrain import LMConfig, budgeted, checked_config, model_config
-from moa_lm.sizes import END_OF_TEXT, VOCAB_SIZE, count_parameters
+from moa_lm.pretrain import LMConfig, budgeted, model_config
+from moa_lm.sizes import VOCAB_SIZE, count_parameters
 from moa_train.config import parse_config
 from moa_train.devices import SavedBytes, trace_saved_bytes
 from moa_train.errors import ConfigError
@@ -34,7 +34,7 @@ def lm_workload(config: LMConfig, *, tokens: int | None = None) -> Workload:
         shards = TokenShards(config.data.train)
         model, tokens = model_config(config.model, shards, length), tokens or shards.tokens
     else:
-        model = config_without_shards(config)
+        model = model_config(config.model, None, length)
         assumed.append(f"a vocabulary of {VOCAB_SIZE:,} (GPT-2's), since data.train is absent")
     if tokens is None:
         if config.schedule.epochs is not None:
@@ -65,18 +65,11 @@ def lm_workload(config: LMConfig, *, tokens: int | None = None) -> Workload:
     )
 
 
-def config_without_shards(config: LMConfig) -> MoALlamaConfig:
-    """Return the model config of a run for the vocabulary of GPT-2, checked as in training."""
-    length = max(2048, config.data.sequence_length)
-    given = {"vocab_size": VOCAB_SIZE, "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
-    return checked_config(config.model, {**given, "max_position_embeddings": length})
-
-
 def recorded_muon(run: Path) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of the matrices that Muon updated in a recorded run, () without Muon."""
     config = parse_config(LMConfig, [f"--config={run / 'config.yaml'}"], program="--measured", summary="")
     with torch.device("meta"):
-        model = MoALlamaForCausalLM(config_without_shards(config))
+        model = MoALlamaForCausalLM(model_config(config.model, None, config.data.sequence_length))
     return tuple(_muon_shapes(config, model).values())
 
 
