@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from moa_ffn import FFN
+import moa_ffn
+from moa_ffn import FFN, FFNSpec
 from moa_ffn.backends import compiled, cpu, reference
 
 TOKENS = 2**10
@@ -70,6 +71,32 @@ def test_compiles_once_for_all_sizes(compiling):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2  # forward and backward
 
 
+def test_inference_mode_and_threads_do_not_change_results(compiling):
+    ffn, x = make("swiglu"), torch.randn(TOKENS, 24)
+    expected, threads = ffn(x), torch.get_num_threads()
+    with torch.inference_mode():
+        assert torch.equal(ffn(x), expected)
+    torch.set_num_threads(threads + 1)
+    try:
+        assert torch.equal(ffn(x), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_bare_mixture_has_two_derivatives(compiling):
+    spec = FFNSpec("qdmoa")
+    shapes = ((4, TOKENS, 64), (4, TOKENS, 64), (4, TOKENS, spec.num_coefficients))
+    inputs = [torch.randn(shape) for shape in shapes]
+    results = []
+    for backend, dtype in (("cpu", torch.float32), ("eager", torch.float64)):
+        tensors = [t.to(dtype).requires_grad_() for t in inputs]
+        out = moa_ffn.mixture(*tensors, spec, backend)
+        first = torch.autograd.grad(out.sin().sum(), tensors, create_graph=True)
+        results.append([out, *first, *torch.autograd.grad(first[0].square().sum(), tensors[0])])
+    assert_close(*results)
+
+
 def test_few_tokens_are_not_compiled(monkeypatch):
     monkeypatch.delenv(compiled.SWITCH)
     monkeypatch.setattr(compiled, "unavailable_reason", lambda: pytest.fail("asked whether it could compile"))
@@ -99,3 +126,10 @@ def test_environment_variable_disables_compilation(monkeypatch, caplog):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     make("qdmoa")(torch.randn(TOKENS, 24))
     assert not caplog.records
+
+
+def test_bare_mixture_in_bfloat16_is_eager():
+    a = torch.randn(TOKENS, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"backend='cpu' cannot run: .*not torch\.bfloat16 on cpu"):
+        moa_ffn.mixture(a, a, None, FFNSpec("swiglu"), "cpu")
+    assert torch.equal(moa_ffn.mixture(a, a, None, FFNSpec("swiglu")), nn.functional.silu(a) * a)

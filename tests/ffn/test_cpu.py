@@ -76,3 +76,12 @@ def test_inference_equals_training(variant, monkeypatch):
     with torch.inference_mode():
         inferred = ffn(X)
     assert torch.equal(inferred, ffn(X))
+
+
+def test_changed_weights_are_an_error_in_the_backward():
+    ffn = FFN(8, 16, "swiglu")
+    out = ffn(X)
+    with torch.no_grad():
+        ffn.down_proj.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

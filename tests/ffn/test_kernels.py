@@ -5,14 +5,18 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moa_ffn import (
     ACTIVATIONS,
     GATES,
     VARIANTS,
+    Activation,
     FFNSpec,
+    activations,
     mixing_coefficients,
+    register_activation,
 )
 from moa_ffn.backends import reference
 from moa_ffn.backends import triton as kernels
@@ -122,11 +126,28 @@ def test_pairs_of_activations(f, g, device):
     check(spec, inputs(spec, device, (2, 9)))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize("variant", ["qdmoa", "bila"])
+def test_coefficients_of_another_dtype(variant, dtypes, device):
+    spec = FFNSpec(variant)
+    check(spec, inputs(spec, device, dtype=dtypes[0], mix_dtype=dtypes[1]))
+
+
 @pytest.mark.parametrize("variant", ONE_OF_EACH)
 @pytest.mark.parametrize("shape", [(COLUMNS,), (1, 1), (1, 70), (2, 3, 5)], ids=str)
 def test_shapes(variant, shape, device):
     spec = FFNSpec(variant)
     check(spec, inputs(spec, device, shape))
+
+
+@pytest.mark.parametrize("variant", ["qdmoa", "qdla"])
+def test_no_tokens(variant, device):
+    spec = FFNSpec(variant)
+    tensors = inputs(spec, device, (2, 0, 8))
+    for result, leaf in zip(
+        output_and_gradients(fused(spec), tensors, torch.zeros(2, 0, 8)), [tensors[0], *tensors], strict=True
+    ):
+        assert result.shape == leaf.shape and not result.any()
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -165,6 +186,15 @@ def test_deterministic_and_independent_of_other_rows(device):
         assert torch.equal(one, two) and torch.equal(one[1:2], single)
 
 
+def test_columns_split_among_programs(device, monkeypatch):
+    spec = FFNSpec("qdmoa")
+    tensors = inputs(spec, device, (3, 70))
+    split = kernels.mixture(*tensors, spec)
+    for name, value in (("FULL_GRID_ROWS", 1), ("FULL_GRID_ROWS", 100), ("MAX_SHARES", 2)):
+        monkeypatch.setattr(build, name, value)
+        assert torch.equal(kernels.mixture(*tensors, spec), split)
+
+
 @pytest.mark.parametrize("variant", ["moa", "bimoa", "qdmoa"])
 def test_slices_of_one_product_are_not_copied(variant, device, monkeypatch):
     spec = FFNSpec(variant)
@@ -177,6 +207,17 @@ def test_slices_of_one_product_are_not_copied(variant, device, monkeypatch):
     kernels.mixture(*parts, spec)
     assert [seen[0][name].data_ptr() for name in seen[0] if name != "out"] == [t.data_ptr() for t in present(parts)]
     check(spec, [None if t is None else t.requires_grad_() for t in detached(parts)])
+
+
+def test_strides(device):
+    spec = FFNSpec("qdmoa")
+    a, b, mix = detached(inputs(spec, device))
+    strided = [a.t().contiguous().t(), b[:1].expand(2, -1), torch.stack([mix, mix], -1)[..., 1]]
+    check(spec, [t.requires_grad_() for t in strided])
+    out = kernels.mixture(*strided, spec)
+    expanded = torch.autograd.grad(out.sum(), strided, retain_graph=True)
+    dense = torch.autograd.grad(out, strided, torch.ones_like(out))
+    assert all(torch.equal(x, y) for x, y in zip(expanded, dense, strict=True))
 
 
 @pytest.mark.parametrize("variant", ["moa", "qdmoa"])
@@ -233,12 +274,35 @@ def test_saves_inputs_only(variant, device):
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in present(tensors)}
 
 
+@pytest.mark.parametrize("needed", [0, 1, 2])
+def test_gradient_of_one_input(needed, device):
+    spec = FFNSpec("qdmoa")
+    tensors = inputs(spec, device)
+    upstream = torch.randn_like(tensors[0])
+    expected = output_and_gradients(fused(spec), tensors, upstream)[1 + needed]
+    leaf = tensors[needed]
+    frozen = [t if t is leaf else t.detach() for t in tensors]
+    (gradient,) = torch.autograd.grad(kernels.mixture(*frozen, spec), leaf, upstream)
+    assert torch.equal(gradient, expected)
+
+
 def test_second_derivative_is_an_error(device):
     spec = FFNSpec("qdmoa")
     tensors = inputs(spec, device)
     (gradient, *_) = torch.autograd.grad(kernels.mixture(*tensors, spec).sum(), tensors, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivatives.*backend='eager'"):
         torch.autograd.grad(gradient.sum(), tensors)
+
+
+def test_registered_activation(device, monkeypatch):
+    for table in ("ACTIVATIONS", "_BY_ABBREVIATION"):
+        monkeypatch.setattr(activations, table, dict(getattr(activations, table)))
+    for module in ("backends.triton.source", "backends.reference", "spec"):
+        monkeypatch.setattr(f"moa_ffn.{module}.ACTIVATIONS", activations.ACTIVATIONS)
+    kernel = ("maximum(x, 0.0) + log(1.0 + exp(-abs(x)))", "sigmoid(x)")
+    register_activation(Activation("softplus", "sp", F.softplus, torch.sigmoid, kernel=kernel))
+    spec = FFNSpec("qdmoa", gate_activations=("softplus", "silu"), up_activations=("tanh", "softplus"))
+    check(spec, inputs(spec, device))
 
 
 # torch's check itself reads .grad of tensors that are not leaves
@@ -304,6 +368,14 @@ def test_exports_as_one_operator(layer, device, strict):
     assert "moa_ffn.mixture.default" in {str(node.target) for node in exported.graph.nodes}
     x = torch.randn(2, 4, device=device)
     torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(layer, device, reentrant):
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+    out.square().sum().backward()
+    assert_same([out, *(p.grad for p in layer.parameters())], step(layer, layer, x))
 
 
 @pytest.mark.gpu

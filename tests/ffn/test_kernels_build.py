@@ -20,12 +20,28 @@ def test_import_does_not_import_triton():
     assert done.stdout.strip() == "set()"
 
 
+def test_docstring_shows_generated_source():
+    spec = FFNSpec("qdmoa", gate_activations=("silu", "relu"), up_activations=("identity", "tanh"))
+    written = [line.strip() for line in source.forward(Mixture.of(spec)).splitlines()]
+    shown = [line.strip() for line in source.__doc__.splitlines() if line.startswith("    ")]
+    assert len(shown) == 7
+    assert shown == [line for line in written if line in shown]
+
+
 @pytest.mark.parametrize("variant", ["relu2", "swiglu", "moa", "onela", "bimoa", "qdmoa"])
 def test_coefficients_are_numbered_as_in_the_layer(variant):
     spec, mixture = FFNSpec(variant), Mixture.of(FFNSpec(variant))
     pairs = [index for row in mixture.pair_coefficients for index in row]
     assert mixture.gate_coefficients + mixture.up_coefficients + pairs == list(range(spec.num_coefficients))
     assert Mixture.parse(mixture.key) == mixture
+
+
+@pytest.mark.parametrize(
+    ("columns", "elements", "expected"),
+    [(1, 8, (256, 1)), (256, 8, (256, 1)), (257, 8, (512, 2)), (2048, 8, (1024, 4)), (2048, 5, (512, 4))],
+)
+def test_block_shape(columns, elements, expected):
+    assert build.block_shape(columns, elements) == expected
 
 
 def compile_for_hopper(text: str, dtype: str, block: int, warps: int):
@@ -76,11 +92,21 @@ def test_unavailable_reason(monkeypatch):
     assert "not installed" in str(kernels.unavailable_reason(x, spec))
 
 
+@pytest.mark.parametrize(("capability", "available"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_compute_capability(capability, available, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    reason = kernels._unavailable_reason("cuda", 0, torch.float32, "silu")
+    assert (reason is None) == available and (available or "8.0" in str(reason))
+
+
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [
         (None, "'sine' has no kernel expressions"),
         (("sin(x)", "gamma(x)"), r"'sine'.*'gamma\(x\)' uses 'gamma', not x.*sigmoid"),
+        (("tl.sin(x)", "cos(x)"), "'sine'.*uses 'tl.sin'"),
         (("sin(x", "cos(x)"), r"'sine'.*'sin\(x'"),
     ],
 )
@@ -98,9 +124,11 @@ def test_wrong_kernel_expressions(kernel, message, monkeypatch):
     [
         ("qdmoa", {"b": None}, "b must be given for qdmoa"),
         ("moa", {"b": torch.zeros(2, 3)}, "b must be None for moa"),
+        ("swiglu", {"mix": torch.zeros(2, 1)}, "mix must be None for swiglu"),
         ("qdmoa", {"b": torch.zeros(2, 4)}, r"b has shape \(2, 4\); it must be \(2, 3\)"),
         ("qdmoa", {"b": torch.zeros(2, 3).half()}, "b is torch.float16 on cpu; it must be torch.float32"),
         ("qdmoa", {"mix": torch.zeros(6)}, r"mix has shape \(6,\); it must be \(2, 6\)"),
+        ("qdla", {"mix": torch.zeros(5)}, r"mix has shape \(5,\); it must be \(6,\)"),
         ("qdmoa", {"mix": torch.zeros(2, 6).double()}, "mix is torch.float64.*torch.bfloat16"),
     ],
 )

@@ -65,9 +65,17 @@ def test_gradcheck(variant, settings, backend):
     assert torch.autograd.gradcheck(call, (X[:3].clone().requires_grad_(), *ffn.parameters()))
 
 
+@pytest.mark.parametrize("variant", ["moa", "bimoa", "qdmoa"])
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_second_derivatives(variant, backend):
+    ffn = make(variant, backend=backend)
+    ffn.down_proj.requires_grad_(False)
+    assert torch.autograd.gradgradcheck(ffn, (X[:2].clone().requires_grad_(),))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", [(), (7,), (0, 4)], ids=str)
-@pytest.mark.parametrize("block", [3 * HIDDEN, 2**22], ids=["uneven blocks", "one block"])
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (0, 4)], ids=str)
+@pytest.mark.parametrize("block", [HIDDEN, 3 * HIDDEN, 2**22], ids=["one token", "uneven blocks", "one block"])
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_equals_the_formula(variant, shape, block, backend, monkeypatch):
     monkeypatch.setattr(eager, "BLOCK_ELEMENTS", block // 2)
@@ -116,6 +124,17 @@ def test_low_precision(variant, dtype, tolerance):
         assert relative_rms(got, want) < tolerance
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_mixing_matrix(gate):
+    """C(x) by hand from the mixing vectors of bi-MoA and qd-MoA."""
+    nonlinearity = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "softmax": lambda logits: logits.softmax(-1)}[gate]
+    separable, full = make("bimoa", mixing_gate=gate), make("qdmoa", mixing_gate=gate)
+    logits = X @ separable.mix_proj.weight.T
+    outer = torch.einsum("nk,nl->nkl", nonlinearity(logits[:, :3]), nonlinearity(logits[:, 3:]))
+    torch.testing.assert_close(separable.mixing(X), outer)
+    torch.testing.assert_close(full.mixing(X), nonlinearity(X @ full.mix_proj.weight.T).view(5, 3, 2))
+
+
 @pytest.mark.parametrize("variant", ["la", "onela", "bila", "qdla"])
 def test_one_hot_coefficients_give_a_plain_ffn(variant):
     ffn = make(variant)
@@ -131,6 +150,20 @@ def test_one_hot_coefficients_give_a_plain_ffn(variant):
             if ffn.up_proj is not None:
                 hidden = hidden * FUNCTIONS[g](ffn.up_proj(X))
             torch.testing.assert_close(ffn(X), ffn.down_proj(hidden))
+
+
+@pytest.mark.parametrize(
+    ("constant", "token"), [("la", "moa"), ("onela", "onemoa"), ("bila", "bimoa"), ("qdla", "qdmoa")]
+)
+def test_la_equals_moa_with_constant_gates(constant, token):
+    la, moa = make(constant), make(token, mix_bias=True)
+    moa.load_state_dict(la.state_dict(), strict=False)
+    coefficients = torch.rand(la.spec.num_coefficients, dtype=torch.float64) * 0.8 + 0.1
+    with torch.no_grad():
+        la.mix_coef.copy_(coefficients)
+        moa.mix_proj.weight.zero_()
+        moa.mix_proj.bias.copy_(coefficients.logit())
+    torch.testing.assert_close(la(X), moa(X))
 
 
 def test_swiglu_is_llamas_mlp():
@@ -183,6 +216,12 @@ def test_shares_sum_to_one_and_follow_the_activations():
     torch.testing.assert_close(shares, sizes / sizes.sum(-1, keepdim=True))
 
 
+@pytest.mark.parametrize("variant", ["la", "bimoa", "qdmoa", "swiglu"])
+def test_non_contiguous_input(variant):
+    ffn, x = make(variant), torch.randn(DIM, 5, 2, dtype=torch.float64).transpose(0, 2)
+    torch.testing.assert_close(ffn(x), ffn(x.contiguous()))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_saved_tensors(variant, backend):
@@ -193,6 +232,15 @@ def test_saved_tensors(variant, backend):
     wide = {t.data_ptr() for t in saved if t.shape == (32, 64)}
     assert len(wide) == 1 + ffn.spec.type_two + (backend == "eager")  # a, b and eager's input of down_proj
     assert not [t for t in saved if t.numel() > 32 * 64]
+
+
+@pytest.mark.parametrize("variant", ["gelu", "moa", "swiglu", "bila", "qdmoa"])
+def test_compiles_without_graph_breaks(variant):
+    torch._dynamo.reset()
+    ffn = make(variant)
+    compiled = torch.compile(ffn, fullgraph=True, backend="aot_eager")
+    for got, want in zip(*(output_and_gradients(f, X, ffn.parameters()) for f in (compiled, ffn)), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("variant", ["moa", "qdmoa", "bila"])
@@ -214,6 +262,13 @@ def test_initialization():
     assert math.isclose(ffn.mix_proj.weight.std().item(), 0.1, rel_tol=0.1)
     assert not any(p.any() for n, p in ffn.named_parameters() if n.endswith("bias"))
     assert FFN(4, 4, "qdla", coef_init=0.25).mix_coef.eq(0.25).all()
+
+
+def test_dropout_in_training_only():
+    ffn, x = FFN(16, 64, "swiglu", drop=0.5), torch.ones(4, 16)
+    assert not torch.equal(ffn(x), ffn(x))
+    ffn.eval()
+    assert torch.equal(ffn(x), ffn(x))
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
@@ -243,10 +298,13 @@ def test_register_activation(monkeypatch):
     ("settings", "message"),
     [
         ({"variant": "geglu"}, "variant='geglu'.*qdmoa"),
+        ({"mixing_gate": "relu"}, "mixing_gate='relu'.*softmax"),
         ({"gate_activations": ("g", "swish")}, r"gate_activations.*'swish'.*silu \(s\)"),
         ({"gate_activations": 3}, "gate_activations=3 must be names"),
         ({"up_activations": ("t", "tanh")}, "up_activations.*twice"),
+        ({"mixed_branch": "down"}, "mixed_branch='down'"),
         ({"backend": "cuda"}, "backend='cuda'.*eager"),
+        ({"mix_init_std": -1.0}, "mix_init_std"),
         ({"dim": 0}, "dim=0"),
     ],
 )

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.export import Dim
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -107,6 +108,14 @@ def test_jacobians_and_hessians(variant, backend):
     torch.testing.assert_close(hessian(total)(x), torch.autograd.functional.hessian(total, x))
 
 
+def test_forward_mode():
+    ffn, x, direction = make(), tokens(3), tokens(2, 3)[1]
+    out, tangent, *_ = jvp(ffn, (x,), (direction,))
+    torch.testing.assert_close(out, ffn(x))
+    jacobian = torch.autograd.functional.jacobian(ffn, x)
+    torch.testing.assert_close(tangent, torch.einsum("abcd,cd->ab", jacobian, direction))
+
+
 class Logging(TorchFunctionMode):
     """A function mode that compilers cannot trace."""
 
@@ -129,6 +138,11 @@ def count_flops(ffn: FFN, x: Tensor) -> Tensor:
     return out
 
 
+def track_memory(ffn: FFN, x: Tensor) -> Tensor:
+    with MemTracker():
+        return step(ffn, x)
+
+
 def function_mode(ffn: FFN, x: Tensor) -> Tensor:
     with Logging():
         return step(ffn, x)
@@ -149,9 +163,26 @@ def make_graph(ffn: FFN, x: Tensor) -> Tensor:
     return graph(parameters, x)
 
 
+def backward_in_a_mode(ffn: FFN, x: Tensor) -> Tensor:
+    out = ffn(x)
+    with FlopCounterMode(display=False):
+        out.sum().backward()
+    ffn.zero_grad()
+    return out
+
+
+def batched_gradients(ffn: FFN, x: Tensor) -> Tensor:
+    leaf = x.requires_grad_()
+    directions = torch.randn(2, *x.shape)
+    (together,) = torch.autograd.grad(ffn(leaf), leaf, directions, is_grads_batched=True)
+    (alone,) = torch.autograd.grad(ffn(leaf), leaf, directions[1])
+    torch.testing.assert_close(together[1], alone, rtol=1e-4, atol=1e-5)
+    return ffn(x)
+
+
 @pytest.mark.parametrize(
     "tool",
-    [count_flops, function_mode, fake, make_graph],
+    [count_flops, track_memory, function_mode, fake, make_graph, backward_in_a_mode, batched_gradients],
     ids=lambda tool: tool.__name__,
 )
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])

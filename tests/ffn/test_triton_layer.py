@@ -6,7 +6,7 @@ from torch import nn
 
 from moa_ffn import FFN, VARIANTS, mixture
 from moa_ffn.backends import triton as kernels
-from moa_ffn.backends.triton.layer import ALIGNMENT
+from moa_ffn.backends.triton.layer import ALIGNMENT, project
 
 pytest.importorskip("triton")
 DIM, HIDDEN, TOKENS = 12, 18, 5
@@ -52,12 +52,38 @@ def test_equals_eager(variant, bias):
     assert_equals_eager(make(variant, bias=bias, mix_bias=bias), tokens(2, 3))
 
 
+def test_one_token():
+    assert_equals_eager(make("qdmoa"), tokens())
+
+
+def test_no_tokens():
+    out, _, *gradients = output_and_gradients(make("qdmoa"), tokens(0, 2))
+    assert out.shape == (0, 2, DIM)
+    assert not any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("frozen", ["gate_proj", "down_proj", "mix"])
 def test_frozen_parameters(frozen):
     ffn = make("qdmoa", bias=True)
     for name, parameter in ffn.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
     assert_equals_eager(ffn, tokens(TOKENS))
+
+
+def test_hooked_projections_are_called():
+    ffn, called = make("qdmoa"), []
+    ffn.up_proj.register_forward_hook(lambda *_: called.append("up_proj"))
+    assert_equals_eager(ffn, tokens(TOKENS))
+    assert called
+
+
+def test_dropout_equals_eager():
+    ffn, x, outputs = make("qdmoa", drop=0.5), tokens(TOKENS), []
+    for ffn.backend in ("triton", "eager"):
+        torch.manual_seed(0)
+        outputs.append(ffn(x))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+    assert (outputs[0] == 0).any()
 
 
 def test_autocast():
@@ -79,6 +105,14 @@ def test_saves_input_and_product_only(variant):
     width = (1 + ffn.spec.type_two) * HIDDEN + ffn.spec.num_coefficients
     per_token = {tuple(t.shape) for t in saved if t.shape[0] == TOKENS}
     assert per_token == {(TOKENS, DIM), (TOKENS, width + -width % ALIGNMENT)}
+
+
+def test_product_is_padded_with_zeros():
+    linears = [nn.Linear(DIM, 5), nn.Linear(DIM, 6, bias=False)]
+    x = torch.randn(TOKENS, DIM)
+    product = project(x, linears)
+    torch.testing.assert_close(product[:, :11], torch.cat([linear(x) for linear in linears], 1))
+    assert product.shape == (TOKENS, ALIGNMENT) and not product[:, 11:].any()
 
 
 def test_compiles_without_graph_breaks():
