@@ -65,12 +65,6 @@ class MoALlamaConfig(LlamaConfig):
         *("cache", "past_key_values", "router_logits", "lm_loss", "aux_loss", "z_loss", "sequence_losses"),
     ]
 
-    base_model_tp_plan: ClassVar[dict[str, Any]] = {
-        name: style for name, style in (LlamaConfig.base_model_tp_plan or {}).items() if ".mlp." not in name
-    }
-    """Llama's tensor-parallel plan without the FFN: sharded over the hidden width, the gradients of the mixing
-    coefficients would be partial sums on each rank, which a plan cannot express."""
-
     ffn_variant: str = "qdmoa"
     ffn_mixing_gate: str = "sigmoid"
     ffn_gate_activations: list[str] | tuple[str, ...] | str | None = None
@@ -142,6 +136,22 @@ class MoALlamaConfig(LlamaConfig):
             _require_count("num_experts_per_tok", k)
             require("num_experts_per_tok", k, k <= self.num_experts, f"at most num_experts {self.num_experts}")
             _require_count("moe_intermediate_size", self.moe_intermediate_size)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, Any]:  # type: ignore[override]
+        """Llama's tensor-parallel plan, without the FFN where it would be wrong.
+
+        A mixture that is sharded over the hidden width has partial sums as the gradients of its coefficients on each
+        rank, which the plan cannot express; fixed FFNs have no coefficients. Experts are not in Llama's plan.
+        """
+        splits = self.num_experts == 0 and self.ffn_spec().form == "fixed"
+        plan = vars(self).get("base_model_tp_plan") or LlamaConfig.base_model_tp_plan or {}
+        return {name: style for name, style in plan.items() if splits or ".mlp." not in name}
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, Any]) -> None:
+        # transformers 5.17 adds the rule of tied embeddings to the configuration's own plan.
+        vars(self)["base_model_tp_plan"] = plan
 
     def ffn_spec(self) -> FFNSpec:
         """Return the mixture that every FFN of the model computes."""

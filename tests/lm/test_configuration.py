@@ -93,12 +93,13 @@ def test_invalid_fields(fields, message):
         build_config(**fields)
 
 
-def test_tensor_parallel_plan_leaves_out_the_ffn():
-    plan = MoALlamaConfig().base_model_tp_plan
-    assert not [name for name in plan if "mlp" in name]
+@pytest.mark.parametrize(("variant", "splits"), [("swiglu", True), ("qdmoa", False), ("qdla", False)])
+def test_tensor_parallel_plan(variant, splits):
+    plan = MoALlamaConfig(ffn_variant=variant).base_model_tp_plan
+    assert ("layers.*.mlp.gate_proj" in plan) == splits
     attention = {name for name in LlamaConfig().base_model_tp_plan or {} if "attn" in name}
     assert attention <= set(plan)
-    assert "base_model_tp_plan" not in MoALlamaConfig().to_dict()
+    assert "base_model_tp_plan" not in MoALlamaConfig(ffn_variant=variant).to_dict()
 
 
 SMALL = {

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import Qwen2MoeConfig
+from transformers import MixtralConfig, Qwen2MoeConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 from moa_ffn import FFN
@@ -139,6 +140,18 @@ def test_dispatch_methods_agree(variant, mixing, dim, width):
         assert_same(gradients(with_method(moe, method), hidden), expected, 1e-5)
 
 
+def test_gradcheck():
+    fields = {"hidden_size": 4, "moe_intermediate_size": 3, "num_experts": 3, "num_experts_per_tok": 2}
+    moe = make(torch.float64, ffn_variant="qdmoa", expert_mixing="expert", mlp_bias=True, **fields)
+    names = [name for name, _ in moe.named_parameters()]
+
+    def function(hidden, *values):
+        return functional_call(moe, dict(zip(names, values, strict=True)), (hidden,))
+
+    hidden = tokens(1, 3, 4, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(function, (hidden, *(p.detach().requires_grad_() for p in moe.parameters())))
+
+
 def theirs_and_ours(block: nn.Module, moe: MoE, hidden: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copy our weights to transformers' block; return both results under our names."""
     experts = moe.experts
@@ -153,17 +166,24 @@ def theirs_and_ours(block: nn.Module, moe: MoE, hidden: Tensor) -> tuple[dict[st
     return {**same, **renamed}, gradients(moe, hidden)
 
 
-@pytest.mark.parametrize("method", ["blocks", "grouped", "loop"])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_swiglu_with_a_shared_expert_equals_qwen2_moe(method, normalize):
-    moe = with_method(make(ffn_variant="swiglu", norm_topk_prob=normalize, num_shared_experts=2), method)
+def test_swiglu_equals_mixtral():
+    moe = make(ffn_variant="swiglu", num_shared_experts=0)
+    config = MixtralConfig(hidden_size=12, intermediate_size=20, num_local_experts=6, num_experts_per_tok=3)
+    config._experts_implementation = "eager"
+    theirs, ours = theirs_and_ours(MixtralSparseMoeBlock(config), moe, tokens(2, 10, 12))
+    assert_same(ours, theirs, 1e-5)
+
+
+def test_swiglu_with_a_shared_expert_equals_qwen2_moe():
+    """Without normalization of the weights."""
+    moe = make(ffn_variant="swiglu", norm_topk_prob=False, num_shared_experts=2)
     config = Qwen2MoeConfig(
         hidden_size=12,
         moe_intermediate_size=20,
         shared_expert_intermediate_size=40,
         num_experts=6,
         num_experts_per_tok=3,
-        norm_topk_prob=normalize,
+        norm_topk_prob=False,
     )
     config._experts_implementation = "eager"
     block = Qwen2MoeSparseMoeBlock(config)
