@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from moa_train.errors import ConfigError, DataError, require
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 COLUMNS = ("size", "FFN", "layers", "width", "hidden", "total", "active", "non-embedding", "mixing")
-BILLIONS = ("total", "active", "non-embedding")
-"""Columns in billions."""
 
 TALES = Path(__file__).parent / "texts" / "tales.jsonl.gz"
 TALES_SETTINGS = TokenSettings(train_bpe=2048, val_fraction=0.1)
@@ -106,26 +103,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sizes(options: argparse.Namespace) -> None:
-    rows = _rows(options.size, options.ffn)
-    lines = ([_cell(column, value) for column, value in zip(COLUMNS, row, strict=True)] for row in rows)
-    for line in (COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *lines):
-        print(f"| {' | '.join(line)} |")
-    print(NOTES)
-
-
-def _rows(sizes: list[str], variants: list[str]) -> Iterator[list[str | int]]:
-    for name in sizes:
-        for variant in [v for v in variants if v in (SIZES[name].variants or variants)]:
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|---|---|" + "---:|" * (len(COLUMNS) - 2))
+    for name in options.size:
+        for variant in (variant for variant in options.ffn if variant in (SIZES[name].variants or VARIANTS)):
             config = named_config(name, variant)
+            *counts, mixing = count_parameters(config)
             hidden = config.moe_intermediate_size or config.intermediate_size
-            yield [name, variant, config.num_hidden_layers, config.hidden_size, hidden, *count_parameters(config)]
-
-
-def _cell(column: str, value: str | int) -> str:
-    """Format a cell of the Markdown table."""
-    if column in BILLIONS:
-        return f"{int(value) / 1e9:.5f}"
-    return f"{value:,}" if column == "mixing" else str(value)
+            shape = (config.num_hidden_layers, config.hidden_size, hidden)
+            cells = (name, variant, *shape, *(f"{count / 1e9:.5f}" for count in counts), f"{mixing:,}")
+            print(f"| {' | '.join(map(str, cells))} |")
+    print(NOTES)
 
 
 def _create(options: argparse.Namespace) -> None:

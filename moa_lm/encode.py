@@ -1,24 +1,36 @@
-"""Documents -> tokens by any tokenizer of the `tokenizers` library, which uses all cores."""
+"""Tokenizers, saved or trained, and documents -> tokens by any tokenizer of the `tokenizers` library."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import ByteLevel as ByteLevelProcessor
 from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moa_lm.convert import existing_source
 from moa_lm.data import DTYPES
 from moa_lm.documents import Text
 from moa_train.atomic_io import new_folder, write_json
-from moa_train.errors import ConfigError, DataError
+from moa_train.errors import ConfigError, DataError, require
 from moa_train.manifest import file_sha256
 from moa_train.reading import read_json
+
+END_OF_TEXT = "<|endoftext|>"
+"""End-of-text token of trained tokenizers."""
+
+MIN_VOCAB_SIZE = 257
+"""Size of a byte-level vocabulary without merges: 256 bytes and end-of-text."""
 
 _CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**22, 8192
 """A chunk, which is encoded in parallel, ends with the document that reaches one of the two."""
@@ -92,6 +104,39 @@ def save_tokenizer(name: str, folder: Path, end_of_text: str | None = None) -> N
             write_json(path, config | {"tokenizer_class": PreTrainedTokenizerFast.__name__})
 
 
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer like GPT-2's: its pre-tokenizer, all 256 bytes, and merges learned from `texts`.
+
+    The same texts in the same order give the same tokenizer. `<|endoftext|>` (token 0) is both bos_token and
+    eos_token; encoding adds neither.
+
+    Args:
+        texts: Training texts; read once.
+        vocab_size: Number of tokens, at least 257. Texts with too few different words give fewer.
+
+    Raises:
+        ConfigError: `vocab_size` is too small.
+    """
+    require("train_bpe", vocab_size, vocab_size >= MIN_VOCAB_SIZE, f"{MIN_VOCAB_SIZE} or above")
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.post_processor = ByteLevelProcessor(trim_offsets=False)
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def open_vocabulary(folder: Path, name: str) -> Vocabulary:
     """Return the tokenizer saved in a folder. Raises DataError if it is damaged or adds tokens to a text."""
     tokenizer = load_tokenizer(folder)
@@ -104,7 +149,9 @@ def open_vocabulary(folder: Path, name: str) -> Vocabulary:
 
 
 def tokenize(texts: Iterator[Text], vocabulary: Vocabulary) -> Iterator[tuple[Text, np.ndarray]]:
-    """Yield documents in order, each with its tokens, end-of-text included; one chunk of `texts` is read ahead.
+    """Yield documents in order, each with its tokens, end-of-text included; `texts` is read ahead by two chunks.
+
+    A chunk is encoded on all cores, while this thread reads the next one and converts the tokens of the last one.
 
     Raises:
         DataError: The tokenizer cannot encode a text.
@@ -113,13 +160,19 @@ def tokenize(texts: Iterator[Text], vocabulary: Vocabulary) -> Iterator[tuple[Te
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" within a text is plain text
-    for chunk in _chunks(texts):
+
+    def encode(chunk: list[Text]) -> tuple[list[Text], list[Encoding]]:
         try:
-            encodings = tokenizer.encode_batch_fast([text.text for text in chunk], add_special_tokens=False)
+            return chunk, tokenizer.encode_batch_fast([text.text for text in chunk], add_special_tokens=False)
         except Exception as error:  # tokenizers raises plain Exception
             raise DataError(f"{vocabulary.folder}: the tokenizer cannot encode a text ({error})") from error
-        for text, encoding in zip(chunk, encodings, strict=True):
-            yield text, np.array([*encoding.ids, vocabulary.end_of_text], DTYPES[vocabulary.dtype])
+
+    with ThreadPoolExecutor(1) as thread:
+        encoded = (thread.submit(encode, chunk) for chunk in _chunks(texts))
+        for future, _next in pairwise(chain(encoded, [None])):
+            assert future is not None
+            for text, encoding in zip(*future.result(), strict=True):
+                yield text, np.array([*encoding.ids, vocabulary.end_of_text], DTYPES[vocabulary.dtype])
 
 
 def _chunks(texts: Iterator[Text]) -> Iterator[list[Text]]:

@@ -152,10 +152,6 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
         default positions too; torch.compile cannot see that they pack no documents, and every batch would get a mask
         (T, T) instead of the fast kernels of causal attention.
 
-        Returns:
-            last_hidden_state (B, T, hidden_size); with `output_router_logits` and experts also router_logits, one
-            (B * T, num_experts) float32 tensor per layer.
-
         Raises:
             ValueError: Both or neither of input_ids and inputs_embeds are given.
         """
@@ -172,7 +168,7 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
             position_ids=position_ids,
             **named_cache,
         )
-        positions: Tensor | None = position_ids
+        positions = position_ids
         if positions is None:
             past = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0) + past

@@ -79,13 +79,8 @@ def load_balancing_loss(router_logits: Tensor, k: int, attention_mask: Tensor | 
     the losses of equal micro-batches average to the loss of the whole batch for any number of ranks. For one sequence
     and layer, transformers' `load_balancing_loss_func` is k times this; for more it multiplies batch averages.
 
-    Args:
-        router_logits: (B, T, E), any floating dtype; computed in float32.
-        k: Experts per token.
-        attention_mask: (B, T), zero for tokens and sequences to leave out; None keeps all.
-
-    Returns:
-        Scalar, float32; 0 without tokens. The gradient flows through P only.
+    The logits are (B, T, E). Tokens and sequences with zeros in the mask (B, T) are left out. The result is a float32
+    scalar, 0 without tokens; its gradient flows through P only.
 
     Raises:
         ValueError: The shape of the mask is not (B, T).
@@ -106,15 +101,7 @@ def load_balancing_loss(router_logits: Tensor, k: int, attention_mask: Tensor | 
 def router_z_loss(router_logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Return the mean over tokens of logsumexp(logits)^2, the z-loss of ST-MoE (arXiv:2202.08906, eq. 5).
 
-    Args:
-        router_logits: (B, T, E), any floating dtype; computed in float32.
-        attention_mask: (B, T), zero for tokens to leave out; None keeps all.
-
-    Returns:
-        Scalar, float32; 0 without tokens.
-
-    Raises:
-        ValueError: The shape of the mask is not (B, T).
+    Shapes, mask, result and errors are those of `load_balancing_loss`.
     """
     mask = _token_mask(router_logits, attention_mask)
     squares = _wide(router_logits).logsumexp(dim=-1).square()

@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from moa_lm.bpe import train_bpe
 from moa_lm.data import TOKENIZER
 from moa_lm.documents import Corpus, ReadState, Text
-from moa_lm.encode import open_vocabulary, save_tokenizer, tokenize
-from moa_lm.token_writer import UNFINISHED, Report, TokenSetWriter, earlier_run
+from moa_lm.encode import open_vocabulary, save_tokenizer, tokenize, train_bpe
+from moa_lm.token_writer import UNFINISHED, Report, TokenSetWriter, earlier_record
 from moa_train.atomic_io import new_folder
 from moa_train.errors import ConfigError, DataError, require
 from moa_train.manifest import MANIFEST, file_sha256
@@ -117,8 +116,8 @@ def _open_writers(
         if settings.tokenizer is not None:
             save_tokenizer(settings.tokenizer, new, settings.end_of_text)
             identity["tokenizer_sha256"] = file_sha256(new / "tokenizer.json")
-        earlier = [earlier_run(folder, identity) for folder in folders]
-        if settings.train_bpe is not None and not any(run.shards for run in earlier):
+        earlier = [earlier_record(folder, identity) for folder in folders]
+        if settings.train_bpe is not None and not any(record["shards"] for record in earlier):
             training = (text.text for text in corpus if not text.held_out)
             train_bpe(training, settings.train_bpe).save_pretrained(new)
         for folder in folders:
@@ -130,8 +129,8 @@ def _open_writers(
     vocabulary = open_vocabulary(first, name)
     limits = (settings.max_tokens, None)
     return [
-        TokenSetWriter(folder, identity, vocabulary, run, limit)
-        for folder, run, limit in zip(folders, earlier, limits, strict=False)
+        TokenSetWriter(folder, identity, vocabulary, record, limit)
+        for folder, record, limit in zip(folders, earlier, limits, strict=False)
     ]
 
 

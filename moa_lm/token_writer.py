@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,50 +48,32 @@ class Report(NamedTuple):
     source: ReadState
 
 
-@dataclass(frozen=True)
-class EarlierRun:
-    """What an earlier run left in the folder of a set.
-
-    Attributes:
-        finished: Whether it wrote the manifest.
-        shards: Records of the shards that it wrote.
-        source_sha256: SHA-256 of all texts of a finished set's source.
-    """
-
-    finished: bool = False
-    shards: Sequence[dict[str, Any]] = ()
-    source_sha256: str | None = None
-
-
-def earlier_run(folder: Path, identity: dict[str, Any]) -> EarlierRun:
-    """Read what an earlier run left in a folder.
+def earlier_record(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest or unfinished manifest that an earlier run left in a folder; without shards that of no run.
 
     Raises:
         ConfigError: It had other settings.
         DataError: Its record is damaged.
     """
-    finished = (folder / MANIFEST).exists()
-    path = folder / (MANIFEST if finished else UNFINISHED)
-    if not path.exists():
-        return EarlierRun()
+    paths = [path for path in (folder / MANIFEST, folder / UNFINISHED) if path.exists()]
+    if not paths:
+        return {"shards": []}
     try:
-        record = parse_manifest(path.read_bytes(), FORMAT)
-        settings, source = record.get("settings"), record.get("source")
-        if not isinstance(settings, dict) or not isinstance(source, dict):
+        record = parse_manifest(paths[0].read_bytes(), FORMAT)
+        settings = record.get("settings")
+        if not isinstance(settings, dict) or not isinstance(record.get("source"), dict):
             raise DataError("settings or source is missing")
         for shard in record["shards"]:
             check_entry(shard, _RECORD_COUNTS)
     except DataError as error:
-        raise DataError(f"{path} cannot be read: {error}; delete {folder} to start again") from error
+        raise DataError(f"{paths[0]} cannot be read: {error}; delete {folder} to start again") from error
     differing = differing_keys(settings, identity, mutable_keys=frozenset())
-    if not record["shards"]:
-        return EarlierRun()
-    if differing:
+    if differing and record["shards"]:
         raise ConfigError(
             f"{folder} was made with other settings ({', '.join(differing)}); use the same settings, delete the folder "
             "or choose another one"
         )
-    return EarlierRun(finished, record["shards"], source.get("sha256"))
+    return record
 
 
 class TokenSetWriter:
@@ -108,15 +88,16 @@ class TokenSetWriter:
         folder: Path,
         identity: dict[str, Any],
         vocabulary: Vocabulary,
-        earlier: EarlierRun,
+        earlier: dict[str, Any],
         max_tokens: int | None,
     ) -> None:
         self.folder = folder
         self.identity = identity
         self.vocabulary = vocabulary
         self.earlier = earlier
-        self.records = list(takewhile(self._is_intact, earlier.shards))
-        self.finished = earlier.finished and len(self.records) == len(earlier.shards)
+        self.records = list(takewhile(self._is_intact, earlier["shards"]))
+        whole = bool(self.records) and len(self.records) == len(earlier["shards"])
+        self.finished = whole and (folder / MANIFEST).exists()
         if not self.finished:  # only the last shard of a finished set may be partly filled
             self.records = list(takewhile(self._is_full, self.records))
         self.kept = len(self.records)
@@ -162,7 +143,7 @@ class TokenSetWriter:
 
     def publish(self, corpus: Corpus, end: ReadState) -> Report:
         """Write the manifest, which makes the set valid, after `close`. Raises DataError if the texts have changed."""
-        if self.finished and self.earlier.source_sha256 != end.sha256:
+        if self.finished and self.earlier["source"].get("sha256") != end.sha256:
             raise corpus.changed(str(self.folder))
         if not self.finished:
             names = {record["name"] for record in self.records}

@@ -19,8 +19,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moa_lm import encode, token_shards, token_writer
-from moa_lm.bpe import END_OF_TEXT, train_bpe
 from moa_lm.data import TokenShards
+from moa_lm.encode import END_OF_TEXT, train_bpe
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.atomic_io import write_bytes
 from moa_train.errors import ConfigError, DataError
