@@ -99,12 +99,6 @@ def test_generation_config_is_kept(llama, tmp_path):
         assert (ours.generation_config.top_k, ours.generation_config.eos_token_id) == (11, 7)
 
 
-def test_rope_parameters_are_kept(llama, tokens, tmp_path):
-    theirs = llama(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4})
-    theirs.save_pretrained(tmp_path)
-    assert torch.equal(MoALlamaForCausalLM.from_llama(tmp_path)(tokens(1, 9)).logits, theirs(tokens(1, 9)).logits)
-
-
 def test_mistral_without_a_window(tokens, tmp_path):
     torch.manual_seed(0)
     theirs = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None, head_dim=16)).eval()

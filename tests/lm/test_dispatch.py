@@ -28,18 +28,6 @@ def assignments(draw) -> tuple[Tensor, int]:
     return torch.tensor([draw(choice) for _ in range(tokens)], dtype=torch.int64).view(tokens, k), experts
 
 
-@settings(max_examples=60, deadline=None)
-@given(assignments())
-def test_groups_sort_assignments_by_expert(drawn):
-    indices, experts = drawn
-    groups = group_by_expert(indices, experts)
-    pairs = sorted((expert, place) for place, expert in enumerate(indices.flatten().tolist()))
-    assert list(zip(groups.experts.tolist(), groups.order.tolist(), strict=True)) == pairs
-    assert groups.ends.dtype == torch.int32
-    assert groups.ends.tolist() == [sum(e <= expert for e, _ in pairs) for expert in range(experts)]
-    assert torch.equal(groups.order[groups.rows].flatten(), torch.arange(indices.numel()))
-
-
 CPU_METHODS = ("blocks", "grouped", "loop")
 
 

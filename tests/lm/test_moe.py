@@ -78,9 +78,9 @@ def with_method(moe: MoE, method: str) -> MoE:
     return moe
 
 
-def one_by_one(moe: MoE, hidden: Tensor) -> Tensor:
+def one_by_one(moe: MoE, hidden: Tensor, config: MoALlamaConfig) -> Tensor:
     """The definition: each token's experts as `FFN` modules with slices of the weights."""
-    config, experts = configure(**_fields(moe)), moe.experts
+    experts = moe.experts
     ffn = FFN(config.hidden_size, config.moe_intermediate_size, **config.ffn_arguments(), dtype=hidden.dtype)
     rows = []
     for x in hidden.reshape(-1, hidden.shape[-1]):
@@ -91,18 +91,6 @@ def one_by_one(moe: MoE, hidden: Tensor) -> Tensor:
         shared = torch.zeros_like(x) if moe.shared_experts is None else moe.shared_experts(x)
         rows.append(torch.stack(parts).sum(0) + shared)
     return torch.stack(rows).view(hidden.shape)
-
-
-def _fields(moe: MoE) -> dict:
-    experts = moe.experts
-    return {
-        "hidden_size": experts.dim,
-        "moe_intermediate_size": experts.hidden_dim,
-        "ffn_variant": experts.spec.variant,
-        "ffn_mixing_gate": experts.spec.mixing_gate,
-        "ffn_mix_bias": experts.spec.mix_bias,
-        "mlp_bias": experts.gate_proj_bias is not None,
-    }
 
 
 def _slices(experts: nn.Module, expert: int) -> dict[str, Tensor]:
@@ -122,9 +110,9 @@ def _slices(experts: nn.Module, expert: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("biases", [False, True], ids=["plain", "biases"])
 def test_output_is_the_weighted_sum_of_ffns(variant, mixing, biases):
     settings = {"mlp_bias": biases, "ffn_mix_bias": biases, "norm_topk_prob": not biases}
-    moe = make(torch.float64, ffn_variant=variant, expert_mixing=mixing, **settings)
-    hidden = tokens(2, 5, 12, dtype=torch.float64)
-    expected = gradients(moe, hidden, lambda x: one_by_one(moe, x))
+    settings |= {"ffn_variant": variant, "expert_mixing": mixing}
+    moe, hidden = make(torch.float64, **settings), tokens(2, 5, 12, dtype=torch.float64)
+    expected = gradients(moe, hidden, lambda x: one_by_one(moe, x, configure(**settings)))
     for method in ("loop", "blocks"):
         assert_same(gradients(with_method(moe, method), hidden), expected, 1e-12)
 

@@ -1,4 +1,4 @@
-"""Language-model runs from text to export, against transformers' Llama and torch's cross-entropy."""
+"""Language-model runs from text to export, against torch's cross-entropy."""
 
 import json
 import os
@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa_lm.data import TokenShards
+from moa_lm.modeling import document_positions, labels_within_documents
 from moa_lm.pretrain import LMConfig, LMTask, main
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.config import parse_config
-from moa_train.schedule import make_plan
 from moa_train.task import DataParallelRank
 
 WORDS = ("the", "king", "had", "a", "daughter", "more", "beautiful", "than", "any", "other", "by", "the", "sea")
@@ -120,31 +120,6 @@ def test_export_has_the_validation_loss(train, shards, tmp_path):
     assert rows(tmp_path / "run", "val")[-1]["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_swiglu_trains_like_llama(arguments, tmp_path):
-    """Loss and gradients of the first micro-batch."""
-    config = parsed(arguments(model__ffn="swiglu"))
-    torch.manual_seed(0)
-    task = LMTask(config)
-    model = task.language_model
-    fields = {key: value for key, value in model.config.to_dict().items() if not key.startswith("ffn_")}
-    llama = LlamaForCausalLM(LlamaConfig(**{key: fields[key] for key in fields if key != "model_type"}))
-    llama.load_state_dict(model.state_dict())
-    batch = next(iter(task.train_batches(DataParallelRank(0, 1, 4), plan_of(config, task), 0)))
-    ours = task.loss(model, batch)
-    labels = batch.tokens[:, 1:].contiguous()
-    theirs = llama(batch.tokens[:, :-1], shift_labels=labels, labels=labels).loss
-    torch.testing.assert_close(ours, theirs)
-    ours.backward()
-    theirs.backward()
-    expected = dict(llama.named_parameters())
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-6)
-
-
-def plan_of(config, task):
-    return make_plan(config, task.samples_per_epoch, task.budget, world_size=1)
-
-
 def test_experts_with_muon(train, tmp_path, capsys):
     assert train(model__ffn="qdmoa", **EXPERTS) == 0
     text = capsys.readouterr().out
@@ -185,29 +160,14 @@ def test_resume_is_bit_exact(settings, train, tmp_path, monkeypatch):
 
 def test_document_mask(arguments):
     task = LMTask(parsed(arguments(data__document_mask="true", model__ffn="qdmoa")))
-    end = task.train_shards.end_of_text
+    model, end = task.language_model.eval(), task.train_shards.end_of_text
     batch = next(iter(task.val_batches(DataParallelRank(0, 1, 6))))
-    model = task.language_model.eval()
-    with torch.no_grad():
-        losses = task.val_losses(model, batch)["loss"]
-        for row, loss in zip(batch.tokens, losses, strict=True):
-            sums = [summed_loss(model, *document, end) for document in documents(row, end)]
-            expected = sum(total for total, _ in sums) / sum(number for _, number in sums)
-            assert float(loss) == pytest.approx(expected, rel=1e-4)
-
-
-def documents(row, end):
-    """Inputs and labels of every document in a window."""
-    cuts = (row[:-1] == end).nonzero().flatten() + 1
-    parts = zip(row[:-1].tensor_split(cuts), row[1:].tensor_split(cuts), strict=True)
-    return [(inputs, labels) for inputs, labels in parts if len(inputs)]
-
-
-def summed_loss(model, inputs, labels, end):
-    """Summed loss and number of labels of a document on its own."""
-    counted = inputs != end
-    losses = F.cross_entropy(model(inputs[None]).logits[0][counted], labels[counted], reduction="none")
-    return float(losses.sum()), int(counted.sum())
+    inputs, labels = batch.tokens[:, :-1], labels_within_documents(batch.tokens[:, :-1], batch.tokens[:, 1:], end)
+    logits = model(inputs, position_ids=document_positions(inputs, end), use_cache=False).logits
+    found = task.val_losses(model, batch)
+    expected = F.cross_entropy(logits.mT, labels, reduction="none").sum(-1) / found["weight"]
+    assert (found["weight"] == (labels != -100).sum(-1)).all() and (found["weight"] < 16).any()
+    torch.testing.assert_close(found["loss"], expected)
 
 
 def test_budgets(arguments):
