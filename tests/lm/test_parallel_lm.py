@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moa_lm.pretrain import main
-from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.signals import EXIT_STOPPED
 
 SMALL = {
@@ -43,21 +42,10 @@ OTHER = {"loop.micro_batch_size": "2"}
 """Settings of two processes: the 8 windows of a step are split differently."""
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    """400 short documents, a tenth held out."""
-    folder = tmp_path_factory.mktemp("tokens")
-    words = ("king", "had", "daughter", "more", "beautiful", "than", "other", "sea")
-    texts = [" ".join(words[(n * k) % 8] for k in range(1, 21)) + f" {n}." for n in range(400)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    make_tokens([str(folder / "text.jsonl")], folder / "set", TokenSettings(train_bpe=300, val_fraction=0.1))
-    return folder / "set"
-
-
-def job(tokens, out, name, settings, **more):
+def job(shards, out, name, settings, **more):
     """A job of the fixture two_processes."""
     (out / "empty.yaml").write_text("seed: 0")
-    paths = {"data.train": tokens / "train", "data.val": tokens / "val", "name": name, "out": out}
+    paths = {"data.train": shards / "train", "data.val": shards / "val", "name": name, "out": out}
     given = [f"--{key}={value}" for key, value in (SMALL | paths | settings).items()]
     return {"main": "moa_lm.pretrain", "arguments": [f"--config={out}/empty.yaml", *given], **more}
 
@@ -68,23 +56,23 @@ def run_here(job):
     assert main(job["arguments"]) == job.get("code", 0)
 
 
-def launch(tokens, out, two_processes, variants):
+def launch(shards, out, two_processes, variants):
     """Run every variant on one process (NAME) and on two (NAME_ddp, NAME_fsdp)."""
     jobs = [
-        job(tokens, out, f"{name}_{way}", settings | OTHER, fsdp=fsdp)
+        job(shards, out, f"{name}_{way}", settings | OTHER, fsdp=fsdp)
         for name, settings in variants.items()
         for way, fsdp in WAYS.items()
     ]
     two_processes(jobs, out)
     for name, settings in variants.items():
-        run_here(job(tokens, out, name, settings))
+        run_here(job(shards, out, name, settings))
     return out
 
 
 @pytest.fixture(scope="module")
-def launched(tokens, tmp_path_factory, two_processes):
+def launched(shards, tmp_path_factory, two_processes):
     variants = {name: settings for name, (settings, _) in MODELS.items()}
-    return launch(tokens, tmp_path_factory.mktemp("parallel"), two_processes, variants)
+    return launch(shards, tmp_path_factory.mktemp("parallel"), two_processes, variants)
 
 
 def rows(folder, kind):
@@ -127,11 +115,11 @@ def test_files_equal_one_process(name, way, launched):
 
 
 @pytest.mark.slow
-def test_checkpoint_moves_between_one_process_ddp_and_fsdp(tokens, tmp_path, two_processes, stopping):
+def test_checkpoint_moves_between_one_process_ddp_and_fsdp(shards, tmp_path, two_processes, stopping):
     """One process to step 5, DDP to step 10, FSDP2 to step 15, one process to the end."""
 
     def interrupted(name, settings, **more):
-        return job(tokens, tmp_path, f"{name}_moved", settings, code=EXIT_STOPPED, **more)
+        return job(shards, tmp_path, f"{name}_moved", settings, code=EXIT_STOPPED, **more)
 
     variants = {name: settings for name, (settings, _) in MODELS.items()}
     for variant in variants.items():
@@ -140,8 +128,8 @@ def test_checkpoint_moves_between_one_process_ddp_and_fsdp(tokens, tmp_path, two
     sessions = [{"fsdp": False, "last": 10}, {"fsdp": True, "last": 15}]
     two_processes([interrupted(*variant, **more) for variant in variants.items() for more in sessions], tmp_path)
     for name, settings in variants.items():
-        run_here(job(tokens, tmp_path, f"{name}_moved", settings))
-        run_here(job(tokens, tmp_path, name, settings))
+        run_here(job(shards, tmp_path, f"{name}_moved", settings))
+        run_here(job(shards, tmp_path, name, settings))
     for name, (_, tolerance) in MODELS.items():
         one, moved = tmp_path / name, tmp_path / f"{name}_moved"
         assert len(rows(moved, "train")) == 20

@@ -20,7 +20,6 @@ from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.config import parse_config
 from moa_train.task import DataParallelRank
 
-WORDS = ("the", "king", "had", "a", "daughter", "more", "beautiful", "than", "any", "other", "by", "the", "sea")
 SMALL = {
     "model.size": "dense-micro",
     "model.args.hidden_size": 32,
@@ -45,19 +44,6 @@ EXPERTS = {
     "schedule.decay_fraction": 0.5,
     "schedule.decay_type": "1-sqrt",
 }
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """200 short documents, a tenth held out."""
-    folder = tmp_path_factory.mktemp("tokens")
-    generator = torch.Generator().manual_seed(0)
-    documents = [
-        " ".join(WORDS[i] for i in torch.randint(len(WORDS), (20,), generator=generator)) + f" {n}." for n in range(200)
-    ]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    make_tokens([str(folder / "text.jsonl")], folder / "set", TokenSettings(train_bpe=300, val_fraction=0.1))
-    return folder / "set"
 
 
 @pytest.fixture
