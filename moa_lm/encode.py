@@ -169,7 +169,7 @@ def tokenize(texts: Iterator[Text], vocabulary: Vocabulary) -> Iterator[tuple[Te
 
     with ThreadPoolExecutor(1) as thread:
         encoded = (thread.submit(encode, chunk) for chunk in _chunks(texts))
-        for future, _next in pairwise(chain(encoded, [None])):
+        for future, _next in pairwise(chain(encoded, [None])):  # submits the next chunk before it waits for this one
             assert future is not None
             for text, encoding in zip(*future.result(), strict=True):
                 yield text, np.array([*encoding.ids, vocabulary.end_of_text], DTYPES[vocabulary.dtype])

@@ -386,14 +386,9 @@ def labels_within_documents(input_ids: Tensor, shift_labels: Tensor, end_of_text
 
 
 def _slice_positions(hidden: Tensor, positions: int | Tensor) -> Tensor:
-    """Select positions of hidden (B, T, D): the last n, or those of a tensor.
-
-    The tensor holds indices (P,) or (B, P), or is a mask (B, T), which gives a flat result, as in transformers.
-    """
+    """Select positions of hidden (B, T, D) as transformers: the last n, indices (P,) or (B, P), or a mask (B, T)."""
     if not isinstance(positions, Tensor):
-        return hidden[:, -positions:] if positions else hidden
-    if positions.ndim == 1:
-        return hidden[:, positions]
+        return hidden[:, -positions:]  # 0 selects all
     if positions.dtype == torch.bool:
         return hidden[positions]
-    return hidden.take_along_dim(positions.unsqueeze(-1), dim=1)
+    return hidden[:, positions] if positions.ndim == 1 else hidden.take_along_dim(positions.unsqueeze(-1), dim=1)

@@ -127,10 +127,9 @@ def _open_writers(
                 _copy_folder(first, folder / TOKENIZER)
     name = f"bpe-{settings.train_bpe}" if settings.tokenizer is None else Path(settings.tokenizer).name
     vocabulary = open_vocabulary(first, name)
-    limits = (settings.max_tokens, None)
     return [
-        TokenSetWriter(folder, identity, vocabulary, record, limit)
-        for folder, record, limit in zip(folders, earlier, limits, strict=False)
+        TokenSetWriter(folder, identity, vocabulary, record, settings.max_tokens if folder == folders[0] else None)
+        for folder, record in zip(folders, earlier, strict=True)
     ]
 
 

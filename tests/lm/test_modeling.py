@@ -77,6 +77,15 @@ def test_cache_by_either_argument_name(name, tiny, tokens):
     assert error(torch.cat(parts, dim=1), model(input_ids).logits) < 1e-5
 
 
+def test_logits_to_keep(tiny, tokens):
+    model, input_ids = tiny(), tokens(2, 8)
+    full = model(input_ids).logits
+    rows, grid, mask = torch.tensor([1, 6]), torch.tensor([[0, 5], [7, 2]]), torch.arange(16).view(2, 8) % 3 == 0
+    by_row = full.take_along_dim(grid.unsqueeze(-1), dim=1)
+    for kept, expected in ((3, full[:, -3:]), (rows, full[:, rows]), (grid, by_row), (mask, full[mask])):
+        torch.testing.assert_close(model(input_ids, logits_to_keep=kept).logits, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["bila", "moe"])
 def test_save_and_load_with_auto_classes(name, tiny, tokens, tmp_path):
     model = tiny(**fields(name), ffn_mixing_gate="tanh", ffn_gate_activations="s,r", ffn_up_activations="id,l")
