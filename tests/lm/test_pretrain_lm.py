@@ -74,7 +74,7 @@ def rows(folder, kind):
     return [row for row in lines if row["kind"] == kind]
 
 
-def test_from_text_to_export(train, tmp_path):
+def test_from_text_to_export(train, shards, tmp_path):
     assert train(model__ffn="qdmoa") == 0
     folder = tmp_path / "run"
     training, validation = rows(folder, "train"), rows(folder, "val")
@@ -95,15 +95,11 @@ def test_from_text_to_export(train, tmp_path):
     written = model.generate(**tokenizer("the king", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert tokenizer.decode(written[0]).startswith("the king")
 
-
-def test_export_has_the_validation_loss(train, shards, tmp_path):
-    assert train(model__ffn="bimoa") == 0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export").eval()
     val = TokenShards(shards / "val")
     tokens = torch.stack([torch.from_numpy(val.window(i, 16).astype("int64")) for i in range(6)])
     with torch.no_grad():
         expected = F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
-    assert rows(tmp_path / "run", "val")[-1]["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert validation[-1]["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_experts_with_muon(train, tmp_path, capsys):
