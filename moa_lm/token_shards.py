@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from moa_lm.data import TOKENIZER
 from moa_lm.documents import Corpus, ReadState, Text
 from moa_lm.encode import open_vocabulary, save_tokenizer, tokenize, train_bpe
-from moa_lm.token_writer import UNFINISHED, Report, TokenSetWriter, earlier_record
+from moa_lm.token_writer import UNFINISHED, Report, TokenSetWriter, earlier_shards
 from moa_train.atomic_io import new_folder
 from moa_train.errors import ConfigError, DataError, require
 from moa_train.manifest import MANIFEST, file_sha256
@@ -116,8 +116,8 @@ def _open_writers(
         if settings.tokenizer is not None:
             save_tokenizer(settings.tokenizer, new, settings.end_of_text)
             identity["tokenizer_sha256"] = file_sha256(new / "tokenizer.json")
-        earlier = [earlier_record(folder, identity) for folder in folders]
-        if settings.train_bpe is not None and not any(record["shards"] for record in earlier):
+        earlier = [earlier_shards(folder, identity) for folder in folders]
+        if settings.train_bpe is not None and not any(earlier):
             training = (text.text for text in corpus if not text.held_out)
             train_bpe(training, settings.train_bpe).save_pretrained(new)
         for folder in folders:
@@ -128,8 +128,8 @@ def _open_writers(
     name = f"bpe-{settings.train_bpe}" if settings.tokenizer is None else Path(settings.tokenizer).name
     vocabulary = open_vocabulary(first, name)
     return [
-        TokenSetWriter(folder, identity, vocabulary, record, settings.max_tokens if folder == folders[0] else None)
-        for folder, record in zip(folders, earlier, strict=True)
+        TokenSetWriter(folder, identity, vocabulary, shards, settings.max_tokens if folder == folders[0] else None)
+        for folder, shards in zip(folders, earlier, strict=True)
     ]
 
 

@@ -48,32 +48,31 @@ class Report(NamedTuple):
     source: ReadState
 
 
-def earlier_record(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest or unfinished manifest that an earlier run left in a folder; without shards that of no run.
+def earlier_shards(folder: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the records of the shards that an earlier run wrote to a folder.
 
     Raises:
         ConfigError: It had other settings.
-        DataError: Its record is damaged.
+        DataError: Its manifest, finished or not, is damaged.
     """
     paths = [path for path in (folder / MANIFEST, folder / UNFINISHED) if path.exists()]
     if not paths:
-        return {"shards": []}
+        return []
     try:
         record = parse_manifest(paths[0].read_bytes(), FORMAT)
-        settings = record.get("settings")
-        if not isinstance(settings, dict) or not isinstance(record.get("source"), dict):
-            raise DataError("settings or source is missing")
         for shard in record["shards"]:
             check_entry(shard, _RECORD_COUNTS)
+        if not isinstance(record.get("settings"), dict):
+            raise DataError("settings are missing")
     except DataError as error:
         raise DataError(f"{paths[0]} cannot be read: {error}; delete {folder} to start again") from error
-    differing = differing_keys(settings, identity, mutable_keys=frozenset())
+    differing = differing_keys(record["settings"], identity, mutable_keys=frozenset())
     if differing and record["shards"]:
         raise ConfigError(
             f"{folder} was made with other settings ({', '.join(differing)}); use the same settings, delete the folder "
             "or choose another one"
         )
-    return record
+    return record["shards"]
 
 
 class TokenSetWriter:
@@ -88,18 +87,14 @@ class TokenSetWriter:
         folder: Path,
         identity: dict[str, Any],
         vocabulary: Vocabulary,
-        earlier: dict[str, Any],
+        earlier: list[dict[str, Any]],
         max_tokens: int | None,
     ) -> None:
         self.folder = folder
         self.identity = identity
         self.vocabulary = vocabulary
-        self.earlier = earlier
-        self.records = list(takewhile(self._is_intact, earlier["shards"]))
-        whole = bool(self.records) and len(self.records) == len(earlier["shards"])
-        self.finished = whole and (folder / MANIFEST).exists()
-        if not self.finished:  # only the last shard of a finished set may be partly filled
-            self.records = list(takewhile(self._is_full, self.records))
+        self.records = list(takewhile(self._is_intact, earlier))
+        self.finished = bool(earlier) and self.records == earlier and (folder / MANIFEST).exists()
         self.kept = len(self.records)
         self.covered: int = self.records[-1]["until"] if self.records else 0
         self.end: int | None = None
@@ -142,9 +137,7 @@ class TokenSetWriter:
             raise _empty(self.folder, corpus, end)
 
     def publish(self, corpus: Corpus, end: ReadState) -> Report:
-        """Write the manifest, which makes the set valid, after `close`. Raises DataError if the texts have changed."""
-        if self.finished and self.earlier["source"].get("sha256") != end.sha256:
-            raise corpus.changed(str(self.folder))
+        """Write the manifest, which makes the set valid, after `close`."""
         if not self.finished:
             names = {record["name"] for record in self.records}
             for path in self.folder.glob("shard-*.safetensors"):
@@ -187,15 +180,12 @@ class TokenSetWriter:
         self._pieces, self._tokens, self._bytes = [], 0, 0
 
     def _save_progress(self) -> None:
-        progress = {"format": FORMAT, "source": {}, "settings": self.identity}
+        progress = {"format": FORMAT, "settings": self.identity}
         write_json(self.folder / UNFINISHED, {**progress, "shards": self.records})
 
     def _is_intact(self, record: dict[str, Any]) -> bool:
         path = self.folder / record["name"]
         return path.exists() and file_problem(path, record) is None
-
-    def _is_full(self, record: dict[str, Any]) -> bool:
-        return record["tokens"] >= self.identity["shard_tokens"]
 
 
 def _empty(folder: Path, corpus: Corpus, end: ReadState) -> DataError:

@@ -97,6 +97,13 @@ def test_wrong_size_and_missing_shard_are_found_when_opened(damaged):
         TokenShards(folder)
 
 
+def test_shard_of_another_dtype_is_found_when_read(damaged):
+    folder, path = damaged
+    save_file({"tokens": np.arange(20, dtype=np.int16)}, path)
+    with pytest.raises(DataError, match=r"'I16'.* instead of .*'U16'"):
+        TokenShards(folder).window(8, 4)
+
+
 def test_token_outside_of_the_vocabulary_is_reported(tmp_path):
     folder = write_set(tmp_path / "set", [[1, 2, 999, 3]], vocab_size=70)
     with pytest.raises(DataError, match=r"window 0 of 3 tokens holds token 999, but the vocabulary of .* has 70"):
