@@ -1,4 +1,4 @@
-"""FLOPs from the configuration against torch's counter on the running model."""
+"""FLOPs from the configuration against torch's counter on the running model, and saved activations."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moa_ffn import VARIANTS
 from moa_lm import MoALlamaForCausalLM
 from moa_lm.flops import forward_flops
+from moa_lm.workload import saved_bytes
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "expert_dispatch": "loop"}
 
@@ -39,3 +40,9 @@ def test_dense_models(variant, tiny, tokens):
 def test_other_shapes(fields, tiny, tokens):
     model = tiny(**fields)
     assert forward_flops(model.config, 17) == counted(model, tokens(1, 17))
+
+
+def test_checkpointed_layers_save_their_inputs_only(tiny):
+    configs = [tiny(num_hidden_layers=layers).config for layers in (2, 6)]
+    short, long = (saved_bytes(config, 16, bf16=False, checkpointed=True).per_sample for config in configs)
+    assert long - short == 4 * (4 * 16 * 32)  # four layers of 16 float32 vectors of width 32
