@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +15,22 @@ from transformers.utils import logging
 from moa_ffn import VARIANTS
 from moa_lm.encode import load_tokenizer
 from moa_lm.modeling import MoALlamaForCausalLM
-from moa_lm.sizes import SIZES, TABLE_VARIANTS, count_parameters, named_config
+from moa_lm.sizes import SIZES, TABLE_VARIANTS, count_parameters, named_config, padded_vocab
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.atomic_io import new_folder
 from moa_train.errors import ConfigError, DataError, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-COLUMNS = (
-    *("size", "FFN", "layers", "width", "hidden", "total", "active", "non-embedding", "mixing"),
-    *("paper's total (1e9)", "ratio", "paper's active (1e9)", "ratio of active"),
-)
-BILLIONS = ("total", "active", "non-embedding")
-"""Columns that the Markdown table shows in billions; the CSV file has exact counts."""
+COLUMNS = ("size", "FFN", "layers", "width", "hidden", "total", "active", "non-embedding", "mixing")
 
 TALES = Path(__file__).parent / "texts" / "tales.jsonl.gz"
 TALES_SETTINGS = TokenSettings(train_bpe=2048, val_fraction=0.1)
 
 NOTES = """
-Parameter counts are exact; total, active and non-embedding are in billions. `hidden` is the hidden width of the FFN,
-with experts that of one expert. `active` counts the parameters that process one token, embeddings included; `mixing`
-those of the mixture of activations; ratios are ours / paper's. The paper (arXiv:2605.26647) gives names and a few
-counts, not shapes. The shape of dense-0.12b and llama-large is inferred: it matches both counts to every digit if
-bi-MoA mixes six activations on each branch (`g,s,r,r2,l,t`; bimoa in this table has the default dictionaries). All
-other shapes are this project's, and the paper's figures for them are the rounded ones in its model names."""
+total, active and non-embedding are exact counts in billions. `hidden` is the hidden width of the FFN, with experts that
+of one expert. `active` counts the parameters that process one token, embeddings included; `mixing` those of the mixture
+of activations. docs/language-models.md compares them with the paper's."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument(
         "--ffn", nargs="+", choices=VARIANTS, default=list(TABLE_VARIANTS), metavar="FFN", help="only these variants"
     )
-    sizes.add_argument("--csv", action="store_true", help="comma-separated values instead of Markdown")
     sizes.set_defaults(run=_sizes)
 
     create = commands.add_parser(
@@ -77,13 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument("--size", required=True, choices=SIZES, metavar="SIZE", help="named size, see `sizes`")
     create.add_argument(
         "--tokenizer", required=True, metavar="NAME", help="folder or Hub name of the tokenizer, for the vocabulary"
-    )
-    create.add_argument(
-        "--vocab-multiple",
-        type=int,
-        default=64,
-        metavar="N",
-        help="pad the vocabulary to a multiple of N, for faster matrix products (default: %(default)s)",
     )
     create.set_defaults(run=_create)
 
@@ -125,52 +107,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sizes(options: argparse.Namespace) -> None:
-    rows = list(_rows(options.size, options.ffn))
-    if options.csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerows([COLUMNS, *rows])
-        return
-    lines = [[_cell(column, value) for column, value in zip(COLUMNS, row, strict=True)] for row in rows]
-    for line in (COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *lines):
-        print(f"| {' | '.join(line)} |")
-    print(NOTES)
-
-
-def _rows(sizes: list[str], variants: list[str]) -> Iterator[list[str | int | float | None]]:
-    for name in sizes:
-        size = SIZES[name]
-        for variant in [v for v in variants if not size.variants or v in size.variants]:
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|---|---|" + "---:|" * (len(COLUMNS) - 2))
+    for name in options.size:
+        for variant in (variant for variant in options.ffn if variant in (SIZES[name].variants or VARIANTS)):
             config = named_config(name, variant)
-            count = count_parameters(config)
+            *counts, mixing = count_parameters(config)
             hidden = config.moe_intermediate_size or config.intermediate_size
-            yield [
-                *(name, variant, config.num_hidden_layers, config.hidden_size, hidden, *count),
-                *_compared(count.total, size.paper_total, variant),
-                *_compared(count.active, size.paper_active, variant),
-            ]
-
-
-def _compared(ours: int, paper: dict[str, str], variant: str) -> tuple[str | None, float | None]:
-    """Return the paper's figure with its digits, and the ratio of ours to it."""
-    figure = paper.get(variant, paper.get(""))
-    return (None, None) if figure is None else (figure, round(ours / (float(figure) * 1e9), 4))
-
-
-def _cell(column: str, value: str | float | None) -> str:
-    """Format a cell of the Markdown table."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if column in BILLIONS:
-        return f"{value / 1e9:.5f}"
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if column == "mixing" else str(value)
+            shape = (config.num_hidden_layers, config.hidden_size, hidden)
+            cells = (name, variant, *shape, *(f"{count / 1e9:.5f}" for count in counts), f"{mixing:,}")
+            print(f"| {' | '.join(map(str, cells))} |")
+    print(NOTES)
 
 
 def _create(options: argparse.Namespace) -> None:
     _check_out(options.out)
-    require("--vocab-multiple", options.vocab_multiple, options.vocab_multiple >= 1, "1 or above")
     tokenizer = load_tokenizer(options.tokenizer)
     fields = {
-        "vocab_size": -(-len(tokenizer) // options.vocab_multiple) * options.vocab_multiple,
+        "vocab_size": padded_vocab(len(tokenizer)),
         **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         **_settings(options.set),
     }

@@ -34,13 +34,7 @@ def plan_check(folder: Path) -> Plan:
 
 
 def check_shard(folder: Path, shard: dict[str, Any], manifest: dict[str, Any]) -> Checked:
-    """Check the bytes and tokens of one shard, and that it holds its documents, each ended by end-of-text.
-
-    Args:
-        folder: Folder of the set.
-        shard: Entry of the shard in the manifest.
-        manifest: Manifest of the set.
-    """
+    """Check the bytes and tokens of one shard, and that it holds its documents, each ended by end-of-text."""
     path = folder / shard["name"]
     try:
         mismatch = file_problem(path, shard)
@@ -70,12 +64,10 @@ def _token_problems(path: Path, shard: dict[str, Any], manifest: dict[str, Any])
 def _blocks(path: Path, dtype: str, count: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the tokens of a shard in blocks, each with the index of its first token."""
     file, begin = open_tokens(path, dtype, count)
-    with open(file, "rb", buffering=0) as content:  # noqa: PTH123  (a descriptor)
+    with open(file, "rb") as content:  # noqa: PTH123  (a descriptor)
         content.seek(begin)
         for first in range(0, count, _BLOCK_TOKENS):
-            tokens = np.empty(min(_BLOCK_TOKENS, count - first), DTYPES[dtype])
-            content.readinto(tokens.data)
-            yield first, tokens
+            yield first, np.fromfile(content, DTYPES[dtype], min(_BLOCK_TOKENS, count - first))
 
 
 def tokenizer_problem(folder: Path, manifest: dict[str, Any]) -> Problem | None:

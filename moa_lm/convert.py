@@ -26,13 +26,11 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 ACCEPTED = "llama; mistral without a sliding window; moa_llama with ffn_variant swiglu"
 """Architectures whose weights map one to one."""
 
-LOADING = (
-    *("dtype", "device_map", "max_memory", "offload_folder", "attn_implementation"),
-    *("revision", "token", "cache_dir", "local_files_only"),
-)
+_CONFIG_LOADING = ("revision", "token", "cache_dir", "local_files_only")
+
+LOADING = ("dtype", "device_map", "max_memory", "offload_folder", "attn_implementation", *_CONFIG_LOADING)
 """Arguments of `from_llama` that belong to `from_pretrained`; all others are fields of the configuration."""
 
-_CONFIG_LOADING = ("revision", "token", "cache_dir", "local_files_only")
 _SHAPES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "hidden_act"),
     *("num_attention_heads", "num_key_value_heads", "attention_bias", "mlp_bias", "tie_word_embeddings"),

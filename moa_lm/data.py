@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moa_train.data_order import ORDER, StepBatches, batch_loader, generator, philox_key
 from moa_train.errors import ConfigError, DataError, require
-from moa_train.manifest import MANIFEST, file_problem, parse_manifest
+from moa_train.manifest import MANIFEST, parse_manifest
 from moa_train.open_files import OpenFiles, open_to_read
 
 FORMAT = "moa-tokens-1"
@@ -149,13 +149,10 @@ class TokenShards:
         return tokens
 
     def read_into(self, tokens: np.ndarray, shard: int, first: int) -> None:
-        """Fill `tokens` (n,) of the set's dtype with the tokens of a shard from `first` on.
+        """Fill `tokens` (n,) of the set's dtype with the tokens of a shard from `first` on. Raises DataError.
 
         Files are read rather than memory-mapped: a truncated file or a failing network file system raises an error
         here, where a map would kill the process.
-
-        Raises:
-            DataError: The shard is damaged, or cannot be read twice in a row.
         """
 
         def read(file: int) -> int:
@@ -168,12 +165,6 @@ class TokenShards:
             raise DataError(f"{path}: {error}; {_remedy(self.folder)}") from error
         if count != tokens.nbytes:
             raise DataError(f"{path} was truncated; {_remedy(self.folder)}")
-
-    def verify(self) -> None:
-        """Read all shards and compare their checksums. Raises DataError naming the first that differs."""
-        for shard in self.manifest["shards"]:
-            if problem := file_problem(self.folder / shard["name"], shard):
-                raise DataError(f"{self.folder / shard['name']}: {problem}; {_remedy(self.folder)}")
 
     def require_same_tokenizer(self, other: TokenShards) -> None:
         """Raise DataError unless `other` has the same tokenizer."""
@@ -269,13 +260,7 @@ class TokenWindows(Dataset[TokenBatch]):
 
 
 class ShuffledWindows(Sampler[list[int]]):
-    """Batches of window numbers; every epoch is another permutation of all windows.
-
-    Args:
-        windows: Number of windows.
-        seed: Seed of the order, 0 or more.
-        batches: Batches of (epoch, position).
-    """
+    """Batches of window numbers; every epoch is another permutation of all windows."""
 
     def __init__(self, windows: int, seed: int, batches: StepBatches) -> None:
         self.windows = windows
@@ -308,19 +293,8 @@ def train_loader(
 ) -> DataLoader[TokenBatch]:
     """Return a loader of one rank's micro-batches of steps start_step .. num_steps - 1, as `TokenBatch`.
 
-    An epoch shows every window at most once, in its own order, and drops the last partial global batch. Starting at a
-    later step is a seek.
-
-    Args:
-        shards: The training tokens.
-        config: Sequence length and workers.
-        seed: Seed of the order, 0 or more.
-        global_batch: Windows per step, over all ranks and micro-batches.
-        micro_batch: Windows per forward pass on one rank.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-        start_step: First step, counted from 0 over all epochs.
-        num_steps: Step to stop before.
+    Batches are counted in windows, steps from 0 over all epochs. An epoch shows every window at most once, in its own
+    order, and drops the last partial global batch. Starting at a later step is a seek.
 
     Raises:
         ValueError: The batch does not split into micro-batches.
@@ -350,16 +324,8 @@ def val_loader(
 ) -> DataLoader[TokenBatch]:
     """Return a loader of one rank's part of the held-out windows, in order, each once over all ranks.
 
-    The last batch may be smaller, and ranks may differ by one window: add up sums and counts, not means of batches.
-    The loader can be iterated repeatedly.
-
-    Args:
-        shards: The held-out tokens.
-        config: Sequence length and workers.
-        batch_size: Windows per batch on one rank.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-        limit: Number of windows to use, from the first on; None: all.
+    Only the first `limit` windows are used, if set. The last batch may be smaller, and ranks may differ by one window:
+    add up sums and counts, not means of batches. The loader can be iterated repeatedly.
     """
     windows = shards.windows(config.sequence_length)
     mine = range(rank, windows if limit is None else min(limit, windows), world_size)

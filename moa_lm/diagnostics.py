@@ -72,26 +72,12 @@ def watch(model: MoALlamaForCausalLM, input_ids: Tensor, position_ids: Tensor | 
     return found
 
 
-def save_mixing(watched: Watched, folder: Path, *, step: int) -> None:
-    """Write the mixing rows, if any, into a new or existing folder, atomically.
-
-    Args:
-        watched: Result of `watch`.
-        folder: The folder `mixing` of the run.
-        step: Training step of the weights.
-    """
-    _save(watched.mixing, folder, step)
-
-
-def save_experts(watched: Watched, folder: Path, *, step: int) -> None:
-    """Write the expert rows into the folder `experts` of the run; otherwise as `save_mixing`."""
-    _save(watched.experts, folder, step)
-
-
-def _save(rows: list[Row], folder: Path, step: int) -> None:
-    if rows:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"step_{step:08d}.json", {"step": step, "layers": rows})
+def save(watched: Watched, folder: Path, *, step: int) -> None:
+    """Write the rows of both kinds into the folders mixing/ and experts/ of a run; no file where there are none."""
+    for name, rows in watched._asdict().items():
+        if rows:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            write_json(folder / name / f"step_{step:08d}.json", {"step": step, "layers": rows})
 
 
 @contextmanager
@@ -163,7 +149,7 @@ def _expert_row(layer: str, logits: Tensor, indices: Tensor) -> Iterator[Row]:
         "load": expert_load(indices, count).tolist(),
         "entropy": router_entropy(logits).item(),
         "max_entropy": math.log(count),
-        "balance_loss": load_balancing_loss(logits, k, indices=indices).item(),
+        "balance_loss": load_balancing_loss(logits, k).item(),
         "assignments": indices.numel(),
         "dropped": indices.numel() - reached,
     }

@@ -10,10 +10,7 @@ assignment in the order by expert.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +27,7 @@ METHODS = ("auto", "blocks", "grouped", "loop")
 _ALIGNMENT = 16
 """Bytes to which grouped products need rows aligned."""
 
-_logger = logging.getLogger(__name__)
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Groups(NamedTuple):
@@ -72,16 +69,10 @@ def combine(out: Tensor, weights: Tensor, groups: Groups) -> Tensor:
 
 
 def project_in(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], groups: Groups, method: str) -> list[Tensor]:
-    """Apply linear maps of each of its experts to every token.
+    """Apply linear maps of each of its experts to every token: x (N, I) -> (S, O) for each map.
 
-    Args:
-        x: (N, I) tokens.
-        maps: Weight (E, O, I) and bias (E, O) or None of each map.
-        groups: The assignments.
-        method: A result of `choose_method`.
-
-    Returns:
-        (S, O) for each map, in x's dtype or autocast's.
+    A map has a weight (E, O, I) and a bias (E, O) or None; `method` is a result of `choose_method`. Results have x's
+    dtype or autocast's.
     """
     if method == "blocks":
         tokens = expert_blocks.row_tokens(groups.order, groups.rows.shape[1])
@@ -94,18 +85,10 @@ def project_in(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], groups: 
 def project_out(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor, groups: Groups, method: str
 ) -> Tensor:
-    """Apply its expert's linear map to every row and sum the rows of each token with weights.
+    """Apply its expert's linear map to every row and sum the rows of each token with weights: (S, I) -> (N, O).
 
-    Args:
-        hidden: (S, I) rows sorted by expert.
-        weight: (E, O, I).
-        bias: (E, O) or None.
-        scales: (N, k), the weights of the sum.
-        groups: Assignments of the rows.
-        method: A result of `choose_method`.
-
-    Returns:
-        (N, O) in hidden's dtype or autocast's.
+    Shapes are weight (E, O, I), bias (E, O) and scales (N, k), the weights of the sum. The result has hidden's dtype or
+    autocast's.
     """
     if method != "blocks":
         return combine(grouped_linear(hidden, weight, bias, groups, method), scales, groups)
@@ -117,18 +100,10 @@ def project_out(
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups, method: str) -> Tensor:
-    """Apply its expert's linear map to each row.
+    """Apply its expert's linear map, weight (E, O, I) and bias (E, O), to each row: (S, I) -> (S, O).
 
-    Args:
-        x: (S, I) rows sorted by expert.
-        weight: (E, O, I), as in nn.Linear for each expert; cast to the dtype of the product, as is the bias.
-        bias: (E, O) or None.
-        groups: Assignments of the rows.
-        method: "grouped" or "loop". The loop reads the group sizes on the host, which synchronizes the device and
-            breaks a compiled graph.
-
-    Returns:
-        (S, O) in x's dtype or autocast's.
+    `method` is "grouped" or "loop", which reads the group sizes on the host: that synchronizes the device and breaks a
+    compiled graph. The result has x's dtype or autocast's.
     """
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
@@ -153,76 +128,26 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def choose_method(method: str, device: torch.device, dtype: torch.dtype) -> str:
     """Return "blocks", "grouped" or "loop" for `method`, one of `METHODS`.
 
-    "auto" takes the first that is available; a fallback to the loop is logged once per device and dtype.
-
     Raises:
         ConfigError: A method other than "auto" is unavailable for this device and dtype.
     """
-    if method == "loop":
-        return "loop"
-    reason = None
-    for name in METHODS[1:-1] if method == "auto" else [method]:
-        reason = _unavailable_reason(name, device, dtype)
-        if reason is None:
-            return name
-    if method != "auto":
+    available = ["loop"]
+    if device.type in ("cpu", "cuda", "meta") and dtype in _GROUPED_DTYPES:
+        available.insert(0, "grouped")
+    if device.type == "cpu" and dtype in expert_blocks.DTYPES:
+        available.insert(0, "blocks")
+    if method == "auto":
+        return available[0]
+    if method not in available:
         raise ConfigError(
-            f"expert_dispatch is {method!r}, which is unavailable for {dtype} on {device.type} ({reason}); use auto or "
-            "loop"
+            f"expert_dispatch is {method!r}, which is unavailable for {dtype} on {device.type}; use auto or loop"
         )
-    _warn_once(f"experts are computed in a loop: grouped products are unavailable ({dtype} on {device.type}: {reason})")
-    return "loop"
-
-
-def _unavailable_reason(method: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if method == "blocks":
-        return expert_blocks.unavailable_reason(device, dtype)
-    return _grouped_unavailable_reason(device.type, device.index, dtype)
-
-
-@torch.compiler.assume_constant_result
-def _grouped_unavailable_reason(device: str, index: int | None, dtype: torch.dtype) -> str | None:
-    return _probe_grouped(device, index, dtype)
-
-
-@lru_cache
-def _probe_grouped(device: str, index: int | None, dtype: torch.dtype) -> str | None:
-    """Try a grouped product and its gradients, and return the error if it fails.
-
-    A separate thread isolates the probe from autocast, inference mode and activation checkpointing of the caller.
-    """
-    place = torch.device(device) if index is None else torch.device(device, index)
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            thread.submit(_try_grouped, place, dtype).result()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            return str(error).strip().splitlines()[0]
-    return None
-
-
-def _try_grouped(device: torch.device, dtype: torch.dtype) -> None:
-    x = torch.ones(3, 16, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.ones(2, 16, 16, device=device, dtype=dtype, requires_grad=True)
-    product = _grouped(x, weight, torch.tensor([1, 3], device=device, dtype=torch.int32))
-    product.backward(torch.ones_like(product))
-
-
-@torch.compiler.assume_constant_result
-def _warn_once(message: str) -> None:
-    _warn(message)
-
-
-@lru_cache
-def _warn(message: str) -> None:
-    _logger.warning(message)
+    return method
 
 
 @torch.compiler.disable()
 def _loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    stops = ends.tolist()
-    sizes = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+    sizes = expert_blocks.group_sizes(ends)
     # The gradient of unbind is one stack; that of indexing is full-sized for each expert.
     return torch.cat([F.linear(part, w) for part, w in zip(x.split(sizes), weight.unbind(), strict=True)])
 

@@ -37,36 +37,6 @@ class Document(NamedTuple):
 Reader = Callable[[], Iterator[Document]]
 
 
-class Corpus:
-    """The documents of several sources, in order; can be iterated repeatedly with the same result.
-
-    Args:
-        sources: Text, JSONL or Parquet files (.txt, .jsonl, .parquet; the first two also .gz), folders of such files,
-            globs, or hf:NAME[:OPTION=VALUE]..., a data set on the Hub or in a folder that `datasets` streams, with the
-            options config, split (default: train), revision, data_dir and data_files.
-        field: Text field of a record.
-        split_on: Regular expression; a matching line of a text file begins a new document. None: a text file is one
-            document.
-
-    Raises:
-        ConfigError: The regular expression or an option of a source is invalid.
-        DataError: A source does not exist or holds no such file.
-    """
-
-    def __init__(self, sources: Sequence[str], *, field: str = "text", split_on: str | None = None) -> None:
-        try:
-            pattern = None if split_on is None else re.compile(split_on)
-        except re.error as error:
-            raise ConfigError(f"split_on is {split_on!r}; it must be a regular expression ({error})") from error
-        self.names = tuple(sources)
-        self._readers = [reader for name in sources for reader in _readers(name, field, pattern)]
-
-    def __iter__(self) -> Iterator[Document]:
-        """Yield all documents, unreadable and empty ones included. Raises DataError for a file that breaks off."""
-        for read in self._readers:
-            yield from read()
-
-
 class ReadState(NamedTuple):
     """How far a corpus has been read.
 
@@ -99,29 +69,61 @@ class Text(NamedTuple):
     state: ReadState
 
 
-class CorpusReader:
-    """The usable documents of a corpus, counted and hashed; can be iterated repeatedly.
+class Corpus:
+    """The usable documents of several sources, in order, counted and hashed; can be iterated repeatedly.
 
     Args:
-        corpus: The documents.
+        sources: Text, JSONL or Parquet files (.txt, .jsonl, .parquet; the first two also .gz), folders of such files,
+            globs, or hf:NAME[:OPTION=VALUE]..., a data set on the Hub or in a folder that `datasets` streams, with the
+            options config, split (default: train), revision, data_dir and data_files.
+        field: Text field of a record.
+        split_on: Regular expression; a matching line of a text file begins a new document. None: a text file is one
+            document.
         val_fraction: Fraction of the documents that is held out, chosen by a hash of the text.
         max_bad: Number of unreadable documents above which reading fails.
 
     Attributes:
+        names: The sources.
         state: How far the latest iteration has read.
+
+    Raises:
+        ConfigError: The regular expression or an option of a source is invalid.
+        DataError: A source does not exist or holds no such file.
     """
 
-    def __init__(self, corpus: Corpus, val_fraction: float = 0.0, max_bad: int = 100) -> None:
-        self.corpus = corpus
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        field: str = "text",
+        split_on: str | None = None,
+        val_fraction: float = 0.0,
+        max_bad: int = 100,
+    ) -> None:
+        try:
+            pattern = None if split_on is None else re.compile(split_on)
+        except re.error as error:
+            raise ConfigError(f"split_on is {split_on!r}; it must be a regular expression ({error})") from error
+        self.names = tuple(sources)
         self.val_fraction = val_fraction
         self.max_bad = max_bad
         self.state = ReadState()
+        self._readers = [reader for name in sources for reader in _readers(name, field, pattern)]
+
+    def documents(self) -> Iterator[Document]:
+        """Yield all documents, unreadable and empty ones included. Raises DataError for a file that breaks off."""
+        with CountBar(total=0, title=f"read {', '.join(self.names)}", unit=" documents") as bar:
+            bar.total = None
+            for read in self._readers:
+                for document in read():
+                    yield document
+                    bar.update()
 
     def __iter__(self) -> Iterator[Text]:
         """Yield the usable documents. Raises DataError for more than `max_bad` unreadable ones."""
         self.state = ReadState()
         running = hashlib.sha256()
-        for document in self._with_progress():
+        for document in self.documents():
             if document.problem:
                 self._skip(document)
                 continue
@@ -137,18 +139,10 @@ class CorpusReader:
 
     def changed(self, what: str) -> DataError:
         """Return the error for data made from other texts than the corpus holds now."""
-        names = ", ".join(self.corpus.names)
         return DataError(
-            f"{what} was made from other texts than {names} holds now; restore the texts, delete the folder or choose "
-            "another one"
+            f"{what} was made from other texts than {', '.join(self.names)} holds now; restore the texts, delete the "
+            "folder or choose another one"
         )
-
-    def _with_progress(self) -> Iterator[Document]:
-        with CountBar(total=0, title=f"read {', '.join(self.corpus.names)}", unit=" documents") as bar:
-            bar.total = None
-            for document in self.corpus:
-                yield document
-                bar.update()
 
     def _skip(self, document: Document) -> None:
         self.state = self.state._replace(unreadable=self.state.unreadable + 1)

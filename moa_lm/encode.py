@@ -1,31 +1,39 @@
-"""Documents -> tokens, in worker processes, by any tokenizer of the `tokenizers` library."""
+"""Tokenizers, saved or trained, and documents -> tokens by any tokenizer of the `tokenizers` library."""
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import ByteLevel as ByteLevelProcessor
 from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moa_lm.convert import existing_source
 from moa_lm.data import DTYPES
 from moa_lm.documents import Text
 from moa_train.atomic_io import new_folder, write_json
-from moa_train.errors import ConfigError, DataError
+from moa_train.errors import ConfigError, DataError, require
 from moa_train.manifest import file_sha256
 from moa_train.reading import read_json
-from moa_train.signals import end_with_parent, ignore_stop_signals
 
-_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**20, 1024
-"""A worker's task ends with the document that reaches one of the two."""
+END_OF_TEXT = "<|endoftext|>"
+"""End-of-text token of trained tokenizers."""
+
+MIN_VOCAB_SIZE = 257
+"""Size of a byte-level vocabulary without merges: 256 bytes and end-of-text."""
+
+_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2**22, 8192
+"""A chunk, which is encoded in parallel, ends with the document that reaches one of the two."""
 
 
 class Vocabulary(NamedTuple):
@@ -96,6 +104,39 @@ def save_tokenizer(name: str, folder: Path, end_of_text: str | None = None) -> N
             write_json(path, config | {"tokenizer_class": PreTrainedTokenizerFast.__name__})
 
 
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer like GPT-2's: its pre-tokenizer, all 256 bytes, and merges learned from `texts`.
+
+    The same texts in the same order give the same tokenizer. `<|endoftext|>` (token 0) is both bos_token and
+    eos_token; encoding adds neither.
+
+    Args:
+        texts: Training texts; read once.
+        vocab_size: Number of tokens, at least 257. Texts with too few different words give fewer.
+
+    Raises:
+        ConfigError: `vocab_size` is too small.
+    """
+    require("train_bpe", vocab_size, vocab_size >= MIN_VOCAB_SIZE, f"{MIN_VOCAB_SIZE} or above")
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.post_processor = ByteLevelProcessor(trim_offsets=False)
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def open_vocabulary(folder: Path, name: str) -> Vocabulary:
     """Return the tokenizer saved in a folder. Raises DataError if it is damaged or adds tokens to a text."""
     tokenizer = load_tokenizer(folder)
@@ -107,57 +148,31 @@ def open_vocabulary(folder: Path, name: str) -> Vocabulary:
     return Vocabulary(folder, name, file_sha256(folder / "tokenizer.json"), size, end)
 
 
-class Encoder:
-    """A function from texts to tokens that gives the same result in any process.
+def tokenize(texts: Iterator[Text], vocabulary: Vocabulary) -> Iterator[tuple[Text, np.ndarray]]:
+    """Yield documents in order, each with its tokens, end-of-text included; `texts` is read ahead by two chunks.
 
-    Args:
-        vocabulary: The tokenizer.
+    A chunk is encoded on all cores, while this thread reads the next one and converts the tokens of the last one.
+
+    Raises:
+        DataError: The tokenizer cannot encode a text.
     """
+    tokenizer = Tokenizer.from_file(str(vocabulary.folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" within a text is plain text
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.folder = vocabulary.folder
-        self.end_of_text = vocabulary.end_of_text
-        self.dtype = DTYPES[vocabulary.dtype]
-        self.tokenizer = Tokenizer.from_file(str(vocabulary.folder / "tokenizer.json"))
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" within a text is plain text
-
-    def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the tokens of each text, end-of-text included. Raises DataError for a text that has no encoding."""
+    def encode(chunk: list[Text]) -> tuple[list[Text], list[Encoding]]:
         try:
-            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return chunk, tokenizer.encode_batch_fast([text.text for text in chunk], add_special_tokens=False)
         except Exception as error:  # tokenizers raises plain Exception
-            raise DataError(f"{self.folder}: the tokenizer cannot encode a text ({error})") from error
-        return [np.array([*encoding.ids, self.end_of_text], self.dtype) for encoding in encodings]
+            raise DataError(f"{vocabulary.folder}: the tokenizer cannot encode a text ({error})") from error
 
-
-def tokenize(texts: Iterator[Text], vocabulary: Vocabulary, workers: int) -> Generator[tuple[Text, np.ndarray]]:
-    """Yield documents in order, each with its tokens; `texts` is read ahead by a few chunks per worker.
-
-    Args:
-        texts: The documents.
-        vocabulary: The tokenizer.
-        workers: Number of processes; 1 tokenizes in this process.
-    """
-    chunks = _chunks(texts)
-    if workers <= 1:
-        encode = Encoder(vocabulary)
-        for chunk in chunks:
-            yield from zip(chunk, encode([text.text for text in chunk]), strict=True)
-        return
-    pending: deque[tuple[list[Text], Future[list[np.ndarray]]]] = deque()
-    with _single_threaded(), ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(vocabulary,)) as pool:
-        try:
-            for chunk in chunks:
-                pending.append((chunk, pool.submit(_encode_in_worker, [text.text for text in chunk])))
-                if len(pending) > 2 * workers:
-                    done, future = pending.popleft()
-                    yield from zip(done, future.result(), strict=True)
-            for done, future in pending:
-                yield from zip(done, future.result(), strict=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(1) as thread:
+        encoded = (thread.submit(encode, chunk) for chunk in _chunks(texts))
+        for future, _next in pairwise(chain(encoded, [None])):  # submits the next chunk before it waits for this one
+            assert future is not None
+            for text, encoding in zip(*future.result(), strict=True):
+                yield text, np.array([*encoding.ids, vocabulary.end_of_text], DTYPES[vocabulary.dtype])
 
 
 def _chunks(texts: Iterator[Text]) -> Iterator[list[Text]]:
@@ -171,31 +186,3 @@ def _chunks(texts: Iterator[Text]) -> Iterator[list[Text]]:
             chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-_worker_encoder: Encoder | None = None
-
-
-def _start_worker(vocabulary: Vocabulary) -> None:
-    global _worker_encoder
-    ignore_stop_signals()
-    end_with_parent()
-    _worker_encoder = Encoder(vocabulary)
-
-
-def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
-    assert _worker_encoder is not None
-    return _worker_encoder(texts)
-
-
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Keep `tokenizers` from starting threads in processes that are forked within the context."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

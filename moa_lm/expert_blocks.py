@@ -22,13 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 DTYPES = (torch.float32, torch.float64)
-
-
-def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why these operators are unavailable for a device and dtype, or None."""
-    if device.type == "cpu" and dtype in DTYPES:
-        return None
-    return "blocks run in float32 and float64 on a CPU only"
+"""Dtypes of these operators."""
 
 
 def row_tokens(order: Tensor, k: int) -> Tensor:
@@ -43,7 +37,7 @@ def row_tokens(order: Tensor, k: int) -> Tensor:
 @torch.library.custom_op("moa_lm::project_in", mutates_args=())
 def project_in(x: Tensor, weights: Sequence[Tensor], tokens: Tensor, ends: Tensor) -> list[Tensor]:
     """Apply its expert's maps to the token of each row: x (N, D), weights (E, O, D) each -> (S, O) each."""
-    sizes = _sizes(ends)
+    sizes = group_sizes(ends)
     gathered = _scratch(sizes, x)
     results = [x.new_empty(len(tokens), weight.shape[1]) for weight in weights]
     experts = [(weight.unbind(), result.split(sizes)) for weight, result in zip(weights, results, strict=True)]
@@ -59,7 +53,7 @@ def project_in_backward(
     grads: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], tokens: Tensor, ends: Tensor
 ) -> list[Tensor]:
     """Return the gradients of x and of each weight for grads (S, O)."""
-    sizes = _sizes(ends)
+    sizes = group_sizes(ends)
     gathered, products = _scratch(sizes, x), _scratch(sizes, x)
     grad_x, grad_weights = x.new_zeros(x.shape), [_like(weight) for weight in weights]
     experts = [
@@ -78,7 +72,7 @@ def project_in_backward(
 @torch.library.custom_op("moa_lm::project_out", mutates_args=())
 def project_out(hidden: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor, num_tokens: int) -> Tensor:
     """Apply its expert's map to each row and sum over the experts of a token: (S, H), (E, D, H) -> (N, D)."""
-    sizes = _sizes(ends)
+    sizes = group_sizes(ends)
     out = hidden.new_zeros(num_tokens, weight.shape[1])
     products = _scratch(sizes, out)
     for places, part, own_weight in zip(tokens.split(sizes), hidden.split(sizes), weight.unbind(), strict=True):
@@ -91,7 +85,7 @@ def project_out_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, tokens: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of hidden and weight for grad (N, D)."""
-    sizes = _sizes(ends)
+    sizes = group_sizes(ends)
     gathered = _scratch(sizes, grad)
     grad_hidden, grad_weight = _like(hidden), _like(weight)
     parts = (
@@ -108,7 +102,7 @@ def project_out_backward(
     return grad_hidden, grad_weight
 
 
-def _sizes(ends: Tensor) -> list[int]:
+def group_sizes(ends: Tensor) -> list[int]:
     """Return the number of rows of each expert, zeros included: empty products zero the weights' gradients."""
     return [stop - start for start, stop in pairwise([0, *ends.tolist()])]
 

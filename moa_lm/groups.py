@@ -13,10 +13,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
     Those of routed experts are stacks (E, outputs, inputs), all others matrices (outputs, inputs). Muon is designed
     for such matrices (https://kellerjordan.github.io/posts/muon/). Embeddings, head, router, mixing and vectors map
-    from or to something else and are left out.
-
-    Args:
-        model: A MoALlamaForCausalLM, or a module that contains one. Frozen parameters are left out.
+    from or to something else and are left out, as are frozen parameters.
     """
     return {name for name in _trainable(model) if name.removesuffix(".weight").rpartition(".")[2] in PROJECTIONS}
 
@@ -26,9 +23,7 @@ def no_weight_decay(model: nn.Module) -> set[str]:
 
     Biases and coefficients of routed experts, stacked to matrices, are among them. All other parameters are decayed:
     projections, router, `mix_proj` (as in the vision half), embeddings and head (as in nanoGPT).
-
-    Args:
-        model: A MoALlamaForCausalLM, or a module that contains one. Frozen parameters are left out.
+    Frozen parameters are left out too.
     """
     return {
         name

@@ -45,9 +45,7 @@ class CrossEntropy(NamedTuple):
     tokens: Tensor
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = IGNORED_LABEL
-) -> CrossEntropy:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> CrossEntropy:
     """Return the cross-entropy of softmax(hidden weight^T) with the labels, computed in chunks of tokens.
 
     Products use hidden's dtype or autocast's; softmax, losses and sums over chunks use float32 or wider. Gradients have
@@ -56,22 +54,19 @@ def linear_cross_entropy(
     Args:
         hidden: (N, D).
         weight: (V, D), such as `lm_head.weight`.
-        labels: (N,) int64, 0 <= label < V or `ignore_index`.
-        ignore_index: Label without loss and gradient.
+        labels: (N,) int64, 0 <= label < V or IGNORED_LABEL.
     """
     wanted = torch.is_grad_enabled()
     with torch.no_grad():
         total, tokens, *gradients = _compute(
-            hidden, weight, labels, ignore_index, (wanted and hidden.requires_grad, wanted and weight.requires_grad)
+            hidden, weight, labels, (wanted and hidden.requires_grad, wanted and weight.requires_grad)
         )
     if any(gradient is not None for gradient in gradients):
         total = _Attach.apply(hidden, weight, total, *gradients)
     return CrossEntropy(total, tokens)
 
 
-def module_cross_entropy(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, *, ignore_index: int = IGNORED_LABEL
-) -> CrossEntropy:
+def module_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor) -> CrossEntropy:
     """Return the cross-entropy of softmax(head(hidden)) with the labels, computed in chunks of tokens.
 
     For heads with an adapter, a bias, hooks, or a quantized or sharded weight. The backward pass recomputes the logits
@@ -80,15 +75,14 @@ def module_cross_entropy(
     Args:
         hidden: (..., T, D).
         head: Map from (..., t, D) to logits (..., t, V), independently for each token.
-        labels: (..., T) int64, 0 <= label < V or `ignore_index`.
-        ignore_index: Label without loss and gradient.
+        labels: (..., T) int64, 0 <= label < V or IGNORED_LABEL.
     """
 
     def losses(x: Tensor, target: Tensor) -> Tensor:
-        logits = head(torch.where((target != ignore_index).unsqueeze(-1), x, 0.0))
+        logits = head(torch.where((target != IGNORED_LABEL).unsqueeze(-1), x, 0.0))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
         flat = target.to(logits.device).flatten()
-        return F.cross_entropy(logits, flat, reduction="none", ignore_index=ignore_index).view(target.shape)
+        return F.cross_entropy(logits, flat, reduction="none", ignore_index=IGNORED_LABEL).view(target.shape)
 
     chunks = [checkpoint(losses, *chunk, use_reentrant=False) for chunk in _chunks(hidden, labels)]
     tokens = torch.cat(chunks, dim=-1)
@@ -96,7 +90,7 @@ def module_cross_entropy(
 
 
 def _compute(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, wanted: tuple[bool, bool]
+    hidden: Tensor, weight: Tensor, labels: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the total loss, the loss of each token, and the gradients by hidden and weight if `wanted`."""
     dtype = compute_dtype(hidden)
@@ -104,7 +98,7 @@ def _compute(
     matrix = weight.to(dtype)
     losses, hidden_gradients, weight_gradient = [], [], None
     for x, target in _chunks(hidden, labels):
-        counts = (target != ignore_index).unsqueeze(-1)
+        counts = (target != IGNORED_LABEL).unsqueeze(-1)
         # Ignored tokens are zeroed where rows are narrow, so that they add nothing to the weight's gradient.
         x, target = torch.where(counts, x.to(dtype), 0.0), torch.where(counts, target.unsqueeze(-1), 0)
         log_probabilities = F.log_softmax(x @ matrix.t(), dim=-1, dtype=wide)

@@ -152,10 +152,6 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
         default positions too; torch.compile cannot see that they pack no documents, and every batch would get a mask
         (T, T) instead of the fast kernels of causal attention.
 
-        Returns:
-            last_hidden_state (B, T, hidden_size); with `output_router_logits` and experts also router_logits, one
-            (B * T, num_experts) float32 tensor per layer.
-
         Raises:
             ValueError: Both or neither of input_ids and inputs_embeds are given.
         """
@@ -172,7 +168,7 @@ class MoALlamaModel(MoALlamaPreTrainedModel, LlamaModel):  # pyright: ignore[rep
             position_ids=position_ids,
             **named_cache,
         )
-        positions: Tensor | None = position_ids
+        positions = position_ids
         if positions is None:
             past = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0) + past
@@ -390,14 +386,9 @@ def labels_within_documents(input_ids: Tensor, shift_labels: Tensor, end_of_text
 
 
 def _slice_positions(hidden: Tensor, positions: int | Tensor) -> Tensor:
-    """Select positions of hidden (B, T, D): the last n, or those of a tensor.
-
-    The tensor holds indices (P,) or (B, P), or is a mask (B, T), which gives a flat result, as in transformers.
-    """
+    """Select positions of hidden (B, T, D) as transformers: the last n, indices (P,) or (B, P), or a mask (B, T)."""
     if not isinstance(positions, Tensor):
-        return hidden[:, -positions:] if positions else hidden
-    if positions.ndim == 1:
-        return hidden[:, positions]
+        return hidden[:, -positions:]  # 0 selects all
     if positions.dtype == torch.bool:
         return hidden[positions]
-    return hidden.take_along_dim(positions.unsqueeze(-1), dim=1)
+    return hidden[:, positions] if positions.ndim == 1 else hidden.take_along_dim(positions.unsqueeze(-1), dim=1)

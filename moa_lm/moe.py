@@ -16,15 +16,7 @@ from torch import Tensor, nn
 
 from moa_ffn import FFN, init_mixing, mixture
 from moa_lm.configuration import MoALlamaConfig
-from moa_lm.dispatch import (
-    Groups,
-    choose_method,
-    compute_dtype,
-    dispatch,
-    group_by_expert,
-    project_in,
-    project_out,
-)
+from moa_lm.dispatch import Groups, choose_method, compute_dtype, dispatch, group_by_expert, project_in, project_out
 from moa_lm.router import TopKRouter
 
 
@@ -94,15 +86,9 @@ class Experts(nn.Module):
         init_mixing(self.spec, *mixing, std=self.mix_init_std, coef=self.coef_init)
 
     def forward(self, hidden: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """Return the weighted sum of each token's experts.
+        """Return the weighted sum (N, D) of each token's experts, in hidden's dtype or autocast's.
 
-        Args:
-            hidden: (N, D) tokens.
-            weights: (N, k) in float32.
-            indices: (N, k) experts, int64.
-
-        Returns:
-            (N, D) in hidden's dtype or autocast's.
+        Shapes are hidden (N, D), weights (N, k) in float32, and indices (N, k) of experts, int64.
 
         Raises:
             ConfigError: `expert_dispatch` names a method that is unavailable for this device or dtype.

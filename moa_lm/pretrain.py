@@ -21,7 +21,7 @@ from transformers.utils import logging
 from moa_lm.check import tokenizer_problem
 from moa_lm.configuration import MoALlamaConfig
 from moa_lm.data import TokenBatch, TokenDataConfig, TokenShards, train_loader, val_loader
-from moa_lm.diagnostics import save_experts, save_mixing, watch
+from moa_lm.diagnostics import save, watch
 from moa_lm.encode import load_tokenizer
 from moa_lm.flops import forward_flops
 from moa_lm.groups import hidden_matrices, no_weight_decay
@@ -32,7 +32,7 @@ from moa_lm.modeling import (
     document_positions,
     labels_within_documents,
 )
-from moa_lm.sizes import SIZES, count_parameters, named_config
+from moa_lm.sizes import END_OF_TEXT, SIZES, VOCAB_SIZE, count_parameters, named_config, padded_vocab
 from moa_train.config import RESUME_MUTABLE_KEYS, RunConfig, ScheduleConfig, parse_config
 from moa_train.errors import ConfigError, DataError, require
 from moa_train.progress import count
@@ -43,9 +43,6 @@ from moa_train.trainer import check, run
 
 LM_RESUME_MUTABLE_KEYS = {"data.workers", "model.gradient_checkpointing"}
 """Keys of a language-model run that may change on resume, beyond `RESUME_MUTABLE_KEYS`."""
-
-VOCAB_MULTIPLE = 64
-"""The model's vocabulary is the tokenizer's, padded to a multiple of this for faster matrix products."""
 
 OBSERVED = {"loss": "lm_loss", "aux_loss": "aux_loss", "z_loss": "z_loss"}
 """Columns of the training rows of a model with experts, and the model outputs that they hold. The training loss is
@@ -295,8 +292,7 @@ class LMTask(Task):
         bf16 = self.config.loop.precision == "bf16"  # as in training
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             watched = watch(model, inputs["input_ids"], inputs.get("position_ids"))
-        save_mixing(watched, folder / "mixing", step=step)
-        save_experts(watched, folder / "experts", step=step)
+        save(watched, folder, step=step)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write a transformers folder with its tokenizer."""
@@ -340,23 +336,19 @@ def budgeted(config: MoALlamaConfig, size: str = "") -> int:
     return count_parameters(fixed).active
 
 
-def model_config(config: ModelConfig, shards: TokenShards, sequence_length: int) -> MoALlamaConfig:
-    """Return the transformers configuration of a model for these tokens. Raises ConfigError."""
-    given = {
-        "vocab_size": -(-shards.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
-        "bos_token_id": shards.end_of_text,
-        "eos_token_id": shards.end_of_text,
-        "max_position_embeddings": max(2048, sequence_length),
-    }
-    return checked_config(config, given)
-
-
-def checked_config(config: ModelConfig, given: dict[str, Any]) -> MoALlamaConfig:
-    """Return the transformers configuration with the fields `given` and model.args.
+def model_config(config: ModelConfig, shards: TokenShards | None, sequence_length: int) -> MoALlamaConfig:
+    """Return the transformers configuration of a model for these tokens, without shards for GPT-2's vocabulary.
 
     Raises:
-        ConfigError: model.args has an unknown field, one of `given`, or an invalid value.
+        ConfigError: model.args has an unknown field, one that the data decide, or an invalid value.
     """
+    vocab_size, end = (VOCAB_SIZE, END_OF_TEXT) if shards is None else (shards.vocab_size, shards.end_of_text)
+    given = {
+        "vocab_size": padded_vocab(vocab_size),
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "max_position_embeddings": max(2048, sequence_length),
+    }
     known = {field.name for field in fields(MoALlamaConfig)}
     for name, value in config.args.items():
         hint = "".join(f"; did you mean {match}?" for match in get_close_matches(name, known, 1))
@@ -387,12 +379,7 @@ def build_model(config: ModelConfig, shards: TokenShards, sequence_length: int) 
 
 
 def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
-    """Train as the command line says and return the exit code of `moa_train.trainer.run`.
-
-    Args:
-        arguments: Words of the command line; None: those of the process.
-        default: Config file to read if the command line names none.
-    """
+    """Train as the command line says and return the exit code; `default` is the config file if it names none."""
     config = parse_config(
         LMConfig,
         sys.argv[1:] if arguments is None else arguments,

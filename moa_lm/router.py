@@ -70,9 +70,7 @@ def choose_experts(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[..., :k], indices[..., :k]
 
 
-def load_balancing_loss(
-    router_logits: Tensor, k: int, attention_mask: Tensor | None = None, indices: Tensor | None = None
-) -> Tensor:
+def load_balancing_loss(router_logits: Tensor, k: int, attention_mask: Tensor | None = None) -> Tensor:
     """Return the load-balancing loss of one layer: E * sum_e f_e P_e of each sequence, averaged over the sequences.
 
     f_e is the fraction of the sequence's k * T assignments that goes to expert e, P_e the mean of its probability.
@@ -81,23 +79,15 @@ def load_balancing_loss(
     the losses of equal micro-batches average to the loss of the whole batch for any number of ranks. For one sequence
     and layer, transformers' `load_balancing_loss_func` is k times this; for more it multiplies batch averages.
 
-    Args:
-        router_logits: (B, T, E), any floating dtype; computed in float32.
-        k: Experts per token.
-        attention_mask: (B, T), zero for tokens and sequences to leave out; None keeps all.
-        indices: (B, T, k) chosen experts; None takes the k largest logits, as `TopKRouter` does.
-
-    Returns:
-        Scalar, float32; 0 without tokens. The gradient flows through P only.
+    The logits are (B, T, E). Tokens and sequences with zeros in the mask (B, T) are left out. The result is a float32
+    scalar, 0 without tokens; its gradient flows through P only.
 
     Raises:
         ValueError: The shape of the mask is not (B, T).
     """
     mask = _token_mask(router_logits, attention_mask)
     probabilities = _wide(router_logits).softmax(dim=-1)
-    if indices is None:
-        _, indices = choose_experts(probabilities.detach(), k)
-
+    _, indices = choose_experts(probabilities.detach(), k)
     chosen = torch.zeros_like(probabilities).scatter(-1, indices, 1.0)
     tokens = mask.sum(dim=1)  # (B,)
     scale = tokens.clamp_min(1).unsqueeze(-1)
@@ -111,15 +101,7 @@ def load_balancing_loss(
 def router_z_loss(router_logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Return the mean over tokens of logsumexp(logits)^2, the z-loss of ST-MoE (arXiv:2202.08906, eq. 5).
 
-    Args:
-        router_logits: (B, T, E), any floating dtype; computed in float32.
-        attention_mask: (B, T), zero for tokens to leave out; None keeps all.
-
-    Returns:
-        Scalar, float32; 0 without tokens.
-
-    Raises:
-        ValueError: The shape of the mask is not (B, T).
+    Shapes, mask, result and errors are those of `load_balancing_loss`.
     """
     mask = _token_mask(router_logits, attention_mask)
     squares = _wide(router_logits).logsumexp(dim=-1).square()

@@ -8,7 +8,7 @@ as many, as its Llama-large. All other shapes are this project's, chosen to matc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,6 @@ class Size:
         tied: Whether input and output embeddings share one matrix.
         variants: Variants of this size; empty for all.
         widens: Size that differs from this one by narrower FFNs only, if any.
-        paper_total, paper_active: The paper's figure in billions, as text, by variant; "" for all others.
     """
 
     layers: int
@@ -53,23 +52,21 @@ class Size:
     tied: bool = False
     variants: tuple[str, ...] = ()
     widens: str = ""
-    paper_total: dict[str, str] = field(default_factory=dict)
-    paper_active: dict[str, str] = field(default_factory=dict)
 
 
 SIZES: dict[str, Size] = {
     "dense-micro": Size(4, 128, 2, 320, tied=True),
     "dense-tiny": Size(4, 256, 4, 640, tied=True),
-    "dense-0.12b": Size(6, 768, 12, 2048, paper_total={"swiglu": "0.11974", "bimoa": "0.11980", "": "0.12"}),
-    "llama-large": Size(6, 768, 12, 2048, variants=("swiglu",), widens="dense-0.12b", paper_total={"": "0.11980"}),
-    "dense-0.25b": Size(12, 1024, 16, 2688, paper_total={"": "0.25"}),
-    "dense-0.5b": Size(12, 1536, 24, 4096, paper_total={"": "0.5"}),
+    "dense-0.12b": Size(6, 768, 12, 2048),
+    "llama-large": Size(6, 768, 12, 2048, variants=("swiglu",), widens="dense-0.12b"),
+    "dense-0.25b": Size(12, 1024, 16, 2688),
+    "dense-0.5b": Size(12, 1536, 24, 4096),
     "moe-micro": Size(4, 128, 2, 128, experts=8, active_experts=2, tied=True),
     "moe-tiny": Size(4, 256, 4, 192, experts=8, active_experts=2, tied=True),
-    "moe-0.25b": Size(9, 704, 11, 256, experts=32, paper_total={"": "0.25"}, paper_active={"": "0.11"}),
+    "moe-0.25b": Size(9, 704, 11, 256, experts=32),
     "moe-0.5b": Size(11, 896, 14, 384, experts=32),
     "moe-1b": Size(18, 1152, 18, 384, experts=32),
-    "moe-2b": Size(19, 1664, 26, 512, experts=32, paper_total={"": "2"}, paper_active={"": "0.62"}),
+    "moe-2b": Size(19, 1664, 26, 512, experts=32),
 }
 """Sizes by name. Tiny and micro sizes are for laptops and tests; all MoE sizes have one shared expert."""
 
@@ -124,6 +121,11 @@ def _units_of_bimoa(config: MoALlamaConfig) -> int:
         "bimoa", gate_activations=spec.gate_activations, up_activations=spec.up_activations, mix_bias=spec.mix_bias
     )
     return round(bimoa.extra_parameters(config.hidden_size) / (3 * config.hidden_size))
+
+
+def padded_vocab(tokens: int) -> int:
+    """Return the vocabulary size of a model: that of the tokenizer, padded to a multiple of 64 for faster products."""
+    return -(-tokens // 64) * 64
 
 
 class Parameters(NamedTuple):

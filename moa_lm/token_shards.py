@@ -1,7 +1,7 @@
 """Documents -> tokens -> shards and their manifest: the data set that `moa_lm.data` reads.
 
-Documents keep the order of their sources, and a shard ends with the document that fills it: the number of processes
-does not change a byte. Every finished shard is recorded in an unfinished manifest, from which the same command
+Documents keep the order of their sources, and a shard ends with the document that fills it: the same texts and
+settings give the same bytes. Every finished shard is recorded in an unfinished manifest, from which the same command
 resumes: it reads the sources again, verifies by a running SHA-256 that the texts are the same, and tokenizes from the
 end of the last finished shard on.
 """
@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from filelock import FileLock, Timeout
-
-from moa_lm.bpe import train_bpe
 from moa_lm.data import TOKENIZER
-from moa_lm.documents import Corpus, CorpusReader, ReadState, Text
-from moa_lm.encode import open_vocabulary, save_tokenizer, tokenize
-from moa_lm.token_writer import UNFINISHED, Report, TokenSetWriter, earlier_run
+from moa_lm.documents import Corpus, ReadState, Text
+from moa_lm.encode import open_vocabulary, save_tokenizer, tokenize, train_bpe
+from moa_lm.token_writer import UNFINISHED, Report, TokenSetWriter, earlier_shards
 from moa_train.atomic_io import new_folder
 from moa_train.errors import ConfigError, DataError, require
 from moa_train.manifest import MANIFEST, file_sha256
@@ -75,7 +71,6 @@ def make_tokens(
     settings: TokenSettings,
     *,
     val_sources: Sequence[str] = (),
-    workers: int = 1,
     max_bad: int = 100,
 ) -> list[Report]:
     """Pack documents into token shards in `out`, or with held-out documents in `out`/train and `out`/val.
@@ -83,13 +78,9 @@ def make_tokens(
     Args:
         sources: See `moa_lm.documents.Corpus`.
         out: Destination; created if it does not exist.
-        settings: See `TokenSettings`.
+        settings: Settings of the tokens.
         val_sources: Sources of held-out documents, instead of `settings.val_fraction`.
-        workers: Processes that tokenize.
         max_bad: Number of unreadable documents per source above which packing fails.
-
-    Returns:
-        One report, or those of train and val.
 
     Raises:
         ConfigError: A setting is invalid, or differs from those that `out` was made with.
@@ -99,25 +90,22 @@ def make_tokens(
     if val_sources and settings.val_fraction:
         raise ConfigError(f"val_fraction is {settings.val_fraction} with val_sources; set one of the two")
     out = Path(out).expanduser()
-    corpora = [
-        Corpus(names, field=settings.field, split_on=settings.split_on) for names in (sources, val_sources) if names
-    ]
-    readers = [CorpusReader(corpus, settings.val_fraction, max_bad) for corpus in corpora]
+    reading = {"field": settings.field, "split_on": settings.split_on, "val_fraction": settings.val_fraction}
+    corpora = [Corpus(names, **reading, max_bad=max_bad) for names in (sources, val_sources) if names]
     folders = [out / "train", out / "val"] if val_sources or settings.val_fraction else [out]
-    with _exclusive(out):
-        _check_folders(out, folders)
-        writers = _open_writers(folders, settings, readers[0], two_sources=bool(val_sources))
-        groups = [[writer] for writer in writers] if val_sources else [writers]
-        ends = [_pack(reader, group, workers) for reader, group in zip(readers, groups, strict=True)]
-        return [
-            writer.publish(reader, end)
-            for reader, group, end in zip(readers, groups, ends, strict=True)
-            for writer in group
-        ]
+    _check_folders(out, folders)
+    writers = _open_writers(folders, settings, corpora[0], two_sources=bool(val_sources))
+    groups = [[writer] for writer in writers] if val_sources else [writers]
+    ends = [_pack(corpus, group) for corpus, group in zip(corpora, groups, strict=True)]
+    return [
+        writer.publish(corpus, end)
+        for corpus, group, end in zip(corpora, groups, ends, strict=True)
+        for writer in group
+    ]
 
 
 def _open_writers(
-    folders: list[Path], settings: TokenSettings, reader: CorpusReader, *, two_sources: bool
+    folders: list[Path], settings: TokenSettings, corpus: Corpus, *, two_sources: bool
 ) -> list[TokenSetWriter]:
     """Return the writers of the sets, each with its tokenizer in place, which is trained here if needed."""
     identity = {**asdict(settings), "val_sources": two_sources, "tokenizer_sha256": None}
@@ -128,12 +116,10 @@ def _open_writers(
         if settings.tokenizer is not None:
             save_tokenizer(settings.tokenizer, new, settings.end_of_text)
             identity["tokenizer_sha256"] = file_sha256(new / "tokenizer.json")
-        earlier = [earlier_run(folder, identity) for folder in folders]
-        trained_on = earlier[0].trained_on
-        if settings.train_bpe is not None and not earlier[0].exists:
-            training = (text.text for text in reader if not text.held_out)
+        earlier = [earlier_shards(folder, identity) for folder in folders]
+        if settings.train_bpe is not None and not any(earlier):
+            training = (text.text for text in corpus if not text.held_out)
             train_bpe(training, settings.train_bpe).save_pretrained(new)
-            trained_on = reader.state.sha256
         for folder in folders:
             if new.exists():
                 _copy_folder(new, folder / TOKENIZER)
@@ -141,35 +127,33 @@ def _open_writers(
                 _copy_folder(first, folder / TOKENIZER)
     name = f"bpe-{settings.train_bpe}" if settings.tokenizer is None else Path(settings.tokenizer).name
     vocabulary = open_vocabulary(first, name)
-    limits = (settings.max_tokens, None)
     return [
-        TokenSetWriter(folder, identity, vocabulary, run, None if number else trained_on, limits[number])
-        for number, (folder, run) in enumerate(zip(folders, earlier, strict=True))
+        TokenSetWriter(folder, identity, vocabulary, shards, settings.max_tokens if folder == folders[0] else None)
+        for folder, shards in zip(folders, earlier, strict=True)
     ]
 
 
-def _pack(reader: CorpusReader, writers: list[TokenSetWriter], workers: int) -> ReadState:
+def _pack(corpus: Corpus, writers: list[TokenSetWriter]) -> ReadState:
     """Tokenize the documents that no kept shard holds, each into its set, and return how far the source was read.
 
     `max_tokens` of the first set (train) ends the reading for both.
     """
     end: ReadState | None = None
-    with closing(tokenize(_missing(reader, writers), writers[0].vocabulary, workers)) as tokenized:
-        for text, tokens in tokenized:
-            writers[text.held_out].add(text, tokens, reader)
-            if text.state.documents == writers[0].end:
-                end = text.state
-                break
-    end = end or reader.state
+    for text, tokens in tokenize(_missing(corpus, writers), writers[0].vocabulary):
+        writers[text.held_out].add(text, tokens, corpus)
+        if text.state.documents == writers[0].end:
+            end = text.state
+            break
+    end = end or corpus.state
     for writer in writers:
-        writer.close(reader, end)
+        writer.close(corpus, end)
     return end
 
 
-def _missing(reader: CorpusReader, writers: list[TokenSetWriter]) -> Iterator[Text]:
+def _missing(corpus: Corpus, writers: list[TokenSetWriter]) -> Iterator[Text]:
     """Yield the documents that no kept shard holds, up to the end of the first set if a kept shard has it."""
-    for text in reader:
-        if not writers[text.held_out].holds(text, reader):
+    for text in corpus:
+        if not writers[text.held_out].holds(text, corpus):
             yield text
         if text.state.documents == writers[0].end:
             return
@@ -188,19 +172,3 @@ def _check_folders(out: Path, folders: list[Path]) -> None:
             raise DataError(f"{folder} already holds a data set; delete it or choose another --out than {out}")
         if shards and not manifest and not (folder / UNFINISHED).exists():
             raise DataError(f"{folder} holds shards without a manifest; delete them or choose another --out")
-
-
-@contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
-    """Hold the lock of a destination. Raises DataError if another run holds it."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise DataError(f"{out} is being written by another run; wait for it or choose another --out") from error
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink()
-        lock.release()

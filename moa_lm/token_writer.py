@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
-from moa_lm.data import COUNTS, FORMAT, TENSOR, TOKENIZER
-from moa_lm.documents import CorpusReader, ReadState, Text
+from moa_lm.data import COUNTS, FORMAT, TENSOR
+from moa_lm.documents import Corpus, ReadState, Text
 from moa_lm.encode import Vocabulary
 from moa_train.atomic_io import write_bytes, write_json
 from moa_train.config import differing_keys
@@ -21,8 +19,7 @@ from moa_train.errors import ConfigError, DataError
 from moa_train.manifest import MANIFEST, check_entry, file_entry, file_problem, parse_manifest, write_manifest
 
 UNFINISHED = "unfinished.json"
-"""Name of the record of a set that is being written: settings, finished shards and, with `train_bpe`, the SHA-256 of
-the texts that its tokenizer was trained on."""
+"""Name of the record of a set that is being written: settings and finished shards."""
 
 _RECORD_COUNTS = (*COUNTS, "text_bytes", "until")
 
@@ -51,66 +48,35 @@ class Report(NamedTuple):
     source: ReadState
 
 
-@dataclass(frozen=True)
-class EarlierRun:
-    """What an earlier run left in the folder of a set.
-
-    Attributes:
-        finished: Whether it wrote the manifest.
-        shards: Records of the shards that it wrote.
-        source_sha256: SHA-256 of all texts of a finished set's source.
-        trained_on: SHA-256 of the texts that the tokenizer of an unfinished set was trained on.
-        exists: Whether there was one at all.
-    """
-
-    finished: bool = False
-    shards: Sequence[dict[str, Any]] = ()
-    source_sha256: str | None = None
-    trained_on: str | None = None
-    exists: bool = True
-
-
-def earlier_run(folder: Path, identity: dict[str, Any]) -> EarlierRun:
-    """Read what an earlier run left in a folder.
+def earlier_shards(folder: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the records of the shards that an earlier run wrote to a folder.
 
     Raises:
         ConfigError: It had other settings.
-        DataError: Its record is damaged.
+        DataError: Its manifest, finished or not, is damaged.
     """
-    finished = (folder / MANIFEST).exists()
-    path = folder / (MANIFEST if finished else UNFINISHED)
-    if not path.exists():
-        return EarlierRun(exists=False)
+    paths = [path for path in (folder / MANIFEST, folder / UNFINISHED) if path.exists()]
+    if not paths:
+        return []
     try:
-        record = parse_manifest(path.read_bytes(), FORMAT)
-        settings, source = record.get("settings"), record.get("source")
-        if not isinstance(settings, dict) or not isinstance(source, dict):
-            raise DataError("settings or source is missing")
+        record = parse_manifest(paths[0].read_bytes(), FORMAT)
         for shard in record["shards"]:
             check_entry(shard, _RECORD_COUNTS)
+        if not isinstance(record.get("settings"), dict):
+            raise DataError("settings are missing")
     except DataError as error:
-        raise DataError(f"{path} cannot be read: {error}; delete {folder} to start again") from error
-    differing = differing_keys(settings, identity, mutable_keys=frozenset())
-    if differing and not record["shards"]:
-        return EarlierRun(exists=False)
-    if differing:
+        raise DataError(f"{paths[0]} cannot be read: {error}; delete {folder} to start again") from error
+    differing = differing_keys(record["settings"], identity, mutable_keys=frozenset())
+    if differing and record["shards"]:
         raise ConfigError(
             f"{folder} was made with other settings ({', '.join(differing)}); use the same settings, delete the folder "
             "or choose another one"
         )
-    return EarlierRun(finished, record["shards"], source.get("sha256"), record.get("trained_on"))
+    return record["shards"]
 
 
 class TokenSetWriter:
     """Packs the documents of one set into shards and keeps the intact shards of an earlier run.
-
-    Args:
-        folder: Folder of the set, with the tokenizer.
-        identity: Settings that decide the tokens, for the manifest.
-        vocabulary: The tokenizer.
-        earlier: What an earlier run left in the folder.
-        trained_on: SHA-256 of the texts that the tokenizer was trained on; None for a given tokenizer.
-        max_tokens: Number of tokens that ends the set; None: it ends with the documents.
 
     Attributes:
         end: Number of the document that reaches `max_tokens`; None until then.
@@ -121,19 +87,14 @@ class TokenSetWriter:
         folder: Path,
         identity: dict[str, Any],
         vocabulary: Vocabulary,
-        earlier: EarlierRun,
-        trained_on: str | None,
+        earlier: list[dict[str, Any]],
         max_tokens: int | None,
     ) -> None:
         self.folder = folder
         self.identity = identity
         self.vocabulary = vocabulary
-        self.earlier = earlier
-        self.trained_on = trained_on
-        self.records = list(takewhile(self._is_intact, earlier.shards))
-        self.finished = earlier.finished and len(self.records) == len(earlier.shards)
-        if not self.finished:  # only the last shard of a finished set may be partly filled
-            self.records = list(takewhile(self._is_full, self.records))
+        self.records = list(takewhile(self._is_intact, earlier))
+        self.finished = bool(earlier) and self.records == earlier and (folder / MANIFEST).exists()
         self.kept = len(self.records)
         self.covered: int = self.records[-1]["until"] if self.records else 0
         self.end: int | None = None
@@ -147,21 +108,17 @@ class TokenSetWriter:
             self._save_progress()
             (folder / MANIFEST).unlink(missing_ok=True)
 
-    def holds(self, text: Text, reader: CorpusReader) -> bool:
+    def holds(self, text: Text, corpus: Corpus) -> bool:
         """Return whether a kept shard holds this document. Raises DataError if the texts up to it have changed."""
         end = self._kept_ends.pop(text.state.documents, None)
         if end is not None and end["until_sha256"] != text.state.sha256:
-            raise reader.changed(str(self.folder / end["name"]))
+            raise corpus.changed(str(self.folder / end["name"]))
         return text.state.documents <= self.covered
 
-    def add(self, text: Text, tokens: np.ndarray, reader: CorpusReader) -> None:
-        """Add a document to the current shard and write the shard if it is full.
-
-        Raises:
-            DataError: The set was finished without this document, so the texts have changed.
-        """
+    def add(self, text: Text, tokens: np.ndarray, corpus: Corpus) -> None:
+        """Add a document to the current shard and write a full shard. Raises DataError for a finished set."""
         if self.finished:
-            raise reader.changed(str(self.folder))
+            raise corpus.changed(str(self.folder))
         self._count(len(tokens), text.state.documents)
         self._pieces.append(tokens)
         self._tokens += len(tokens)
@@ -170,35 +127,23 @@ class TokenSetWriter:
         if self._tokens >= self.identity["shard_tokens"]:
             self._write()
 
-    def close(self, reader: CorpusReader, end: ReadState) -> None:
-        """Write the last shard.
-
-        Args:
-            reader: The source.
-            end: How far the source was read.
-
-        Raises:
-            DataError: The set is empty, or the documents ended before the kept shards did.
-        """
+    def close(self, corpus: Corpus, end: ReadState) -> None:
+        """Write the last shard. Raises DataError if the set is empty or lacks documents of the kept shards."""
         if self._kept_ends:
-            raise reader.changed(str(self.folder))
+            raise corpus.changed(str(self.folder))
         if self._pieces:
             self._write()
         if not self.records:
-            raise _empty(self.folder, reader, end)
+            raise _empty(self.folder, corpus, end)
 
-    def publish(self, reader: CorpusReader, end: ReadState) -> Report:
-        """Write the manifest, which makes the set valid, after `close`. Raises DataError if the texts have changed."""
-        if self.trained_on not in (None, end.sha256):
-            raise reader.changed(str(self.folder / TOKENIZER))
-        if self.finished and self.earlier.source_sha256 != end.sha256:
-            raise reader.changed(str(self.folder))
+    def publish(self, corpus: Corpus, end: ReadState) -> Report:
+        """Write the manifest, which makes the set valid, after `close`."""
         if not self.finished:
             names = {record["name"] for record in self.records}
             for path in self.folder.glob("shard-*.safetensors"):
                 if path.name not in names:
                     path.unlink()
-            source = {"names": list(reader.corpus.names), **end._asdict()}
+            source = {"names": list(corpus.names), **end._asdict()}
             write_manifest(self.folder, FORMAT, self.records, **self._totals(), source=source, settings=self.identity)
         (self.folder / UNFINISHED).unlink(missing_ok=True)
         documents, tokens, size = (self._sum(field) for field in ("documents", "tokens", "text_bytes"))
@@ -235,22 +180,19 @@ class TokenSetWriter:
         self._pieces, self._tokens, self._bytes = [], 0, 0
 
     def _save_progress(self) -> None:
-        progress = {"format": FORMAT, "source": {}, "settings": self.identity, "trained_on": self.trained_on}
+        progress = {"format": FORMAT, "settings": self.identity}
         write_json(self.folder / UNFINISHED, {**progress, "shards": self.records})
 
     def _is_intact(self, record: dict[str, Any]) -> bool:
         path = self.folder / record["name"]
         return path.exists() and file_problem(path, record) is None
 
-    def _is_full(self, record: dict[str, Any]) -> bool:
-        return record["tokens"] >= self.identity["shard_tokens"]
 
-
-def _empty(folder: Path, reader: CorpusReader, end: ReadState) -> DataError:
-    names = ", ".join(reader.corpus.names)
+def _empty(folder: Path, corpus: Corpus, end: ReadState) -> DataError:
+    names = ", ".join(corpus.names)
     if not end.documents:
         return DataError(f"{names}: no usable document ({end.empty} empty, {end.unreadable} unreadable)")
     return DataError(
         f"none of the {end.documents} documents of {names} is left for {folder}; change val_fraction "
-        f"({reader.val_fraction}), split the texts into more documents (--split-on), or use --val-source"
+        f"({corpus.val_fraction}), split the texts into more documents (--split-on), or use --val-source"
     )

@@ -11,8 +11,8 @@ from moa_lm.data import TokenShards
 from moa_lm.flops import forward_flops
 from moa_lm.groups import hidden_matrices
 from moa_lm.modeling import MoALlamaForCausalLM
-from moa_lm.pretrain import LMConfig, budgeted, checked_config, model_config
-from moa_lm.sizes import END_OF_TEXT, VOCAB_SIZE, count_parameters
+from moa_lm.pretrain import LMConfig, budgeted, model_config
+from moa_lm.sizes import VOCAB_SIZE, count_parameters
 from moa_train.config import parse_config
 from moa_train.devices import SavedBytes, trace_saved_bytes
 from moa_train.errors import ConfigError
@@ -23,9 +23,7 @@ from moa_train.plan import TRAINING_FLOPS_PER_FORWARD
 def lm_workload(config: LMConfig, *, tokens: int | None = None) -> Workload:
     """Return the requirements of a language model's run; without its shards GPT-2's vocabulary is assumed.
 
-    Args:
-        config: The run.
-        tokens: Training tokens; None takes those of local shards.
+    `tokens` replaces the number of training tokens of local shards.
 
     Raises:
         ConfigError: The model is not possible, or the schedule counts epochs of an unknown number of tokens.
@@ -36,7 +34,7 @@ def lm_workload(config: LMConfig, *, tokens: int | None = None) -> Workload:
         shards = TokenShards(config.data.train)
         model, tokens = model_config(config.model, shards, length), tokens or shards.tokens
     else:
-        model = config_without_shards(config)
+        model = model_config(config.model, None, length)
         assumed.append(f"a vocabulary of {VOCAB_SIZE:,} (GPT-2's), since data.train is absent")
     if tokens is None:
         if config.schedule.epochs is not None:
@@ -67,18 +65,11 @@ def lm_workload(config: LMConfig, *, tokens: int | None = None) -> Workload:
     )
 
 
-def config_without_shards(config: LMConfig) -> MoALlamaConfig:
-    """Return the model config of a run for the vocabulary of GPT-2, checked as in training."""
-    length = max(2048, config.data.sequence_length)
-    given = {"vocab_size": VOCAB_SIZE, "bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
-    return checked_config(config.model, {**given, "max_position_embeddings": length})
-
-
 def recorded_muon(run: Path) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of the matrices that Muon updated in a recorded run, () without Muon."""
     config = parse_config(LMConfig, [f"--config={run / 'config.yaml'}"], program="--measured", summary="")
     with torch.device("meta"):
-        model = MoALlamaForCausalLM(config_without_shards(config))
+        model = MoALlamaForCausalLM(model_config(config.model, None, config.data.sequence_length))
     return tuple(_muon_shapes(config, model).values())
 
 
@@ -90,15 +81,10 @@ def _muon_shapes(config: LMConfig, model: MoALlamaForCausalLM) -> dict[str, tupl
 def saved_bytes(
     model: MoALlamaConfig, length: int, *, bf16: bool, checkpointed: bool = False, masked: bool = False
 ) -> SavedBytes:
-    """Return the bytes saved for backward, traced on models of one and of two layers.
+    """Return the bytes saved for backward by sequences of `length`, traced on models of one and of two layers.
 
-    Args:
-        model: The model.
-        length: Tokens of a sequence.
-        bf16: Whether autocast is used.
-        checkpointed: Whether only the float32 input of each layer is kept, with all of one layer (gradient
-            checkpointing).
-        masked: Whether each layer keeps a mask of documents.
+    With gradient checkpointing they are the float32 inputs of all layers and everything of one layer. A `masked` model
+    keeps a mask of documents in each layer.
     """
     fields = {"ffn_backend": "eager", "expert_dispatch": "grouped"}  # tracing cannot follow the others
 

@@ -13,7 +13,6 @@ beginning (streams too) to verify that they are unchanged, but not tokenized aga
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import fields
@@ -73,7 +72,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="the training set ends with the document that reaches N tokens (default: with the sources)",
     )
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
     add(
         "--max-bad",
         type=int,
@@ -95,7 +93,6 @@ def main(arguments: list[str] | None = None) -> int:
             given.out,
             settings,
             val_sources=given.val_source,
-            workers=given.workers,
             max_bad=given.max_bad,
         )
     except (ConfigError, DataError) as error:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.__main__ import main
 
 TINY_LM = ("--size", "dense-tiny", "--layers", 1)
 TINY_VIT = ("--vit-size", "tiny", "--image-size", 32)
@@ -39,19 +39,6 @@ def test_ffn(tables):
 
 
 @pytest.mark.slow
-def test_ffn_compiled(tables):
-    found = tables(*FFN, "--variants", "qdmoa", *COMPILED, "--passes", "backward")
-    rows = found["ffn-layer-backward"]
-    assert column(rows, "mode", "variant", "implementation") == [
-        (mode, variant, name)
-        for mode in ("uncompiled", "compiled")
-        for variant in ("swiglu", "qdmoa")
-        for name in ("auto", "naive")
-    ]
-    assert_baselines_are_one(rows, ("swiglu",))
-
-
-@pytest.mark.slow
 def test_overhead(tables):
     found = tables(*OVERHEAD, "--variants", "moa", "qdmoa", *UNCOMPILED)
     for model, type_one in (("lm", "relu2"), ("mae", "gelu")):
@@ -67,14 +54,6 @@ def test_overhead(tables):
 
 
 @pytest.mark.slow
-def test_overhead_in_both_modes(tables):
-    for rows in tables(*OVERHEAD, *COMPILED, "--variants", "swiglu").values():
-        assert column(rows, "variant", "mode", "time ratio") == [
-            ("swiglu", mode, "1.000") for mode in ("uncompiled", "compiled")
-        ]
-
-
-@pytest.mark.slow
 def test_infer(tables):
     found = tables(*INFER, "--batches", 1, 2, "--variants", "moa", "qdmoa", *UNCOMPILED)
     for task, type_one in (("vit", "gelu"), ("prefill", "relu2"), ("decode", "relu2")):
@@ -86,12 +65,6 @@ def test_infer(tables):
             for variant in variants
         ]
         assert_baselines_are_one(rows, (type_one, "swiglu"))
-
-
-@pytest.mark.slow
-def test_infer_compiled(tables):
-    found = tables(*INFER, "--variants", "swiglu", "--modes", "compiled", "--compiler", "eager")
-    assert [column(rows, "variant", "mode") for rows in found.values()] == [[("swiglu", "compiled")]] * 3
 
 
 def test_lm(tables):
@@ -166,12 +139,3 @@ def test_wrong_options(capsys, words, message):
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert message in capsys.readouterr().err
-
-
-def test_all_passes_common_options_on(monkeypatch, tmp_path):
-    seen = {}
-    for name, module in BENCHMARKS.items():
-        monkeypatch.setattr(module, "run", lambda args, name=name: seen.update({name: args}))
-    main(["all", "--rounds", "3", "--device", "cpu", "--out", str(tmp_path)])
-    assert list(seen) == list(BENCHMARKS)
-    assert all((args.rounds, args.device.type, args.out) == (3, "cpu", tmp_path) for args in seen.values())

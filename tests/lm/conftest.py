@@ -1,5 +1,7 @@
-"""Tiny models and tokenizers."""
+"""Tiny models, tokenizers and data sets."""
 
+import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrain
 from transformers.utils import logging
 
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
+from moa_lm.token_shards import TokenSettings, make_tokens
 
 TINY: dict[str, Any] = {
     "vocab_size": 101,
@@ -102,3 +105,29 @@ def adding_tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         scores = [(piece, -float(number)) for piece, number in {**SPECIAL, **pieces}.items()]
         T5Tokenizer(vocab=scores, extra_ids=0, pad_token="<unk>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sets train/ and val/: 400 short documents, a tenth held out."""
+    folder = tmp_path_factory.mktemp("tokens")
+    words = ("king", "had", "daughter", "more", "beautiful", "than", "other", "sea")
+    texts = [" ".join(words[(n * k) % 8] for k in range(1, 21)) + f" {n}." for n in range(400)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    make_tokens([str(folder / "text.jsonl")], folder / "set", TokenSettings(train_bpe=300, val_fraction=0.1))
+    return folder / "set"
+
+
+@pytest.fixture
+def script() -> Callable[[str], Callable[..., int]]:
+    """script(name) -> the function `main` of scripts/NAME.py."""
+
+    def load(name: str) -> Callable[..., int]:
+        path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"{name}_script", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.main
+
+    return load

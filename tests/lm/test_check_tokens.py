@@ -1,9 +1,7 @@
 """scripts/check_shards.py on token shards: every kind of damage is reported by file."""
 
 import hashlib
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,13 +21,9 @@ def packed(tmp_path, tokenizer_folder):
 
 
 @pytest.fixture
-def check(packed, capsys):
+def check(packed, script, capsys):
     """check() runs the command and returns its exit code and output."""
-    path = Path(__file__).parents[2] / "scripts" / "check_shards.py"
-    spec = importlib.util.spec_from_file_location("check_shards_script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda: (module.main([str(packed), "--workers", "1"]), capsys.readouterr().out)
+    return lambda: (script("check_shards")([str(packed), "--workers", "1"]), capsys.readouterr().out)
 
 
 def test_intact_set(check):

@@ -1,105 +1,47 @@
-"""Parameter groups, compared with the modules that own the parameters."""
+"""Parameter groups of models with experts."""
 
 import pytest
-import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
-from moa_ffn import FFN, VARIANTS
 from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
 from moa_lm.groups import hidden_matrices, no_weight_decay
-from moa_lm.moe import Experts
-from moa_lm.router import TopKRouter
-from moa_train.config import OptimConfig
-from moa_train.muon import StackedMuon
-from moa_train.optim import build_optimizer, describe_groups
 
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 8,
     "intermediate_size": 12,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
-    "num_key_value_heads": 1,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 6,
+    "mlp_bias": True,
+    "attention_bias": True,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1, "moe_intermediate_size": 6}
-FEEDFORWARD = {
-    "dense": {},
-    "layer": {**EXPERTS, "expert_mixing": "layer"},
-    "expert": {**EXPERTS, "expert_mixing": "expert"},
-}
+NORMS = {"input_layernorm.weight", "post_attention_layernorm.weight"}
 
 
-def build(**fields):
-    torch.manual_seed(0)
-    return MoALlamaForCausalLM(MoALlamaConfig(**{**SIZES, **fields}))
-
-
-def by_module(model):
-    """Ids of (hidden matrices, vectors, other weights), found by the type of their modules."""
-    hidden, vectors, others = set(), set(), set()
-    for module in model.modules():
-        if isinstance(module, LlamaAttention):
-            hidden |= {id(child.weight) for child in module.children() if isinstance(child, nn.Linear)}
-        elif isinstance(module, FFN | Experts):
-            projections = [module.gate_proj, module.up_proj, module.down_proj]
-            hidden |= {id(getattr(p, "weight", p)) for p in projections if p is not None}
-            vectors |= {id(module.mix_coef)} - {id(None)}
-            mix = module.mix_proj
-            others |= {id(getattr(mix, "weight", mix))} - {id(None)}
-        elif isinstance(module, TopKRouter | nn.Embedding):
-            others.add(id(module.weight))
-        elif isinstance(module, LlamaRMSNorm):
-            vectors.add(id(module.weight))
-        biases = {id(p) for name, p in module.named_parameters(recurse=False) if name.rpartition("_")[2] == "bias"}
-        vectors |= biases
-    others.add(id(model.lm_head.weight))
-    return hidden, vectors, others
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biases"])
-@pytest.mark.parametrize("feedforward", FEEDFORWARD)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_is_classified_once(variant, feedforward, bias):
-    biases = {"mlp_bias": bias, "attention_bias": bias, "ffn_mix_bias": bias and "moa" in variant}
-    model = build(ffn_variant=variant, **FEEDFORWARD[feedforward], **biases)
-    named = dict(model.named_parameters())
-    hidden, vectors, others = by_module(model)
-    assert sorted([*hidden, *vectors, *others]) == sorted(map(id, named.values()))
-    assert {id(named[name]) for name in hidden_matrices(model)} == hidden
-    assert {id(named[name]) for name in no_weight_decay(model)} == vectors
-    assert {named[name].ndim for name in hidden_matrices(model)} == ({2} if feedforward == "dense" else {2, 3})
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_muon_steps_a_model_with_experts(tied):
-    model = build(ffn_variant="qdmoa", tie_word_embeddings=tied, **FEEDFORWARD["layer"])
-    config = OptimConfig(algorithm="muon", weight_decay=0.1)
-    optimizer = build_optimizer(model, config, no_weight_decay(model), hidden_matrices(model))
-    embeddings = 50 * 8 * (1 if tied else 2)
-    # Router 4 x 8, mixing 6 x 8 of routed and of shared experts, a layer; attention 2 x 8 x 8 and 2 x 8 x 4.
-    assert describe_groups(optimizer) == (
-        "Muon (update 0.2 sqrt(max(A, B))): "
-        f"14 matrices ({2 * (192 + 3 * 48):,}) and 6 stacks of 4 ({2 * 3 * 4 * 48:,}) with weight decay 0.1; "
-        f"AdamW: {7 if tied else 8} tensors ({embeddings + 2 * (32 + 48 + 48):,}) with weight decay 0.1; "
-        f"5 tensors (40) without"
-    )
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    tokens = torch.arange(48).view(2, 24)
-    model(tokens, labels=tokens).loss.backward()
-    optimizer.step()
-    assert all((before[name] != parameter).any() for name, parameter in model.named_parameters())
-    stacks = [group["params"] for o in optimizer.optimizers if isinstance(o, StackedMuon) for group in o.param_groups]
-    assert [stack.shape[0] for part in stacks for stack in part] == [4] * 6
-
-
-def test_wrapped_and_frozen_models():
-    model = build(ffn_variant="la", attention_bias=True)
-    wrapped = nn.ModuleDict({"inner": model})
-    assert hidden_matrices(wrapped) == {f"inner.{name}" for name in hidden_matrices(model)}
-    assert no_weight_decay(wrapped) == {f"inner.{name}" for name in no_weight_decay(model)}
-    everything = hidden_matrices(model) | no_weight_decay(model)
-    model.model.layers[0].requires_grad_(False)
-    left = hidden_matrices(model) | no_weight_decay(model)
-    assert left == {name for name in everything if not name.startswith("model.layers.0.")} and left
-    build_optimizer(model, OptimConfig(algorithm="muon"), no_weight_decay(model), hidden_matrices(model))
+@pytest.mark.parametrize("mixing", ["layer", "expert"])
+@pytest.mark.parametrize(
+    ("variant", "decayed", "vectors"), [("qdmoa", {"mix_proj"}, set()), ("bila", set(), {"mix_coef"})]
+)
+def test_every_parameter_is_in_one_group(variant, decayed, vectors, mixing):
+    config = MoALlamaConfig(**SIZES, ffn_variant=variant, expert_mixing=mixing)
+    model = nn.ModuleDict({"inner": MoALlamaForCausalLM(config)})
+    layer, attention, projections = "inner.model.layers.0.", "qkvo", ("gate_proj", "up_proj", "down_proj")
+    hidden = {f"{layer}self_attn.{name}_proj.weight" for name in attention}
+    hidden |= {f"{layer}mlp.shared_experts.{name}.weight" for name in projections}
+    hidden |= {f"{layer}mlp.experts.{name}" for name in projections}
+    assert hidden_matrices(model) == hidden
+    plain = {"inner.model.norm.weight", *(layer + name for name in NORMS)}
+    plain |= {f"{layer}self_attn.{name}_proj.bias" for name in attention}
+    plain |= {f"{layer}mlp.shared_experts.{name}.bias" for name in projections}
+    plain |= {f"{layer}mlp.experts.{name}_bias" for name in projections}
+    plain |= {f"{layer}mlp.{part}.{name}" for part in ("experts", "shared_experts") for name in vectors}
+    assert no_weight_decay(model) == plain
+    others = {"inner.model.embed_tokens.weight", "inner.lm_head.weight", f"{layer}mlp.router.weight"}
+    others |= {f"{layer}mlp.experts.{name}" for name in decayed}
+    others |= {f"{layer}mlp.shared_experts.{name}.weight" for name in decayed}
+    assert others == {name for name, _ in model.named_parameters()} - hidden - plain
+    model.requires_grad_(False)
+    assert hidden_matrices(model) == no_weight_decay(model) == set()

@@ -3,18 +3,11 @@
 import json
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from torch import distributed
-from torch._dynamo.backends.distributed import DDPOptimizer
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-from moa_lm.modeling import MoALlamaForCausalLM
 from moa_lm.pretrain import main
-from moa_lm.sizes import named_config
-from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.signals import EXIT_STOPPED
 
 SMALL = {
@@ -49,21 +42,10 @@ OTHER = {"loop.micro_batch_size": "2"}
 """Settings of two processes: the 8 windows of a step are split differently."""
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    """400 short documents, a tenth held out."""
-    folder = tmp_path_factory.mktemp("tokens")
-    words = ("king", "had", "daughter", "more", "beautiful", "than", "other", "sea")
-    texts = [" ".join(words[(n * k) % 8] for k in range(1, 21)) + f" {n}." for n in range(400)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    make_tokens([str(folder / "text.jsonl")], folder / "set", TokenSettings(train_bpe=300, val_fraction=0.1))
-    return folder / "set"
-
-
-def job(tokens, out, name, settings, **more):
+def job(shards, out, name, settings, **more):
     """A job of the fixture two_processes."""
     (out / "empty.yaml").write_text("seed: 0")
-    paths = {"data.train": tokens / "train", "data.val": tokens / "val", "name": name, "out": out}
+    paths = {"data.train": shards / "train", "data.val": shards / "val", "name": name, "out": out}
     given = [f"--{key}={value}" for key, value in (SMALL | paths | settings).items()]
     return {"main": "moa_lm.pretrain", "arguments": [f"--config={out}/empty.yaml", *given], **more}
 
@@ -74,23 +56,23 @@ def run_here(job):
     assert main(job["arguments"]) == job.get("code", 0)
 
 
-def launch(tokens, out, two_processes, variants):
+def launch(shards, out, two_processes, variants):
     """Run every variant on one process (NAME) and on two (NAME_ddp, NAME_fsdp)."""
     jobs = [
-        job(tokens, out, f"{name}_{way}", settings | OTHER, fsdp=fsdp)
+        job(shards, out, f"{name}_{way}", settings | OTHER, fsdp=fsdp)
         for name, settings in variants.items()
         for way, fsdp in WAYS.items()
     ]
     two_processes(jobs, out)
     for name, settings in variants.items():
-        run_here(job(tokens, out, name, settings))
+        run_here(job(shards, out, name, settings))
     return out
 
 
 @pytest.fixture(scope="module")
-def launched(tokens, tmp_path_factory, two_processes):
+def launched(shards, tmp_path_factory, two_processes):
     variants = {name: settings for name, (settings, _) in MODELS.items()}
-    return launch(tokens, tmp_path_factory.mktemp("parallel"), two_processes, variants)
+    return launch(shards, tmp_path_factory.mktemp("parallel"), two_processes, variants)
 
 
 def rows(folder, kind):
@@ -133,11 +115,11 @@ def test_files_equal_one_process(name, way, launched):
 
 
 @pytest.mark.slow
-def test_checkpoint_moves_between_one_process_ddp_and_fsdp(tokens, tmp_path, two_processes, stopping):
+def test_checkpoint_moves_between_one_process_ddp_and_fsdp(shards, tmp_path, two_processes, stopping):
     """One process to step 5, DDP to step 10, FSDP2 to step 15, one process to the end."""
 
     def interrupted(name, settings, **more):
-        return job(tokens, tmp_path, f"{name}_moved", settings, code=EXIT_STOPPED, **more)
+        return job(shards, tmp_path, f"{name}_moved", settings, code=EXIT_STOPPED, **more)
 
     variants = {name: settings for name, (settings, _) in MODELS.items()}
     for variant in variants.items():
@@ -146,8 +128,8 @@ def test_checkpoint_moves_between_one_process_ddp_and_fsdp(tokens, tmp_path, two
     sessions = [{"fsdp": False, "last": 10}, {"fsdp": True, "last": 15}]
     two_processes([interrupted(*variant, **more) for variant in variants.items() for more in sessions], tmp_path)
     for name, settings in variants.items():
-        run_here(job(tokens, tmp_path, f"{name}_moved", settings))
-        run_here(job(tokens, tmp_path, name, settings))
+        run_here(job(shards, tmp_path, f"{name}_moved", settings))
+        run_here(job(shards, tmp_path, name, settings))
     for name, (_, tolerance) in MODELS.items():
         one, moved = tmp_path / name, tmp_path / f"{name}_moved"
         assert len(rows(moved, "train")) == 20
@@ -166,37 +148,3 @@ def test_checkpoint_moves_between_one_process_ddp_and_fsdp(tokens, tmp_path, two
         for key in momenta:  # a lost one differs by half or more, where losses do not tell it from rounding
             before, after = (state[key] for state in states)
             assert (after - before).norm() < 0.1 * before.norm(), key
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", ["dense-micro", "moe-micro"])
-def test_ddp_splits_the_compiled_graph_at_buckets(size, monkeypatch):
-    """The compiled graph is split at the ends of DDP's buckets, through our autograd functions too.
-
-    The models above are smaller than a bucket. By "aot_eager": what is cut is the graph, whatever compiles the parts.
-    """
-    cuts, compile_fn = [], DDPOptimizer.compile_fn
-
-    def counted(optimizer, *args):
-        done = compile_fn(optimizer, *args)
-        cuts.append(len(optimizer.buckets))
-        return done
-
-    monkeypatch.setattr(DDPOptimizer, "compile_fn", counted)
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = MoALlamaForCausalLM(named_config(size, "qdmoa", vocab_size=512)).train()
-        input_ids = torch.randint(512, (2, 64))
-        gradients = []
-        for _ in range(2):
-            model.zero_grad()
-            whole = DistributedDataParallel(model, bucket_cap_mb=1)
-            whole(input_ids=input_ids, labels=input_ids, skip_logits=True).loss.backward()
-            gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-            model.compile(backend="aot_eager")
-    finally:
-        distributed.destroy_process_group()
-        torch._dynamo.reset()
-    assert max(cuts) > 2
-    for name, gradient in gradients[0].items():
-        assert (gradients[1][name] - gradient).norm() < 1e-5 * gradient.norm(), name

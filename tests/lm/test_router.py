@@ -8,30 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from moa_lm.router import (
-    TopKRouter,
-    choose_experts,
-    expert_load,
-    load_balancing_loss,
-    router_entropy,
-    router_z_loss,
-)
+from moa_lm.router import TopKRouter, choose_experts, load_balancing_loss, router_entropy, router_z_loss
 
 
 def logits(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_weights_are_the_largest_probabilities(normalize):
-    router = TopKRouter(8, 5, 3, normalize=normalize, init_std=1.0)
-    hidden = logits(20, 8)
-    found, weights, indices = router(hidden)
-    expected = F.softmax(F.linear(hidden, router.weight), dim=-1)
-    torch.testing.assert_close(found, F.linear(hidden, router.weight))
-    values, places = torch.topk(expected, 3)
-    assert torch.equal(indices, places)
-    torch.testing.assert_close(weights, values / values.sum(-1, keepdim=True) if normalize else values)
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16"])
@@ -51,19 +32,6 @@ def test_router_is_float32_in_any_precision(autocast):
 def test_ties_go_to_the_first_experts():
     _, indices = choose_experts(torch.full((100, 40), 1 / 40), 3)
     assert (indices == torch.arange(3)).all()
-
-
-@pytest.mark.parametrize(("experts", "k"), [(4, 1), (8, 2), (32, 4)])
-def test_load_balancing_closed_forms(experts, k):
-    collapsed = torch.full((2, 10, experts), -1e4)
-    collapsed[..., :k] = 0.0
-    assert load_balancing_loss(collapsed, k).item() == pytest.approx(experts / k, rel=1e-5)
-    turns = torch.full((2, experts, experts), -1e4)  # token t goes to experts t .. t + k - 1
-    for t in range(experts):
-        turns[:, t, [(t + j) % experts for j in range(k)]] = 0.0
-    assert load_balancing_loss(turns, k).item() == pytest.approx(1.0, rel=1e-5)
-    flat = torch.zeros(2, 10, experts)  # P is uniform, so that any choice gives 1
-    assert load_balancing_loss(flat, k).item() == pytest.approx(1.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -101,47 +69,12 @@ def test_padding_is_ignored():
         torch.testing.assert_close(function(padded, *arguments, mask.bool()), function(short, *arguments))
 
 
-def test_fully_masked_sequences_are_ignored():
-    x, mask = logits(3, 7, 5), torch.ones(3, 7)
-    mask[1] = 0
-    torch.testing.assert_close(load_balancing_loss(x, 2, mask), load_balancing_loss(x[[0, 2]], 2))
-
-
 @pytest.mark.parametrize("shape", [(2, 3, 4), (0, 3, 4), (2, 0, 4)], ids=["masked", "no sequence", "no token"])
 def test_losses_without_tokens_are_zero(shape):
     x, mask = logits(*shape).requires_grad_(), torch.zeros(shape[:2])
     total = load_balancing_loss(x, 2, mask) + router_z_loss(x, mask)
     total.backward()
     assert total.item() == 0 and not x.grad.any()
-
-
-def test_given_indices_replace_the_largest_logits():
-    x, other = logits(2, 6, 5), torch.tensor([3, 1]).expand(2, 6, 2)
-    expected = 5 * (x.softmax(-1).mean(1)[:, [3, 1]] / 2).sum(-1)
-    torch.testing.assert_close(load_balancing_loss(x, 2, indices=other), expected.mean())
-    largest = x.topk(2).indices
-    torch.testing.assert_close(load_balancing_loss(x, 2, indices=largest), load_balancing_loss(x, 2))
-
-
-def test_z_loss():
-    x, mask = logits(3, 5, 4).requires_grad_(), (logits(3, 5) > 0).long()
-    squares = torch.logsumexp(x, dim=-1) ** 2
-    torch.testing.assert_close(router_z_loss(x), squares.mean())
-    torch.testing.assert_close(router_z_loss(x, mask), squares[mask.bool()].mean())
-    (grad,) = torch.autograd.grad(router_z_loss(x), x)
-    torch.testing.assert_close(grad, 2 * torch.logsumexp(x, -1, keepdim=True) * x.softmax(-1) / 15)
-
-
-def test_losses_are_float32():
-    x = logits(2, 5, 4).bfloat16()
-    for function, arguments in ((load_balancing_loss, (2,)), (router_z_loss, ()), (router_entropy, ())):
-        assert function(x, *arguments).dtype == torch.float32
-        torch.testing.assert_close(function(x, *arguments), function(x.float(), *arguments))
-
-
-def test_gradcheck():
-    x = logits(2, 4, 5).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda y: load_balancing_loss(y, 2) + router_z_loss(y), x)
 
 
 def test_entropy_closed_forms():
@@ -152,11 +85,6 @@ def test_entropy_closed_forms():
     x = logits(2, 3, 8)
     expected = torch.distributions.Categorical(logits=x).entropy().mean()
     torch.testing.assert_close(router_entropy(x), expected)
-
-
-def test_expert_load():
-    indices = torch.tensor([[0, 2], [2, 1], [2, 0], [2, 3]])
-    assert expert_load(indices, 5).tolist() == [0.25, 0.125, 0.5, 0.125, 0.0]
 
 
 def test_mask_of_another_shape_raises():

@@ -63,13 +63,6 @@ print([name for name in ("transformers", "lm_eval", "moa_lm", "moa_vision.pretra
 
 
 @pytest.mark.slow
-def test_timm_after_our_package_by_hand(python):
-    code = "import moa_vision, timm; print(len(timm.list_models('vit_*_patch16_qdmoa')))"
-    process = python("-W", "error", "-c", code)
-    assert (process.stdout, process.stderr) == ("4\n", "")
-
-
-@pytest.mark.slow
 def test_lm_eval_has_our_name_and_loads_it_late(python):
     code = """
 import sys, lm_eval.models
@@ -81,16 +74,6 @@ print(model.__module__, model.__name__, model is sys.modules["moa_eval.harness"]
 """
     process = python("-c", code)
     assert process.stdout == "[] True True None\nmoa_eval.harness.model MoALM True\n"
-
-
-@pytest.mark.slow
-def test_lm_eval_after_our_harness_by_hand(python):
-    code = """
-from moa_eval.harness import MoALM
-from lm_eval.api.registry import get_model
-print(get_model("moa") is MoALM, get_model("dummy").__name__)
-"""
-    assert python("-c", code).stdout == "True DummyLM\n"
 
 
 def test_transformers_reads_our_checkpoints(python, checkpoint):
@@ -146,25 +129,6 @@ print("fine")
     assert process.stdout == "fine\n", process.stderr
 
 
-@pytest.mark.slow
-def test_transformers_with_our_models_broken(python, checkpoint):
-    """Asking for the model gives the import's error; whoever goes through all types gets a warning."""
-    code = f"""
-import sys, transformers
-sys.modules["moa_lm"] = None
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-assert "bert" in CONFIG_MAPPING and not CONFIG_MAPPING._extra_content.items()
-assert not list(CONFIG_MAPPING._extra_content.values())
-try:
-    transformers.AutoConfig.from_pretrained({str(checkpoint)!r})
-except ImportError as error:
-    print(error.name)
-"""
-    process = python("-c", code)
-    assert process.stdout == "moa_lm\n"
-    assert "RuntimeWarning: transformers: model type 'moa_llama' cannot be loaded" in process.stderr
-
-
 COMMANDS = {
     "lm_eval": [Path(sys.executable).parent / "lm_eval"],
     "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "lm_eval"],
@@ -194,10 +158,3 @@ def log_likelihood(checkpoint, context, continuation):
     with torch.no_grad():
         rows = model(ids).logits[0, len(context) - 1 : -1]
     return -torch.nn.functional.cross_entropy(rows, ids[0, len(context) :], reduction="sum").item()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["--model", "moa", "--help"], ["ls", "--help"], ["validate", "--help"]])
-def test_other_commands_of_lm_eval_still_run(python, arguments):
-    process = python("-m", "lm_eval", *arguments)
-    assert "usage:" in process.stdout.lower() and "RuntimeWarning" not in process.stderr
