@@ -36,6 +36,13 @@ _SHAPES = (
     *("num_attention_heads", "num_key_value_heads", "attention_bias", "mlp_bias", "tie_word_embeddings"),
     *("num_experts", "num_shared_experts", "moe_intermediate_size"),
 )
+_FUNCTION = (
+    *("model_type", "rms_norm_eps", "rope_parameters", "num_experts_per_tok", "norm_topk_prob", "expert_mixing"),
+    *("ffn_variant", "ffn_mixing_gate", "ffn_gate_activations", "ffn_up_activations", "ffn_mixed_branch"),
+    *("ffn_mix_bias", "ffn_mix_base", "ffn_anchor"),
+)
+"""Fields that change what the same weights compute."""
+
 _NOT_CARRIED = ("transformers_version", "architectures", "dtype")
 _MIXING = re.compile(r"\.mix_(proj|coef)\b|\.mix_proj_bias\b|\.act_param\b")
 
@@ -94,6 +101,23 @@ def converted_config(source: PreTrainedConfig, variant: str, **overrides: Any) -
             raise ConfigError(f"unknown setting {name!r}; allowed: {allowed}")
     carried = {name: value for name, value in source.to_dict().items() if name in names and name not in _NOT_CARRIED}
     return build_config(**{**carried, **overrides, "ffn_variant": variant})
+
+
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """Load the weights of a folder of the same class and architecture into `model`.
+
+    Raises:
+        ConfigError: The folder's configuration is another architecture; the message gives the first difference.
+        DataError: The folder cannot be loaded.
+    """
+    name = existing_source(folder, "a model")
+    theirs, ours = _read_config(name, {}).to_dict(), model.config.to_dict()
+    for key in (*_SHAPES, *_FUNCTION):
+        if theirs.get(key) != ours.get(key):
+            raise ConfigError(
+                f"{name} has {key} {theirs.get(key)!r}, the model {ours.get(key)!r}; set model.args to match"
+            )
+    model.load_state_dict(_load(type(model), name, output_loading_info=True, use_safetensors=True).state_dict())
 
 
 def existing_source(source: str | PathLike[str], what: str) -> str:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from moa_lm.check import tokenizer_problem
 from moa_lm.configuration import MoALlamaConfig
+from moa_lm.convert import load_weights
 from moa_lm.data import TokenBatch, TokenDataConfig, TokenShards, train_loader, val_loader
 from moa_lm.diagnostics import save, watch
 from moa_lm.encode import load_tokenizer
@@ -35,6 +36,7 @@ from moa_lm.modeling import (
 from moa_lm.sizes import END_OF_TEXT, SIZES, VOCAB_SIZE, count_parameters, named_config, padded_vocab
 from moa_train.config import RESUME_MUTABLE_KEYS, RunConfig, ScheduleConfig, parse_config
 from moa_train.errors import ConfigError, DataError, require
+from moa_train.initialization import init_by_name
 from moa_train.progress import count
 from moa_train.schedule import Budget, Plan
 from moa_train.signals import ignore_stop_signals
@@ -61,12 +63,15 @@ class ModelConfig:
         args: Other fields of MoALlamaConfig, e.g. {ffn_mixing_gate: tanh, num_hidden_layers: 6}.
         gradient_checkpointing: Store only the input of each layer and recompute the rest in the backward pass. With
             experts, `loop.compile` then breaks its graph at each layer.
+        init_from: Folder of a model of this package whose weights the run starts from, such as an export or one of
+            `python -m moa_lm convert`; size, ffn and args must describe it.
     """
 
     size: str = "dense-tiny"
     ffn: str = "qdmoa"
     args: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = False
+    init_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +152,7 @@ class LMTask(Task):
         self.train_shards = TokenShards(self.data.train)
         self.val_shards = TokenShards(self.data.val) if self.data.val else None
         self.tokenizer = open_tokenizer(self.train_shards)  # opened now, so that the export cannot fail for it
-        self.language_model = build_model(config.model, self.train_shards, length)
+        self.language_model = build_model(config.model, self.train_shards, length, config.seed)
         self.model: nn.Module = self.language_model
         self.parameters = count_parameters(self.language_model.config)
         self.budgeted = budgeted(self.language_model.config, config.model.size)
@@ -368,9 +373,17 @@ def open_tokenizer(shards: TokenShards) -> PreTrainedTokenizerBase:
     return load_tokenizer(shards.tokenizer_folder)
 
 
-def build_model(config: ModelConfig, shards: TokenShards, sequence_length: int) -> MoALlamaForCausalLM:
-    """Return the configured model, initialized from torch's generator. Raises ConfigError."""
+def build_model(config: ModelConfig, shards: TokenShards, sequence_length: int, seed: int) -> MoALlamaForCausalLM:
+    """Return the configured model with weights drawn by (seed, name), or those of `model.init_from`.
+
+    Raises:
+        ConfigError: The configuration is invalid, or not that of `model.init_from`.
+        DataError: `model.init_from` cannot be loaded.
+    """
     model = MoALlamaForCausalLM(model_config(config, shards, sequence_length))
+    init_by_name(model, seed, model._init_weights)
+    if config.init_from is not None and model.device.type != "meta":
+        load_weights(model, config.init_from)
     if config.gradient_checkpointing:
         # Renamed in transformers 5.23, where the old name warns.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

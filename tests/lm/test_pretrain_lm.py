@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa_lm.data import TokenShards
-from moa_lm.modeling import document_positions, labels_within_documents
+from moa_lm.modeling import MoALlamaForCausalLM, document_positions, labels_within_documents
 from moa_lm.pretrain import LMConfig, LMTask, main
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_train.config import parse_config
+from moa_train.errors import ConfigError
 from moa_train.task import DataParallelRank
 
 SMALL = {
@@ -242,3 +243,30 @@ def test_resume_refuses_other_tokens(train, shards, tmp_path, capsys):
     assert train(**data) == 2
     assert "was trained on other data: train, val changed since" in capsys.readouterr().err
     assert train(**data, resume="force") == 0
+
+
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
+def test_variants_share_initial_weights(arguments, experts):
+    """All parameters that two variants have in common are equal, for one seed; embeddings and norms come first."""
+    given = {key.replace(".", "__"): value for key, value in experts.items()}
+    swiglu, qdmoa, other = (
+        dict(LMTask(parsed(arguments(model__ffn=ffn, seed=seed, **given))).model.named_parameters())
+        for ffn, seed in (("swiglu", 3), ("qdmoa", 3), ("swiglu", 4))
+    )
+    assert swiglu.keys() < qdmoa.keys()
+    assert all(torch.equal(value, qdmoa[name]) for name, value in swiglu.items())
+    assert all(not torch.equal(value, other[name]) for name, value in swiglu.items() if value.std() > 0)
+    matrices = [value for value in qdmoa.values() if value.ndim > 1]
+    assert len({value.flatten()[0].item() for value in matrices}) == len(matrices)  # no two streams are the same
+
+
+def test_starts_from_a_converted_model(train, arguments, tmp_path):
+    assert train(model__ffn="swiglu", schedule__tokens=128) == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export")
+    MoALlamaForCausalLM.from_llama(theirs, "qdmoa", ffn_mix_base="anchor").save_pretrained(tmp_path / "upcycled")
+    start = {"model__ffn": "qdmoa", "model__init_from": tmp_path / "upcycled"}
+    ours = LMTask(parsed(arguments(**start, model__args__ffn_mix_base="anchor"))).model
+    ids = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+    with pytest.raises(ConfigError, match=r"upcycled has ffn_mix_base 'anchor', the model 'none'; set model\.args"):
+        LMTask(parsed(arguments(**start)))

@@ -73,6 +73,19 @@ def test_run_folder_is_complete(train):
     assert not list(folder.rglob(".*"))
 
 
+def test_variants_share_initial_weights(arguments):
+    def parameters(variant: str, seed: int) -> dict[str, torch.Tensor]:
+        config = parse_config(
+            MAEConfig, arguments(model__encoder=f"vit_tiny_patch16_{variant}", seed=seed), program="", summary=""
+        )
+        return dict(MAETask(config).model.named_parameters())
+
+    swiglu, qdmoa, other = parameters("swiglu", 3), parameters("qdmoa", 3), parameters("swiglu", 4)
+    assert swiglu.keys() < qdmoa.keys()
+    assert all(torch.equal(value, qdmoa[name]) for name, value in swiglu.items())
+    assert all(not torch.equal(v, other[name]) for name, v in swiglu.items() if v.requires_grad and v.std() > 0)
+
+
 def test_validation_loss_is_the_mean_over_images(train, arguments):
     _, folder = train(loop__micro_batch_size=3, schedule__epochs=1, schedule__batch_size=6, schedule__warmup_epochs=0)
     mae = load_mae(folder / "export").eval()
