@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from moa_train.atomic_io import new_folder, write_json, write_text
 from moa_train.distributed import full, shard_like
 from moa_train.errors import ConfigError, DataError, RunError
 from moa_train.reading import read_json
-from moa_train.spikes import RecentLoss
 
 FILES = ("model.safetensors", "optimizer.safetensors", "generators.safetensors")
 
@@ -74,8 +73,6 @@ class TrainState:
         timed_s: Seconds of these steps.
         peak_memory_mib: Peak memory of all sessions, MiB.
         skipped: Steps skipped because their loss or gradient was not finite.
-        spikes: Number of loss spikes, see `moa_train.spikes`.
-        recent_loss: Running statistics of the loss.
     """
 
     step: int = 0
@@ -85,14 +82,11 @@ class TrainState:
     timed_s: float = 0.0
     peak_memory_mib: float = 0.0
     skipped: int = 0
-    spikes: int = 0
-    recent_loss: RecentLoss = field(default_factory=RecentLoss)
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> TrainState:
         """Return the state in a checkpoint's state.json."""
-        values = {key: saved[key] for key in asdict(cls())}
-        return cls(**{**values, "recent_loss": RecentLoss(**values["recent_loss"])})
+        return cls(**{key: saved[key] for key in asdict(cls())})
 
 
 def snapshot(

@@ -197,7 +197,7 @@ def memory_bytes(workload: Workload, target: Target, devices: int, micro_batch: 
 
     DDP holds all states and a copy of the gradients in its buckets. FSDP2 holds a shard of the states, the weights
     outside of blocks and two blocks (one computes, the next is prefetched) with gradients, and unsharded gradients
-    while they are accumulated (arXiv:2304.11277). At the start a run measures the memory of two samples.
+    while they are accumulated (arXiv:2304.11277).
     """
     states, saved = workload.states, workload.saved
     sharded = devices if target.parallel == "fsdp2" else 1
@@ -207,7 +207,7 @@ def memory_bytes(workload: Workload, target: Target, devices: int, micro_batch: 
     elif devices > 1:
         held += 2 * (states.root + 2 * states.block) + accumulated * states.gradients
     training = held + saved.fixed + micro_batch * saved.per_sample
-    return max(training, states.weights + saved.fixed + 2 * saved.per_sample)
+    return max(training, states.weights)
 
 
 def _exposed_communication_s(states: ModelStates, target: Target, plan: Plan, compute_s: float) -> float:

@@ -81,12 +81,8 @@ class StackedMuon(torch.optim.Optimizer):
                 )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient; return the result of `closure`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Step every parameter that has a gradient."""
         for group in self.param_groups:
             scale = UPDATE_SCALES[group["adjust_lr_fn"]].factor
             for parameter in group["params"]:
@@ -96,7 +92,6 @@ class StackedMuon(torch.optim.Optimizer):
                 own = local(parameter)
                 own.mul_(1 - group["lr"] * group["weight_decay"])
                 own.add_(update, alpha=-group["lr"] * scale(*parameter.shape[-2:]))
-        return loss
 
 
 def _look_ahead(state: dict[str, Tensor], gradient: Tensor, momentum: float) -> Tensor:

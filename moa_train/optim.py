@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
@@ -37,21 +36,13 @@ class Combined(Optimizer):
         super().__init__([group for optimizer in self.optimizers for group in optimizer.param_groups], {})
         self._share()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every optimizer; return the result of `closure`, which is called once before."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Step every optimizer."""
         for optimizer in self.optimizers:
             optimizer.step()
-        return loss
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "optimizers": self.optimizers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # called by load_state_dict too, with new groups and a new state
+        super().__setstate__(state)  # called by load_state_dict, with new groups and a new state
         self._share()
 
     def _share(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from moa_train.errors import ConfigError, DataError
 from moa_train.signals import EXIT_STOPPED
 from moa_train.sweep.grid import Trainer, check, expand, parse_seeds, parse_settings
-from moa_train.sweep.launch import launch_command, run_locally, run_on_slurm
+from moa_train.sweep.launch import launch_command, run_locally, submit_to_slurm
 from moa_train.sweep.state import SweepRun, print_table, summarize
 
 DESCRIPTION = """\
@@ -28,8 +28,8 @@ unfinished ones resume. The output of each run goes to OUT/logs/NAME.log. Argume
 """
 
 EXITS = """\
-exit codes: 0 all runs are done; 1 a run or the report failed; 2 wrong configuration; 75 stopped, the same command
-continues
+exit codes: 0 all runs are done or submitted; 1 a run or the report failed; 2 wrong configuration; 75 stopped, the same
+command continues
 """
 
 
@@ -127,14 +127,17 @@ def _run(
     out = runs[0].folder.parent
     print(f"sweep       {out}: {summarize(runs)}", flush=True)
     if options.executor == "slurm":
-        stopped = run_on_slurm(runs, command, options.jobs, _parse_sbatch(options.sbatch), out)
+        submit_to_slurm(runs, command, options.jobs, _parse_sbatch(options.sbatch), out)
+        print_table(runs)
+        if not all(run.done for run in runs):
+            print("The same command shows the progress, submits failed runs again, and writes the report at the end.")
+            return 0
     else:
         stopped = run_locally(runs, command, options.jobs or 1)
-    print_table(runs)
-    if stopped:
-        jobs = "the jobs stay in the queue; " if options.executor == "slurm" else ""
-        print(f"stopped     by {stopped}; {jobs}the same command continues")
-        return EXIT_STOPPED
+        print_table(runs)
+        if stopped:
+            print(f"stopped     by {stopped}; the same command continues")
+            return EXIT_STOPPED
     reported = 0 if options.no_report else _report(runs, options, report, out)
     return 1 if reported or not all(run.done for run in runs) else 0
 

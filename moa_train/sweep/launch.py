@@ -1,4 +1,4 @@
-"""Execution of a sweep by submitit: processes on this machine, or a job array on a Slurm cluster."""
+"""Execution of a sweep: processes on this machine, or a job array on a Slurm cluster by submitit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from typing import cast
 
 import psutil
 import submitit
@@ -24,16 +23,37 @@ from moa_train.atomic_io import write_json
 from moa_train.errors import ConfigError
 from moa_train.reading import read_json
 from moa_train.signals import StopRequests
-from moa_train.sweep.state import DONE, ProgressLine, SweepRun
+from moa_train.sweep.state import SweepRun, summarize
 
 POLL_S = 0.2
 """Poll interval of processes, seconds."""
 
-QUEUE_S = 30.0
-"""Poll interval of the Slurm queue, seconds."""
-
 SLURM_WARNING_S = 120
 """Seconds before the time limit at which Slurm signals a job, so that it saves and is requeued."""
+
+
+def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a training command in a process group of its own; its output is appended to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.flush()
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # without the terminal's Ctrl-C; with the workers of a launcher
+        )
+
+
+def stop_process(process: subprocess.Popen[bytes]) -> None:
+    """Let a training command save and end."""
+    # srun kills its tasks on SIGTERM and forwards SIGUSR1; other launchers die of SIGUSR1.
+    number = signal.SIGUSR1 if Path(cast(list[str], process.args)[0]).name == "srun" else signal.SIGTERM
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 @dataclass
@@ -43,28 +63,15 @@ class TrainingJob:
     Attributes:
         command: Training command, which saves and exits with 75 on SIGTERM and SIGUSR1.
         log: File that the output is appended to.
-        environment: Environment variables; None takes those of the job.
     """
 
     command: list[str]
     log: Path
-    environment: dict[str, str] | None = None
 
     def __call__(self) -> None:
         """Run the command and exit with its code if that is not 0."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            log.write(f"$ {shlex.join(self.command)}\n".encode())
-            log.flush()
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.environment,
-                start_new_session=True,  # a process group for the launcher and its workers
-            )
-        signal.signal(signal.SIGTERM, self._stop)
+        self._process = start(self.command, self.log)
+        signal.signal(signal.SIGTERM, lambda *_: stop_process(self._process))
         while self._process.poll() is None:
             time.sleep(POLL_S)
         if self._process.returncode:
@@ -72,16 +79,10 @@ class TrainingJob:
 
     def checkpoint(self) -> DelayedSubmission:
         """Let the run save and end; return the job that resumes it. Called by submitit in its signal handler."""
-        self._stop()
+        stop_process(self._process)
         with contextlib.suppress(ChildProcessError):  # it has ended and was waited for
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # Popen.wait cannot be called twice at once
-        return DelayedSubmission(TrainingJob(self.command, self.log, self.environment))
-
-    def _stop(self, number: int = 0, frame: FrameType | None = None) -> None:
-        # srun kills its tasks on SIGTERM and forwards SIGUSR1; other launchers die of SIGUSR1.
-        stop = signal.SIGUSR1 if Path(self.command[0]).name == "srun" else signal.SIGTERM
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, stop)
+        return DelayedSubmission(TrainingJob(self.command, self.log))
 
 
 def launch_command(launcher: str, script: Path) -> list[str]:
@@ -109,52 +110,40 @@ def run_locally(runs: Sequence[SweepRun], command: Sequence[str], at_once: int) 
     """
     waiting = [run for run in runs if not run.done]
     slots = slot_environments(at_once, os.environ)
-    active: dict[submitit.Job[None], tuple[SweepRun, dict[str, str]]] = {}
+    active: dict[subprocess.Popen[bytes], tuple[SweepRun, dict[str, str]]] = {}
     stopping = False
-    with tempfile.TemporaryDirectory() as folder, StopRequests() as stop, ProgressLine(runs) as progress:
-        executor = submitit.LocalExecutor(folder)
-        executor.update_parameters(timeout_min=60 * 24 * 365)
+    with StopRequests() as stop:
         try:
             while active or (waiting and not stop.received):
                 while waiting and slots and not stop.received:
                     run, slot = waiting.pop(0), slots.pop(0)
-                    active[_submit(executor, run, command, slot)] = run, slot
-                    progress.say("started", f"{run.name} (log: {run.log})")
+                    run.state = "running"
+                    active[start([*command, *run.arguments], run.log, {**os.environ, **slot})] = run, slot
+                    say("started", f"{run.name} (log: {run.log})")
                 if stop.received and not stopping:
                     stopping = True
-                    progress.say(stop.received, f"waiting for {len(active)} run(s) to save; Ctrl-C kills them")
-                    for job in active:
-                        os.kill(int(job.job_id), signal.SIGTERM)
-                for job in [job for job in active if job.done()]:
-                    run, slot = active.pop(job)
+                    say(stop.received, f"waiting for {len(active)} run(s) to save; Ctrl-C kills them")
+                    for process in active:
+                        stop_process(process)
+                for process in [process for process in active if process.poll() is not None]:
+                    run, slot = active.pop(process)
                     slots.append(slot)
                     run.settle("stopped" if stopping else "failed")
-                    progress.say_ended(run)
-                progress.show()
+                    say(run.state, f"{run.name} (log: {run.log}); {summarize(runs)}")
+                    if run.state == "failed":
+                        print(*run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:], sep="\n")
                 time.sleep(POLL_S)
         finally:
-            for job in active:
-                _kill(int(job.job_id))
-    return "" if all(run.state in (*DONE, "failed") for run in runs) else stop.received
+            for process in active:
+                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.kill()
+    return "" if all(run.done or run.state == "failed" for run in runs) else stop.received
 
 
-def _submit(
-    executor: submitit.LocalExecutor, run: SweepRun, command: Sequence[str], slot: Mapping[str, str]
-) -> submitit.Job[None]:
-    """Start a run. Its processes ignore the terminal's SIGINT, on which submitit would kill them before they save."""
-    run.state = "running"
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return executor.submit(TrainingJob([*command, *run.arguments], run.log.absolute(), {**os.environ, **slot}))
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for each in [process, *process.children(recursive=True)]:
-            each.kill()
+def say(title: str, text: str) -> None:
+    """Print a line about a run."""
+    print(f"{title:<11} {text}", flush=True)
 
 
 def slot_environments(at_once: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
@@ -176,12 +165,12 @@ def slot_environments(at_once: int, environment: Mapping[str, str]) -> list[dict
     return slots
 
 
-def run_on_slurm(
+def submit_to_slurm(
     runs: Sequence[SweepRun], command: Sequence[str], at_once: int | None, options: Mapping[str, str], out: Path
-) -> str:
-    """Submit the runs that are neither done nor queued as one job array, and watch the queue until all have ended.
+) -> None:
+    """Submit the runs that are neither done nor in the queue as one job array, and set the states of all runs.
 
-    Jobs save and requeue themselves before their time limit. Stop signals end the watching, not the jobs.
+    Jobs save and requeue themselves before their time limit.
 
     Args:
         runs: All runs of the sweep.
@@ -189,9 +178,6 @@ def run_on_slurm(
         at_once: Largest number of parallel runs; None is no limit.
         options: Options of sbatch, e.g. {"partition": "gpu", "gres": "gpu:8", "time": "24:00:00"}.
         out: Folder of the sweep, on a file system that all nodes share.
-
-    Returns:
-        Name of the stop signal that ended the watching, or "".
 
     Raises:
         ConfigError: There is no sbatch, or `options` has no time limit.
@@ -204,14 +190,16 @@ def run_on_slurm(
     record = folder / "jobs.json"
     ids = read_json(record, "cancel the jobs of this sweep and delete the file") if record.exists() else {}
     queue = _read_queue()
-    new = [run for run in runs if not run.done and ids.get(run.name) not in queue]
+    for run in (run for run in runs if not run.done and ids.get(run.name) in queue):
+        run.state = "running" if queue[ids[run.name]] == "RUNNING" else "queued"
+    new = [run for run in runs if run.state == "waiting"]
     if new:
         executor = _slurm_executor(folder, out.name, at_once or len(new), options)
         jobs = executor.submit_array([TrainingJob([*command, *run.arguments], run.log.absolute()) for run in new])
-        ids |= {run.name: job.job_id for run, job in zip(new, jobs, strict=True)}
-        write_json(record, ids)
-        print(f"submitted   {len(new)} run(s) as job {jobs[0].job_id.partition('_')[0]}", flush=True)
-    return _watch(runs, ids)
+        write_json(record, ids | {run.name: job.job_id for run, job in zip(new, jobs, strict=True)})
+        say("submitted", f"{len(new)} run(s) as job {jobs[0].job_id.partition('_')[0]}")
+        for run in new:
+            run.state = "queued"
 
 
 def _slurm_executor(folder: Path, name: str, at_once: int, options: Mapping[str, str]) -> submitit.SlurmExecutor:
@@ -228,27 +216,6 @@ def _slurm_executor(folder: Path, name: str, at_once: int, options: Mapping[str,
         additional_parameters={"signal": warning, "requeue": True, **options},
     )
     return executor
-
-
-def _watch(runs: Sequence[SweepRun], ids: Mapping[str, str]) -> str:
-    """Show the progress of submitted runs until all have left the queue; return the stop signal, or ""."""
-    pending = [run for run in runs if not run.done]
-    next_poll = 0.0
-    with StopRequests() as stop, ProgressLine(runs) as progress:
-        while pending and not stop.received:
-            if time.monotonic() >= next_poll:
-                next_poll = time.monotonic() + QUEUE_S
-                with contextlib.suppress(subprocess.CalledProcessError):  # squeue times out now and then
-                    queue = _read_queue()
-                    for run in [run for run in pending if ids[run.name] not in queue]:
-                        pending.remove(run)
-                        run.settle("failed")
-                        progress.say_ended(run)
-                    for run in pending:
-                        run.state = "running" if queue[ids[run.name]] == "RUNNING" else "queued"
-            progress.show()
-            time.sleep(POLL_S)
-    return stop.received if pending else ""
 
 
 def _read_queue() -> dict[str, str]:

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from moa_train.config import OptimConfig, RunConfig, as_tree, parse_config, read_config
+from moa_train.config import as_tree, parse_config, read_config
 from moa_train.errors import ConfigError
 from moa_train.reading import differing_keys
 
@@ -161,9 +161,3 @@ def test_differing_keys():
         "optim.eps: 1 -> 'absent'",
         "optim.lr: 0.1 -> 0.2",
     ]
-
-
-@pytest.mark.parametrize(("clip", "offered"), [(None, "1"), (1.0, "0.5"), (4.0, "1")])
-def test_gentler_options_halve_lr_and_clipping(clip, offered):
-    options = RunConfig(optim=OptimConfig(lr=1e-3, max_grad_norm=clip)).gentler()
-    assert options == ("--optim.lr 0.0005", f"--optim.max_grad_norm {offered}")

@@ -19,14 +19,12 @@ INTERVAL = 5
 MOMENTS = {
     "in a step": ("toy:ToyTask.loss", 17),
     "in validation": ("toy:ToyTask.val_losses", 9),
-    "writing the first checkpoint": ("checkpoint:save_file", 1),
     "writing weights": ("checkpoint:save_file", 4),
-    "writing moments": ("checkpoint:save_file", 5),
     "writing the state": ("checkpoint:write_json", 2),
     "syncing a checkpoint": ("atomic_io:sync_file", 7),
     "writing LAST": ("checkpoint:write_text", 2),
     "deleting an old checkpoint": ("checkpoint:remove_leftovers", 4),
-    "appending a row": ("atomic_io:LineFile.append", 9),
+    "appending a row": ("run_folder:RunFolder.append", 9),
     "exporting": ("toy:ToyTask.export", 1),
     "writing the summary": ("run_folder:RunFolder.summarize", 1),
 }

@@ -31,7 +31,9 @@ def folder(tmp_path):
 def test_truncate(folder):
     with folder.metrics.open("a") as file:
         file.write('{"kind": "tra')
+    folder.events.write_text('{"kind": "begun"}\n{"ki')
     folder.truncate(2, 1)
+    assert folder.events.read_text() == '{"kind": "begun"}\n'
     assert [(r["kind"], r["step"]) for r in folder.rows()] == [("train", 1), ("val", 1), ("train", 2)]
     assert folder.metrics.read_text().endswith("}\n")
 

@@ -51,7 +51,7 @@ def plain_training(toy, config):
     return losses, norms, sum(errors) / 7
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+@pytest.mark.parametrize("micro_batch", [2, 8])
 def test_training_equals_plain_torch_for_every_micro_batch(runs, micro_batch):
     changed = {"model__dropout": 0.0, "loop__micro_batch_size": micro_batch}
     assert runs("run", **changed) == 0
@@ -129,11 +129,11 @@ def test_run_folder_contents(runs):
 def test_startup_lines(runs, capsys):
     runs("run", schedule__batch_size=16)
     text = capsys.readouterr().out
-    assert "steps       6 = 3 epochs of 2, 1 of warm-up; 96 rows" in text
+    assert "steps       6 = 3 epochs of 2, 1 of warm-up, 5 of decay (cosine); 96 rows" in text
     assert "batch       16 rows per step = 4 accumulated x 1 device(s) x 4" in text
     assert "1 tensors (24) with weight decay 0.05; 3 tensors (17) without" in text
     assert "work        3 kFLOPs per sample in training, 288 kFLOPs remaining" in text
-    assert "measured" in text and "validation  step 6, epoch 3.00: loss " in text
+    assert "validation  step 6, epoch 3.00: loss " in text
 
 
 def test_impossible_batch_is_refused_before_anything_is_written(runs, capsys):
@@ -172,16 +172,8 @@ def test_warmup_steps_do_not_enter_the_throughput(runs, monkeypatch, capsys):
     assert {round(speed) for speed in speeds.values() if speed is not None} == {80}
     summary = runs.json("run", "summary.json")
     assert summary["throughput"] == pytest.approx(80) and summary["wall_s"] > 120
-    assert "finished    30 steps, 3 s of training: loss " in capsys.readouterr().out
-
-
-def test_without_held_out_samples_the_training_loss_is_printed(runs, monkeypatch, capsys):
-    build = runs.toy.ToyTask.__init__
-    monkeypatch.setattr(
-        runs.toy.ToyTask, "__init__", lambda task, config: (build(task, config), setattr(task, "val_samples", 0))[0]
-    )
-    assert runs("run") == 0
-    assert f"of training: training loss {runs.rows('run', 'train')[-1]['loss']:.4f}\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "measured    80 rows/s" in out and "finished    30 steps, 3 s of training: loss " in out
 
 
 def test_without_usable_held_out_samples_the_run_continues(runs, monkeypatch, capsys):
@@ -210,28 +202,22 @@ def wandb_init(  # 0.31
     pass
 
 
-def trackio_init(project, name=None, group=None, space_id=None, dataset_id=None, config=None, resume="never"):
-    pass
-
-
-@pytest.mark.parametrize(("tracker", "init", "key"), [("wandb", wandb_init, "id"), ("trackio", trackio_init, "name")])
-def test_sessions_of_a_run_share_a_tracker_run(runs, monkeypatch, tracker, init, key):
+def test_sessions_of_a_run_share_a_wandb_run(runs, monkeypatch):
     calls = []
 
     def recorded(*args, **kwargs):
-        calls.append(inspect.signature(init).bind(*args, **kwargs).arguments)
+        calls.append(inspect.signature(wandb_init).bind(*args, **kwargs).arguments)
         return SimpleNamespace(log=lambda *args, **kwargs: None, finish=lambda: None)
 
     config = SimpleNamespace(update=lambda values, allow_val_change: None)
-    monkeypatch.setitem(sys.modules, tracker, SimpleNamespace(init=recorded, config=config))
-    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType(tracker)])
-    assert runs("run", loop__trackers=f"[{tracker}]", model__stop_at=6) == EXIT_STOPPED
-    assert runs("run", loop__trackers=f"[{tracker}]") == 0
-    assert runs("other", loop__trackers=f"[{tracker}]") == 0
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=recorded, config=config))
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.WANDB])
+    assert runs("run", loop__trackers="[wandb]", model__stop_at=6) == EXIT_STOPPED
+    assert runs("run", loop__trackers="[wandb]") == 0
+    assert runs("other", loop__trackers="[wandb]") == 0
     first, second, other = calls
-    assert first == second and first["resume"] == "allow" and first[key] != other[key]
-    if "dir" in first:
-        assert Path(first["dir"]).parent == runs.out / "run"
+    assert first == second and first["resume"] == "allow" and first["id"] != other["id"]
+    assert Path(first["dir"]).parent == runs.out / "run"
 
 
 @pytest.mark.parametrize(("name", "message"), [("tensorbored", "must be among"), ("clearml", "pip install clearml")])
