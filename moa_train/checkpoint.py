@@ -118,15 +118,7 @@ def save(
     The newest `keep_latest` checkpoints stay, and those whose step is a multiple of `keep_interval`. Checkpoints of
     later steps are deleted: they are damaged, or the run has been continued from an earlier one.
 
-    Args:
-        folder: Folder of all checkpoints.
-        state: JSON values with an int "step".
-        tensors: From `snapshot`.
-        keep_latest: Number of newest checkpoints to keep.
-        keep_interval: Interval of checkpoints that are kept permanently.
-
-    Raises:
-        SaveError: The files cannot be written.
+    `state` has JSON values with an int "step". Raises SaveError if the files cannot be written.
     """
     final = folder / f"step_{state['step']:08d}"
     with disk_errors(str(final)):
@@ -187,10 +179,7 @@ class Saver:
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that passes `verify`, if any, and a message for each damaged one before it.
-
-    Raises RunError for a checkpoint that cannot be read at the moment: continuing from an older one would lose it.
-    """
+    """Return the newest checkpoint that passes `verify`, if any, and a message for each damaged one before it."""
     damaged: list[str] = []
     for _, path in _checkpoints(folder):
         try:
@@ -207,7 +196,7 @@ def verify(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpoint: A file is missing or is not what was saved.
-        RunError: A file cannot be read for another reason, such as a stale handle or missing permission.
+        OSError: A file cannot be read for another reason, such as missing permission.
     """
     try:
         (path / "state.json").read_bytes()  # an OSError is no damage
@@ -221,11 +210,6 @@ def verify(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{error.filename} is missing") from error
     except DataError as error:
         raise DamagedCheckpoint(str(error)) from error
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be read ({error}); the same command tries again. To continue from an older checkpoint, "
-            "move this one away"
-        ) from error
     return state
 
 

@@ -78,13 +78,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 
 
 def batch_loader(dataset: Dataset[Batch], batches: Iterable[Any], workers: int) -> DataLoader[Batch]:
-    """Return a loader of `dataset.__getitems__(batch)` for each of `batches`, in their order.
-
-    Args:
-        dataset: Has a `__getitems__` that takes one of `batches` and returns a whole batch.
-        batches: A sampler or a list, iterated anew for each epoch of the loader.
-        workers: Number of worker processes; 0 loads in this process.
-    """
+    """Return a loader of `dataset.__getitems__(batch)`, a whole batch, for each of `batches`, in their order."""
     return WorkerLoader(
         dataset,
         batch_sampler=batches,

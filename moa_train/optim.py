@@ -107,9 +107,8 @@ def set_rate(optimizer: Optimizer, lr: float) -> None:
 def describe_groups(optimizer: Optimizer) -> str:
     """Return e.g. "AdamW: 50 tensors (5,359,104) with weight decay 0.05; 101 tensors (38,592) without".
 
-    Groups that differ in their learning rate only are counted together, followed by the range of their "lr_scale".
-    Muon's part contains the scale of an update (A, B) and separates matrices from stacks of matrices: "Muon (update
-    0.2 sqrt(max(A, B))): 48 matrices (28,311,552) and 36 stacks of 32 (84,934,656) with weight decay 0.1; AdamW: ...".
+    Groups that differ in their learning rate only are counted together. Muon's part contains the scale of an update
+    (A, B) and separates matrices from stacks of matrices.
     """
     families: dict[str, list[dict[str, Any]]] = {}
     for one in optimizer.optimizers if isinstance(optimizer, Combined) else (optimizer,):
@@ -178,7 +177,7 @@ def _title(optimizer: Optimizer, group: Mapping[str, Any]) -> str:
 
 
 def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
-    """Return the number of tensors by weight decay, and the range of learning rate scales."""
+    """Return the number of tensors by weight decay."""
     by_decay: dict[float, list[Tensor]] = {}
     for group in groups:
         by_decay.setdefault(group["weight_decay"], []).extend(group["params"])
@@ -189,11 +188,6 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
     ]
     if not any(by_decay):
         parts[0] += " weight decay"
-    scales = [group.get("lr_scale", 1.0) for group in groups]
-    if min(scales) < max(scales):
-        parts.append(f"rates scaled by {min(scales):.3g} to {max(scales):.3g}")
-    elif scales[0] != 1:
-        parts.append(f"rates scaled by {scales[0]:.3g}")
     return "; ".join(parts)
 
 

@@ -34,15 +34,7 @@ class Costs:
 
 
 def describe(plan: Plan, costs: Costs, *, unit: str, units_per_sample: int, step: int) -> dict[str, str]:
-    """Return the startup lines about the length and the costs of a run, {title: text}.
-
-    Args:
-        plan: The schedule.
-        costs: Costs of the run.
-        unit: Unit of the data, e.g. "tok".
-        units_per_sample: Units of a sample.
-        step: Finished optimizer steps.
-    """
+    """Return the startup lines about the length and the costs of a run, {title: text}, after `step` steps."""
     samples = plan.total_steps * plan.global_batch
     flops = costs.flops_per_sample * (samples - step * plan.global_batch)
     what, of_units = (unit, f" of {units_per_sample:,} {unit}") if units_per_sample > 1 else ("sample", f" {unit}")

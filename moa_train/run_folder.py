@@ -59,12 +59,7 @@ class RunFolder:
             return []
         if resume == "never":
             raise ConfigError(f"{self.path} already holds a run and resume is 'never'; choose another name")
-        try:
-            old = read_yaml(self.path / "config.yaml", "restore it, or continue with --resume force")
-        except DataError:
-            if resume != "force":
-                raise
-            return ["all keys: config.yaml cannot be read"]
+        old = read_yaml(self.path / "config.yaml", "restore it, or choose another name")
         different = differing_keys(old, tree, mutable_keys=mutable_keys)
         if different and resume != "force":
             raise ConfigError(

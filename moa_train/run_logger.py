@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,15 +21,7 @@ from moa_train.trackers import start_trackers, track
 
 
 class RunLogger:
-    """Log of one session of a run.
-
-    Args:
-        config: The run's config.
-        task: The task.
-        plan: Schedule in steps.
-        accelerator: From `moa_train.distributed.start`.
-        state: The trainer's progress; the logger updates its times and memory.
-    """
+    """Log of one session of a run; it updates the times and the memory in `state`."""
 
     def __init__(self, config: RunConfig, task: Task, plan: Plan, accelerator: Accelerator, state: TrainState) -> None:
         self.config, self.task, self.plan, self.accelerator, self.state = config, task, plan, accelerator, state
@@ -42,7 +32,6 @@ class RunLogger:
         self.main = accelerator.is_main_process
         self.progress = Progress(visible=self.main, step=state.step, total_steps=plan.total_steps)
         self.timer, self.rate_reported = StepTimer(), False
-        self._tracking = bool(config.loop.trackers)
         self._window_steps, self._window_s = 0, 0.0  # timed steps since the last row
 
     def open(self, optimizer: str, warnings: list[str]) -> None:
@@ -52,9 +41,8 @@ class RunLogger:
             environment = describe_environment(device, self.plan.world_size)
             self.folder.open(tree, {**environment, "total_steps": self.plan.total_steps})
             self.folder.truncate(self.state.step, self.state.validated)
-            with self._tracker_errors():
-                if self._tracking:
-                    start_trackers(self.accelerator, tree, self.folder.trackers, step=self.state.step)
+            if self.config.loop.trackers:
+                start_trackers(self.accelerator, tree, self.folder.trackers, step=self.state.step)
         self.event("begun", self.state.step, processes=self.plan.world_size, device=self.device_name)
         units = {"unit": self.task.unit, "units_per_sample": self.task.units_per_sample}
         lines = {
@@ -132,9 +120,8 @@ class RunLogger:
         if self.main:
             with disk_errors(str(self.folder.metrics)):
                 self.folder.append(row)
-        with self._tracker_errors():
-            if self._tracking:
-                track(self.accelerator, row)
+        if self.config.loop.trackers:
+            track(self.accelerator, row)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """Append a row to events.jsonl, with the time of day."""
@@ -142,16 +129,6 @@ class RunLogger:
             time = datetime.now(UTC).isoformat(timespec="seconds")
             with disk_errors(str(self.folder.events)):
                 self.folder.append_event({"kind": kind, "step": step, "time": time, **values})
-
-    @contextmanager
-    def _tracker_errors(self) -> Iterator[None]:
-        """Turn a tracker's OSError into a warning; the run continues without trackers."""
-        try:
-            yield
-        except OSError as error:
-            self._tracking = False
-            names = ", ".join(self.config.loop.trackers)
-            self.print(f"warning: trackers ({names}) failed: {error}; the run continues without them")
 
     def _units(self, steps: int) -> int:
         """Return the samples or tokens of a number of steps."""

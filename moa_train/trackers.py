@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,11 +52,3 @@ def track(accelerator: Accelerator, row: dict[str, Any]) -> None:
     """Log the numbers of a metrics row as e.g. train/loss at its step."""
     values = {f"{row['kind']}/{key}": v for key, v in row.items() if isinstance(v, int | float) and key != "step"}
     accelerator.log(values, step=row["step"])
-
-
-def end_trackers(accelerator: Accelerator) -> None:
-    """End the trackers and the process group."""
-    try:
-        accelerator.end_training()
-    except OSError as error:
-        print(f"warning: a tracker could not write its last rows: {error}", file=sys.stderr)

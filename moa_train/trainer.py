@@ -37,7 +37,7 @@ from moa_train.run_logger import RunLogger
 from moa_train.schedule import make_plan
 from moa_train.signals import EXIT_STOPPED, StopRequests
 from moa_train.task import DataParallelRank, Task
-from moa_train.trackers import check_trackers, end_trackers
+from moa_train.trackers import check_trackers
 
 
 class NonFiniteError(RunError):
@@ -68,7 +68,7 @@ def run(
         try:
             check_trackers(config.loop.trackers)
             accelerator = distributed.start(config.loop, config.folder / "trackers")
-            cleanup.callback(end_trackers, accelerator)
+            cleanup.callback(accelerator.end_training)
             set_seed(config.seed)
             with accelerator.local_main_process_first():
                 task = build_task()
@@ -95,15 +95,7 @@ def check(config: RunConfig, build_task: Callable[[], Task]) -> None:
 
 
 class Trainer:
-    """One session of a run; it continues from the run's newest checkpoint.
-
-    Args:
-        config: The run's config.
-        task: The task.
-        accelerator: From `moa_train.distributed.start`.
-        stop: Stop requests of this process.
-        cleanup: Releases the run folder at the end.
-        mutable_keys: Keys that may change when the run is resumed.
+    """One session of a run; it continues from the run's newest checkpoint. `cleanup` releases the run folder.
 
     Raises:
         ConfigError: The batch cannot be split, or the folder holds another run or is in use.

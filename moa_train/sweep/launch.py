@@ -86,14 +86,9 @@ class TrainingJob:
 
 
 def launch_command(launcher: str, script: Path) -> list[str]:
-    """Return the command that starts a training script.
+    """Return the command that starts a training script; without a launcher such as "accelerate launch", this Python.
 
-    Args:
-        launcher: Launcher with its arguments, e.g. "accelerate launch"; "" is this Python.
-        script: Training script.
-
-    Raises:
-        ConfigError: The launcher is neither on PATH nor in the folder of this Python.
+    Raises ConfigError if the launcher is neither on PATH nor in the folder of this Python.
     """
     program, *options = shlex.split(launcher) or [sys.executable]
     found = program if shutil.which(program) else shutil.which(program, path=str(Path(sys.executable).parent))
@@ -172,15 +167,8 @@ def submit_to_slurm(
 
     Jobs save and requeue themselves before their time limit.
 
-    Args:
-        runs: All runs of the sweep.
-        command: Training command without its arguments.
-        at_once: Largest number of parallel runs; None is no limit.
-        options: Options of sbatch, e.g. {"partition": "gpu", "gres": "gpu:8", "time": "24:00:00"}.
-        out: Folder of the sweep, on a file system that all nodes share.
-
-    Raises:
-        ConfigError: There is no sbatch, or `options` has no time limit.
+    `options` are those of sbatch, e.g. {"gres": "gpu:8", "time": "24:00:00"}; `out` is on a file system that all nodes
+    share. Raises ConfigError if there is no sbatch, or `options` has no time limit.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError("--executor slurm needs sbatch; run it on a machine that can submit jobs")

@@ -45,7 +45,7 @@ def test_description_merges_groups_that_differ_in_rate():
         {"params": [third], "weight_decay": 0.05, "lr_scale": 1.0},
     ]
     description = describe_groups(torch.optim.SGD(groups, 0.1))
-    assert description == "SGD: 2 tensors (7) with weight decay 0.05; 1 tensors (2) without; rates scaled by 0.25 to 1"
+    assert description == "SGD: 2 tensors (7) with weight decay 0.05; 1 tensors (2) without"
 
 
 class Mixed(nn.Module):
@@ -177,7 +177,7 @@ def test_muon_needs_hidden_matrices(hidden, message):
 def test_description_of_muon():
     assert describe_groups(muon(Mixed())) == (
         "Muon (update 0.2 sqrt(max(A, B))): 2 matrices (108) and 1 stacks of 4 (144) with weight decay 0.1; "
-        "AdamW: 1 tensors (42) with weight decay 0.1; 4 tensors (45) without; rates scaled by 0.5"
+        "AdamW: 1 tensors (42) with weight decay 0.1; 4 tensors (45) without"
     )
     plain = OptimConfig(algorithm="muon", weight_decay=0.0, muon_scale="original")
     assert describe_groups(muon(Mixed(), plain)) == (

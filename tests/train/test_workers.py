@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def test_killed_worker_is_one_message(runs, monkeypatch, capsys):
         def __iter__(self):
             for batch in super().__iter__():
                 if batch[0] == 6:
+                    time.sleep(1)  # the batches before are received: their tensors come through this process
                     os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
                 yield batch
 
