@@ -48,12 +48,7 @@ class ModelStates:
 
 
 def count_states(model: nn.Module, hidden_matrices: Collection[str] = ()) -> ModelStates:
-    """Count the states of a model on any device, "meta" too.
-
-    Args:
-        model: The model; its blocks are those of `moa_train.distributed.blocks`.
-        hidden_matrices: Names of the parameters that Muon updates.
-    """
+    """Count the states of a model on any device, "meta" too; `hidden_matrices` are the names of Muon's parameters."""
 
     def size(parameters: Collection[nn.Parameter]) -> int:
         return sum(p.numel() * p.element_size() for p in parameters)
@@ -256,12 +251,7 @@ def measured_rate(run: Path, gpu: Gpu, muon: Sequence[Sequence[int]] = (), paral
 
     The throughput includes whole steps, so the work of Muon counts, and waiting for communication lowers the rate. A
     run on another device counts by its fraction of that device's peak.
-
-    Args:
-        run: Run folder.
-        gpu: Target device.
-        muon: Shapes of the matrices that Muon updated in the run, as in `Workload`.
-        parallel: Parallelism of the run, as in `Target`.
+    `muon` and `parallel` describe the run as in `Workload` and `Target`.
 
     Raises:
         ConfigError: The run has no throughput, or it ran on another device and a peak is unknown.

@@ -54,7 +54,7 @@ class StackedMuon(torch.optim.Optimizer):
         adjust_lr_fn: A key of `UPDATE_SCALES`.
 
     Raises:
-        ValueError: A parameter has another number of dimensions, or `adjust_lr_fn` is unknown.
+        ValueError: A parameter has another number of dimensions.
     """
 
     def __init__(
@@ -65,8 +65,6 @@ class StackedMuon(torch.optim.Optimizer):
         momentum: float = 0.95,
         adjust_lr_fn: str = "original",
     ) -> None:
-        if adjust_lr_fn not in UPDATE_SCALES:
-            raise ValueError(f"adjust_lr_fn is {adjust_lr_fn!r}; it must be one of {', '.join(UPDATE_SCALES)}")
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn}
         super().__init__(params, defaults)
 

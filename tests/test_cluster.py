@@ -124,11 +124,6 @@ def test_torchrun_dry_run():
     assert command[7:13] == rendezvous and tuple(command[-3:]) == given
 
 
-def test_several_machines_need_a_rendezvous():
-    done = script("torchrun.sh", "a.py", NODES="2")
-    assert done.returncode != 0 and "MASTER: must be HOST:PORT" in done.stderr
-
-
 def test_slurm_dry_run():
     given = ("scripts/pretrain_mae.py", "--name", "two words")
     done = script("slurm.sh", *given, DRY_RUN="1", NODES="2", GPUS="3", CPUS="5", SLURM_JOB_ID="")
@@ -202,10 +197,9 @@ def test_warned_job_saves_requeues_and_finishes(tmp_path, cluster):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("changed", "code"), [({"model.nan_at": 3}, 1), ({"schedule.batch_size": 7}, 2)])
-def test_failed_job_is_not_requeued(tmp_path, cluster, changed, code):
-    job = submit(tmp_path, 2, **changed)
+def test_failed_job_is_not_requeued(tmp_path, cluster):
+    job = submit(tmp_path, 2, **{"model.nan_at": 3})
     output = job.communicate(timeout=240)[0]
-    assert job.returncode == code, output
-    assert (cluster / "codes").read_text() == f"{code}\n"
+    assert job.returncode == 1, output
+    assert (cluster / "codes").read_text() == "1\n"
     assert output.count("error: ") == 1, output

@@ -87,10 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str], *, find_trainer: Callable[[Sequence[Path]], Trainer], report: Sequence[str]) -> int:
     """Run the sweep of a command line and return the exit code.
 
-    Args:
-        arguments: The command line.
-        find_trainer: Returns the training script of config files.
-        report: Command that writes a report; run folders, --out DIR, --title and --baseline are appended.
+    `report` is the command that writes a report; run folders, --out DIR, --title and --baseline are appended.
     """
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     options = build_parser().parse_args(arguments[:end])

@@ -82,12 +82,7 @@ def expand(
 ) -> list[SweepRun]:
     """Return all combinations, seed outermost and config innermost, so that comparable sets complete early.
 
-    Args:
-        configs: Config files.
-        settings: {dotted key: values}.
-        seeds: Random seeds.
-        out: Folder of the sweep; by default runs/sweep_ and the common beginning of the configs' names.
-        extra: Arguments for all runs.
+    `out` is by default runs/sweep_ and the common beginning of the configs' names; `extra` are arguments for all runs.
 
     Raises:
         ConfigError: Two combinations share a name, or `extra` sets a key of the sweep.

@@ -125,20 +125,3 @@ def test_kills_at_random_moments(runs, start, kills, epochs):
     for name in ("run", "unbroken"):
         assert runs(name, schedule__epochs=epochs) == 0
     runs.assert_same("run", "unbroken")
-
-
-@pytest.mark.slow
-def test_kills_while_compiling(runs, start):
-    draw = random.Random(0)
-    for _ in range(3):
-        process = start("run", loop__compile=True)
-        wait_for((runs.out / "run" / "events.jsonl").exists, process)
-        time.sleep(draw.random() * 5)
-        process.kill()
-        process.join()
-        newest_step(runs.out / "run")
-    for name in ("run", "unbroken"):
-        process = start(name, loop__compile=True)
-        process.join()
-        assert process.exitcode == 0
-    runs.assert_same("run", "unbroken")

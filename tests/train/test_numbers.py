@@ -51,13 +51,6 @@ def test_skipped_step_changes_no_weight(runs, capsys):
     assert len(moments) == 4 and set(moments.values()) == {np.float32(14).tobytes()}
 
 
-@pytest.mark.parametrize("nan_in", ["loss alone", "gradient"])
-def test_loss_and_gradient_are_skipped_alike(runs, nan_in):
-    assert runs("one", **FAULTY, model__nan_in=nan_in) == 0
-    assert runs("both", **FAULTY) == 0
-    runs.assert_same("one", "both")
-
-
 @pytest.mark.slow
 def test_resume_with_skipped_steps_is_exact(runs):
     faulty = {"model__nan_at": 7, "model__nan_for": 2, "loop__max_nonfinite_steps": 2}

@@ -37,17 +37,6 @@ def test_adamw():
     assert not build_optimizer(Model(), OptimConfig(fused=False)).defaults["fused"]
 
 
-def test_description_merges_groups_that_differ_in_rate():
-    first, second, third = (nn.Parameter(torch.zeros(size)) for size in (2, 3, 4))
-    groups = [
-        {"params": [first], "weight_decay": 0.0, "lr_scale": 0.25},
-        {"params": [second], "weight_decay": 0.05, "lr_scale": 0.25},
-        {"params": [third], "weight_decay": 0.05, "lr_scale": 1.0},
-    ]
-    description = describe_groups(torch.optim.SGD(groups, 0.1))
-    assert description == "SGD: 2 tensors (7) with weight decay 0.05; 1 tensors (2) without"
-
-
 class Mixed(nn.Module):
     """The kinds of parameters of a language model with experts."""
 
@@ -148,16 +137,6 @@ def test_muon_resumes_bit_exactly_from_a_checkpoint(tmp_path):
     for one, two in zip(resumed.parameters(), through.parameters(), strict=True):
         left, right = other.state.get(one, {}), optimizer.state.get(two, {})
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
-def test_combined_shares_groups_and_state():
-    optimizer = muon(Mixed())
-    for state in (None, optimizer.state_dict()):
-        if state is not None:
-            optimizer.load_state_dict(state)
-        inner = [group for one in optimizer.optimizers for group in one.param_groups]
-        assert all(group is own for group, own in zip(optimizer.param_groups, inner, strict=True))
-        assert all(one.state is optimizer.state for one in optimizer.optimizers)
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,6 @@ def test_log_has_few_lines(monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 21
 
 
-def test_other_ranks_are_silent(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    run(Progress(visible=False, step=0, total_steps=20))
-    assert capsys.readouterr().out == "" and sys.stderr.getvalue() == ""
-
-
 def test_warmup_steps_are_not_timed():
     timer = StepTimer()
     for _ in range(WARMUP_STEPS):

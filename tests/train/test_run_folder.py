@@ -64,13 +64,6 @@ def test_damaged_row_is_named(folder, line):
         folder.check(TREE, "auto", frozenset())
 
 
-@pytest.mark.parametrize("text", ["[", "- 1", "", "name: run: x"])
-def test_damaged_config_is_named(folder, text):
-    (folder.path / "config.yaml").write_text(text)
-    with pytest.raises(DataError, match=r"run/config.yaml cannot be read"):
-        folder.check(TREE, "auto", frozenset())
-
-
 def test_file_system_without_locks_is_a_warning(folder, monkeypatch, capsys):
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")

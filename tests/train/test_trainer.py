@@ -78,32 +78,6 @@ def test_bf16_autocast_keeps_float32_weights(runs):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_task_with_its_own_optimizer(runs, monkeypatch):
-    """SGD with the first layer at half the learning rate, compared with the update written out."""
-
-    def optimizer(task, config):
-        first, last = list(task.model[0].parameters()), list(task.model[3].parameters())
-        return torch.optim.SGD([{"params": first, "lr_scale": 0.5}, {"params": last}], lr=config.lr)
-
-    monkeypatch.setattr(runs.toy.ToyTask, "optimizer", optimizer)
-    changed = {"model__dropout": 0.0, "schedule__warmup_epochs": 0, "schedule__epochs": 1}
-    assert runs("run", **changed) == 0
-    config = parsed(runs, **changed)
-    torch.manual_seed(config.seed)
-    model, losses = runs.toy.ToyTask(config).model, []
-    for step in range(5):
-        x, y = batch_of(runs.toy, config, step)
-        loss = (model(x) - y).square().mean()
-        losses.append(loss.item())
-        model.zero_grad()
-        loss.backward()
-        lr = 0.01 * 0.5 * (1 + math.cos(math.pi * step / 5))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter -= (lr / 2 if name.startswith("0") else lr) * parameter.grad
-    assert [row["loss"] for row in runs.rows("run", "train")] == pytest.approx(losses, rel=1e-5)
-
-
 def test_run_folder_contents(runs):
     assert runs("run") == 0
     folder = runs.out / "run"
@@ -134,12 +108,6 @@ def test_startup_lines(runs, capsys):
     assert "1 tensors (24) with weight decay 0.05; 3 tensors (17) without" in text
     assert "work        3 kFLOPs per sample in training, 288 kFLOPs remaining" in text
     assert "validation  step 6, epoch 3.00: loss " in text
-
-
-def test_impossible_batch_is_refused_before_anything_is_written(runs, capsys):
-    assert runs("run", loop__micro_batch_size=3) == 2
-    assert "the nearest are 6 and 9" in capsys.readouterr().err
-    assert not (runs.out / "run").exists()
 
 
 def test_bug_keeps_its_traceback_and_marks_the_run_failed(runs, monkeypatch):
