@@ -7,6 +7,7 @@ position has its own stream, on any worker, rank or device, and no stream is rep
 from __future__ import annotations
 
 import errno
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -97,10 +98,15 @@ def end_workers(batches: Iterable[Any]) -> None:
 
 
 def worker_died(error: Exception) -> WorkerError | None:
-    """Return a WorkerError if `error` is torch's report of a killed data worker, else None."""
-    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in str(error):
+    """Return a WorkerError if `error` is torch's report of a killed data worker, else None.
+
+    A worker that is killed while a batch is received from it breaks the connection instead.
+    """
+    receiving = any(frame.name == "rebuild_storage_fd" for frame in traceback.extract_tb(error.__traceback__))
+    reported = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    if not reported and not (receiving and isinstance(error, ConnectionError | EOFError | FileNotFoundError)):
         return None
-    reason = str(error).partition("\n")[0]
+    reason = str(error).partition("\n")[0] or type(error).__name__
     return WorkerError(
         f"a data worker was killed ({reason}), usually because memory or /dev/shm is full; use fewer data.workers, or "
         f"{MORE_SHARED_MEMORY}"

@@ -77,7 +77,7 @@ def run(
             return trainer.run()
         except ReportedError as error:
             return report(error)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if (died := worker_died(error)) is None:
                 raise
             return report(died)

@@ -89,7 +89,7 @@ class Measure:
     def stderr(self, model: Model) -> float:
         """Return the standard error of a model's value over the items."""
         errors = [metric.stderr for metric in self._metrics(model)]
-        return float(np.linalg.norm(errors)) / len(errors)
+        return math.hypot(*errors) / len(errors)
 
     def scores(self, model: Model) -> list[NDArray[np.float64]] | None:
         """Return a model's scores per item, one array per part; None if the value is not their mean."""

@@ -195,6 +195,7 @@ def _find(path: Path) -> tuple[Path, int]:
 def _read_results(file: Path) -> dict[str, Any]:
     try:
         content = parse_json(_FUNCTION_ADDRESS.sub("", file.read_text(encoding="utf-8")))
+        json.dumps(content, ensure_ascii=False).encode()  # raises for a lone surrogate, which no page can hold
         jsonschema.validate(content, _SCHEMA)
     except (ValueError, RecursionError) as error:
         raise _error(file, f"not valid JSON ({error})", _RERUN) from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from moa_vision.pretrain import MAEConfig
 ROOT = Path(__file__).parents[2]
 KINDS = {"mae": MAEConfig, "lm": LMConfig}
 WORDS = ("--", "--config", "--check=1", "--help=1", "=", "--optim", "--=1", "-", "@x", "--optim.", "--.lr=1")
-VALUES = ("", "null", "nan", "[", "{", "}{", "&a [*a]", "!!python/object:os.system {}", "\0", "\ud800", "1" * 400)
+VALUES = ("", "null", "nan", "[", "{", "}{", "&a [*a]", "!!python/object:os.system {}", "1" * 300)
 
 
 def outcome(fuzzing, kind, arguments):
@@ -66,5 +67,10 @@ def test_command_lines(fuzz, fuzzing, kind):
     def attempt(arguments):
         outcome(fuzzing, KINDS[kind], [f"--config={config}", *arguments])
 
-    lists = st.lists(words, min_size=1, max_size=3)
-    fuzz(lists.filter(lambda given: not any(word.startswith(exits_with_0) for word in given)), attempt, examples=12)
+    def is_possible(word):
+        """Whether a shell can pass this argument, float64 can hold it, and it does not end the program with code 0."""
+        with contextlib.suppress(UnicodeEncodeError):
+            return b"\0" not in word.encode() and not re.search(r"\d{301}", word) and not word.startswith(exits_with_0)
+        return False
+
+    fuzz(st.lists(words.filter(is_possible), min_size=1, max_size=3), attempt, examples=12)
