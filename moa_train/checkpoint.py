@@ -196,7 +196,7 @@ def verify(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpoint: A file is missing or is not what was saved.
-        OSError: A file cannot be read for another reason, such as missing permission.
+        RunError: A file cannot be read for another reason, such as a stale handle or missing permission.
     """
     try:
         (path / "state.json").read_bytes()  # an OSError is no damage
@@ -210,6 +210,11 @@ def verify(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{error.filename} is missing") from error
     except DataError as error:
         raise DamagedCheckpoint(str(error)) from error
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be read ({error}); the same command tries again. To continue from an older checkpoint, "
+            "move this one away"
+        ) from error
     return state
 
 

@@ -17,8 +17,8 @@ LINE_EVERY_S = 30.0
 WARMUP_STEPS = 5
 """First steps of a session, which are not timed: they compile, fill caches and start data workers."""
 
-MIN_STEPS = 5
-"""Timed steps before throughput and remaining time are reported."""
+MIN_STEPS, MIN_SECONDS = 5, 2.0
+"""Timed steps and their total duration before throughput and remaining time are reported."""
 
 WINDOW_STEPS = 50
 """Most recent steps that the throughput is averaged over."""
@@ -41,7 +41,10 @@ class StepTimer:
 
     def step_s(self) -> float | None:
         """Return the mean seconds per step, None until enough steps have been timed."""
-        return sum(self._recent_s) / len(self._recent_s) if len(self._recent_s) >= MIN_STEPS else None
+        total = sum(self._recent_s)
+        if len(self._recent_s) < MIN_STEPS or (total < MIN_SECONDS and len(self._recent_s) < WINDOW_STEPS):
+            return None
+        return total / len(self._recent_s)
 
 
 class Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ class Start(NamedTuple):
 
 def find_start(config: RunConfig, plan: Plan, identity: Mapping[str, Any], mutable_keys: frozenset[str]) -> Start:
     """Return the start of a session of the run; called on the main process with the run folder locked.
+
+    `identity` has checksums of the task's data; `mutable_keys` may differ from the run's earlier sessions.
 
     Raises:
         ConfigError: Config or schedule do not fit the run or the checkpoint.
@@ -109,17 +112,19 @@ def _other_run(config: RunConfig, plan: Plan, mutable_keys: frozenset[str]) -> P
             f"start_from {path} has another config ({'; '.join(different)}); restore these values, or use --resume "
             "force"
         )
-    _check_phase(path, state, plan)
+    _check_phase(path, state, plan, config.schedule.decay_fraction)
     return path
 
 
-def _check_phase(path: Path, state: Mapping[str, Any], plan: Plan) -> None:
+def _check_phase(path: Path, state: Mapping[str, Any], plan: Plan, decay_fraction: float) -> None:
     """Raise ConfigError unless the learning rate is at its peak at this step, in the other run and in this one."""
     step = state["step"]
     if not state["stable"] or step < plan.warmup_steps:
         raise ConfigError(f"start_from {path} is from the warm-up or the decay; use a checkpoint between them")
     if plan.is_decaying(step):
+        steps = math.ceil(step / (1 - decay_fraction)) if decay_fraction < 1 else 0
+        fix = f"train for {steps:,} steps or more" if steps else "set schedule.decay_fraction below 1"
         raise ConfigError(
             f"start_from {path} is from step {step:,}, but this schedule decays from step "
-            f"{plan.total_steps - plan.decay_steps:,}; use a longer schedule or a smaller schedule.decay_fraction"
+            f"{plan.total_steps - plan.decay_steps:,}; {fix}"
         )

@@ -34,7 +34,7 @@ class RunFolder:
 
     config.yaml     resolved config                        env.json        versions, device, git commit, command
     metrics.jsonl   one JSON object per row, in order      summary.json    final and best losses, times, status
-    events.jsonl    sessions, spikes, skipped steps        checkpoints/    see checkpoint.py
+    events.jsonl    sessions, skipped steps                checkpoints/    see checkpoint.py
     trackers/       files of trackers and the run's id for them
     reconstructions/, mixing/, export/ ...   diagnostics and export of the task
     """
@@ -59,7 +59,12 @@ class RunFolder:
             return []
         if resume == "never":
             raise ConfigError(f"{self.path} already holds a run and resume is 'never'; choose another name")
-        old = read_yaml(self.path / "config.yaml", "restore it, or choose another name")
+        try:
+            old = read_yaml(self.path / "config.yaml", "restore it, or continue with --resume force")
+        except DataError:
+            if resume != "force":
+                raise
+            return ["all keys: config.yaml cannot be read"]
         different = differing_keys(old, tree, mutable_keys=mutable_keys)
         if different and resume != "force":
             raise ConfigError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,6 +34,7 @@ class RunLogger:
         self.main = accelerator.is_main_process
         self.progress = Progress(visible=self.main, step=state.step, total_steps=plan.total_steps)
         self.timer, self.rate_reported = StepTimer(), False
+        self._tracking = bool(config.loop.trackers)
         self._window_steps, self._window_s = 0, 0.0  # timed steps since the last row
 
     def open(self, optimizer: str, warnings: list[str]) -> None:
@@ -41,8 +44,9 @@ class RunLogger:
             environment = describe_environment(device, self.plan.world_size)
             self.folder.open(tree, {**environment, "total_steps": self.plan.total_steps})
             self.folder.truncate(self.state.step, self.state.validated)
-            if self.config.loop.trackers:
-                start_trackers(self.accelerator, tree, self.folder.trackers, step=self.state.step)
+            with self._tracker_errors():
+                if self._tracking:
+                    start_trackers(self.accelerator, tree, self.folder.trackers, step=self.state.step)
         self.event("begun", self.state.step, processes=self.plan.world_size, device=self.device_name)
         units = {"unit": self.task.unit, "units_per_sample": self.task.units_per_sample}
         lines = {
@@ -120,8 +124,9 @@ class RunLogger:
         if self.main:
             with disk_errors(str(self.folder.metrics)):
                 self.folder.append(row)
-        if self.config.loop.trackers:
-            track(self.accelerator, row)
+        with self._tracker_errors():
+            if self._tracking:
+                track(self.accelerator, row)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """Append a row to events.jsonl, with the time of day."""
@@ -129,6 +134,16 @@ class RunLogger:
             time = datetime.now(UTC).isoformat(timespec="seconds")
             with disk_errors(str(self.folder.events)):
                 self.folder.append_event({"kind": kind, "step": step, "time": time, **values})
+
+    @contextmanager
+    def _tracker_errors(self) -> Iterator[None]:
+        """Turn a tracker's OSError into a warning; the run continues without trackers."""
+        try:
+            yield
+        except OSError as error:
+            self._tracking = False
+            names = ", ".join(self.config.loop.trackers)
+            self.print(f"warning: trackers ({names}) failed: {error}; the run continues without them")
 
     def _units(self, steps: int) -> int:
         """Return the samples or tokens of a number of steps."""

@@ -1,7 +1,8 @@
-"""Experiment trackers through accelerate; in TensorBoard and W&B all sessions of a run are one run."""
+"""Experiment trackers (TensorBoard, W&B, ...) through accelerate; all sessions of a run are one run of a tracker."""
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,9 +42,14 @@ def start_trackers(accelerator: Accelerator, tree: dict[str, Any], folder: Path,
     if not (folder / "id").exists():
         write_text(folder / "id", uuid.uuid4().hex + "\n")
     run_id = (folder / "id").read_text(encoding="utf-8").strip()
+    name, of_swanlab = tree["name"], {"id": run_id[:21], "logdir": str(folder / "swanlog")}  # the required length
     options = {
         "tensorboard": {"purge_step": step + 1},
-        "wandb": {"name": tree["name"], "id": run_id, "resume": "allow", "dir": str(folder)},
+        "wandb": {"name": name, "id": run_id, "resume": "allow", "dir": str(folder)},
+        "swanlab": {"experiment_name": name, "resume": "allow", **of_swanlab},
+        "trackio": {"name": f"{name}-{run_id[:8]}", "resume": "allow"},  # identifies a run by its name
+        "comet_ml": {"experiment_key": run_id, "mode": "get_or_create"},
+        "dvclive": {"dir": str(folder / "dvclive"), "dvcyaml": str(folder / "dvc.yaml"), "resume": True},
     }
     accelerator.init_trackers(PROJECT, config=values, init_kwargs=options)
 
@@ -52,3 +58,11 @@ def track(accelerator: Accelerator, row: dict[str, Any]) -> None:
     """Log the numbers of a metrics row as e.g. train/loss at its step."""
     values = {f"{row['kind']}/{key}": v for key, v in row.items() if isinstance(v, int | float) and key != "step"}
     accelerator.log(values, step=row["step"])
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """End the trackers and the process group."""
+    try:
+        accelerator.end_training()
+    except OSError as error:
+        print(f"warning: a tracker could not write its last rows: {error}", file=sys.stderr)

@@ -37,7 +37,7 @@ from moa_train.run_logger import RunLogger
 from moa_train.schedule import make_plan
 from moa_train.signals import EXIT_STOPPED, StopRequests
 from moa_train.task import DataParallelRank, Task
-from moa_train.trackers import check_trackers
+from moa_train.trackers import check_trackers, end_trackers
 
 
 class NonFiniteError(RunError):
@@ -68,7 +68,7 @@ def run(
         try:
             check_trackers(config.loop.trackers)
             accelerator = distributed.start(config.loop, config.folder / "trackers")
-            cleanup.callback(accelerator.end_training)
+            cleanup.callback(end_trackers, accelerator)
             set_seed(config.seed)
             with accelerator.local_main_process_first():
                 task = build_task()

@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="options of sbatch, e.g. partition=gpu gres=gpu:8 time=24:00:00",
     )
-    how.add_argument("--dry-run", action="store_true", help="check all runs, print their states and commands, and exit")
+    how.add_argument("--dry-run", action="store_true", help="check all runs, print commands, states and losses")
     report = parser.add_argument_group("report")
     report.add_argument("--report", metavar="DIR", type=Path, help="its folder (default: reports/NAME of OUT)")
     report.add_argument("--title", help="title of the report")
@@ -120,6 +120,7 @@ def _run(
     if options.dry_run:
         for run in runs:
             print(f"{run.state:<9} {shlex.join([*command, *run.arguments])}")
+        print_table(runs)
         return 0
     out = runs[0].folder.parent
     print(f"sweep       {out}: {summarize(runs)}", flush=True)

@@ -1,4 +1,4 @@
-"""Execution of a sweep: processes on this machine, or a job array on a Slurm cluster by submitit."""
+"""Execution of a sweep by submitit: processes on this machine, or a job array on a Slurm cluster."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from types import FrameType
 
 import psutil
 import submitit
@@ -28,32 +29,11 @@ from moa_train.sweep.state import SweepRun, summarize
 POLL_S = 0.2
 """Poll interval of processes, seconds."""
 
+LOG_TAIL_LINES = 15
+"""Lines of a failed run's log that are printed."""
+
 SLURM_WARNING_S = 120
 """Seconds before the time limit at which Slurm signals a job, so that it saves and is requeued."""
-
-
-def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a training command in a process group of its own; its output is appended to `log`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        file.write(f"$ {shlex.join(command)}\n".encode())
-        file.flush()
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # without the terminal's Ctrl-C; with the workers of a launcher
-        )
-
-
-def stop_process(process: subprocess.Popen[bytes]) -> None:
-    """Let a training command save and end."""
-    # srun kills its tasks on SIGTERM and forwards SIGUSR1; other launchers die of SIGUSR1.
-    number = signal.SIGUSR1 if Path(cast(list[str], process.args)[0]).name == "srun" else signal.SIGTERM
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
 
 
 @dataclass
@@ -63,15 +43,28 @@ class TrainingJob:
     Attributes:
         command: Training command, which saves and exits with 75 on SIGTERM and SIGUSR1.
         log: File that the output is appended to.
+        environment: Environment variables; None takes those of the job.
     """
 
     command: list[str]
     log: Path
+    environment: dict[str, str] | None = None
 
     def __call__(self) -> None:
         """Run the command and exit with its code if that is not 0."""
-        self._process = start(self.command, self.log)
-        signal.signal(signal.SIGTERM, lambda *_: stop_process(self._process))
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            log.write(f"$ {shlex.join(self.command)}\n".encode())
+            log.flush()
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,  # a process group for the launcher and its workers
+            )
+        signal.signal(signal.SIGTERM, self._stop)
         while self._process.poll() is None:
             time.sleep(POLL_S)
         if self._process.returncode:
@@ -79,10 +72,16 @@ class TrainingJob:
 
     def checkpoint(self) -> DelayedSubmission:
         """Let the run save and end; return the job that resumes it. Called by submitit in its signal handler."""
-        stop_process(self._process)
+        self._stop()
         with contextlib.suppress(ChildProcessError):  # it has ended and was waited for
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # Popen.wait cannot be called twice at once
-        return DelayedSubmission(TrainingJob(self.command, self.log))
+        return DelayedSubmission(TrainingJob(self.command, self.log, self.environment))
+
+    def _stop(self, number: int = 0, frame: FrameType | None = None) -> None:
+        # srun kills its tasks on SIGTERM and forwards SIGUSR1; other launchers die of SIGUSR1.
+        stop = signal.SIGUSR1 if Path(self.command[0]).name == "srun" else signal.SIGTERM
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, stop)
 
 
 def launch_command(launcher: str, script: Path) -> list[str]:
@@ -105,35 +104,54 @@ def run_locally(runs: Sequence[SweepRun], command: Sequence[str], at_once: int) 
     """
     waiting = [run for run in runs if not run.done]
     slots = slot_environments(at_once, os.environ)
-    active: dict[subprocess.Popen[bytes], tuple[SweepRun, dict[str, str]]] = {}
+    active: dict[submitit.Job[None], tuple[SweepRun, dict[str, str]]] = {}
     stopping = False
-    with StopRequests() as stop:
+    with tempfile.TemporaryDirectory() as folder, StopRequests() as stop:
+        executor = submitit.LocalExecutor(folder)
+        executor.update_parameters(timeout_min=60 * 24 * 365)
         try:
             while active or (waiting and not stop.received):
                 while waiting and slots and not stop.received:
                     run, slot = waiting.pop(0), slots.pop(0)
-                    run.state = "running"
-                    active[start([*command, *run.arguments], run.log, {**os.environ, **slot})] = run, slot
+                    active[_submit(executor, run, command, slot)] = run, slot
                     say("started", f"{run.name} (log: {run.log})")
                 if stop.received and not stopping:
                     stopping = True
                     say(stop.received, f"waiting for {len(active)} run(s) to save; Ctrl-C kills them")
-                    for process in active:
-                        stop_process(process)
-                for process in [process for process in active if process.poll() is not None]:
-                    run, slot = active.pop(process)
+                    for job in active:
+                        os.kill(int(job.job_id), signal.SIGTERM)
+                for job in [job for job in active if job.done()]:
+                    run, slot = active.pop(job)
                     slots.append(slot)
                     run.settle("stopped" if stopping else "failed")
                     say(run.state, f"{run.name} (log: {run.log}); {summarize(runs)}")
-                    if run.state == "failed":
-                        print(*run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:], sep="\n")
+                    if run.state == "failed" and run.log.exists():
+                        log = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
+                        print(*log[-LOG_TAIL_LINES:], sep="\n", flush=True)
                 time.sleep(POLL_S)
         finally:
-            for process in active:
-                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        each.kill()
+            for job in active:
+                _kill(int(job.job_id))
     return "" if all(run.done or run.state == "failed" for run in runs) else stop.received
+
+
+def _submit(
+    executor: submitit.LocalExecutor, run: SweepRun, command: Sequence[str], slot: Mapping[str, str]
+) -> submitit.Job[None]:
+    """Start a run. Its processes ignore the terminal's SIGINT, on which submitit would kill them before they save."""
+    run.state = "running"
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return executor.submit(TrainingJob([*command, *run.arguments], run.log.absolute(), {**os.environ, **slot}))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in [process, *process.children(recursive=True)]:
+            each.kill()
 
 
 def say(title: str, text: str) -> None:

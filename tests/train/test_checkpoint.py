@@ -14,7 +14,7 @@ from torch import nn
 
 from moa_train import checkpoint
 from moa_train.checkpoint import FILES, DamagedCheckpoint, SaveError, Saver, TrainState
-from moa_train.errors import ConfigError
+from moa_train.errors import ConfigError, RunError
 
 
 def trained(seed, steps=3):
@@ -161,7 +161,7 @@ def test_unreadable_checkpoint_is_not_skipped(tmp_path, monkeypatch):
         raise OSError(errno.ESTALE, "for a while", str(path))
 
     monkeypatch.setattr(checkpoint, "_file_sha256", failing)
-    with pytest.raises(OSError, match="for a while"):
+    with pytest.raises(RunError, match=r"step_00000010 cannot be read \(.*for a while"):
         checkpoint.newest_valid(tmp_path)
 
 

@@ -79,6 +79,15 @@ def test_run_without_usable_checkpoints_is_not_restarted(runs, unbroken, fault, 
     runs.assert_same("run", unbroken)
 
 
+def test_missing_config_needs_force(runs, unbroken, capsys):
+    assert runs("run", model__stop_at=6) == EXIT_STOPPED
+    (runs.out / "run" / "config.yaml").unlink()
+    assert runs("run") == 2
+    assert "config.yaml cannot be read" in capsys.readouterr().err
+    assert runs("run", resume="force") == 0
+    assert runs.final("run") == runs.final(unbroken)
+
+
 def test_other_config_is_refused_and_forced(runs, capsys):
     assert runs("run", model__stop_at=6) == EXIT_STOPPED
     rows = runs.rows("run")

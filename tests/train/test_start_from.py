@@ -42,7 +42,7 @@ def test_late_decay_equals_a_run_that_decays_there(runs, long):
     ("step", "changed", "message"),
     [
         (2, {"schedule__warmup_epochs": 1, "resume": "auto"}, "is from the warm-up or the decay"),
-        (8, {"schedule__epochs": 2}, "decays from step 6; use a longer schedule"),
+        (8, {"schedule__epochs": 2}, "decays from step 6; train for 14 steps or more"),
         (6, {"model__width": 9}, "has another config (model.width: 8 -> 9)"),
         (6, {"optim__algorithm": "muon", "resume": "force"}, "optim.algorithm"),
     ],

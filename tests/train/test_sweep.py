@@ -256,9 +256,10 @@ def test_dry_run_prints_states_and_commands(sweeps, capsys):
     assert sweeps("--no-report", configs=["two"]) == 0
     capsys.readouterr()
     assert sweeps("--dry-run", "--launch", "nice -n 1") == 0
-    first, second = capsys.readouterr().out.splitlines()
+    first, second, _, *table = capsys.readouterr().out.splitlines()
     assert first == "waiting   nice -n 1 train.py --config one.yaml --name=one_s0 --seed=0 --out=runs"
     assert second.startswith("finished  nice -n 1 train.py --config two.yaml")
+    assert [row.split()[:4] for row in table] == [["one_s0", "waiting", "0", "0"], ["two_s0", "finished", "4", "4"]]
     assert not Path("runs/one_s0").exists()
 
 

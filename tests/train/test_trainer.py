@@ -140,8 +140,7 @@ def test_warmup_steps_do_not_enter_the_throughput(runs, monkeypatch, capsys):
     assert {round(speed) for speed in speeds.values() if speed is not None} == {80}
     summary = runs.json("run", "summary.json")
     assert summary["throughput"] == pytest.approx(80) and summary["wall_s"] > 120
-    out = capsys.readouterr().out
-    assert "measured    80 rows/s" in out and "finished    30 steps, 3 s of training: loss " in out
+    assert "finished    30 steps, 3 s of training: loss " in capsys.readouterr().out
 
 
 def test_without_usable_held_out_samples_the_run_continues(runs, monkeypatch, capsys):
@@ -170,22 +169,39 @@ def wandb_init(  # 0.31
     pass
 
 
-def test_sessions_of_a_run_share_a_wandb_run(runs, monkeypatch):
+def trackio_init(project, name=None, group=None, space_id=None, dataset_id=None, config=None, resume="never"):
+    pass
+
+
+@pytest.mark.parametrize(("tracker", "init", "key"), [("wandb", wandb_init, "id"), ("trackio", trackio_init, "name")])
+def test_sessions_of_a_run_share_a_tracker_run(runs, monkeypatch, tracker, init, key):
     calls = []
 
     def recorded(*args, **kwargs):
-        calls.append(inspect.signature(wandb_init).bind(*args, **kwargs).arguments)
+        calls.append(inspect.signature(init).bind(*args, **kwargs).arguments)
         return SimpleNamespace(log=lambda *args, **kwargs: None, finish=lambda: None)
 
     config = SimpleNamespace(update=lambda values, allow_val_change: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=recorded, config=config))
-    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.WANDB])
-    assert runs("run", loop__trackers="[wandb]", model__stop_at=6) == EXIT_STOPPED
-    assert runs("run", loop__trackers="[wandb]") == 0
-    assert runs("other", loop__trackers="[wandb]") == 0
+    monkeypatch.setitem(sys.modules, tracker, SimpleNamespace(init=recorded, config=config))
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType(tracker)])
+    assert runs("run", loop__trackers=f"[{tracker}]", model__stop_at=6) == EXIT_STOPPED
+    assert runs("run", loop__trackers=f"[{tracker}]") == 0
+    assert runs("other", loop__trackers=f"[{tracker}]") == 0
     first, second, other = calls
-    assert first == second and first["resume"] == "allow" and first["id"] != other["id"]
-    assert Path(first["dir"]).parent == runs.out / "run"
+    assert first == second and first["resume"] == "allow" and first[key] != other[key]
+    if "dir" in first:
+        assert Path(first["dir"]).parent == runs.out / "run"
+
+
+def test_failing_tracker_does_not_end_the_run(runs, monkeypatch, capsys):
+    def full(self, values, step=None, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tracking.TensorBoardTracker, "log", full)
+    assert runs("run", loop__trackers="[tensorboard]") == 0
+    output = capsys.readouterr().out
+    assert output.count("warning: trackers (tensorboard) failed: [Errno 28] No space left on device") == 1
+    assert len(runs.rows("run", "train")) == 15
 
 
 @pytest.mark.parametrize(("name", "message"), [("tensorbored", "must be among"), ("clearml", "pip install clearml")])

@@ -39,7 +39,6 @@ class ToyModel:
         nan_for: Number of such steps.
         nan_in: Where: "loss", "loss alone", "gradient" or "infinite gradient".
         nan_on: Rank of the fault; -1 is all.
-        high_at: Step with a loss spike; -1 disables it.
         stop_at: Step that receives SIGTERM; -1 disables it.
         stop_in_val: First step whose validation receives SIGTERM; -1 disables it.
         step_s: Seconds added to a step.
@@ -54,7 +53,6 @@ class ToyModel:
     nan_for: int = 1
     nan_in: str = "loss"
     nan_on: int = -1
-    high_at: int = -1
     stop_at: int = -1
     stop_in_val: int = -1
     step_s: float = 0.0
@@ -178,7 +176,7 @@ class ToyTask(Task):
         here = faults.nan_on in (-1, int(os.environ.get("RANK", "0")))
         if here and faults.nan_at >= 0 and faults.nan_at <= step < faults.nan_at + faults.nan_for:
             return NOT_FINITE[faults.nan_in](loss, self.model[3].bias)
-        return loss * 100 if step == faults.high_at >= 0 else loss
+        return loss
 
     def val_losses(self, model, batch):
         _, x, y, _ = batch
