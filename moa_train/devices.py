@@ -1,18 +1,16 @@
-"""Devices: peak FLOP/s, memory and links; memory that a model needs and a process uses."""
+"""Devices: peak FLOP/s, memory and links; memory that a process uses and that a forward pass saves."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # the import that torch's documentation gives
 from torch.multiprocessing.reductions import StorageWeakRef
-
-from moa_train.errors import ConfigError
 
 
 class Gpu(NamedTuple):
@@ -29,6 +27,11 @@ class Gpu(NamedTuple):
     memory_gib: float | None
     link_gb_s: float | None
     peak_flops: float | None
+
+    @property
+    def option(self) -> str:
+        """The name on a command line, e.g. "a100-80gb"."""
+        return self.name.lower().replace(" ", "-")
 
 
 GPUS = (
@@ -66,20 +69,9 @@ def bf16_peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in names if f" {name} " in text), None)
 
 
-def find_gpu(name: str) -> Gpu:
-    """Return the device of `GPUS` with this name, ignoring case, spaces and dashes.
-
-    Raises ConfigError with the known names for any other.
-    """
-    known = {_plain(gpu.name): gpu for gpu in GPUS}
-    if _plain(name) not in known:
-        listed = ", ".join(gpu.name.lower().replace(" ", "-") for gpu in GPUS)
-        raise ConfigError(f"gpu is {name!r}; it must be one of {listed}")
-    return known[_plain(name)]
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
+def find_gpu(option: str) -> Gpu:
+    """Return the device of `GPUS` with this `Gpu.option`."""
+    return next(gpu for gpu in GPUS if gpu.option == option)
 
 
 def device_name(device: torch.device) -> str:
@@ -93,14 +85,6 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
-
-
-def state_bytes(model: nn.Module, with_one_moment: Collection[str] = ()) -> int:
-    """Return the bytes of weights, gradients and moments: one for the parameters `with_one_moment`, else two."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    spared = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name in with_one_moment)
-    return weights + 3 * trained - spared
 
 
 class SavedBytes(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import nn
 
 from moa_train.config import RunConfig
-from moa_train.devices import Gpu, SavedBytes, bf16_peak_flops, state_bytes
+from moa_train.devices import Gpu, SavedBytes, bf16_peak_flops
 from moa_train.distributed import blocks
 from moa_train.errors import ConfigError, require
 from moa_train.muon import orthogonalize_flops
@@ -55,11 +55,12 @@ def count_states(model: nn.Module, hidden_matrices: Collection[str] = ()) -> Mod
 
     weights = size([*model.parameters()])
     gradients = size([p for p in model.parameters() if p.requires_grad])
+    by_muon = size([p for name, p in model.named_parameters() if name in hidden_matrices])
     parts = [[*block.parameters()] for block in blocks(model)]
     return ModelStates(
         weights=weights,
         gradients=gradients,
-        moments=state_bytes(model, hidden_matrices) - weights - gradients,
+        moments=2 * gradients - by_muon,
         block=max(map(size, parts), default=0),
         root=weights - size({parameter for part in parts for parameter in part}),
     )
@@ -250,8 +251,7 @@ def measured_rate(run: Path, gpu: Gpu, muon: Sequence[Sequence[int]] = (), paral
     """Return the FLOP/s of a device from the mean throughput of a run, and a description of the rate.
 
     The throughput includes whole steps, so the work of Muon counts, and waiting for communication lowers the rate. A
-    run on another device counts by its fraction of that device's peak.
-    `muon` and `parallel` describe the run as in `Workload` and `Target`.
+    run on another device counts by its fraction of that device's peak. `muon` and `parallel` describe the run.
 
     Raises:
         ConfigError: The run has no throughput, or it ran on another device and a peak is unknown.

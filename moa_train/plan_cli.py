@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", type=Path, action="append", required=True, metavar="FILE", help="vision or language config")
     add("--gpus", type=_counts, default=[8], metavar="N[,N...]", help="numbers of devices (default: 8)")
-    names = [gpu.name.lower().replace(" ", "-") for gpu in GPUS]
+    names = [gpu.option for gpu in GPUS]
     add("--gpu", type=str.lower, choices=names, default="h200", help="device (default: %(default)s)")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
     add("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="default: %(default)s")

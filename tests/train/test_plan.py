@@ -1,12 +1,11 @@
-"""Steps and batches from epochs; device peaks; memory of states."""
+"""Steps and batches from epochs; device peaks."""
 
 import re
 
 import pytest
-from torch import nn
 
 from moa_train.config import EpochSchedule, LoopConfig, OptimConfig, RunConfig
-from moa_train.devices import bf16_peak_flops, state_bytes
+from moa_train.devices import bf16_peak_flops
 from moa_train.errors import ConfigError
 from moa_train.plan import Costs
 from moa_train.schedule import make_plan
@@ -74,9 +73,3 @@ def test_utilization():
     costs = Costs(flops_per_sample=58_700_000_000, peak_flops=989e12)
     assert costs.utilization(6741, 1) == pytest.approx(0.40, abs=1e-3)
     assert costs.utilization(2 * 6741, 2) == pytest.approx(0.40, abs=1e-3)
-
-
-def test_memory():
-    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
-    assert state_bytes(model) == 4 * 4 * (10 * 20 + 20 + 20 * 5 + 5)  # weight, gradient and two moments, 4 bytes each
-    assert state_bytes(model, {"0.weight"}) == state_bytes(model) - 4 * 10 * 20  # Muon keeps one moment
