@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +20,11 @@ EPS = 1e-7
 """Lower bound of the norm by which a matrix is divided."""
 
 
-class UpdateScale(NamedTuple):
-    """Scale of the orthogonalized update of a matrix (A, B), as text and as a function."""
-
-    formula: str
-    factor: Callable[[int, int], float]
-
-
-UPDATE_SCALES = {
-    "match_rms_adamw": UpdateScale("0.2 sqrt(max(A, B))", lambda rows, columns: 0.2 * math.sqrt(max(rows, columns))),
-    "original": UpdateScale("sqrt(max(1, A / B))", lambda rows, columns: math.sqrt(max(1.0, rows / columns))),
+UPDATE_SCALES: dict[str, Callable[[int, int], float]] = {
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
 }
-"""Scales by the names that torch.optim.Muon uses (`adjust_lr_fn`)."""
+"""Scales of the orthogonalized update of a matrix by the names of torch.optim.Muon (`adjust_lr_fn`)."""
 
 
 class StackedMuon(torch.optim.Optimizer):
@@ -82,7 +75,7 @@ class StackedMuon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Step every parameter that has a gradient."""
         for group in self.param_groups:
-            scale = UPDATE_SCALES[group["adjust_lr_fn"]].factor
+            scale = UPDATE_SCALES[group["adjust_lr_fn"]]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue

@@ -12,7 +12,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from moa_train.config import OptimConfig
 from moa_train.errors import require
-from moa_train.muon import UPDATE_SCALES, StackedMuon
+from moa_train.muon import StackedMuon
 
 FUSED_DEVICES = ("cuda", "cpu", "mps", "xpu")
 """Device types with a fused AdamW kernel."""
@@ -53,18 +53,18 @@ class Combined(Optimizer):
             optimizer.__setstate__({"state": self.state, "param_groups": own})
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, no_decay: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Split the trainable parameters into a group with weight decay and one without.
+def parameter_groups(
+    named: Mapping[str, nn.Parameter], weight_decay: float, no_decay: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Return the group with weight decay and the one without, except for empty groups.
 
-    Weight decay applies to parameters with two or more dimensions whose name is not in `no_decay`. Each group is
-    {"params", "weight_decay"}; an empty group is left out.
-
-    Raises:
-        ValueError: A name in `no_decay` is no trainable parameter of the model.
+    Weight decay applies to parameters with two or more dimensions whose name is not in `no_decay`.
     """
-    named = _trainable(model)
-    _check_names(model, named, "no_decay", no_decay)
-    return _by_decay(named, weight_decay, no_decay)
+    decayed, others = [], []
+    for name, parameter in named.items():
+        (decayed if parameter.ndim >= 2 and name not in no_decay else others).append(parameter)
+    groups = ((decayed, weight_decay), (others, 0.0))
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 
 def build_optimizer(
@@ -84,15 +84,12 @@ def build_optimizer(
 
     Raises:
         ConfigError: muon for a model without hidden matrices.
-        ValueError: A name is no trainable parameter of the model.
     """
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if config.algorithm == "adamw":
-        return _adamw(parameter_groups(model, config.weight_decay, no_decay), config)
+        return _adamw(parameter_groups(named, config.weight_decay, no_decay), config)
     name = type(model).__name__
     require("optim.algorithm", "muon", bool(hidden_matrices), f"'adamw': {name} has no hidden matrices for Muon")
-    named = _trainable(model)
-    _check_names(model, named, "no_decay", no_decay)
-    _check_names(model, named, "hidden_matrices", hidden_matrices)
     combined = Combined(_muon_and_adamw(named, config, no_decay, hidden_matrices))
     set_rate(combined, config.lr)
     return combined
@@ -105,37 +102,15 @@ def set_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def describe_groups(optimizer: Optimizer) -> str:
-    """Return e.g. "AdamW: 50 tensors (5,359,104) with weight decay 0.05; 101 tensors (38,592) without".
-
-    Groups that differ in their learning rate only are counted together. Muon's part contains the scale of an update
-    (A, B) and separates matrices from stacks of matrices.
-    """
-    families: dict[str, list[dict[str, Any]]] = {}
+    """Return e.g. "AdamW: 50 tensors (5,359,104) with weight decay 0.05; AdamW: 101 tensors (38,592) with ..."."""
+    tensors: dict[tuple[str, float], list[Tensor]] = {}
     for one in optimizer.optimizers if isinstance(optimizer, Combined) else (optimizer,):
         for group in one.param_groups:
-            families.setdefault(_title(one, group), []).append(group)
-    return "; ".join(f"{title}: {_describe(groups)}" for title, groups in families.items())
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _check_names(model: nn.Module, named: Mapping[str, Tensor], argument: str, names: Collection[str]) -> None:
-    unknown = sorted(set(names) - named.keys())
-    if unknown:
-        raise ValueError(f"{argument} names {unknown}, which are not trainable parameters of {type(model).__name__}")
-
-
-def _by_decay(
-    named: Mapping[str, nn.Parameter], weight_decay: float, no_decay: Collection[str]
-) -> list[dict[str, Any]]:
-    """Return the group with weight decay and the one without, except for empty groups."""
-    decayed, others = [], []
-    for name, parameter in named.items():
-        (decayed if parameter.ndim >= 2 and name not in no_decay else others).append(parameter)
-    groups = ((decayed, weight_decay), (others, 0.0))
-    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+            tensors.setdefault((type(one).__name__, group["weight_decay"]), []).extend(group["params"])
+    return "; ".join(
+        f"{name}: {len(found)} tensors ({sum(map(Tensor.numel, found)):,}) with weight decay {decay:g}"
+        for (name, decay), found in tensors.items()
+    )
 
 
 def _muon_and_adamw(
@@ -145,18 +120,15 @@ def _muon_and_adamw(
     hidden_matrices: Collection[str],
 ) -> list[Optimizer]:
     """Return the optimizers of matrices, stacks of matrices and all other parameters, without empty ones."""
-    hidden = {name: parameter for name, parameter in named.items() if name in hidden_matrices}
-
-    def groups(part: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-        return _by_decay(part, config.weight_decay, no_decay)
-
-    matrices = groups({name: parameter for name, parameter in hidden.items() if parameter.ndim == 2})
-    stacks = groups({name: parameter for name, parameter in hidden.items() if parameter.ndim != 2})
-    others = groups({name: parameter for name, parameter in named.items() if name not in hidden})
+    parts: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "stacks": {}, "others": {}}
+    for name, parameter in named.items():
+        part = "others" if name not in hidden_matrices else "matrices" if parameter.ndim == 2 else "stacks"
+        parts[part][name] = parameter
+    matrices, stacks, others = (parameter_groups(part, config.weight_decay, no_decay) for part in parts.values())
     for group in others:
         group["lr_scale"] = config.adamw_lr_scale
     muon: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "adjust_lr_fn": config.muon_scale}
-    sharded = any(isinstance(parameter, DTensor) for parameter in hidden.values())
+    sharded = any(isinstance(parameter, DTensor) for parameter in parts["matrices"].values())
     optimizers: list[Optimizer] = []
     if matrices:
         optimizers.append(StackedMuon(matrices, **muon) if sharded else Muon(matrices, **muon))
@@ -168,33 +140,3 @@ def _muon_and_adamw(
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> AdamW:
     fused = config.fused and groups[0]["params"][0].device.type in FUSED_DEVICES
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
-
-
-def _title(optimizer: Optimizer, group: Mapping[str, Any]) -> str:
-    if isinstance(optimizer, Muon | StackedMuon):
-        return f"Muon (update {UPDATE_SCALES[group['adjust_lr_fn']].formula})"
-    return type(optimizer).__name__
-
-
-def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
-    """Return the number of tensors by weight decay."""
-    by_decay: dict[float, list[Tensor]] = {}
-    for group in groups:
-        by_decay.setdefault(group["weight_decay"], []).extend(group["params"])
-    is_muon = "adjust_lr_fn" in groups[0]
-    parts = [
-        _count(tensors, by_shape=is_muon) + (f" with weight decay {decay:g}" if decay else " without")
-        for decay, tensors in sorted(by_decay.items(), reverse=True)
-    ]
-    if not any(by_decay):
-        parts[0] += " weight decay"
-    return "; ".join(parts)
-
-
-def _count(tensors: Sequence[Tensor], *, by_shape: bool) -> str:
-    """Return e.g. "5 tensors (1,234)", or "3 matrices (1,000) and 2 stacks of 4 (234)"."""
-    kinds: dict[str, list[Tensor]] = {}
-    for tensor in tensors:
-        kind = "matrices" if tensor.ndim == 2 else f"stacks of {len(tensor)}"
-        kinds.setdefault(kind if by_shape else "tensors", []).append(tensor)
-    return " and ".join(f"{len(many)} {kind} ({sum(map(Tensor.numel, many)):,})" for kind, many in kinds.items())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import math
 import os
 import re
 from collections import Counter
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
 
 from moa_train.config import read_config
@@ -99,7 +97,7 @@ def expand(
     runs = []
     for seed, values, config in itertools.product(seeds, itertools.product(*settings.values()), configs):
         chosen = dict(zip(settings, values, strict=True))
-        name = "_".join([names[config], *(f"{keys[key]}{label(value)}" for key, value in chosen.items()), f"s{seed}"])
+        name = "_".join([names[config], *(f"{keys[key]}{_safe(value)}" for key, value in chosen.items()), f"s{seed}"])
         own = {**chosen, "name": name, "seed": seed, "out": out}
         arguments = ["--config", str(config), *extra, *(f"--{key}={value}" for key, value in own.items())]
         runs.append(SweepRun(name, out / name, out / "logs" / f"{name}.log", arguments))
@@ -124,19 +122,8 @@ def _short_keys(keys: Iterable[str]) -> dict[str, str]:
     return {key: part if count[part] == 1 else key.replace(".", "-") for key, part in last.items()}
 
 
-def label(text: str) -> str:
-    """Return a value for a folder name: numbers in their shortest form ("3e-4" for "0.0003"), else safe characters."""
-    try:
-        number = float(text)
-    except ValueError:
-        return _safe(text)
-    if number == 0 or 0.01 <= abs(number) < 1e6 or not math.isfinite(number):
-        return np.format_float_positional(number, trim="-")
-    return np.format_float_scientific(number, trim="-", exp_digits=1).replace("e+", "e")
-
-
 def _safe(text: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-") or "-"
+    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
 
 
 class Trainer(NamedTuple):

@@ -79,10 +79,10 @@ def test_muon_steps_a_model_with_experts(tied):
     embeddings = 50 * 8 * (1 if tied else 2)
     # Router 4 x 8, mixing 6 x 8 of routed and of shared experts, a layer; attention 2 x 8 x 8 and 2 x 8 x 4.
     assert describe_groups(optimizer) == (
-        "Muon (update 0.2 sqrt(max(A, B))): "
-        f"14 matrices ({2 * (192 + 3 * 48):,}) and 6 stacks of 4 ({2 * 3 * 4 * 48:,}) with weight decay 0.1; "
+        f"Muon: 14 tensors ({2 * (192 + 3 * 48):,}) with weight decay 0.1; "
+        f"StackedMuon: 6 tensors ({2 * 3 * 4 * 48:,}) with weight decay 0.1; "
         f"AdamW: {7 if tied else 8} tensors ({embeddings + 2 * (32 + 48 + 48):,}) with weight decay 0.1; "
-        f"5 tensors (40) without"
+        "AdamW: 5 tensors (40) with weight decay 0"
     )
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     tokens = torch.arange(48).view(2, 24)
