@@ -49,11 +49,8 @@ ACCELERATE_SETTINGS = {
 def start(config: LoopConfig, trackers: Path) -> Accelerator:
     """Return this process's Accelerator, which knows its device and the other ranks.
 
-    Processes that are launched on a machine without accelerators run on its CPUs.
-
-    Args:
-        config: Precision, trackers and required world size.
-        trackers: Folder for the files of trackers.
+    Processes that are launched on a machine without accelerators run on its CPUs. `trackers` is the folder of trackers'
+    files.
 
     Raises:
         ConfigError: The world size differs from `loop.world_size`, or accelerate's configuration contains a setting

@@ -71,14 +71,9 @@ class Workload:
     """Requirements of a run, independent of the hardware.
 
     Attributes:
-        title: Description of the model.
-        parameters: Parameter counts by part.
-        unit, units_per_sample: As in `moa_train.task.Task`.
-        samples_per_epoch: Training samples.
-        budget: Converts the steps of an epoch to those of the run.
+        title, parameters: Description of the model, and parameter counts by part.
+        unit, units_per_sample, samples_per_epoch, budget: As in `moa_train.task.Task`.
         flops_per_sample: Training FLOPs of a sample, forward and backward.
-        states: Bytes of model and optimizer.
-        saved: Bytes saved for backward.
         loader_core_s: Returns the core-seconds to prepare a sample, given the micro-batch.
         muon: Shapes of the matrices (A, B) and stacks (E, A, B) that Muon updates.
         assumed: Assumptions, for the user.
@@ -103,9 +98,7 @@ class Target:
     """Target hardware.
 
     Attributes:
-        gpu: Device type.
-        flops: Sustained FLOP/s of a device.
-        source: Origin of that rate, for the user.
+        flops, source: Sustained FLOP/s of a device, and the origin of that rate for the user.
         gpus_per_node: Devices connected by `Gpu.link_gb_s`.
         network_gb_s: Bandwidth between nodes in one direction, 1e9 bytes/s.
         parallel: "ddp" replicates the model; "fsdp2" shards it and gathers it block by block.
@@ -130,12 +123,8 @@ class Estimate:
 
     Attributes:
         gpus: Requested devices; `plan.world_size` are used.
-        plan: The schedule.
-        memory: Bytes on a device.
-        fits: Whether the device has that memory.
-        step_s: Seconds of a step.
+        memory, fits: Bytes on a device, and whether it has them.
         cores: CPU cores on all nodes that keep the loader as fast as the devices.
-        checkpoint_bytes: Size of a checkpoint.
     """
 
     gpus: int

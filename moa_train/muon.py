@@ -39,15 +39,10 @@ class StackedMuon(torch.optim.Optimizer):
     With FSDP2, parameters and momenta are in shards of their first dimension. A rank steps its matrices of a stack
     alone. A matrix (A, B) is gathered and orthogonalized on every rank, which keeps its own rows.
 
-    Args:
-        params: Parameters (E, A, B) or (A, B), or groups of them.
-        lr: Learning rate.
-        weight_decay: Decoupled weight decay.
-        momentum: Nesterov momentum, in [0, 1).
-        adjust_lr_fn: A key of `UPDATE_SCALES`.
+    Weight decay is decoupled, the momentum Nesterov's, and `adjust_lr_fn` a key of `UPDATE_SCALES`.
 
     Raises:
-        ValueError: A parameter has another number of dimensions.
+        ValueError: A parameter is neither (E, A, B) nor (A, B).
     """
 
     def __init__(

@@ -23,12 +23,6 @@ class Combined(Optimizer):
 
     `param_groups` contains the optimizers' own group dicts, and all optimizers share one `state` mapping. A learning
     rate that is set here applies to them, and a state dict holds all of them.
-
-    Args:
-        optimizers: Optimizers that have not taken a step.
-
-    Raises:
-        ValueError: A parameter is in two groups.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -76,11 +70,7 @@ def build_optimizer(
     and for matrices in shards, and AdamW at `config.adamw_lr_scale` times the learning rate for all other parameters.
     Weight decay is that of `parameter_groups`.
 
-    Args:
-        model: The model, on its device.
-        config: Optimizer settings.
-        no_decay: Names of parameters with two or more dimensions that get no weight decay.
-        hidden_matrices: Names of the matrices (A, B) and stacks (E, A, B) for Muon; unused with adamw.
+    `no_decay` and `hidden_matrices`, the matrices (A, B) and stacks (E, A, B) for Muon, are names of parameters.
 
     Raises:
         ConfigError: muon for a model without hidden matrices.

@@ -56,12 +56,7 @@ def run(
 
     0: finished. 1: failed (non-finite loss, full disk, killed data worker). 2: config, data or run folder cannot be
     used. `EXIT_STOPPED` (75): stopped on request and saved; the same command continues. Errors with these codes are
-    printed in one line; all others are raised.
-
-    Args:
-        config: The run's config.
-        build_task: Builds the task, once the devices are known and the seed is set.
-        mutable_keys: Keys that may change when the run is resumed.
+    printed in one line; all others are raised. The task is built once the devices are known and the seed is set.
     """
     with StopRequests() as stop, contextlib.ExitStack() as cleanup:
         stop.exit_at_once = True

@@ -127,13 +127,7 @@ def _safe(text: str) -> str:
 
 
 class Trainer(NamedTuple):
-    """A training script.
-
-    Attributes:
-        script: Its path.
-        main: Its function, which takes the arguments and parses them by `moa_train.config.parse_config`.
-        mutable_keys: Keys of the config that may change when a run is resumed.
-    """
+    """A training script, its function that takes the arguments, and the config keys that may change on a resume."""
 
     script: Path
     main: Callable[[Sequence[str]], Any]

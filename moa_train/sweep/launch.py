@@ -40,10 +40,7 @@ SLURM_WARNING_S = 120
 class TrainingJob:
     """Training command as a submitit job: it saves and is requeued before the time limit, and saves on SIGTERM.
 
-    Attributes:
-        command: Training command, which saves and exits with 75 on SIGTERM and SIGUSR1.
-        log: File that the output is appended to.
-        environment: Environment variables; None takes those of the job.
+    The command saves and exits with 75 on SIGTERM and SIGUSR1; its output is appended to `log`.
     """
 
     command: list[str]

@@ -23,16 +23,9 @@ STATES = (*DONE, "running", "queued", "waiting", "stopped", "failed")
 
 @dataclass(eq=False)
 class SweepRun:
-    """One run of a sweep.
+    """One run of a sweep: its folder, the file of its output, the script's arguments, and its progress.
 
-    Attributes:
-        name: Unique name, also that of the folder.
-        folder: Run folder.
-        log: File for the output of the run.
-        arguments: Arguments of the training script.
-        state: One of `STATES`.
-        step, total_steps: Optimizer steps so far and of the whole run, 0 while unknown.
-        loss, val_loss: Newest losses; None if there is none or it is not finite.
+    `state` is one of `STATES`; steps are 0 while unknown, and a loss is None if there is none or it is not finite.
     """
 
     name: str
