@@ -63,13 +63,6 @@ print([name for name in ("transformers", "lm_eval", "moa_lm", "moa_vision.pretra
 
 
 @pytest.mark.slow
-def test_timm_after_our_package_by_hand(python):
-    code = "import moa_vision, timm; print(len(timm.list_models('vit_*_patch16_qdmoa')))"
-    process = python("-W", "error", "-c", code)
-    assert (process.stdout, process.stderr) == ("4\n", "")
-
-
-@pytest.mark.slow
 def test_lm_eval_has_our_name_and_loads_it_late(python):
     code = """
 import sys, lm_eval.models
@@ -197,7 +190,6 @@ def log_likelihood(checkpoint, context, continuation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["--model", "moa", "--help"], ["ls", "--help"], ["validate", "--help"]])
-def test_other_commands_of_lm_eval_still_run(python, arguments):
-    process = python("-m", "lm_eval", *arguments)
+def test_other_commands_of_lm_eval_still_run(python):
+    process = python("-m", "lm_eval", "validate", "--help")
     assert "usage:" in process.stdout.lower() and "RuntimeWarning" not in process.stderr

@@ -84,16 +84,6 @@ print("moa" in model_registry, point.value, sys.modules["moa_startup"].__file__)
     assert (gone.stdout, gone.stderr) == ("False\n", "")
 
 
-@pytest.mark.parametrize("what", ["missing", "broken"])
-def test_half_an_installation_is_silent(python, wheels, environment, what):
-    target, packages = environment
-    pip(python, target, "install", "--no-index", "--no-deps", wheels["wheel"])
-    module = packages / "moa_startup" / "__init__.py"
-    module.unlink() if what == "missing" else module.write_text("half a file(")
-    process = python("-c", "print(1)", executable=target)
-    assert (process.stdout, process.stderr) == ("1\n", "")
-
-
 def test_this_environment_is_installed_by_the_present_pyproject():
     """The other tests here see the hook that an installation put beside the packages: it is this tree's."""
     installed = Path(sysconfig.get_path("purelib")) / "moa_startup.pth"
