@@ -54,12 +54,6 @@ def test_round_trip(tmp_path):
         assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-def test_checkpoint_before_the_first_step(tmp_path):
-    model, optimizer = trained(2)
-    checkpoint.load(save(tmp_path, 0, steps=0), model, optimizer)
-    assert not optimizer.state
-
-
 def test_tied_weights_are_saved_once(tmp_path):
     model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
     model["b"].weight = model["a"].weight

@@ -1,12 +1,9 @@
 """Learning rate schedules against timm, torch and transformers; the split of the global batch."""
 
-import math
 from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from transformers import get_wsd_schedule
@@ -63,23 +60,3 @@ def test_warmup_stable_decay_matches_transformers(decay_type, min_lr):
         if step >= 4 or not min_lr:  # transformers warms up from min_lr
             rate = lr_at(step, lr=0.5, min_lr=min_lr, decay_type=decay_type, **WSD)
             assert rate == pytest.approx(expected, rel=1e-12, abs=1e-15)
-
-
-@given(
-    warmup=st.integers(0, 20),
-    stable=st.integers(0, 20),
-    decay=st.integers(0, 20),
-    ratio=st.floats(0, 1),
-    decay_type=st.sampled_from(get_args(DecayType)),
-)
-def test_rate_is_stable_then_falls_to_min_lr(warmup, stable, decay, ratio, decay_type):
-    total, lr = warmup + stable + decay, 0.5
-    settings = {"lr": lr, "min_lr": ratio * lr, "warmup_steps": warmup, "total_steps": total, "decay_type": decay_type}
-    rates = [lr_at(step, decay_steps=decay, **settings) for step in range(total + 1)]
-    assert all(rate == pytest.approx(lr) for rate in rates[warmup : warmup + stable + (decay > 0)])
-    assert rates[total] == pytest.approx(ratio * lr if decay else lr)
-    steepest = {"linear": 1 / max(decay, 1), "cosine": math.pi / 2 / max(decay, 1), "1-sqrt": max(decay, 1) ** -0.5}
-    falls = [before - after for before, after in zip(rates[warmup:], rates[warmup + 1 :], strict=False)]
-    assert all(-1e-12 <= fall <= lr * (1 - ratio) * steepest[decay_type] + 1e-12 for fall in falls)
-    if stable == 0:
-        assert rates == [lr_at(step, **settings) for step in range(total + 1)]

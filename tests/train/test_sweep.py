@@ -2,9 +2,9 @@
 
 import importlib.util
 import json
-import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from moa_train.config import RESUME_MUTABLE_KEYS
-from moa_train.errors import ConfigError
 from moa_train.signals import EXIT_STOPPED
 from moa_train.sweep import launch
 from moa_train.sweep.cli import main
@@ -28,75 +25,6 @@ from moa_train.sweep.launch import slot_environments
 from moa_train.sweep.state import SweepRun
 
 ROOT = Path(__file__).parents[2]
-
-TOY_SCRIPT = '''
-"""Training script without a model: two steps an epoch, with a choice of troubles."""
-
-import json, os, signal, sys, time
-from dataclasses import dataclass, field
-
-import yaml
-
-from moa_train.config import EpochSchedule, RunConfig, as_tree, parse_config
-from moa_train.signals import EXIT_STOPPED, StopRequests
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """A run.
-
-    Args:
-        schedule: Length.
-        trouble: What happens in the second step, or after the first.
-        step_s: Seconds of a step.
-    """
-
-    schedule: EpochSchedule = field(default_factory=EpochSchedule)
-    trouble: str = "none"
-    step_s: float = 0.0
-
-
-def main(arguments):
-    config = parse_config(Config, arguments, program="train.py", summary="A toy.")
-    steps = int(2 * config.schedule.epochs)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "config.yaml").write_text(yaml.safe_dump(as_tree(config)))
-    (config.folder / "env.json").write_text(json.dumps({"total_steps": steps}))
-    metrics = config.folder / "metrics.jsonl"
-    first = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-    print(f"starts at {first}, threads {os.environ.get('OMP_NUM_THREADS')}", flush=True)
-
-    def write(step, loss):
-        with metrics.open("a") as file:
-            file.write(json.dumps({"kind": "train", "step": step, "epoch": step / 2, "loss": loss}) + "\\n")
-
-    def end(status):
-        (config.folder / "summary.json").write_text(json.dumps({"status": status}))
-
-    with StopRequests() as stop:
-        for step in range(first, steps):
-            time.sleep(config.step_s)
-            if stop.received:
-                end("stopped")
-                return EXIT_STOPPED
-            if step == 1 and config.trouble == "diverges":
-                write(2, None)
-                end("stopped")
-                return 1
-            if step == 1 and config.trouble == "fails":
-                raise RuntimeError("the disk is full")
-            write(step + 1, 1 / (step + 1))
-            while step == 0 == first and config.trouble == "waits" and not stop.received:
-                time.sleep(0.01)
-            while config.trouble == "hangs":
-                time.sleep(1)
-        end("finished")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
-'''
 
 REPORT_SCRIPT = """
 import json, sys
@@ -140,7 +68,7 @@ def sweeps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(launch, "POLL_S", 0.02)
-    Path("train.py").write_text(TOY_SCRIPT)
+    shutil.copy(Path(__file__).with_name("sweep_toy.py"), "train.py")
     Path("report.py").write_text(REPORT_SCRIPT)
     for name in ("one", "two"):
         Path(f"{name}.yaml").write_text(f"name: {name}\nschedule: {{epochs: 2}}\n")
@@ -155,24 +83,6 @@ def wait_for(condition, seconds=120):
 
 
 # Expansion
-
-NUMBERS = st.floats(1e-9, 1e9, allow_nan=False).map(repr)
-KEYS = st.lists(st.from_regex(r"\A[a-z]{1,3}(\.[a-z]{1,3}){0,2}\Z"), max_size=3, unique=True)
-
-
-@settings(max_examples=50, deadline=None)
-@given(data=st.data(), keys=KEYS, seeds=st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True))
-def test_expansion_is_the_cross_product(tmp_path_factory, data, keys, seeds):
-    configs = [tmp_path_factory.mktemp("configs") / name for name in ("a.yaml", "b.yaml")]
-    for path in configs:
-        path.write_text("")
-    values = {key: data.draw(st.lists(NUMBERS, min_size=1, max_size=3, unique=True)) for key in keys}
-    parsed = parse_settings(f"{key}={','.join(texts)}" for key, texts in values.items())
-    assert {key: list(texts) for key, texts in parsed.items()} == values
-    runs = expand(configs, parsed, seeds, out=Path("runs"))
-    assert len(runs) == 2 * len(seeds) * math.prod(map(len, values.values()))
-    assert len({tuple(run.arguments) for run in runs}) == len({run.name for run in runs}) == len(runs)
-    assert all(re.fullmatch(r"[A-Za-z0-9_.+-]+", run.name) for run in runs)
 
 
 def test_values_are_split_at_commas_outside_of_brackets_and_quotes():
@@ -195,26 +105,6 @@ def test_configs_that_share_a_name_are_named_after_their_files(sweeps):
     assert [run.name for run in runs] == ["one_s0", "other_s0"]
 
 
-@pytest.mark.parametrize("text", ["0", "a", "1,,2"])
-def test_invalid_seeds(text):
-    with pytest.raises(ConfigError, match="--seeds"):
-        parse_seeds(text)
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (["optim.lr"], "must be KEY=VALUE"),
-        (["optim.lr=1,,2"], "are not a YAML list"),
-        (["optim.lr=1", "optim.lr=2"], "--set optim.lr is given twice"),
-        (["seed=1,2"], "use --seeds"),
-    ],
-)
-def test_invalid_settings(texts, message):
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        parse_settings(texts)
-
-
 # Checks before the first run
 
 
@@ -223,6 +113,11 @@ def test_invalid_settings(texts, message):
     [
         (["--set", "optim.lrr=1e-3"], "did you mean optim.lr?"),
         (["--set", "optim.lr=1e-3,-1"], "one_lr-1_s0: optim.lr is -1.0; it must be above 0"),
+        (["--set", "optim.lr"], "must be KEY=VALUE"),
+        (["--set", "optim.lr=1,,2"], "are not a YAML list"),
+        (["--set", "optim.lr=1", "--set", "optim.lr=2"], "--set optim.lr is given twice"),
+        (["--set", "seed=1,2"], "use --seeds"),
+        (["--seeds", "1,,2"], "--seeds is '1,,2'"),
         (["--seeds", "1,1"], "several runs would be named one_s1"),
         (["--", "--seed=3"], "--seed after -- is not allowed: use --seeds"),
         (["--launch", "acelerate launch"], "--launch starts with 'acelerate'"),

@@ -37,7 +37,7 @@ class ToyModel:
         dropout: Dropout rate.
         nan_at: Step (from 0) with a non-finite loss; -1 disables it.
         nan_for: Number of such steps.
-        nan_in: Where: "loss", "loss alone", "gradient" or "infinite gradient".
+        nan_in: Where: "loss" or "gradient".
         nan_on: Rank of the fault; -1 is all.
         stop_at: Step that receives SIGTERM; -1 disables it.
         stop_in_val: First step whose validation receives SIGTERM; -1 disables it.
@@ -65,9 +65,7 @@ FAULT_KEYS = {f"model.{key.name}" for key in fields(ToyModel)} - {"model.width",
 
 NOT_FINITE = {
     "loss": lambda loss, bias: loss * math.nan,
-    "loss alone": lambda loss, bias: loss + math.nan,
     "gradient": lambda loss, bias: loss + (0 * bias).abs().sum().sqrt(),
-    "infinite gradient": lambda loss, bias: loss + (bias - bias.detach()).sum().sqrt(),
 }
 
 
