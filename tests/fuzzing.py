@@ -56,32 +56,30 @@ def get(tree: Any, path: Sequence[Any]) -> Any:
 
 
 @st.composite
-def mutated(draw: st.DrawFn, tree: Any, *, odd: Sequence[Any] = ODD, most: int = 3) -> Any:
-    """Return a tree with one to `most` nodes replaced, removed, renamed, repeated or wrapped."""
+def mutated(draw: st.DrawFn, tree: Any, *, odd: Sequence[Any] = ODD) -> Any:
+    """Return a tree with one to three nodes replaced, removed, renamed, repeated or wrapped."""
     tree = copy.deepcopy(tree)
-    for _ in range(draw(st.integers(1, most))):
-        places = list(paths(tree))
-        tree = _mutate(draw, tree, places, draw(st.sampled_from(places)), odd)
-    return tree
-
-
-def _mutate(draw: st.DrawFn, tree: Any, places: Sequence[Any], path: tuple[Any, ...], odd: Sequence[Any]) -> Any:
-    how = draw(st.sampled_from(("odd", "odd", "odd", "remove", "rename", "repeat", "wrap", "another")))
-    if not path:  # most of the time the root stays
-        return copy.deepcopy(draw(st.sampled_from(odd))) if draw(st.integers(0, 9)) == 0 else tree
-    parent, key = get(tree, path[:-1]), path[-1]
-    if how == "odd":
-        parent[key] = copy.deepcopy(draw(st.sampled_from(odd)))
-    elif how == "remove":
-        del parent[key]
-    elif how == "rename" and isinstance(parent, dict):
-        parent[draw(st.sampled_from(("", "x", f"{key} ", "a.b", "config", "\ud800")))] = parent.pop(key)
-    elif how == "repeat" and isinstance(parent, list):
-        parent.insert(key, copy.deepcopy(parent[key]))
-    elif how == "another":
-        parent[key] = copy.deepcopy(get(tree, draw(st.sampled_from(places))))
-    else:
-        parent[key] = draw(st.sampled_from((str(parent[key]), [parent[key]], {"x": parent[key]}, [parent[key]] * 3)))
+    if draw(st.integers(0, 29)) == 0:
+        return copy.deepcopy(draw(st.sampled_from(odd)))
+    for _ in range(draw(st.integers(1, 3))):
+        places = [path for path in paths(tree) if path]
+        if not places:
+            break
+        *above, key = draw(st.sampled_from(places))
+        parent = get(tree, above)
+        how = draw(st.sampled_from(("odd", "odd", "odd", "remove", "rename", "repeat", "wrap", "another")))
+        if how == "odd":
+            parent[key] = copy.deepcopy(draw(st.sampled_from(odd)))
+        elif how == "remove":
+            del parent[key]
+        elif how == "rename" and isinstance(parent, dict):
+            parent[draw(st.sampled_from(("", "x", f"{key} ", "a.b", "config", "\ud800")))] = parent.pop(key)
+        elif how == "repeat" and isinstance(parent, list):
+            parent.insert(key, copy.deepcopy(parent[key]))
+        elif how == "another":
+            parent[key] = copy.deepcopy(get(tree, draw(st.sampled_from(places))))
+        else:
+            parent[key] = draw(st.sampled_from((str(parent[key]), [parent[key]], {"x": parent[key]})))
     return tree
 
 
@@ -111,11 +109,6 @@ def as_yaml(tree: Any) -> bytes:
         return json.dumps(tree, default=str).encode()
 
 
-def json_file(content: bytes) -> st.SearchStrategy[bytes]:
-    """Return damaged versions of a JSON file."""
-    return mutated(json.loads(content)).map(as_json) | damaged(content)
-
-
 def yaml_file(content: bytes) -> st.SearchStrategy[bytes]:
     """Return damaged versions of a YAML file."""
     return mutated(yaml.safe_load(content), odd=ODD + ODD_IN_YAML).map(as_yaml) | damaged(content)
@@ -123,55 +116,39 @@ def yaml_file(content: bytes) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def lines_file(draw: st.DrawFn, content: bytes) -> bytes:
-    """Return a damaged file of JSON lines: in one of its rows, in their order, or in its bytes."""
-    if draw(st.booleans()):
-        return draw(damaged(content))
+    """Return a file of JSON lines with a damaged or an odd row."""
     lines = content.split(b"\n")[:-1]
-    at, other = (draw(st.integers(0, len(lines) - 1)) for _ in range(2))
-    how = draw(st.sampled_from(("mutate", "mutate", "mutate", "swap", "odd")))
-    if how == "mutate":
-        lines[at] = as_json(draw(mutated(json.loads(lines[at]))))
-    elif how == "swap":
-        lines[at], lines[other] = lines[other], lines[at]
-    else:
-        lines[at] = draw(st.sampled_from(ODD_TEXTS))
+    at = draw(st.integers(0, len(lines) - 1))
+    lines[at] = draw(mutated(json.loads(lines[at])).map(as_json) | st.sampled_from(ODD_TEXTS))
     return b"\n".join(lines) + b"\n"
 
 
 @st.composite
 def tensors_file(draw: st.DrawFn, content: bytes) -> bytes:
-    """Return a damaged safetensors file: in its header, in its bytes, or in its tensors."""
-    how = draw(st.sampled_from(("header", "header", "bytes", "length", "tensors")))
-    size = int.from_bytes(content[:8], "little")
-    if how == "bytes":
-        return draw(damaged(content))
-    if how == "length":
-        return draw(st.sampled_from((0, size - 1, size + 1, 2**31, 2**64 - 1))).to_bytes(8, "little") + content[8:]
-    if how == "header":
+    """Return a safetensors file with a damaged header or an unexpected tensor."""
+    if draw(st.booleans()):
+        size = int.from_bytes(content[:8], "little")
         header = as_json(draw(mutated(json.loads(content[8 : 8 + size]))))
-        return len(header).to_bytes(8, "little") + header + content[8 + size :]
+        length = draw(st.sampled_from((len(header), len(header), len(header) - 1, 2**31, 2**64 - 1)))
+        return length.to_bytes(8, "little") + header + content[8 + size :]
     tensors = load(content)
     name = draw(st.sampled_from(sorted(tensors)))
     tensor = tensors.pop(name)
-    changed = (
-        *(tensor.to(kind) for kind in TYPES),
-        *(tensor[None], tensor.flatten(), tensor.flatten()[:-1], torch.zeros_like(tensor), torch.tensor(3.0)),
-        torch.full_like(tensor.float(), math.nan),
-    )
+    others = (*map(tensor.to, TYPES), tensor[None], tensor.flatten()[:-1], torch.full_like(tensor.float(), math.nan))
     new_name = draw(st.sampled_from((name, name, name, "x", "", "0.cpu", "3.bias.step")))
-    tensors[new_name] = draw(st.sampled_from((tensor, *changed))).contiguous()
-    return save({key: value.clone() for key, value in tensors.items()})
+    tensors[new_name] = draw(st.sampled_from((tensor, *others)))
+    return save({key: value.clone().contiguous() for key, value in tensors.items()})
 
 
 def file_like(path: Path) -> st.SearchStrategy[bytes]:
     """Return damaged versions of a file; its suffix selects how."""
-    kinds = {
-        ".yaml": yaml_file,
-        ".jsonl": lines_file,
-        ".json": json_file,
-        ".safetensors": tensors_file,
-    }
-    return kinds.get(path.suffix, damaged)(path.read_bytes())
+    content = path.read_bytes()
+    if path.suffix == ".yaml":
+        return yaml_file(content)
+    if path.suffix == ".json":
+        return mutated(json.loads(content)).map(as_json) | damaged(content)
+    kinds = {".jsonl": lines_file, ".safetensors": tensors_file}
+    return kinds[path.suffix](content) | damaged(content) if path.suffix in kinds else damaged(content)
 
 
 def damage(folder: Path, names: Sequence[str]) -> st.SearchStrategy[tuple[str, bytes]]:
@@ -218,19 +195,16 @@ def run(strategy: st.SearchStrategy[Any], act: Callable[[Any], None], *, example
 
     MOA_FUZZ_FACTOR=200 in the environment sets that number, with new examples in every run.
     """
-    every = tuple(HealthCheck)
-    phases = (Phase.generate, Phase.shrink) if thorough else (Phase.generate,)
     factor = int(os.environ.get("MOA_FUZZ_FACTOR", "20")) if thorough else 1
-    chosen = settings(
+
+    @settings(
         max_examples=factor * examples,
         derandomize="MOA_FUZZ_FACTOR" not in os.environ,
         deadline=None,
         database=None,
-        suppress_health_check=every,
-        phases=phases,
+        suppress_health_check=tuple(HealthCheck),
+        phases=(Phase.generate, Phase.shrink) if thorough else (Phase.generate,),
     )
-
-    @chosen
     @given(strategy)
     def attempt(example: Any) -> None:
         act(example)
