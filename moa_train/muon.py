@@ -40,9 +40,6 @@ class StackedMuon(torch.optim.Optimizer):
     alone. A matrix (A, B) is gathered and orthogonalized on every rank, which keeps its own rows.
 
     Weight decay is decoupled, the momentum Nesterov's, and `adjust_lr_fn` a key of `UPDATE_SCALES`.
-
-    Raises:
-        ValueError: A parameter is neither (E, A, B) nor (A, B).
     """
 
     def __init__(
@@ -55,16 +52,6 @@ class StackedMuon(torch.optim.Optimizer):
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn}
         super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of matrices and stacks of matrices. Raises ValueError for other parameters."""
-        super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if parameter.ndim not in (2, 3):
-                shape = tuple(parameter.shape)
-                raise ValueError(
-                    f"a parameter has the shape {shape}; it must be a matrix (A, B) or a stack of matrices (E, A, B)"
-                )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

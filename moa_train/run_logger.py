@@ -14,7 +14,7 @@ from moa_train import devices
 from moa_train.checkpoint import TrainState, disk_errors
 from moa_train.config import RunConfig, as_tree
 from moa_train.environment import describe_environment
-from moa_train.plan import TRAINING_FLOPS_PER_FORWARD, Costs, describe
+from moa_train.plan import TRAINING_FLOPS_PER_FORWARD, describe
 from moa_train.progress import Progress, StepTimer, duration
 from moa_train.run_folder import RunFolder
 from moa_train.schedule import Plan
@@ -28,8 +28,8 @@ class RunLogger:
     def __init__(self, config: RunConfig, task: Task, plan: Plan, accelerator: Accelerator, state: TrainState) -> None:
         self.config, self.task, self.plan, self.accelerator, self.state = config, task, plan, accelerator, state
         self.device_name = devices.device_name(accelerator.device)
-        peak_flops = devices.bf16_peak_flops(self.device_name)
-        self.costs = Costs(TRAINING_FLOPS_PER_FORWARD * task.forward_flops_per_sample, peak_flops)
+        self.peak_flops = devices.bf16_peak_flops(self.device_name)
+        self.flops_per_sample = TRAINING_FLOPS_PER_FORWARD * task.forward_flops_per_sample
         self.folder = RunFolder(config.folder)
         self.main = accelerator.is_main_process
         self.progress = Progress(visible=self.main, step=state.step, total_steps=plan.total_steps)
@@ -57,7 +57,7 @@ class RunLogger:
             ),
             **self.task.startup_lines(),
             "optimizer": optimizer,
-            **describe(self.plan, self.costs, **units, step=self.state.step),
+            **describe(self.plan, self.flops_per_sample, self.peak_flops, **units, step=self.state.step),
         }
         for title, text in lines.items():
             self.print(f"{title:<11} {text}")
@@ -82,7 +82,7 @@ class RunLogger:
             if self._window_steps:
                 steps_per_s = self._window_steps / self._window_s
                 throughput = steps_per_s * self._units(1)
-                mfu = self.costs.utilization(steps_per_s * plan.global_batch, plan.world_size)
+                mfu = self._utilization(steps_per_s)
             row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "throughput": throughput, "mfu": mfu}
             self.write("train", step, **{**row, **self._observations()})
             self._window_steps, self._window_s = 0, 0.0
@@ -92,7 +92,7 @@ class RunLogger:
         step_s = self.timer.step_s()
         if step_s is None:
             return "measuring"
-        utilization = self.costs.utilization(self.plan.global_batch / step_s, self.plan.world_size)
+        utilization = self._utilization(1 / step_s)
         speed = f"{self._units(1) / step_s:.4g} {self.task.unit}/s"
         speed += "" if utilization is None else f", {utilization:.1%} of peak"
         left = duration((self.plan.total_steps - self.state.step) * step_s)
@@ -101,6 +101,12 @@ class RunLogger:
             memory = devices.peak_memory_mib(self.accelerator.device)
             self.print(f"measured    {speed}, peak memory {memory:,.0f} MiB; {left} of training left")
         return f"{speed}, {left} left"
+
+    def _utilization(self, steps_per_s: float) -> float | None:
+        """Return the fraction of the devices' bf16 peak, None if it is unknown."""
+        if self.peak_flops is None:
+            return None
+        return steps_per_s * self.plan.global_batch * self.flops_per_sample / (self.peak_flops * self.plan.world_size)
 
     def _observations(self) -> dict[str, float]:
         """Return the task's observations of the step, averaged over all ranks."""
@@ -161,7 +167,7 @@ class RunLogger:
         if not self.main:
             return
         self.update_memory()
-        unit, flops, state = self.task.counter, self.costs.flops_per_sample, self.state
+        unit, flops, state = self.task.counter, self.flops_per_sample, self.state
         fields = {
             "name": self.config.name,
             "seed": self.config.seed,

@@ -162,11 +162,12 @@ def slot_environments(at_once: int, environment: Mapping[str, str]) -> list[dict
         return [{}]
     import torch  # not at the top: every job imports this module
 
+    from moa_train.environment import cpu_cores
+
     listed = environment.get("CUDA_VISIBLE_DEVICES")
     names = map(str, range(torch.cuda.device_count())) if listed is None else listed.split(",")
     gpus = [name for name in names if name]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(max(1, cores // at_once))}
+    threads = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(max(1, cpu_cores() // at_once))}
     share = max(1, len(gpus) // at_once)
     slots = []
     for slot in range(at_once):

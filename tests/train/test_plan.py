@@ -7,7 +7,6 @@ import pytest
 from moa_train.config import EpochSchedule, LoopConfig, OptimConfig, RunConfig
 from moa_train.devices import bf16_peak_flops
 from moa_train.errors import ConfigError
-from moa_train.plan import Costs
 from moa_train.schedule import make_plan
 
 
@@ -67,9 +66,3 @@ def test_batch_larger_than_the_training_set():
 def test_peaks(name, tera):
     peak = bf16_peak_flops(name)
     assert peak is None if tera is None else peak == pytest.approx(tera * 1e12)
-
-
-def test_utilization():
-    costs = Costs(flops_per_sample=58_700_000_000, peak_flops=989e12)
-    assert costs.utilization(6741, 1) == pytest.approx(0.40, abs=1e-3)
-    assert costs.utilization(2 * 6741, 2) == pytest.approx(0.40, abs=1e-3)

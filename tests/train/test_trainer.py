@@ -132,12 +132,14 @@ def test_warmup_steps_do_not_enter_the_throughput(runs, monkeypatch, capsys):
 
     monkeypatch.setattr(runs.toy.ToyTask, "loss", timed)
     monkeypatch.setattr("moa_train.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("moa_train.devices.bf16_peak_flops", lambda name: 1e6)
     assert runs("run", schedule__epochs=6, model__stop_at=14) == EXIT_STOPPED
     assert runs("run", schedule__epochs=6) == 0
     lines = [json.loads(line) for line in (runs.out / "run" / "metrics.jsonl").read_text().splitlines()]
     speeds = {row["step"]: row["throughput"] for row in lines if row["kind"] == "train"}
     assert {step for step, speed in speeds.items() if speed is None} == {*range(1, 6), *range(16, 21)}
     assert {round(speed) for speed in speeds.values() if speed is not None} == {80}
+    assert {round(row["mfu"], 4) for row in lines if row.get("mfu")} == {80 * 3000 / 1e6}
     summary = runs.json("run", "summary.json")
     assert summary["throughput"] == pytest.approx(80) and summary["wall_s"] > 120
     assert "finished    30 steps, 3 s of training: loss " in capsys.readouterr().out
