@@ -25,6 +25,7 @@ def read_yaml(path: Path, remedy: str, *, empty: bool = False) -> dict[str, Any]
 
     def parse(text: str) -> Any:
         content = yaml.safe_load(text)
+        json.dumps(content, default=str, skipkeys=True)  # raises ValueError for an alias of a node that contains it
         return {} if content is None and empty else content
 
     return _read(path, parse, remedy)

@@ -175,7 +175,6 @@ def test_mask_of_documents_is_saved():
     ("pattern", "images"),
     [
         ("{}", 6),
-        ("{}/*.tar", 6),
         ("{}/absent/*.tar", 1_281_167),
         ("http://localhost:9/a.tar", 1_281_167),
     ],
@@ -224,19 +223,13 @@ def test_configs_are_layered_and_keys_override_them(tmp_path, capsys):
     [
         (["--gpu", "h300"], "argument --gpu: invalid choice: 'h300'"),
         (["--gpus", "8,0"], "argument --gpus: 8,0 is not a list of numbers above 0"),
-        (["--utilization", "1.5"], "--utilization is 1.5; it must be above 0 and at most 1"),
-        (["--config", "model.yaml"], "one file at least must have keys below 'model'"),
         (["--config", "epochs.yaml"], "schedule.epochs needs the number of training tokens; add --tokens N"),
-        (["--config", "args.yaml"], "did you mean num_hidden_layers?"),
     ],
 )
 def test_mistakes_are_reported(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("model.yaml").write_text("model: [1]")
     lm = {"model": {"size": "dense-micro"}, "data": {"train": "absent"}}
     Path("epochs.yaml").write_text(yaml.safe_dump({**lm, "schedule": {"epochs": 2}}))
-    wrong = {**lm, "model": {"size": "dense-micro", "args": {"num_hidden_layer": 1}}, "schedule": {"tokens": 512}}
-    Path("args.yaml").write_text(yaml.safe_dump(wrong))
     config = [] if "--config" in options else ["--config", str(ROOT / "configs/mae/vit_b16_qdmoa_800ep.yaml")]
     try:
         code = plan.main([*config, *options])

@@ -89,6 +89,7 @@ def test_check_calls_further_checks(parse, capsys):
         ("optim: [1, 2]", "optim is [1, 2]; it must be keys with values"),
         ("optim: {lr: null}", "optim.lr is None"),
         ("optim: {lr: 1", "a.yaml cannot be read (while parsing"),
+        ("optim: &a {lr: *a}", "a.yaml cannot be read (Circular reference"),
         ("optim: {lr: -1}", "optim.lr is -1.0; it must be above 0"),
         ("schedule: {min_lr: 1}", "schedule.min_lr is 1.0; it must be at most optim.lr (0.001)"),
         ("loop: {save_every: 10}", "a.yaml: loop.save_every was renamed to checkpoint.interval"),
