@@ -1,4 +1,4 @@
-"""Devices: peak FLOP/s, memory and links; memory that a process uses and that a forward pass saves."""
+"""Devices: peak FLOP/s and memory; memory that a process uses and that a forward pass saves."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ class Gpu(NamedTuple):
     Attributes:
         name: Words of `torch.cuda.get_device_name()`, followed by the memory where it varies, or "cpu".
         memory_gib: Device memory; drivers and error correction take up to 6 % of it.
-        link_gb_s: Bandwidth to the other devices of a node in one direction, 1e9 bytes/s: NVLink, else PCIe x16.
         peak_flops: Dense bf16 tensor-core peak with float32 accumulation, FLOP/s.
     """
 
     name: str
     memory_gib: float | None
-    link_gb_s: float | None
     peak_flops: float | None
 
     @property
@@ -35,26 +33,26 @@ class Gpu(NamedTuple):
 
 
 GPUS = (
-    Gpu("B200", 180, 900, 2250e12),
-    Gpu("GH200", 96, 450, 989e12),
-    Gpu("H200", 141, 450, 989e12),
-    Gpu("H100 NVL", 94, 300, 835e12),
-    Gpu("H100 PCIe", 80, 64, 756e12),
-    Gpu("H100", 80, 450, 989e12),
-    Gpu("A100 80GB", 80, 300, 312e12),
-    Gpu("A100 40GB", 40, 300, 312e12),
-    Gpu("A40", 48, 32, 149.7e12),
-    Gpu("A30", 24, 32, 165e12),
-    Gpu("A10G", 24, 32, 70e12),
-    Gpu("A10", 24, 32, 125e12),
-    Gpu("L40S", 48, 32, 362e12),
-    Gpu("L40", 48, 32, 181e12),
-    Gpu("L4", 24, 32, 121e12),
-    Gpu("RTX 6000 Ada", 48, 32, 364e12),
-    Gpu("RTX 5090", 32, 64, 209.5e12),
-    Gpu("RTX 4090", 24, 32, 165.2e12),
-    Gpu("RTX 3090", 24, 32, 71e12),
-    Gpu("cpu", None, None, None),
+    Gpu("B200", 180, 2250e12),
+    Gpu("GH200", 96, 989e12),
+    Gpu("H200", 141, 989e12),
+    Gpu("H100 NVL", 94, 835e12),
+    Gpu("H100 PCIe", 80, 756e12),
+    Gpu("H100", 80, 989e12),
+    Gpu("A100 80GB", 80, 312e12),
+    Gpu("A100 40GB", 40, 312e12),
+    Gpu("A40", 48, 149.7e12),
+    Gpu("A30", 24, 165e12),
+    Gpu("A10G", 24, 70e12),
+    Gpu("A10", 24, 125e12),
+    Gpu("L40S", 48, 362e12),
+    Gpu("L40", 48, 181e12),
+    Gpu("L4", 24, 121e12),
+    Gpu("RTX 6000 Ada", 48, 364e12),
+    Gpu("RTX 5090", 32, 209.5e12),
+    Gpu("RTX 4090", 24, 165.2e12),
+    Gpu("RTX 3090", 24, 71e12),
+    Gpu("cpu", None, None),
 )
 """Devices of the planner, from NVIDIA's data sheets; longer names come before those that they contain."""
 

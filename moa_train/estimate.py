@@ -20,9 +20,6 @@ from moa_train.reading import read_json
 from moa_train.run_folder import RunFolder
 from moa_train.schedule import Budget, Plan, divisors, make_plan
 
-BACKWARD_FRACTION = 2 / 3
-"""Part of the compute of a step during which gradients can be reduced."""
-
 USABLE_MEMORY = 0.9
 """Fraction of the device memory available to a plan; drivers, the allocator and temporaries take the rest."""
 
@@ -99,22 +96,13 @@ class Target:
 
     Attributes:
         flops, source: Sustained FLOP/s of a device, and the origin of that rate for the user.
-        gpus_per_node: Devices connected by `Gpu.link_gb_s`.
-        network_gb_s: Bandwidth between nodes in one direction, 1e9 bytes/s.
         parallel: "ddp" replicates the model; "fsdp2" shards it and gathers it block by block.
     """
 
     gpu: Gpu
     flops: float
     source: str
-    gpus_per_node: int = 8
-    network_gb_s: float = 400.0
     parallel: Literal["ddp", "fsdp2"] = "ddp"
-
-    def __post_init__(self) -> None:
-        """Check the ranges; ConfigError names the option."""
-        require("--gpus-per-node", self.gpus_per_node, self.gpus_per_node >= 1, "1 or above")
-        require("--network", self.network_gb_s, self.network_gb_s > 0, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +151,8 @@ def estimate(config: RunConfig, workload: Workload, target: Target, gpus: int) -
     micro = next((size for size in sizes if memory[size] <= limit), 1)
     loop = replace(config.loop, micro_batch_size=micro)
     plan = make_plan(replace(config, loop=loop), workload.samples_per_epoch, workload.budget, devices)
-    compute = batch * workload.flops_per_sample / (target.flops * devices)
-    muon = muon_flops(workload.muon, devices, target.parallel) / target.flops
-    step_s = compute + _exposed_communication_s(workload.states, target, plan, compute) + muon
+    muon = muon_flops(workload.muon, devices, target.parallel)
+    step_s = (batch * workload.flops_per_sample / devices + muon) / target.flops
     return Estimate(
         gpus=gpus,
         plan=plan,
@@ -193,24 +180,6 @@ def memory_bytes(workload: Workload, target: Target, devices: int, micro_batch: 
         held += 2 * (states.root + 2 * states.block) + accumulated * states.gradients
     training = held + saved.fixed + micro_batch * saved.per_sample
     return max(training, states.weights)
-
-
-def _exposed_communication_s(states: ModelStates, target: Target, plan: Plan, compute_s: float) -> float:
-    """Return the communication time of a step that compute cannot hide.
-
-    A ring moves (n - 1) / n of the bytes in and out of every device for a reduce-scatter or an all-gather, and twice
-    that for an all-reduce (nccl-tests, PERFORMANCE.md), at the slowest link.
-    """
-    links = [target.gpu.link_gb_s, target.network_gb_s if plan.world_size > target.gpus_per_node else None]
-    slowest = min((link for link in links if link is not None), default=None)
-    if plan.world_size == 1 or slowest is None:
-        return 0.0
-    if target.parallel == "ddp":
-        moved, hidden_s = 2 * states.gradients, BACKWARD_FRACTION * compute_s / plan.accumulation
-    else:  # weights are gathered for the forward and the backward pass of each micro-batch
-        moved, hidden_s = 2 * plan.accumulation * states.weights + states.gradients, compute_s
-    ring = (plan.world_size - 1) / plan.world_size
-    return max(0.0, ring * moved / (slowest * 1e9) - hidden_s)
 
 
 def muon_flops(shapes: Sequence[Sequence[int]], devices: int, parallel: str) -> int:
