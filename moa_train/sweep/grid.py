@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from moa_train.config import read_config
 from moa_train.errors import ConfigError
 from moa_train.run_folder import RunFolder
 from moa_train.sweep.state import SweepRun
@@ -80,24 +79,21 @@ def expand(
 ) -> list[SweepRun]:
     """Return all combinations, seed outermost and config innermost, so that comparable sets complete early.
 
-    `out` is by default runs/sweep_ and the common beginning of the configs' names; `extra` are arguments for all runs.
-
-    Raises:
-        ConfigError: Two combinations share a name, or `extra` sets a key of the sweep.
-        DataError: A config file cannot be read.
+    A run is named after its config file, values and seed. `out` is by default runs/sweep_ and the common beginning of
+    the files' names; `extra` are arguments for all runs. Raises ConfigError if two combinations share a name, or if
+    `extra` sets a key of the sweep.
     """
     for argument in extra:
         key = argument.removeprefix("--").partition("=")[0]
         if argument.startswith("--") and key in {*OWN_KEYS, *settings} - {"config"}:
             raise ConfigError(f"--{key} after -- is not allowed: {OWN_KEYS.get(key, 'it is already in --set')}")
-    names = _name_configs(configs)
-    common = os.path.commonprefix(list(names.values())).rstrip("_.-")  # noqa: RUF071 (of characters)
-    out = out or Path("runs") / f"sweep_{common or names[configs[0]]}"
-    keys = _short_keys(settings)
+    common = os.path.commonprefix([config.stem for config in configs]).rstrip("_.-")  # noqa: RUF071 (of characters)
+    out = out or Path("runs") / f"sweep_{common or configs[0].stem}"
     runs = []
     for seed, values, config in itertools.product(seeds, itertools.product(*settings.values()), configs):
         chosen = dict(zip(settings, values, strict=True))
-        name = "_".join([names[config], *(f"{keys[key]}{_safe(value)}" for key, value in chosen.items()), f"s{seed}"])
+        labels = [f"{key.rpartition('.')[2]}{value}" for key, value in chosen.items()]
+        name = re.sub(r"[^\w.+-]+", "-", "_".join([config.stem, *labels, f"s{seed}"]), flags=re.ASCII)
         own = {**chosen, "name": name, "seed": seed, "out": out}
         arguments = ["--config", str(config), *extra, *(f"--{key}={value}" for key, value in own.items())]
         runs.append(SweepRun(name, out / name, out / "logs" / f"{name}.log", arguments))
@@ -105,25 +101,6 @@ def expand(
     if repeated:
         raise ConfigError(f"several runs would be named {repeated[0]}; give each config, value and seed once")
     return runs
-
-
-def _name_configs(configs: Sequence[Path]) -> dict[Path, str]:
-    """Return the `name` in each config file, or the file's name where several configs share it or have none."""
-    trees = {path: read_config(path) for path in configs}
-    names = {path: str(tree.get("name") or path.stem) for path, tree in trees.items()}
-    count = Counter(names.values())
-    return {path: _safe(name if count[name] == 1 else path.stem) for path, name in names.items()}
-
-
-def _short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Return the last part of each dotted key, or all parts where several keys end alike."""
-    last = {key: key.rpartition(".")[2] for key in keys}
-    count = Counter(last.values())
-    return {key: part if count[part] == 1 else key.replace(".", "-") for key, part in last.items()}
-
-
-def _safe(text: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
 
 
 class Trainer(NamedTuple):

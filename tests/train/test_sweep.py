@@ -94,15 +94,9 @@ def test_order_names_and_arguments(sweeps):
     values = {"optim.lr": ("0.0003",), "model.encoder.gate": ("c,d",), "model.decoder.gate": ("a", "b")}
     runs = expand([Path("one.yaml")], values, parse_seeds("0,5"), out=Path("runs/x"), extra=["--schedule.epochs", "3"])
     assert [run.arguments[-2] for run in runs] == ["--seed=0", "--seed=0", "--seed=5", "--seed=5"]
-    assert runs[0].name == "one_lr0.0003_model-encoder-gatec-d_model-decoder-gatea_s0"
+    assert runs[0].name == "one_lr0.0003_gatec-d_gatea_s0"
     assert runs[0].arguments[:5] == ["--config", "one.yaml", "--schedule.epochs", "3", "--optim.lr=0.0003"]
     assert parse_seeds("3") == (0, 1, 2) and parse_seeds("7,") == (7,)
-
-
-def test_configs_that_share_a_name_are_named_after_their_files(sweeps):
-    Path("other.yaml").write_text("name: one\n")
-    runs = expand([Path("one.yaml"), Path("other.yaml")], {}, (0,))
-    assert [run.name for run in runs] == ["one_s0", "other_s0"]
 
 
 # Checks before the first run
