@@ -170,7 +170,7 @@ sys.exit(main(sys.argv[1:], find_trainer=lambda files: trainer, report=["false"]
 
 @pytest.fixture
 def terminal_sweep(sweeps):
-    """A function that starts a sweep in a process group of its own, as a terminal does, and awaits its first step."""
+    """A function that starts a sweep in a new process group, as a terminal does, and awaits its first step."""
 
     def start(trouble):
         Path("sweep.py").write_text(ENTRY_SCRIPT)
