@@ -109,6 +109,11 @@ def as_yaml(tree: Any) -> bytes:
         return json.dumps(tree, default=str).encode()
 
 
+def json_file(content: bytes) -> st.SearchStrategy[bytes]:
+    """Return damaged versions of a JSON file."""
+    return mutated(json.loads(content)).map(as_json) | damaged(content)
+
+
 def yaml_file(content: bytes) -> st.SearchStrategy[bytes]:
     """Return damaged versions of a YAML file."""
     return mutated(yaml.safe_load(content), odd=ODD + ODD_IN_YAML).map(as_yaml) | damaged(content)
@@ -143,12 +148,8 @@ def tensors_file(draw: st.DrawFn, content: bytes) -> bytes:
 def file_like(path: Path) -> st.SearchStrategy[bytes]:
     """Return damaged versions of a file; its suffix selects how."""
     content = path.read_bytes()
-    if path.suffix == ".yaml":
-        return yaml_file(content)
-    if path.suffix == ".json":
-        return mutated(json.loads(content)).map(as_json) | damaged(content)
-    kinds = {".jsonl": lines_file, ".safetensors": tensors_file}
-    return kinds[path.suffix](content) | damaged(content) if path.suffix in kinds else damaged(content)
+    kinds = {".yaml": yaml_file, ".json": json_file, ".jsonl": lines_file, ".safetensors": tensors_file}
+    return kinds.get(path.suffix, damaged)(content) | damaged(content)
 
 
 def damage(folder: Path, names: Sequence[str]) -> st.SearchStrategy[tuple[str, bytes]]:
