@@ -26,7 +26,8 @@ def describe(
     if peak_flops is not None:
         seconds = flops / (ASSUMED_UTILIZATION * peak_flops * plan.world_size)
         time = f"; {duration(seconds)} at {ASSUMED_UTILIZATION:.0%} of the bf16 peak"
-    decay = f", {plan.decay_steps:,} of decay ({plan.decay_type})" if plan.decay_steps else ""
+    partly = plan.decay_steps < plan.total_steps - plan.warmup_steps
+    decay = f", {plan.decay_steps:,} of decay ({plan.decay_type}) at the end" if partly else ""
     resumed = f"; resuming after step {step:,}" if step else ""
     return {
         "steps": f"{plan.total_steps:,} = {plan.epoch(plan.total_steps):.4g} epochs of {plan.steps_per_epoch:,}, "

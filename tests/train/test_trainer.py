@@ -103,7 +103,7 @@ def test_run_folder_contents(runs):
 def test_startup_lines(runs, capsys):
     runs("run", schedule__batch_size=16)
     text = capsys.readouterr().out
-    assert "steps       6 = 3 epochs of 2, 1 of warm-up, 5 of decay (cosine); 96 rows" in text
+    assert "steps       6 = 3 epochs of 2, 1 of warm-up; 96 rows" in text
     assert "batch       16 rows per step = 4 accumulated x 1 device(s) x 4" in text
     assert "1 tensors (24) with weight decay 0.05; AdamW: 3 tensors (17) with weight decay 0" in text
     assert "work        3 kFLOPs per sample in training, 288 kFLOPs remaining" in text
