@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.options import add_number
 from benchmarks.tables import rate, report, speed_ratio, times
 from benchmarks.timing import Case, measure
-from moa_vision.data import DataConfig, train_loader
+from moa_vision.data import BatchSpec, DataConfig, train_loader
 from moa_vision.index import ShardIndex, ShardReader, open_index
 from moa_vision.photographs import TRAIN, VAL, photograph_file
 from moa_vision.shards import ShardSettings, make_shards
@@ -97,7 +97,7 @@ def one_core(shards: str | None) -> Iterator[tuple[str, ShardIndex]]:
 def load(index: ShardIndex, config: DataConfig, image_size: tuple[int, int], num_patches: int, batches: int) -> None:
     """Run our loader in this process to its end."""
     step = {"global_batch": BATCH, "micro_batch": BATCH, "num_steps": batches}
-    loader = train_loader(index, config, image_size=image_size, num_patches=num_patches, seed=0, **step)
+    loader = train_loader(index, config, BatchSpec(image_size, num_patches), seed=0, **step)
     collections.deque(loader, maxlen=0)
 
 

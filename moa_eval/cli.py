@@ -14,11 +14,13 @@ from moa_eval.training.report import training_section
 from moa_eval.zero_shot.report import zero_shot_section
 from moa_train.errors import ConfigError, DataError
 
+Builder = Callable[..., Section]
+
 
 class _Request(NamedTuple):
     """A requested section: its builder, its title (None for the default), and its inputs."""
 
-    build: Callable[..., Section]
+    build: Builder
     title: str | None
     paths: list[str]
 
@@ -26,16 +28,10 @@ class _Request(NamedTuple):
 class _AddRequest(argparse.Action):
     """Option `--name TITLE PATH ...` that appends a `_Request` with the builder given as `const`."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
         """Append the request."""
         if len(values) < 2:
-            parser.error(f"{option_string} {values[0]}: give a title and at least one path")
+            parser.error(f"{option} {values[0]}: give a title and at least one path")
         namespace.requests = [*namespace.requests, _Request(self.const, values[0], values[1:])]
 
 
@@ -61,7 +57,7 @@ def compare_runs(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", metavar="CSV", help="print a report's tables/losses.csv as Markdown and exit")
     options = parser.parse_intermixed_args(arguments)
     if options.table:
-        return _report_errors(parser, lambda: print(results_markdown(options.table), end=""))
+        return _exit_code(parser, lambda: print(results_markdown(options.table), end=""))
     return _write(parser, options, training_section, {"strict": options.strict, "baseline": options.baseline})
 
 
@@ -93,21 +89,14 @@ def _parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser
     return parser
 
 
-def _add_section(
-    parser: argparse.ArgumentParser, option: str, metavar: str, build: Callable[..., Section], words: str
-) -> None:
-    names = ("TITLE", metavar)
-    parser.add_argument(
-        option, action=_AddRequest, const=build, nargs="+", metavar=names, help=f"{words}; may be repeated"
-    )
+def _add_section(parser: argparse.ArgumentParser, option: str, metavar: str, build: Builder, words: str) -> None:
+    settings = {"nargs": "+", "metavar": ("TITLE", metavar), "help": f"{words}; may be repeated"}
+    parser.add_argument(option, action=_AddRequest, const=build, **settings)
 
 
-def _write(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, build: Callable[..., Section], own: dict[str, Any]
-) -> int:
+def _write(parser: argparse.ArgumentParser, options: Any, build: Builder, own: dict[str, Any]) -> int:
     """Write the page; `own` are options that apply to the sections made by `build`."""
-    requests: list[_Request] = [_Request(build, None, options.paths)] if options.paths else []
-    requests += options.requests
+    requests: list[_Request] = [*([_Request(build, None, options.paths)] if options.paths else []), *options.requests]
     if not requests or options.out is None:
         parser.error("give what to compare, and --out DIR")
 
@@ -124,10 +113,11 @@ def _write(
             print(*heading, *section.verdict)
         print(page)
 
-    return _report_errors(parser, write)
+    return _exit_code(parser, write)
 
 
-def _report_errors(parser: argparse.ArgumentParser, action: Callable[[], None]) -> int:
+def _exit_code(parser: argparse.ArgumentParser, action: Callable[[], None]) -> int:
+    """Run an action; return 0, or 2 after printing a user's error in one line."""
     try:
         action()
     except (ConfigError, DataError, OSError) as error:

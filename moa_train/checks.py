@@ -12,7 +12,7 @@ from moa_train.errors import require
 from moa_train.progress import CountBar
 from moa_train.signals import end_with_parent
 
-_SHARD = re.compile(r".+\.(tar|tar\.gz|tgz)|shard-.+\.safetensors")
+_SHARD = re.compile(r".+\.tar|shard-.+\.safetensors")
 
 
 class Problem(NamedTuple):

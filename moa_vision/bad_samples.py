@@ -19,12 +19,7 @@ from moa_vision.table import BadSample
 
 
 class BadSamples:
-    """The unusable samples of a run, each once, in a JSON Lines file.
-
-    Args:
-        path: The file; samples recorded by earlier sessions and other processes count.
-        limit: Number of samples after which the run stops.
-    """
+    """The unusable samples of a run, each once, in a JSON Lines file; after `limit` of them the run stops."""
 
     def __init__(self, path: Path, limit: int) -> None:
         self.path, self.limit = path, limit
@@ -32,9 +27,7 @@ class BadSamples:
         self._read()
 
     def good(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-        """Yield the non-empty batches and note their bad samples.
-
-        If the iteration stops early, the loader's workers are stopped with it.
+        """Yield the non-empty batches and note their bad samples; end the loader's workers if stopped early.
 
         Raises:
             DataError: There are too many bad samples, including those of earlier sessions.
@@ -47,8 +40,6 @@ class BadSamples:
                 if len(batch.images):
                     yield batch
             ended = True
-        except DataError as error:  # torch puts a worker's traceback before the message
-            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
         finally:
             if not ended:
                 end_workers(batches)
@@ -80,16 +71,13 @@ class BadSamples:
         return len(self.known)
 
     def _write(self, sample: BadSample) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(sample._asdict()) + "\n")
-        except OSError as error:  # a full disk must not end the run
-            tqdm.write(f"warning: cannot write {self.path} ({error}); later sessions will not count this sample")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(sample._asdict()) + "\n")
 
     def _read(self) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         for line in lines:
-            with suppress(ValueError):  # cut short by a full disk
+            with suppress(ValueError):  # cut short by kill -9
                 sample = BadSample(**json.loads(line))
                 self.known[sample[:2]] = sample

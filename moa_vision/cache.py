@@ -1,29 +1,31 @@
-"""Shards as plain local tars: remote ones are fetched and compressed ones unpacked into a bounded, shared cache."""
+"""Shards as plain local tars: remote ones are fetched into a bounded, shared cache.
+
+A reader holds a shared lock (flock) on every cached file that it has open, and eviction removes a file only under an
+exclusive lock, so files in use stay. Locks end with their process.
+"""
 
 from __future__ import annotations
 
 import errno
-import gzip
+import fcntl
 import hashlib
 import logging
 import os
 import re
-import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from moa_train.atomic_io import sync_file
 from moa_train.errors import ConfigError, DataError
 from moa_train.manifest import file_problem
-from moa_vision.cache_eviction import hold, make_room, release
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +39,6 @@ BACKOFF_S = 2.0
 
 STALL_S = 30.0
 """Time without a byte after which an HTTP transfer fails."""
-
-RETRY_LIMIT_S = ATTEMPTS * STALL_S + BACKOFF_S * (2 ** (ATTEMPTS - 1) - 1)
-"""Longest time that attempts of a shard wait, not counting the time in which bytes arrive."""
 
 LOST_S = 600.0
 """Time after which an unavailable shard is tried again."""
@@ -68,11 +67,6 @@ def default_cache_dir() -> Path:
 def is_remote(url: str) -> bool:
     """Return whether `url` is `scheme://...` or `pipe:command` rather than a path."""
     return url.startswith("pipe:") or bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url))
-
-
-def is_cached(url: str) -> bool:
-    """Return whether a shard is read from a copy in the cache: it is remote, or compressed by its suffix."""
-    return is_remote(url) or url.endswith((".gz", ".tgz"))
 
 
 def short_hash(*parts: object) -> str:
@@ -104,41 +98,32 @@ def read_remote(url: str) -> bytes:
 
 @dataclass(frozen=True)
 class ShardCache:
-    """A folder of fetched and unpacked shards, shared by all processes of a machine.
+    """A folder of fetched shards, shared by all processes of a machine.
 
-    Args:
-        folder: Created when needed.
-        max_bytes: Limit of the shards; the least recently used are evicted. None: no limit.
-        opened_s: `time.time()` of creation; shards that were unavailable before are tried again.
+    Beyond `max_bytes` the least recently used are evicted. Shards that were unavailable before `opened_s`, the
+    `time.time()` of creation, are tried again.
     """
 
     folder: Path
     max_bytes: int | None = None
     opened_s: float = field(default_factory=time.time)
 
-    def open(self, shard: Shard, verify: Callable[[Path], object] | None = None) -> int:
-        """Open the plain tar of a shard, fetched or unpacked first if needed; close it with `release`.
+    def open(self, shard: Shard) -> int:
+        """Open a shard, fetched first if needed, and return its descriptor; close it with `release`.
 
         Any number of processes may open the same shard: one fetches it, the others wait. An open shard is not evicted.
-
-        Args:
-            shard: Remote, or a local path.
-            verify: Called with a newly fetched file; a DataError counts as a failed transfer.
-
-        Returns:
-            The file descriptor.
 
         Raises:
             LostShard: The shard is missing, or unavailable after all retries.
             DataError: The cache folder cannot be written.
             OSError: A local shard cannot be read.
         """
-        try:
-            target = self.path(shard)
-            if not is_cached(shard.url):
+        target = self.path(shard)
+        if not is_remote(shard.url):
+            try:
                 return os.open(target, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise LostShard(f"cannot read shard {shard.url}: {error}") from error
+            except FileNotFoundError as error:
+                raise LostShard(f"cannot read shard {shard.url}: {error}") from error
         with suppress(FileNotFoundError):
             return hold(target)
         try:
@@ -148,7 +133,7 @@ class ShardCache:
                     return hold(target)
                 self._raise_if_lost(target)
                 make_room(target.parent, self.max_bytes, shard.bytes or 0)
-                file = _fetch(shard, target, verify)
+                file = _fetch(shard, target)
                 make_room(target.parent, self.max_bytes)
                 return file
         except OSError as error:
@@ -158,21 +143,15 @@ class ShardCache:
             ) from error
 
     def fetch(self, shard: Shard) -> Path:
-        """Return the path of the plain tar of a shard, fetched if needed; arguments and errors as `open`."""
+        """Return the local path of a shard, fetched if needed; arguments and errors as `open`."""
         release(self.open(shard))
         return self.path(shard)
 
     def path(self, shard: Shard) -> Path:
-        """Return the path of the plain tar of a shard, whether or not it has been fetched."""
-        path = Path(shard.url)
-        if is_remote(shard.url):
-            identity: tuple[object, ...] = (shard.url, shard.sha256)
-        elif is_cached(shard.url):
-            stat = path.stat()
-            identity = (path.resolve(), stat.st_size, stat.st_mtime_ns)
-        else:
-            return path
-        return self.folder / "shards" / f"{short_hash(*identity)}.tar"
+        """Return the local path of a shard, whether or not it has been fetched."""
+        if not is_remote(shard.url):
+            return Path(shard.url)
+        return self.folder / "shards" / f"{short_hash(shard.url, shard.sha256)}.tar"
 
     def _raise_if_lost(self, target: Path) -> None:
         """Raise the LostShard that another process recorded since `opened_s`, if it is recent."""
@@ -181,18 +160,11 @@ class ShardCache:
             raise LostShard(record.read_text(encoding="utf-8"))
 
 
-def _fetch(shard: Shard, target: Path, verify: Callable[[Path], object] | None) -> int:
+def _fetch(shard: Shard, target: Path) -> int:
     """Fetch a shard to `target` and return its held descriptor; record a failure for waiting processes."""
     temporary, record = target.with_name(f"{target.name}.tmp"), _lost_record(target)
-
-    def attempt() -> None:
-        temporary.unlink(missing_ok=True)
-        _transfer(shard, temporary)
-        if verify is not None:
-            verify(temporary)
-
     try:
-        _with_retries(attempt, shard.url)
+        _with_retries(lambda: _transfer(shard, temporary), shard.url)
         sync_file(temporary)
         file = hold(temporary)
         temporary.replace(target)
@@ -211,29 +183,19 @@ def _lost_record(target: Path) -> Path:
 
 
 def _transfer(shard: Shard, path: Path) -> None:
-    """Copy a shard to `path`, verify its size and checksum, and unpack gzip."""
+    """Fetch a shard to `path` and verify its size and checksum."""
     if shard.url.startswith("pipe:"):
         with path.open("wb") as file:
             subprocess.run(shard.url.removeprefix("pipe:"), shell=True, stdout=file, check=True)
-    elif is_remote(shard.url):
+    else:
         fs, remote = filesystem(shard.url)
         fs.get_file(remote, str(path))
-    else:
-        shutil.copyfile(shard.url, path)
     if shard.sha256 is not None and (problem := file_problem(path, shard._asdict())):
         raise DataError(problem)
-    with path.open("rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-    if compressed:
-        packed = path.replace(path.with_name(f"{path.name}.gz"))
-        with gzip.open(packed) as source, path.open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-        packed.unlink()
 
 
 def _with_retries(action: Callable[[], T], url: str) -> T:
     """Return the result of `action`, repeated after temporary errors. Raises LostShard after the last attempt."""
-    attempts = ATTEMPTS if is_remote(url) else 1
     for attempt in count(1):
         try:
             return action()
@@ -243,8 +205,8 @@ def _with_retries(action: Callable[[], T], url: str) -> T:
             if isinstance(error, OSError) and error.errno in _DISK_FULL:
                 raise
             reason = f"{type(error).__name__}: {error}"
-            if attempt >= attempts or _is_permanent(error):
-                raise LostShard(f"cannot fetch {url} (attempt {attempt} of {attempts}): {reason}") from error
+            if attempt >= ATTEMPTS or _is_permanent(error):
+                raise LostShard(f"cannot fetch {url} (attempt {attempt} of {ATTEMPTS}): {reason}") from error
             pause_s = BACKOFF_S * 2 ** (attempt - 1)
             log.warning("fetching %s failed (%s); retrying in %.0f s", url, reason, pause_s)
             time.sleep(pause_s)
@@ -255,3 +217,60 @@ def _is_permanent(error: Exception) -> bool:
     """Return whether another attempt cannot succeed."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     return isinstance(error, FileNotFoundError | PermissionError) or status in _PERMANENT_STATUS
+
+
+def hold(path: Path) -> int:
+    """Open a cached file for reading, mark it as used now, and protect it from eviction until `release`."""
+    file = os.open(path, os.O_RDONLY)
+    fcntl.flock(file, fcntl.LOCK_SH)
+    with suppress(PermissionError):  # another user's cache
+        os.utime(file)
+    return file
+
+
+def release(file: int) -> None:
+    """End `hold`, also for processes forked since."""
+    with suppress(OSError):  # a file system without locks, where only uncached shards can lie
+        fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)
+
+
+def make_room(folder: Path, max_bytes: int | None, incoming: int = 0) -> None:
+    """Remove leftovers of killed transfers, then evict files until `incoming` more bytes fit in `max_bytes`.
+
+    FILE.tmp is a transfer by the process that holds FILE.lock. Processes may call this concurrently. Transfers in
+    progress may exceed the limit temporarily.
+    """
+    with FileLock(f"{folder}.lock"):
+        for path in folder.glob("*.tmp*"):
+            with suppress(Timeout), FileLock(path.with_name(f"{path.name.split('.tmp')[0]}.lock"), timeout=0):
+                path.unlink(missing_ok=True)
+        if max_bytes is None:
+            return
+        files = sorted(_cached(folder))
+        excess = sum(size for _, size, _ in files) + incoming - max_bytes
+        for _, size, path in files:
+            if excess > 0 and ".tmp" not in path.name and _evict(path):
+                excess -= size
+        if excess > 0:
+            log.warning("%s exceeds data.cache_gib by %.3g GiB: its shards are in use", folder, excess / 2**30)
+
+
+def _cached(folder: Path) -> Iterator[tuple[int, int, Path]]:
+    """Yield time of last use, size and path of each file."""
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # a transfer just finished
+            if path.suffix not in (".lock", ".lost"):
+                stat = path.stat()
+                yield stat.st_mtime_ns, stat.st_size, path
+
+
+def _evict(path: Path) -> bool:
+    """Remove a file unless it is in use; return whether it is gone."""
+    try:
+        with path.open("rb+") as file:  # network file systems grant exclusive locks to writers only
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except OSError:  # in use, or another user's
+        return not path.exists()
+    return True

@@ -20,16 +20,8 @@ from moa_vision.index import load_manifest, manifest_shard
 from moa_vision.table import SampleTable, index_tar
 
 
-def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | None = None) -> Plan:
-    """Plan the check of a data set; its manifest and index are checked at once.
-
-    Args:
-        manifest_url: URL or path of the manifest.
-        decode: Also decode every image.
-        cache_dir: Folder of one remote shard per process while it is checked; None:
-            `moa_vision.cache.default_cache_dir`.
-    """
-    cache_dir = cache_dir or cache.default_cache_dir()
+def plan_check(manifest_url: str, *, decode: bool, cache_dir: Path) -> Plan:
+    """Plan the check of a data set; its manifest and index are checked at once. For the arguments see `ShardCheck`."""
     base = manifest_url.rpartition("/")[0] or "."
     try:
         manifest = load_manifest(manifest_url)
@@ -42,10 +34,10 @@ def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | Non
         with _fetched(index, cache_dir) as path:
             problems += _file_problems(index, path)
             table = SampleTable.from_bytes(path.read_bytes())
+            if len(table) != manifest["samples"]:
+                raise DataError(f"has {len(table)} samples, the manifest lists {manifest['samples']}")
     except (OSError, DataError) as error:
         problems.append(Problem(index.url, "", str(error)))
-    if table is not None and len(table) != manifest["samples"]:
-        problems.append(Problem(index.url, "", f"has {len(table)} samples, the manifest lists {manifest['samples']}"))
         table = None
     checks = []
     first = 0
@@ -58,24 +50,8 @@ def plan_check(manifest_url: str, *, decode: bool = False, cache_dir: Path | Non
     return Plan(base, "images", manifest["bytes"], problems, checks)
 
 
-def plan_tars(
-    name: str,
-    urls: Sequence[str],
-    *,
-    decode: bool = False,
-    cache_dir: Path | None = None,
-    image_key: str | None = None,
-) -> Plan:
-    """Plan the check of tars without a manifest: headers, members, labels and images.
-
-    Args:
-        name: Name of the set.
-        urls: URLs or paths of the tars.
-        decode: Also decode every image.
-        cache_dir: See `plan_check`.
-        image_key: See `moa_vision.table.image_member`.
-    """
-    cache_dir = cache_dir or cache.default_cache_dir()
+def plan_tars(name: str, urls: Sequence[str], *, decode: bool, cache_dir: Path, image_key: str | None) -> Plan:
+    """Plan the check of tars without a manifest: headers, members, labels and images; see `ShardCheck`."""
     size = sum(Path(url).stat().st_size for url in urls if not cache.is_remote(url))
     checks = [ShardCheck(Shard(url), cache_dir, decode, image_key=image_key) for url in urls]
     note = f"no {MANIFEST}: sizes, checksums and missing shards cannot be checked"
@@ -84,16 +60,10 @@ def plan_tars(
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """The check of one shard: its bytes, its members against the index, and its images.
+    """The check of one shard: its bytes, its members against the index, and its images if `decode` is set.
 
-    Args:
-        shard: The tar.
-        cache_dir: A remote or compressed shard is kept in a temporary folder there.
-        decode: Decode the images.
-        samples: Number of samples in the manifest; None: there is no manifest.
-        listed: Rows of the index, see `SampleTable.rows`; None: there is no usable index.
-        num_labels: Number of label names; 0: unknown.
-        image_key: See `moa_vision.table.image_member`.
+    A remote shard is kept in a temporary folder in `cache_dir` meanwhile. `samples`, `listed` (`SampleTable.rows`) and
+    `num_labels` come from the manifest and its index, if there are any; `image_key` is for tars without a manifest.
     """
 
     shard: Shard
@@ -151,7 +121,7 @@ class ShardCheck:
 @contextmanager
 def _fetched(shard: Shard, cache_dir: Path) -> Iterator[Path]:
     """Yield the path of the plain file; a remote one is fetched and deleted afterwards."""
-    if not cache.is_cached(shard.url):
+    if not cache.is_remote(shard.url):
         yield Path(shard.url)
         return
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -161,7 +131,7 @@ def _fetched(shard: Shard, cache_dir: Path) -> Iterator[Path]:
 
 def _file_problems(shard: Shard, path: Path) -> list[Problem]:
     """Return how a file differs from its manifest entry; a fetched one was verified by the cache."""
-    if shard.sha256 is None or cache.is_cached(shard.url):
+    if shard.sha256 is None or cache.is_remote(shard.url):
         return []
     problem = file_problem(path, shard._asdict())
     return [Problem(shard.url, "", problem)] if problem else []

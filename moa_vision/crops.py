@@ -18,14 +18,10 @@ CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2
 def random_box(
     draws: np.ndarray, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:
-    """Return the box of torchvision's `RandomResizedCrop.get_params` for given random numbers.
+    """Return the box of torchvision's `RandomResizedCrop.get_params` for numbers `draws`, (CROP_DRAWS,) in [0, 1).
 
-    Args:
-        draws: (CROP_DRAWS,) uniform in [0, 1).
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-        scale: Smallest and largest area of the box as a fraction of the image.
-        ratio: Smallest and largest width / height, sampled uniformly in its logarithm.
+    `scale` is the smallest and largest area of the box as a fraction of the image, `ratio` the smallest and largest
+    width / height, sampled uniformly in its logarithm.
     """
     area, (low, high) = height * width, np.log(ratio)
     for u_area, u_ratio in draws[: 2 * _CROP_ATTEMPTS].reshape(-1, 2).tolist():
@@ -54,17 +50,11 @@ def central_box(height: int, width: int, size: tuple[int, int], crop_pct: float)
 
 
 def crop_into(out: Tensor, image: Tensor, box: Box, flip: bool = False) -> None:
-    """Crop `image` to `box`, resize it to `out` by antialiased bicubic interpolation, and mirror it if `flip`.
+    """Crop `image` (H, W, C) to `box` and resize it into `out` (h, w, C) by antialiased bicubic interpolation.
 
     The batch axis is added to (H, W, C) before the permutation, so that torch sees channels-last strides and does not
     copy the pixels; `[None]` on a (3, H, W) view takes 60 % longer for the same bits. Torch's fast kernels take up to
     four channels, so more are resized in groups of four.
-
-    Args:
-        out: (h, w, C), written.
-        image: (H, W, C), contiguous, of the same dtype.
-        box: Top, left, height, width.
-        flip: Mirror left to right.
     """
     top, left, height, width = box
     crop = image[top : top + height, left : left + width]

@@ -1,7 +1,7 @@
 """Batches of images (B, C, H, W) and mask noise, in an order that is a function of (seed, epoch, position).
 
 Position p of epoch e has the same pixels and noise for any number of workers and ranks and any first step; see
-`moa_vision.epoch_order` and `moa_train.data_order`.
+`EpochOrder` and `moa_train.data_order`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from moa_train.data_order import SAMPLE, StepBatches, batch_loader, generator, philox_key
+from moa_train.data_order import ORDER, SAMPLE, StepBatches, batch_loader, generator, philox_key
 from moa_train.errors import ConfigError, DataError, require
-from moa_vision.cache import LostShard, is_cached
+from moa_vision.cache import LostShard
 from moa_vision.crops import CROP_DRAWS, Box, central_box, crop_into, random_box
-from moa_vision.epoch_order import EpochOrder
 from moa_vision.images import ImageError, decode_image
 from moa_vision.index import ShardIndex, ShardReader
 from moa_vision.table import BadSample
@@ -49,8 +48,8 @@ class DataConfig:
             ImageNet's; models with other than three channels get its average, as in timm.
         std: Standard deviation of the normalization, in the same form.
         workers: Decoding processes per device; 0: decode in the training process.
-        cache_dir: Folder of indices and of remote or compressed shards; default ~/.cache/moa_vision.
-        cache_gib: Limit of the remote or compressed shards kept there, in GiB; the least recently used are evicted.
+        cache_dir: Folder of indices and of remote shards; default ~/.cache/moa_vision.
+        cache_gib: Limit of the remote shards kept there, in GiB; the least recently used are evicted.
             Shards in transfer may exceed it temporarily. Null: no limit.
         max_bad_samples: Number of distinct unusable samples, over all sessions of the run, after which it stops; an
             unavailable shard with more samples stops it too.
@@ -74,12 +73,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name, least in (
-            ("shuffle_window_shards", 1),
-            ("repeated_augmentation", 1),
-            ("workers", 0),
-            ("max_bad_samples", 0),
-        ):
+        lowest = {"shuffle_window_shards": 1, "repeated_augmentation": 1, "workers": 0, "max_bad_samples": 0}
+        for name, least in lowest.items():
             require(f"data.{name}", getattr(self, name), getattr(self, name) >= least, f"{least} or above")
         (small, large), (narrow, wide) = self.crop_scale, self.crop_ratio
         require("data.crop_scale", self.crop_scale, 0 < small <= large <= 1, "two fractions, the smaller one first")
@@ -102,11 +97,8 @@ class DataConfig:
             values = getattr(self, name)
             if values == default and channels != 3:
                 values = (sum(default) / 3,)
-            if len(values) not in (1, channels):
-                raise ConfigError(
-                    f"data.{name} has {len(values)} values, but the model has {channels} channels "
-                    f"(model.encoder_args.in_chans); give {channels} values, or one for all channels"
-                )
+            wanted = f"{channels} values, one for each channel (model.encoder_args.in_chans), or one for all"
+            require(f"data.{name}", values, len(values) in (1, channels), wanted)
             fitted[name] = values if len(values) == channels else values * channels
         return replace(self, **fitted)
 
@@ -131,11 +123,56 @@ class ImageBatch(NamedTuple):
 
 
 class BatchSpec(NamedTuple):
-    """Shape of a batch: height and width of the crops, patches of the noise, channels."""
+    """Shape of a batch: height and width of the crops in pixels, length L of the noise, channels C."""
 
     image_size: tuple[int, int]
-    num_patches: int
-    channels: int
+    noise_length: int
+    channels: int = 3
+
+
+class EpochOrder:
+    """The order of samples as a function of (seed, epoch, position).
+
+    Shards are shuffled, then the samples within windows of `shuffle_window_shards` shards. With R = `repeats`, R epochs
+    share one such order of N samples: epoch e covers part e % R of it, N // R images, each at R consecutive positions.
+
+    Args:
+        starts: (S + 1,) first sample of each shard, and N.
+        seed: Seed of the run, 0 or above.
+        shuffle_window_shards: Shards of a window.
+        repeats: R.
+    """
+
+    def __init__(self, starts: np.ndarray, seed: int, shuffle_window_shards: int, repeats: int = 1) -> None:
+        self.starts = starts
+        self.key = philox_key(seed, ORDER)
+        self.shuffle_window_shards = shuffle_window_shards
+        self.repeats = repeats
+        self.slots = int(starts[-1]) // repeats
+        self._cached: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        """Return the number of positions of an epoch."""
+        return self.slots * self.repeats
+
+    def sample(self, epoch: int, slot: int) -> int:
+        """Return the sample of the epoch's image number `slot` (position // repeats), taken modulo their number."""
+        shared, part = divmod(epoch, self.repeats)
+        if self._cached[0] != shared:
+            self._cached = (shared, self._permutation(shared))
+        return int(self._cached[1][part * self.slots + slot % self.slots])
+
+    def _permutation(self, shared: int) -> np.ndarray:
+        """Return the (N,) int64 order that `repeats` epochs share."""
+        stream = generator(self.key, shared, 0)
+        shards = stream.permutation(len(self.starts) - 1)
+        windows = []
+        for first in range(0, len(shards), self.shuffle_window_shards):
+            members = shards[first : first + self.shuffle_window_shards]
+            window = np.concatenate([np.arange(int(self.starts[s]), int(self.starts[s + 1])) for s in members])
+            stream.shuffle(window)
+            windows.append(window)
+        return np.concatenate(windows)
 
 
 class _Samples(Dataset[ImageBatch]):
@@ -218,7 +255,7 @@ class _BatchBuilder:
     def __init__(self, index: ShardIndex, size: int, spec: BatchSpec) -> None:
         self.index = index
         self.images = torch.empty(size, *spec.image_size, spec.channels, dtype=torch.uint8)
-        self.noise = torch.empty(size, spec.num_patches)
+        self.noise = torch.empty(size, spec.noise_length)
         self.samples: list[int] = []
         self.bad: list[BadSample] = []
 
@@ -253,10 +290,8 @@ def _to_unit(pixels: Tensor) -> Tensor:
 def train_loader(
     index: ShardIndex,
     config: DataConfig,
+    spec: BatchSpec,
     *,
-    image_size: tuple[int, int],
-    channels: int = 3,
-    num_patches: int,
     seed: int,
     global_batch: int,
     micro_batch: int,
@@ -271,23 +306,17 @@ def train_loader(
     step is a seek. Iterate once.
 
     Args:
-        index: The training samples.
-        config: Crops, repeats, window, workers.
-        image_size: Height and width of the crops in pixels.
-        channels: C.
-        num_patches: L, the length of the noise.
+        index, config, spec: The training samples and their batches.
         seed: Seed of order, crops, flips and noise; 0 or above.
         global_batch: Images of a step over all ranks and micro-batches.
         micro_batch: Images of one forward pass on one rank.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-        start_step: First step, counted from 0 over all epochs.
-        num_steps: Step to stop before.
+        rank, world_size: This process and the number of ranks.
+        start_step, num_steps: Steps, counted from 0 over all epochs.
 
     Raises:
         ValueError: The batch does not split into micro-batches, or an epoch is shorter than a batch.
     """
-    dataset = TrainSamples(index, config, BatchSpec(image_size, num_patches, channels), seed)
+    dataset = TrainSamples(index, config, spec, seed)
     if len(dataset.order) < global_batch:
         raise ConfigError(
             f"data.train has {len(dataset.order)} images per epoch with data.repeated_augmentation = "
@@ -301,10 +330,8 @@ def train_loader(
 def val_loader(
     index: ShardIndex,
     config: DataConfig,
+    spec: BatchSpec,
     *,
-    image_size: tuple[int, int],
-    channels: int = 3,
-    num_patches: int,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
@@ -313,46 +340,13 @@ def val_loader(
     """Return a loader of one rank's validation samples; over all ranks it yields every sample once.
 
     The last batch is smaller, bad samples make batches smaller, and ranks may differ by one sample: sum losses and
-    counts instead of averaging batch means. May be iterated repeatedly.
-
-    Args:
-        index: The validation samples.
-        config: Crop and workers.
-        image_size: Height and width of the crops in pixels.
-        channels: C.
-        num_patches: L, the length of the noise.
-        batch_size: Images of a batch on one rank.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-        limit: Use this many samples, evenly spread over the data set.
+    counts instead of averaging batch means. May be iterated repeatedly. `limit`: use this many samples, evenly
+    spread over the data set.
     """
     count = len(index) if limit is None else min(limit, len(index))
     samples = [number * len(index) // count for number in range(rank, count, world_size)]
     batches = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
-    dataset = ValSamples(index, config, BatchSpec(image_size, num_patches, channels), bounded_files=1)
-    return batch_loader(dataset, batches, config.workers)
-
-
-def require_cache_room(config: DataConfig, train: ShardIndex, val: ShardIndex | None = None) -> None:
-    """Raise ConfigError if `data.cache_gib` cannot hold the shards that are read at the same time.
-
-    These are two windows of training shards, because workers cross a window's end at different times, and two
-    validation shards.
-    """
-    if config.cache_gib is None:
-        return
-    needed = _largest(train, 2 * config.shuffle_window_shards) + (_largest(val, 2) if val else 0)
-    enough = config.cache_gib * 2**30 >= needed
-    require("data.cache_gib", config.cache_gib, enough, (
-        f"at least {needed / 2**30:.3g}, the size of two windows of data.shuffle_window_shards = "
-        f"{config.shuffle_window_shards} shards, or null for no limit"
-    ))  # fmt: skip
-
-
-def _largest(index: ShardIndex, count: int) -> int:
-    """Return the bytes of the `count` largest cached shards."""
-    sizes = [size for shard, size in zip(index.shards, index.shard_bytes(), strict=True) if is_cached(shard.url)]
-    return sum(sorted(sizes)[-count:])
+    return batch_loader(ValSamples(index, config, spec, bounded_files=1), batches, config.workers)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -46,11 +46,7 @@ class ShardSettings:
 
 
 def encode_image(image: bytes | Image.Image, settings: ShardSettings) -> tuple[str, bytes, dict[str, Any]]:
-    """Encode an image as a shard stores it.
-
-    Args:
-        image: Encoded as for `moa_vision.images.decode_image`, or decoded.
-        settings: See `ShardSettings`.
+    """Encode an image (encoded, or decoded by PIL) as a shard stores it.
 
     Returns:
         "jpg" or "npy", the file, and {"width", "height", "original_width", "original_height"} in pixels.
@@ -82,19 +78,10 @@ def encode_array(array: np.ndarray, short_side: int | None) -> tuple[bytes, dict
 def encode_jpeg(
     image: bytes | Image.Image, short_side: int | None, quality: int, channels: int = 3
 ) -> tuple[bytes, dict[str, Any]]:
-    """Encode an image as an upright RGB or grey JPEG.
+    """Encode an image as an upright RGB or grey JPEG, reduced to `short_side` by antialiased bicubic interpolation.
 
-    Args:
-        image: Encoded in one of `moa_vision.images.FORMATS`, or decoded.
-        short_side: Larger images are resized to it in pixels by antialiased bicubic interpolation; None: keep sizes.
-        quality: Quality of the encoder, if the image is re-encoded.
-        channels: 3, or 1 for grey, if the image is re-encoded.
-
-    Returns:
-        The JPEG, and {"width", "height", "original_width", "original_height"} in pixels.
-
-    Raises:
-        ImageError: The image cannot be read or its pixels have no known range.
+    An upright JPEG that is small enough keeps its bytes. Results and errors as `encode_image`; also ImageError for
+    pixels of unknown range.
     """
     decoded = open_image(image) if isinstance(image, bytes) else image
     fits = _reduced_size(short_side, decoded.size) == decoded.size

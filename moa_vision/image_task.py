@@ -17,7 +17,7 @@ from moa_train.schedule import Budget, Plan
 from moa_train.signals import ignore_stop_signals
 from moa_train.task import DataParallelRank, Task
 from moa_vision.bad_samples import BadSamples
-from moa_vision.data import DataConfig, ImageBatch, normalize, require_cache_room, train_loader, val_loader
+from moa_vision.data import BatchSpec, DataConfig, ImageBatch, normalize, train_loader, val_loader
 from moa_vision.index import ShardIndex
 
 DATA_RESUME_MUTABLE_KEYS = {"data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples"}
@@ -43,14 +43,8 @@ class ImageTask(Task):
     Args:
         config: The run.
         data: Its data, with normalization for the model's channels.
-        train: Training samples.
-        val: Held-out samples.
-        image_size: Height and width of the crops, in pixels.
-        channels: C of the images.
-        noise_length: Random numbers per sample, `ImageBatch.noise`.
-
-    Raises:
-        ConfigError: `data.cache_gib` is too small for the shards.
+        train, val: Training and held-out samples.
+        spec: Shape of a batch.
     """
 
     model: nn.Module
@@ -66,14 +60,9 @@ class ImageTask(Task):
         data: DataConfig,
         train: ShardIndex,
         val: ShardIndex | None,
-        *,
-        image_size: tuple[int, int],
-        channels: int,
-        noise_length: int,
+        spec: BatchSpec,
     ) -> None:
-        require_cache_room(data, train, val)
-        self.config, self.data, self.train_index, self.val_index = config, data, train, val
-        self.image_size, self.channels, self.noise_length = image_size, channels, noise_length
+        self.config, self.data, self.train_index, self.val_index, self.spec = config, data, train, val, spec
         self.samples_per_epoch = len(train) // data.repeated_augmentation * data.repeated_augmentation
         held_out, limit = len(val) if val else 0, config.loop.val_samples
         self.val_samples = held_out if limit is None else min(held_out, limit)
@@ -86,8 +75,8 @@ class ImageTask(Task):
 
     def example_batch(self, count: int) -> ImageBatch:
         """Return a batch of black images, to measure memory and FLOPs."""
-        images = torch.zeros(count, self.channels, *self.image_size, dtype=torch.uint8)
-        noise = torch.linspace(0, 1, self.noise_length).expand(count, -1)
+        images = torch.zeros(count, self.spec.channels, *self.spec.image_size, dtype=torch.uint8)
+        noise = torch.linspace(0, 1, self.spec.noise_length).expand(count, -1)
         return ImageBatch(images, noise, [], torch.zeros(count, dtype=torch.int64), [])
 
     def train_batches(self, share: DataParallelRank, plan: Plan, start_step: int) -> Iterable[ImageBatch]:
@@ -95,9 +84,7 @@ class ImageTask(Task):
         loader = train_loader(
             self.train_index,
             self.data,
-            image_size=self.image_size,
-            channels=self.channels,
-            num_patches=self.noise_length,
+            self.spec,
             seed=self.config.seed,
             global_batch=plan.global_batch,
             micro_batch=plan.micro_batch,
@@ -126,9 +113,7 @@ class ImageTask(Task):
         loader = val_loader(
             self.val_index,
             data,
-            image_size=self.image_size,
-            channels=self.channels,
-            num_patches=self.noise_length,
+            self.spec,
             batch_size=share.micro_batch,
             rank=share.rank,
             world_size=share.world_size,

@@ -69,14 +69,10 @@ def is_upright(image: Image.Image) -> bool:
 
 
 def to_mode(image: Image.Image, channels: int = 3) -> Image.Image:
-    """Convert a PIL image to upright 8-bit grey or RGB.
+    """Convert a PIL image of any mode to upright 8-bit grey or RGB (`channels`: a key of `MODES`).
 
     The orientation is applied, 16-bit grey is scaled to 8 bits, transparency is blended over white, and other modes
     are converted.
-
-    Args:
-        image: An image of any mode.
-        channels: A key of `MODES`.
 
     Raises:
         ImageError: The pixels have no known range (floats, 32-bit integers beyond 16 bits).
@@ -96,11 +92,7 @@ def to_mode(image: Image.Image, channels: int = 3) -> Image.Image:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Return the PIL image of encoded `data`, fully read, so that a truncated file fails here.
-
-    Raises:
-        ImageError: PIL cannot read it.
-    """
+    """Return the PIL image of encoded `data`, fully read, so that a truncated file raises ImageError here."""
     image = open_header(data)
     with _image_errors():
         image.load()
@@ -108,11 +100,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def open_header(data: bytes) -> Image.Image:
-    """Return the PIL image of encoded `data` without reading its pixels.
-
-    Raises:
-        ImageError: PIL cannot read it, or it has more than `MAX_PIXELS`.
-    """
+    """Return the PIL image of encoded `data` without reading its pixels; raise ImageError if PIL cannot."""
     with _image_errors():
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:

@@ -9,24 +9,26 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from webdataset.shardlists import expand_urls
 
 from moa_train.errors import ConfigError, DataError
 from moa_train.manifest import MANIFEST, check_entry, parse_manifest
 from moa_train.open_files import OpenFiles
 from moa_train.progress import CountBar
 from moa_vision import cache
-from moa_vision.cache import LostShard, Shard, ShardCache
-from moa_vision.cache_eviction import release
+from moa_vision.cache import LostShard, Shard, ShardCache, release
 from moa_vision.images import ImageError
-from moa_vision.patterns import expand, short_names
 from moa_vision.table import IMAGE_EXTENSIONS, BadSample, SampleTable, index_tar
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ COUNTS = ("samples", "bytes")
 
 _OPEN_FILES = 64
 _THREADS = 8
+_ALLOWED = "give a folder, or tars by path, brace or glob"
+_SHARD_NAME = re.compile(r"\.tar\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,7 @@ class ShardIndex:
         starts: (S + 1,) int64; the samples of shard s are starts[s] .. starts[s + 1] - 1.
         table: Rows of all N samples in the order of the shards.
         label_names: Names of the labels 0, 1, ...; empty if unknown.
-        cache: Storage of remote and compressed shards.
+        cache: Storage of remote shards.
     """
 
     shards: tuple[Shard, ...]
@@ -77,7 +81,7 @@ class ShardIndex:
 
     @cached_property
     def shard_names(self) -> tuple[str, ...]:
-        """Short unique names of the shards; see `moa_vision.patterns.short_names`."""
+        """Short unique names of the shards; see `short_names`."""
         return short_names([shard.url for shard in self.shards])
 
     def name(self, sample: int) -> str:
@@ -87,15 +91,6 @@ class ShardIndex:
     def shard_of(self, sample: int) -> int:
         """Return the number of the shard that holds a sample."""
         return int(np.searchsorted(self.starts, sample, side="right")) - 1
-
-    def shard_bytes(self) -> list[int]:
-        """Return the size of each shard from its manifest, else the end of its last sample."""
-        return [shard.bytes or self.end_of(number) for number, shard in enumerate(self.shards)]
-
-    def end_of(self, number: int) -> int:
-        """Return the end of the last sample of shard `number`, in bytes of the plain tar."""
-        span = slice(self.starts[number], self.starts[number + 1])
-        return int((self.table.offsets[span] + self.table.sizes[span]).max(initial=0))
 
     def without_image(self) -> list[BadSample]:
         """Return the problems that are samples missing from the table."""
@@ -110,12 +105,9 @@ class ShardIndex:
 
 
 class ShardReader:
-    """A reader of encoded images; every process has its own open files.
+    """A reader of encoded images; every process has its own `open_files` open files.
 
-    Args:
-        index: The samples.
-        max_lost: Largest number of samples that a lost shard may have; None: any number.
-        open_files: Number of files kept open.
+    A lost shard may have `max_lost` samples, or any number (None).
     """
 
     def __init__(self, index: ShardIndex, max_lost: int | None = None, open_files: int = _OPEN_FILES) -> None:
@@ -134,30 +126,25 @@ class ShardReader:
         number = self.index.shard_of(sample)
         return self._files.read(number, lambda: self._open(number), lambda file: self._read(file, sample))
 
+    def _open(self, number: int) -> int:
+        shard = self.index.shards[number]
+        try:
+            return self.index.cache.open(shard)
+        except LostShard as error:
+            samples = int(self.index.starts[number + 1] - self.index.starts[number])
+            if self.max_lost is None or samples <= self.max_lost:
+                raise
+            raise DataError(
+                f"shard {shard.url} with {samples:,} samples is unavailable, more than data.max_bad_samples = "
+                f"{self.max_lost} allows: {error}. Restore it or raise the limit, then run the command again."
+            ) from error
+
     def _read(self, file: int, sample: int) -> np.ndarray:
         offset, size = int(self.index.table.offsets[sample]), int(self.index.table.sizes[sample])
         data = bytearray(size)  # writable, so that torch uses it without a copy
         if os.preadv(file, [data], offset) != size:
             raise ImageError("the shard ends before the sample does")
         return np.frombuffer(data, np.uint8)
-
-    def _open(self, number: int) -> int:
-        index, shard = self.index, self.index.shards[number]
-        try:
-            return index.cache.open(shard, verify=partial(_require_bytes, index.end_of(number)))
-        except LostShard as error:
-            samples = int(index.starts[number + 1] - index.starts[number])
-            if self.max_lost is not None and samples > self.max_lost:
-                raise DataError(
-                    f"shard {shard.url} with {samples:,} samples is unavailable, more than data.max_bad_samples = "
-                    f"{self.max_lost} allows: {error}. Restore it or raise the limit, then run the command again."
-                ) from error
-            raise
-
-
-def _require_bytes(wanted: int, path: Path) -> None:
-    if (size := path.stat().st_size) < wanted:
-        raise DataError(f"received {size} bytes, but its samples end at byte {wanted}")
 
 
 def open_index(
@@ -170,9 +157,8 @@ def open_index(
 
     Args:
         pattern: A folder (with a manifest or tars), a manifest, or tars named by path, brace, glob, http(s)://, hf://
-            or pipe:command; several joined by "::". A remote name without ".tar" is a folder with a manifest. Tars may
-            be compressed by gzip.
-        cache_dir: Folder for new indices and for remote and compressed shards; None: `default_cache_dir`.
+            or pipe:command; several joined by "::". A remote name without ".tar" is a folder with a manifest.
+        cache_dir: Folder for new indices and for remote shards; None: `default_cache_dir`.
         cache_gib: Limit of the shards kept there in GiB; the least recently used are evicted. None: no limit.
         image_key: Member that is the image, as in `moa_vision.table.image_member`; ignored for manifests.
 
@@ -219,14 +205,7 @@ def _open_part(url: str, shard_cache: ShardCache, image_key: str | None) -> Shar
 
 
 def load_manifest(url: str) -> dict[str, Any]:
-    """Read and validate a manifest of scripts/make_shards.py.
-
-    Args:
-        url: Path or URL of the manifest.
-
-    Raises:
-        DataError: It is missing or invalid; the message names the field.
-    """
+    """Read and validate a manifest of scripts/make_shards.py; raise DataError that names the invalid field."""
     try:
         content = cache.read_remote(url) if cache.is_remote(url) else Path(url).read_bytes()
         manifest = parse_manifest(content, FORMAT, COUNTS)
@@ -272,10 +251,7 @@ def _open_manifest(url: str, shard_cache: ShardCache) -> ShardIndex:
 
 
 def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -> SampleTable:
-    """Return the table of a shard from the cached index, or from its headers.
-
-    A cached index belongs to the path, size and modification time of a local shard, or to the URL of a remote one.
-    """
+    """Return the table of a shard from the index cached for its URL or path, size and time, or from its headers."""
     identity: tuple[object, ...] = (shard.url,)
     try:
         if not cache.is_remote(shard.url):
@@ -284,18 +260,76 @@ def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -
         cached = shard_cache.folder / "index" / f"{cache.short_hash(*identity, image_key)}.safetensors"
         with suppress(OSError, DataError):  # absent or damaged
             return SampleTable.from_bytes(cached.read_bytes())
-        file = shard_cache.open(shard, verify=partial(index_tar, shard=shard.url))
+        file = shard_cache.open(shard)
         try:
             table = index_tar(shard_cache.path(shard), shard.url, image_key)
+        except DataError:
+            if cache.is_remote(shard.url):  # the transfer may have been cut; the next run fetches it again
+                shard_cache.path(shard).unlink(missing_ok=True)
+            raise
         finally:
             release(file)
     except OSError as error:
         raise DataError(f"cannot read shard {shard.url}: {error}") from error
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_name(f"{cached.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(table.to_bytes())
-        temporary.replace(cached)
-    except OSError as error:
-        log.warning("the index of %s cannot be cached in %s: %s", shard.url, shard_cache.folder, error)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cached.with_name(f"{cached.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(table.to_bytes())
+    temporary.replace(cached)
     return table
+
+
+def expand(pattern: str) -> list[str]:
+    """Return the manifests and shards that a pattern names, in order; see `open_index`. Raises ConfigError if none."""
+    names: list[str] = []
+    for part in expand_urls(pattern):  # "::" and braces, as in webdataset
+        if part.startswith("pipe:"):
+            names.append(part)
+        elif part.startswith("file:") or not cache.is_remote(part):
+            local = _expand_local(re.sub(r"^file:(//)?", "", part))
+            names += [f"./{name}" if cache.is_remote(name) else name for name in local]  # a file named "pipe:..."
+        elif "*" in part and not part.startswith(("http://", "https://")):
+            fs, path = cache.filesystem(part)
+            scheme = part.split("://")[0]
+            names += [f"{scheme}://{found}" for found in sorted(fs.glob(path))]
+        elif _SHARD_NAME.search(part.rsplit("/", 1)[-1]) or part.endswith(MANIFEST):
+            names.append(part)
+        else:
+            names.append(f"{part.rstrip('/')}/{MANIFEST}")
+    if not names:
+        raise ConfigError(f"{pattern!r} matches no shard; {_ALLOWED}")
+    return names
+
+
+def short_names(urls: Sequence[str]) -> tuple[str, ...]:
+    """Return the file names of shards without ".tar", with as many parent folders as make them unique.
+
+    URLs that differ only elsewhere, such as in a query, stay whole.
+    """
+    plain = [url.split("?")[0] if cache.is_remote(url) else url for url in urls]
+    paths = [re.sub(r"\.tar\b[^/]*$", "", url, flags=re.IGNORECASE).split("/") for url in plain]
+    for depth in range(1, max(map(len, paths), default=0) + 1):
+        names = tuple("/".join(path[-depth:]) for path in paths)
+        if len(set(names)) == len(names):
+            return names
+    return tuple(urls)
+
+
+def _expand_local(part: str) -> list[str]:
+    path = Path(part).expanduser()
+    if path.is_dir():
+        return _expand_folder(path)
+    if not has_magic(str(path)) and not path.exists():
+        raise ConfigError(f"{part!r} does not exist; {_ALLOWED}")
+    return sorted(glob(str(path), recursive=True))  # noqa: PTH207  (Path.glob rejects absolute patterns)
+
+
+def _expand_folder(folder: Path) -> list[str]:
+    if (folder / MANIFEST).exists():
+        return [str(folder / MANIFEST)]
+    found = sorted(str(child) for child in folder.iterdir() if child.suffix == ".tar")
+    if not found:
+        raise ConfigError(
+            f"folder {str(folder)!r} has no {MANIFEST} and no .tar file; give a folder of shards, or pack images "
+            f"first: python scripts/make_shards.py --source {folder} --out FOLDER"
+        )
+    return found

@@ -30,8 +30,7 @@ from moa_ffn import FFN, VARIANTS
 from moa_train.errors import ConfigError
 from moa_vision import vit
 from moa_vision.decoder import DecoderBlock, sincos_positions
-from moa_vision.flops import flops_per_image
-from moa_vision.vit import FFN_ARGUMENTS, constant_coefficients, ffn_layer, ffn_settings
+from moa_vision.vit import FFN_ARGUMENTS, constant_coefficients, ffn_layer, ffn_settings, flops_per_image
 
 TARGET_EPS = 1e-6
 """Epsilon inside the square root of a patch's standard deviation, as in facebookresearch/mae."""

@@ -16,13 +16,12 @@ from moa_train.errors import DataError
 from moa_train.progress import count
 from moa_train.task import DataParallelRank
 from moa_train.trainer import check, run
-from moa_vision.data import DataConfig, ImageBatch
+from moa_vision.data import BatchSpec, DataConfig, ImageBatch
+from moa_vision.diagnostics import mixing_maps, save_mixing, save_reconstructions
 from moa_vision.export import export_encoder
 from moa_vision.image_task import DATA_RESUME_MUTABLE_KEYS, ImageRun, ImageTask
 from moa_vision.index import ShardIndex, open_index
 from moa_vision.mae import MAE, create_mae, forward_flops, parameter_counts
-from moa_vision.mixing import mixing_maps, save_mixing
-from moa_vision.reconstruct import save_reconstructions
 
 PHOTOGRAPHS = Path("data/photographs")
 """Shards of the laptop configs, made by `python -m moa_vision.photographs`."""
@@ -86,9 +85,7 @@ class MAETask(ImageTask):
             config.data.for_channels(self.mae.in_chans),
             _open_shards("train", config.data.train, config.data),
             _open_shards("val", config.data.val, config.data) if config.data.val else None,
-            image_size=self.mae.image_size,
-            channels=self.mae.in_chans,
-            noise_length=self.mae.num_patches,
+            BatchSpec(self.mae.image_size, self.mae.num_patches, self.mae.in_chans),
         )
         self.forward_flops_per_sample = forward_flops(self.mae)
 

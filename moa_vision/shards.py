@@ -12,13 +12,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from webdataset.writer import TarWriter
 
 from moa_train.atomic_io import sync_file, sync_folder, write_bytes, write_json
@@ -37,16 +36,7 @@ _PARTS = ".parts"  # work files of an unfinished run
 
 
 class Report(NamedTuple):
-    """Summary of a packed data set.
-
-    Attributes:
-        folder: The data set.
-        samples: Number of samples.
-        shards: Number of shards.
-        bytes: Size of the shards.
-        kept_shards: Number of shards kept from an earlier run.
-        skipped: {"source", "reason"} of each skipped image.
-    """
+    """Summary of a packed data set; `skipped` has {"source", "reason"} of each skipped image."""
 
     folder: Path
     samples: int
@@ -66,19 +56,14 @@ def make_shards(
     cache_dir: str | Path | None = None,
     image_key: str | None = None,
 ) -> list[Report]:
-    """Pack a source into `out`, or into `out`/train and `out`/val.
+    """Pack a source into `out`, or into `out`/train and `out`/val; return one report, or those of train and val.
 
     Args:
-        source: See `moa_vision.sources.open_source`.
+        source: See `moa_vision.sources.open_source`, also for `cache_dir` and `image_key`.
         out: Output folder, created if absent.
         settings: See `ShardSettings`.
         val_fraction: Fraction of the images, drawn by the seed, that goes into the validation set; 0: none.
         workers: Processes that decode and encode.
-        cache_dir: Cache of remote and compressed source tars.
-        image_key: Image member or column; see `moa_vision.sources.open_source`.
-
-    Returns:
-        One report, or those of train and val.
 
     Raises:
         ConfigError: A setting is out of range, or `out` holds something else.
@@ -109,14 +94,7 @@ class PackedShard(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """A writer of single shards, with the same result in any process.
-
-    Args:
-        source: The images.
-        folder: The data set.
-        settings: See `ShardSettings`.
-        finished: Entries of shards written by an earlier run, by name.
-    """
+    """A writer of single shards, with the same result in any process; `finished` are entries of an earlier run."""
 
     source: Source
     folder: Path
@@ -176,7 +154,10 @@ def _write_set(
     step = settings.samples_per_shard
     tasks = {f"shard-{n // step:06d}.tar": items[n : n + step] for n in range(0, len(items), step)}
     packed: list[PackedShard] = []
-    with _exclusive(folder), CountBar(total=len(items), title=str(folder), unit="img") as bar:
+    if not (folder / _PARTS).exists() and not (folder / MANIFEST).exists() and list(folder.glob("*.tar")):
+        raise ConfigError(f"{folder} has tars but no manifest; choose another folder")
+    (folder / _PARTS).mkdir(parents=True, exist_ok=True)
+    with CountBar(total=len(items), title=str(folder), unit="img") as bar:
         writer = ShardWriter(source, folder, settings, _finished_shards(folder, settings))
         for part, shard in zip(tasks.values(), _write_all(writer, tasks, workers), strict=True):
             packed.append(shard)
@@ -251,17 +232,3 @@ def _start_worker(writer: ShardWriter) -> None:
 def _write_in_worker(name: str, items: list[Item]) -> PackedShard:
     assert _writer is not None
     return _writer.write(name, items)
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Lock the folder for this run. Raises ConfigError if it holds other tars or another run writes to it."""
-    parts = folder / _PARTS
-    if not parts.exists() and not (folder / MANIFEST).exists() and list(folder.glob("*.tar")):
-        raise ConfigError(f"{folder} has tars but no manifest; choose another folder")
-    parts.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(parts / "lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise ConfigError(f"{folder} is being written by another run; wait for it, or choose another") from error

@@ -10,7 +10,6 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +21,10 @@ from moa_train.manifest import MANIFEST
 from moa_train.progress import CountBar
 from moa_vision.cache import Shard, ShardCache, default_cache_dir, short_hash
 from moa_vision.images import ImageError
-from moa_vision.index import load_manifest, manifest_shard
-from moa_vision.patterns import expand, short_names
+from moa_vision.index import expand, load_manifest, manifest_shard, short_names
 from moa_vision.table import IMAGE_EXTENSIONS, Member, image_member, scan_tar
 
 log = logging.getLogger(__name__)
-
-_ALLOWED = "allowed are a folder of images, tars by path, brace or glob, torchvision:NAME and hf:NAME"
 
 
 class Item(NamedTuple):
@@ -73,7 +69,7 @@ def open_source(text: str, cache_dir: str | Path | None = None, image_key: str |
     Args:
         text: A folder of images (its subfolders are the classes) | tars as in `moa_vision.index.open_index` |
             torchvision:NAME:root=DIR[:split=train][:ARGUMENT=VALUE...] | hf:NAME[:config=NAME][:split=train].
-        cache_dir: Cache of remote and compressed tars.
+        cache_dir: Cache of remote tars.
         image_key: Image member of a tar's samples, as in `moa_vision.table.image_member`, or column of a Hugging Face
             data set.
 
@@ -99,7 +95,8 @@ class FolderSource(Source):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        files = sorted(file.relative_to(folder) for file in _files_below(folder))
+        found = (Path(path, name) for path, _, names in os.walk(folder, followlinks=True) for name in names)
+        files = sorted(file.relative_to(folder) for file in found)
         images = [file for file in files if file.suffix.lower()[1:] in IMAGE_EXTENSIONS]
         if others := Counter(file.suffix or "no suffix" for file in files) - Counter(file.suffix for file in images):
             suffixes = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common())
@@ -128,7 +125,7 @@ class TarSource(Source):
     def __init__(self, pattern: str, cache_dir: Path, image_key: str | None = None) -> None:
         self.image_key = image_key
         shards: list[Shard] = []
-        for name in expand(pattern, _ALLOWED):
+        for name in expand(pattern):
             if name.endswith(MANIFEST):
                 manifest = load_manifest(name)
                 shards += [manifest_shard(name, entry) for entry in manifest["shards"]]
@@ -181,9 +178,7 @@ class TorchvisionSource(Source):
             arguments["train"] = split == "train"
         try:
             self.data: Any = kind(**arguments)
-        except ImportError as error:
-            raise ConfigError(f"source {text!r}: {error}; install it, for example pip install {error.name}") from error
-        except (TypeError, RuntimeError) as error:  # a wrong argument; the data are absent
+        except (TypeError, RuntimeError, ImportError) as error:  # wrong arguments; absent data or packages
             raise ConfigError(f"source {text!r}: {error}") from error
         self.label_names = tuple(map(str, getattr(self.data, "classes", ())))
         self.items = [Item(f"{i:08d}", f"{name}[{i}]", (i,)) for i in range(len(self.data))]
@@ -247,19 +242,6 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
         except Exception as error:  # yaml raises many types for tags
             raise ConfigError(f"source {text!r}: {key} is {value!r}, which is not valid YAML; quote it") from error
     return name, arguments
-
-
-def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Yield all files below `folder`; links are followed, except to a folder in `above`."""
-    real = folder.resolve()
-    if real in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _files_below(Path(entry.path), above | {real})
-            else:
-                yield Path(entry.path)
 
 
 def _unique_keys(names: list[str]) -> list[str]:

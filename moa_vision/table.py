@@ -120,15 +120,11 @@ class SampleTable:
 
 
 def scan_tar(path: Path, shard: str | None = None) -> tuple[dict[str, dict[str, Member]], list[BadSample]]:
-    """List the members of a plain tar by sample, from its headers.
+    """List the members of a plain tar by sample, from its headers; `shard` is its name in messages.
 
     Of several members with the same key and extension the first counts. A duplicate image is reported under its name
     and position, because it is a lost sample. A tar without an end marker may have been cut between two members and is
     reported under the key "(end)".
-
-    Args:
-        path: The tar.
-        shard: Its name in messages; None: the path.
 
     Returns:
         {key: {extension: (offset, size)}} in the order of the tar, and the problems found.
@@ -216,16 +212,7 @@ def _is_image(extension: str) -> bool:
 
 
 def index_tar(path: Path, shard: str | None = None, image_key: str | None = None) -> SampleTable:
-    """Return the table of a plain tar's samples.
-
-    Args:
-        path: The tar.
-        shard: Its name in messages; None: the path.
-        image_key: See `image_member`.
-
-    Raises:
-        DataError: See `scan_tar`.
-    """
+    """Return the table of a plain tar's samples; arguments and errors as `scan_tar` and `image_member`."""
     shard = shard or str(path)
     samples, problems = scan_tar(path, shard)
     rows = []

@@ -8,7 +8,7 @@ Each model is timm's own `VisionTransformer` with `moa_ffn.FFN` as its `mlp_laye
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.naflexvit import NaFlexVit, _create_naflexvit_from_classic  # private; present in timm 1.0.31
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from moa_ffn import FFN, VARIANTS, FFNSpec
 
@@ -127,6 +128,21 @@ def _load_filter(state_dict: dict[str, Tensor], model: VisionTransformer) -> dic
     state_dict = checkpoint_filter_fn(state_dict, model)
     ours, theirs = ("norm.", "fc_norm.") if isinstance(model.fc_norm, nn.Identity) else ("fc_norm.", "norm.")
     return {ours + k.removeprefix(theirs) if k.startswith(theirs) else k: v for k, v in state_dict.items()}
+
+
+def flops_per_image(model: nn.Module, image_shape: Sequence[int]) -> int:
+    """Count the FLOPs that one more image (C, H, W) adds to a forward pass: matrix products, a multiply-add is two.
+
+    Nothing is computed and no weight is copied.
+    """
+    weights = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+    def flops(images: int) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(model, weights, (torch.empty(images, *image_shape, device="meta"),))
+        return counter.get_total_flops()
+
+    return flops(2) - flops(1)
 
 
 def _create(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
 
 import torch
 
 from moa_ffn import FFN
 from moa_train.devices import trace_saved_bytes
+from moa_train.errors import ConfigError
 from moa_train.estimate import Workload, count_states
 from moa_train.plan import TRAINING_FLOPS_PER_FORWARD
 from moa_vision.cache import is_remote
@@ -27,16 +26,9 @@ resized, 414 only decoded (benchmarks/loader.py)."""
 
 
 def mae_workload(config: MAEConfig, *, images: int | None = None, decode_rate: float = 318.0) -> Workload:
-    """Return the requirements of a masked autoencoder's run.
+    """Return the requirements of a masked autoencoder's run on `images` training images.
 
-    Args:
-        config: The run.
-        images: Training images; None counts local shards, and assumes ImageNet-1k where there are none.
-        decode_rate: Images per second that one core prepares.
-
-    Raises:
-        ConfigError: The model is not possible.
-        DataError: Local shards cannot be read.
+    None counts local shards, and assumes ImageNet-1k where there are none. One core prepares `decode_rate` images/s.
     """
     images = images or count_images(config.data)
     assumed = [f"{decode_rate:g} images/s per core (--decode-rate)"]
@@ -75,16 +67,10 @@ def mae_workload(config: MAEConfig, *, images: int | None = None, decode_rate: f
 
 
 def count_images(data: DataConfig) -> int | None:
-    """Return the number of training images in local shards; None if the shards are remote or absent.
-
-    Raises:
-        DataError: Local shards cannot be read.
-    """
+    """Return the number of training images in local shards; None if the shards are remote or absent."""
     if any(is_remote(part) for part in data.train.split("::")):
         return None
-    first = data.train.split("::")[0]
-    literal = re.split(r"[*?\[{]", first)[0]
-    expected = first if literal == first else literal.rpartition("/")[0] or "."
-    if not Path(expected).expanduser().exists():
+    try:
+        return len(open_index(data.train, data.cache_dir, image_key=data.image_key))
+    except ConfigError:  # absent
         return None
-    return len(open_index(data.train, data.cache_dir, image_key=data.image_key))

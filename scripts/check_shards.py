@@ -9,7 +9,7 @@ Reads all bytes: sizes, SHA-256, tar members against the index, tokens and ends 
 --decode also the images. Prints one line for each problem; shards that no manifest lists are problems too. For tars
 without a manifest, it checks headers, members and labels, and with --decode the images.
 
-Exit codes: 0 no problem, 1 problems found, 2 wrong usage, 141 output pipe closed.
+Exit codes: 0 no problem, 1 problems found, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -36,20 +36,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "folders",
-        nargs="+",
-        metavar="DIR",
-        help="folders of data sets, http(s):// or hf:// folders of image shards, or tars by path, brace or glob",
-    )
-    parser.add_argument("--decode", action="store_true", help="also decode every image")
-    parser.add_argument("--image-key", metavar="NAME", help="image member of tars without a manifest, e.g. input.jpg")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="temporary place of remote shards (default: ~/.cache/moa_vision)"
-    )
+    add = parser.add_argument
+    add("folders", nargs="+", metavar="DIR", help="folder, or image tars by path, brace, glob, http(s):// or hf://")
+    add("--decode", action="store_true", help="also decode every image")
+    add("--image-key", metavar="NAME", help="image member of tars without a manifest, e.g. input.jpg")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
+    add("--cache-dir", metavar="DIR", help="temporary place of remote shards (default: ~/.cache/moa_vision)")
     args = parser.parse_args(arguments)
     if args.workers < 1:
         parser.error(f"--workers is {args.workers}; it must be 1 or above")
@@ -84,10 +76,12 @@ def plans_of(name: str, args: argparse.Namespace) -> list[Plan]:
         from moa_lm.check import plan_check as plan_tokens  # imported here: each half has heavy dependencies
 
         return [plan_tokens(folder)]
+    from moa_vision.cache import default_cache_dir
     from moa_vision.check import plan_check, plan_tars
     from moa_vision.index import expand
 
-    options = {"decode": args.decode, "cache_dir": args.cache_dir and args.cache_dir.expanduser()}
+    cache_dir = Path(args.cache_dir).expanduser() if args.cache_dir else default_cache_dir()
+    options = {"decode": args.decode, "cache_dir": cache_dir}
     names = expand(name)
     tars = [url for url in names if not url.endswith(MANIFEST)]
     plans = [plan_check(url, **options) for url in names if url.endswith(MANIFEST)]
@@ -144,10 +138,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # as with "| head"; what is left to flush goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141  # 128 + SIGPIPE
-    sys.exit(code)
+    sys.exit(main())

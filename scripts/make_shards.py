@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--image-key", metavar="NAME",
         help="image member of a tar's samples, e.g. input.jpg, or input.jpg;jpg in order of preference; image column "
         "of an hf: data set")  # fmt: skip
-    add("--cache-dir", metavar="DIR", help="cache of remote or compressed tars (default: ~/.cache/moa_vision)")
+    add("--cache-dir", metavar="DIR", help="cache of remote tars (default: ~/.cache/moa_vision)")
     return parser.parse_args(arguments)
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Set
 from typing import NamedTuple
 
+from moa_eval.harness.loading import ModelError
 from moa_eval.harness.prefix_tree import Request, truncated
 
 TRUNCATION = ("left", "skip", "error")
@@ -26,30 +27,28 @@ class Irregular(NamedTuple):
     doc_id: int
 
 
-def fit(request: Request, merged: bool, max_length: int, truncation: str) -> tuple[Request | None, list[str]]:
-    """Return the request to score (None: do not score it) and the kinds of irregularity.
+def fit(request: Request, merged: bool, max_length: int, truncation: str, item: str) -> tuple[Request | None, Set[str]]:
+    """Return the request to score (None: do not score it) and the kinds of irregularity; `item` is for messages.
 
-    Args:
-        request: Tokens of the whole request.
-        merged: Whether the continuation begins within the context's last token.
-        max_length: Number of tokens that the model reads.
-        truncation: "left" or "skip".
+    Raises:
+        ModelError: The request is longer than `max_length` and `truncation` is "error".
     """
-    continuation = request.continuation
-    kinds = ["merged"] if merged else []
+    context, continuation = request
+    kinds = {"merged"} if merged else set()
     if not continuation:
-        return None, ["empty"]
-    if fits(request, max_length):
+        return None, {"empty"}
+    if len(context) + len(continuation) <= max_length + 1:  # the model does not read the last token
         return request, kinds
     if truncation == "skip":
-        return None, ["skipped"]
-    kinds.append("context_truncated" if len(continuation) <= max_length else "continuation_truncated")
+        return None, {"skipped"}
+    if truncation == "error":
+        raise ModelError(
+            f"{item} has {len(context)} tokens of context and {len(continuation)} of continuation, more than "
+            f"max_length={max_length}: raise it if the model allows it, lower num_fewshot, or pass truncation=left or "
+            "truncation=skip"
+        )
+    kinds.add("context_truncated" if len(continuation) <= max_length else "continuation_truncated")
     return truncated(request, max_length), kinds
-
-
-def fits(request: Request, max_length: int) -> bool:
-    """Return whether the model can read a request; it does not read the last token."""
-    return len(request.context) + len(request.continuation) <= max_length + 1
 
 
 def counts(items: Set[Irregular]) -> dict[str, dict[str, int]]:

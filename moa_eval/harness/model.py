@@ -23,7 +23,7 @@ from lm_eval.models import huggingface
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from moa_eval.harness.irregular import TRUNCATION, Irregular, counts, fit, fits, warnings
+from moa_eval.harness.irregular import TRUNCATION, Irregular, counts, fit, warnings
 from moa_eval.harness.loading import ModelError, check_checkpoint, check_finite, logger, one_line
 from moa_eval.harness.prefix_tree import Request
 from moa_eval.harness.scoring import PrefixTreeScorer
@@ -140,13 +140,8 @@ class MoALM(HFLM):
         fitted, found = [], set()
         for instance, (request, merged) in zip(requests, encoded, strict=True):
             task, doc_id = instance.task_name or "(no task)", instance.doc_id or 0
-            if self._truncation == "error" and request.continuation and not fits(request, self.max_length):
-                raise ModelError(
-                    f"doc_id {doc_id} of {task} has {len(request.context)} tokens of context and "
-                    f"{len(request.continuation)} of continuation, more than max_length={self.max_length}: raise it if "
-                    "the model allows it, lower num_fewshot, or pass truncation=left or truncation=skip"
-                )
-            request, kinds = fit(request, merged, self.max_length, self._truncation)
+            item = f"doc_id {doc_id} of {task}"
+            request, kinds = fit(request, merged, self.max_length, self._truncation, item)
             fitted.append(request)
             found |= {Irregular(kind, task, doc_id) for kind in kinds}
         self._add_irregular(found)

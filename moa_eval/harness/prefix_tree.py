@@ -34,8 +34,8 @@ class Segment:
 
     Attributes:
         tokens, depth, end: (T,) token, position id, and end of the subtree of each position.
-        requests: Indices of the requests in this tree.
-        rows, targets: Per request, the positions whose logits it reads, and the tokens that it scores there.
+        requests, rows, targets: Indices of the requests, the positions whose logits each one reads, and the tokens
+            that it scores there.
         logit_rows: Number of distinct positions in `rows`.
     """
 

@@ -17,10 +17,8 @@ CALL = 2048
 class PairTokenizer:
     """Tokenizer of (context, continuation) pairs; every distinct string is tokenized once.
 
-    Args:
-        tokenizer: A tokenizer of transformers.
-        prefix_token_id: Token that stands for an empty context, None if there is none.
-        add_bos_token: HFLM's argument; None leaves it to the tokenizer.
+    `prefix_token_id` stands for an empty context, if there is such a token. `add_bos_token` is HFLM's argument; None
+    leaves it to the tokenizer.
     """
 
     def __init__(self, tokenizer: Any, prefix_token_id: int | None, add_bos_token: bool | None) -> None:

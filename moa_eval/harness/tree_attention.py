@@ -56,19 +56,13 @@ class Tensors(NamedTuple):
 class Packing:
     """Trees packed end to end into one row of tokens, and what attention needs to separate them.
 
-    Args:
-        segments: The trees.
-        device: Device of the model's inputs.
-
     Attributes:
-        tensors: The trees as tensors on `device`.
-        requests: Index of each request.
-        counts: Number of tokens that each request scores.
+        tensors: The trees as tensors on the device of the model's inputs.
+        requests, counts: Index of each request, and the number of tokens that it scores.
         shape: (G, L).
         depth: Number of tokens on the longest path.
         is_chain: Whether no tree has branches.
-        windows: Sliding windows that the model passed to attention.
-        calls: Number of calls of the attention function.
+        windows, calls: Sliding windows that the model passed to attention, and the number of its calls.
     """
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:

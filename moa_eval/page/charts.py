@@ -1,8 +1,7 @@
-"""Common look of all figures: Altair charts -> SVG and PNG files, and interactive Vega-Lite in the page."""
+"""Common look of all figures: Altair charts -> PNG files, and interactive Vega-Lite in the page."""
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -28,9 +27,6 @@ TOKENS = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
 """CSS variable of the page for each colour of a chart."""
 
 AnyChart = alt.Chart | alt.LayerChart | alt.FacetChart
-
-POINTER = "pointer"
-"""Prefix of the names of layers that react to the pointer; files omit them."""
 
 WIDTH, HEIGHT = 560, 260
 """Pixels of the plot in files; in the page, a chart is as wide as its container."""
@@ -63,41 +59,24 @@ _SHOWN = "indexof(hidden, datum.run) < 0 && indexof(hidden_groups, datum.group) 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn figure.
+    """A drawn figure; `name` is its file name without ending.
 
     Attributes:
-        name: File name without its ending.
-        title: Title and text alternative.
         spec: Vega-Lite with inline data and light colours. Its parameters "hidden" and "hidden_groups" list the runs
             and groups that are switched off; every datum of a run has the run's position as "run", or its group's as
             "group".
-        svg: Stand-alone SVG on a light background, with the runs that are shown at first.
-        png: The same as PNG.
+        png: PNG on a light background, with the runs that are shown at first.
     """
 
     name: str
     title: str
     spec: dict[str, Any]
-    svg: str
     png: bytes
 
 
 def draw(name: str, title: str, chart: AnyChart, *, hidden: Sequence[int] = (), height: int = HEIGHT) -> Chart:
-    """Draw a chart with the common look and the page's switches.
-
-    Args:
-        name: File name without its ending.
-        title: Title.
-        chart: One panel with inline data; layers whose name begins with `POINTER` appear in the page only.
-        hidden: Runs that are switched off at first.
-        height: Height of the plot in pixels.
-    """
-    spec: dict[str, Any] = {
-        **chart.to_dict(),
-        "title": title,
-        "width": "container",
-        "height": height,
-    }
+    """Draw one panel with the common look and the page's switches; `hidden` runs are switched off at first."""
+    spec: dict[str, Any] = {**chart.to_dict(), "title": title, "width": "container", "height": height}
     letters = max((len(label) for view in _views(spec) for label in _legend(view)), default=0)
     columns = {"expr": f"max(1, floor(width / {7 * letters + 36}))"}
     spec["config"] = _CONFIG | {"legend": _CONFIG["legend"] | {"columns": columns}}
@@ -109,8 +88,8 @@ def draw(name: str, title: str, chart: AnyChart, *, hidden: Sequence[int] = (), 
     for view in _views(spec):
         if "data" in view:
             view["transform"] = [{"filter": _SHOWN}, *view.get("transform", [])]
-    svg = _renumbered(vl_convert.vegalite_to_svg(_unpointed(spec) | {"width": WIDTH}))
-    return Chart(name, title, spec, svg, vl_convert.svg_to_png(svg, scale=_PNG_SCALE))
+    png = vl_convert.vegalite_to_png(spec | {"width": WIDTH}, scale=_PNG_SCALE)
+    return Chart(name, title, spec, png)
 
 
 def colours(labels: Sequence[str], first: int = 0) -> alt.Scale:
@@ -134,18 +113,12 @@ def live(chart: Chart) -> str:
     Colours are CSS variables, "<" is escaped, and the title is omitted, since the page shows it.
     """
     spec = {key: value for key, value in chart.spec.items() if key != "title"}
-    return _retint(json.dumps(spec, separators=(",", ":"), ensure_ascii=False)).replace("<", "\\u003c")
+    text = json.dumps(spec, separators=(",", ":"), ensure_ascii=False)
+    for light, token in TOKENS.items():
+        text = text.replace(f'"{light}"', f'"var(--{token})"')
+    return text.replace("<", "\\u003c")
 
 
-def still(chart: Chart, prefix: str) -> str:
-    """Return the chart's SVG for the page, with CSS variables as colours and `prefix` before all ids."""
-    svg = re.sub(r'\bid="', f'id="{prefix}', chart.svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}", svg)
-    svg = re.sub(r'\bxlink:href="#', f'href="#{prefix}', svg)
-    return _retint(svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(chart.title)}" ', 1))
-
-
-@functools.cache
 def javascript() -> str:
     """Return Vega, Vega-Lite and vega-embed as one script (0.9 MB), safe inside a script element."""
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
@@ -160,28 +133,3 @@ def _views(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _legend(view: dict[str, Any]) -> list[str]:
     return view.get("encoding", {}).get("color", {}).get("scale", {}).get("domain", [])
-
-
-def _unpointed(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the chart without the layers of the pointer, which are thousands of invisible marks."""
-    if "layer" not in spec:
-        return spec
-    layers = [view for view in spec["layer"] if not view.get("name", "").startswith(POINTER)]
-    params = [param for param in spec["params"] if "views" not in param]
-    return spec | {"layer": layers, "params": params}
-
-
-def _renumbered(svg: str) -> str:
-    """Return the SVG with ids that do not depend on what was drawn before: vl-convert counts them per process."""
-    ids = {old: f"part{number}" for number, old in enumerate(re.findall(r'\bid="([^"]+)"', svg))}
-    return re.sub(r'(\bid="|url\(#|href="#)([^")]+)', lambda match: match[1] + ids.get(match[2], match[2]), svg)
-
-
-def _retint(text: str) -> str:
-    for light, token in TOKENS.items():
-        text = text.replace(f'"{light}"', f'"var(--{token})"')
-    return text
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

@@ -133,11 +133,6 @@ def spell(labels: Sequence[str], values: Sequence[str]) -> str:
     return ", ".join(f"{value} ({first_of(own)})" for value, own in owners.items())
 
 
-def enumerate_words(words: Sequence[str]) -> str:
-    """Join words for a sentence: "a", "a and b", "a, b and c"."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
 def first_of(words: Sequence[str], limit: int = 4) -> str:
     """Join the first words of a long list: "a, b, c, d and 3 more"."""
     more = len(words) - limit

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import hashlib
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -27,17 +24,12 @@ FILTERS = (
     formatting.accuracy, formatting.points, formatting.probability, formatting.first_of, formatting.show,
 )  # fmt: skip
 
-_MANIFEST = "files.json"  # files of the page and their SHA-256
-
 
 class Series(NamedTuple):
     """A run in the page's switches; its position is "run" in charts and data-run in the page.
 
-    Attributes:
-        label: Name on the page.
-        group: Heading above its switch; a group has a switch too.
-        colour: Position of its colour in `PALETTE`, modulo its length.
-        shown: False if it is switched off at first.
+    `group` is the heading above its switch, which has a switch too. `colour` is a position in `PALETTE`, modulo its
+    length. A run that is not `shown` is switched off at first.
     """
 
     label: str
@@ -117,33 +109,27 @@ def sentences(template: str, **content: Any) -> list[str]:
 
 
 def write_page(sections: Sequence[Section], out: str | Path, *, title: str, command: str) -> Path:
-    """Write index.html (self-contained), summary.md, figures/*.{svg,png}, tables/*.csv and files.json.
+    """Write index.html (self-contained), summary.md, figures/*.png and tables/*.csv; return the path of index.html.
 
     With several sections, files go to figures/SLUG and tables/SLUG, and ids on the page begin with "SLUG-".
 
     Args:
         sections: Sections in the order of the page, at least one, with unique slugs.
-        out: Output folder, created if missing. Files of an earlier page that this one lacks are removed, unless they
-            were changed. Other files stay.
+        out: Output folder, created if missing. Figures and tables of an earlier page in it are removed.
         title: Title of the page.
         command: Command that the page names as its source, such as "scripts/compare_runs.py".
-
-    Returns:
-        The path of index.html.
     """
     out = Path(out)
     places = [_place(section, alone=len(sections) == 1) for section in sections]
     files = {name: text.encode(errors="replace") for name, text in _pages(sections, places, title, command).items()}
     for section, place in zip(sections, places, strict=True):
         files |= _files(section, place)
-    earlier = _manifest(out)
+    if (out / "index.html").exists():  # files of an earlier page must not stay beside the new one
+        for file in (*out.glob("figures/**/*.png"), *out.glob("tables/**/*.csv")):
+            file.unlink()
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(content)
-    digests = {name: _digest(content) for name, content in files.items()}
-    (out / _MANIFEST).write_text(json.dumps(digests, indent=1) + "\n")
-    for name in earlier.keys() - files.keys():
-        _remove_unchanged(out, name, earlier[name])
     return out / "index.html"
 
 
@@ -158,7 +144,6 @@ def _files(section: Section, place: _Place) -> dict[str, bytes]:
         if rows
     }
     for name, chart in section.charts.items():
-        files[f"figures/{place.folder}{name}.svg"] = chart.svg.encode()
         files[f"figures/{place.folder}{name}.png"] = chart.png
     return files
 
@@ -175,8 +160,7 @@ def _pages(sections: Sequence[Section], places: Sequence[_Place], title: str, co
             parts.append(Markup(render(f"{section.template}.{ending}", content)))
         scripts = _scripts() if ending == "html" and any(section.charts for section in sections) else []
         entries = list(zip(shown, places, parts, strict=True))
-        hashes = [_csp_hash(script) for script in scripts]
-        pages[page] = render(f"page.{ending}", common | {"entries": entries, "scripts": scripts, "hashes": hashes})
+        pages[page] = render(f"page.{ending}", common | {"entries": entries, "scripts": scripts})
     return pages
 
 
@@ -194,38 +178,9 @@ def _environment() -> Environment:
         environment.filters[text.__name__] = text
     environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
     environment.filters["live"] = lambda chart: Markup(charts.live(chart))
-    environment.filters["still"] = lambda chart, prefix: Markup(charts.still(chart, prefix))
     environment.globals["palette"] = charts.PALETTE
     return environment
 
 
 def _scripts() -> list[Markup]:
     return [Markup(charts.javascript()), Markup(render("page.js", {}))]
-
-
-def _csp_hash(script: str) -> str:
-    """Return the Content Security Policy source that allows this script."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}'"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _manifest(out: Path) -> dict[str, str]:
-    """Return the files of the page that was written to a folder before; empty without a readable manifest."""
-    try:
-        listed = json.loads((out / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return listed if isinstance(listed, dict) else {}
-
-
-def _remove_unchanged(out: Path, name: str, digest: str) -> None:
-    """Remove a file below a folder if its digest is unchanged, and the parent folders that this leaves empty."""
-    path = out / name
-    if path.resolve().is_relative_to(out.resolve()) and path.is_file() and _digest(path.read_bytes()) == digest:
-        path.unlink()
-        for parent in path.relative_to(out).parents[:-1]:
-            if not any((out / parent).iterdir()):
-                (out / parent).rmdir()

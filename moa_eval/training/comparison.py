@@ -11,6 +11,7 @@ losses are measured on held-out data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,10 +29,7 @@ SHOWN_RUNS = 8
 class RunGroup:
     """Runs that differ in their seed only.
 
-    Attributes:
-        label: Name on the page, such as "qd-MoA, lr 1.2e-3".
-        runs: The runs by seed.
-        end: Images or tokens at the last validation of the method's furthest run.
+    `end` counts images or tokens at the last validation of the method's furthest run.
     """
 
     label: str
@@ -72,16 +70,12 @@ class Method:
     """Run groups that differ in their peak learning rate only.
 
     Attributes:
-        label: Name on the page, such as "qd-MoA" or "qd-MoA, dense-0.25b".
-        name: The label without the size.
+        label: Name on the page, such as "qd-MoA, dense-0.25b"; `name` is the label without the size.
         size: Name of the model size; empty if all methods have the same size.
         family: Key that is equal for one FFN at all sizes.
         groups: Run groups by rising learning rate.
-        best: The group with the lowest mean final loss among groups without a diverged run that have a run at the end
-            of the method's training; None without such a group. The only group of a method is its best as soon as
-            one of its runs is usable.
+        best: See `best_group`.
         baseline: The method that this one is compared with; None for a baseline.
-        index: Position on the page.
     """
 
     label: str
@@ -102,6 +96,11 @@ class Method:
     def is_tuned(self) -> bool:
         """Whether several learning rates were tried."""
         return len(self.groups) > 1
+
+    @property
+    def best_rate(self) -> float:
+        """The best learning rate; NaN without a best group."""
+        return self.best.learning_rate if self.best else math.nan
 
     @property
     def edge(self) -> str:
@@ -134,15 +133,9 @@ class Method:
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """A run group against one of its baseline, after the same number of images or tokens.
+    """A run group of a method against one of its baseline, after the same number of images or tokens.
 
-    Attributes:
-        method: The compared method.
-        group: Its run group.
-        baseline: The baseline's run group.
-        seen: Images or tokens at which the two are compared, None without a common validation.
-        losses: The group's loss by seed, without diverged runs.
-        baseline_losses: The baseline's loss by seed.
+    `seen` is that number, None without a common validation. Losses are by seed, without diverged runs.
     """
 
     method: Method
@@ -185,10 +178,9 @@ class Contrast:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Runs side by side.
+    """Methods side by side; the baseline comes first, each further baseline before its alternatives.
 
     Attributes:
-        methods: The methods; the baseline comes first, each further baseline before its alternatives.
         metric: Loss of the verdict, a column of validation rows: the baseline's training objective.
         incomparable: Reasons why the losses are not comparable, one line each.
     """
@@ -284,7 +276,11 @@ def contrast(method: Method, group: RunGroup, baseline: RunGroup, loss: str) -> 
 
 
 def best_group(groups: Sequence[RunGroup], loss: str) -> RunGroup | None:
-    """Return the group that represents a method, see `Method.best`."""
+    """Return the group that represents a method; None without one.
+
+    It has the lowest mean final loss among groups without a diverged run that have a run at the end of the method's
+    training. The only group of a method represents it as soon as one of its runs is usable.
+    """
     if len(groups) == 1:
         return groups[0] if any(run.is_usable for run in groups[0].runs) else None
     candidates = [group for group in groups if group.complete and not group.diverged]

@@ -79,15 +79,10 @@ def config_difference(configs: Sequence[Config]) -> dict[str, list[Any]]:
 
 
 def role(key: str, values: Sequence[Any]) -> str:
-    """Return what a difference in a key means.
+    """Return what a difference in a dotted key means, given its values in the compared configs.
 
-    Args:
-        key: A dotted key.
-        values: Its values in the compared configs.
-
-    Returns:
-        "identity", "FFN" (its width included), "peak rate", "size" (of the model around the FFN), "bookkeeping",
-        "must match" or "setting".
+    One of "identity", "FFN" (its width included), "peak rate", "size" (of the model around the FFN), "bookkeeping",
+    "must match" and "setting".
     """
     if key == "model.encoder":
         names = [split_encoder(str(value)) for value in values]

@@ -1,9 +1,9 @@
-"""Figures of a comparison: loss curves, learning rates, probing accuracy."""
+"""Figures of a comparison: loss curves, learning rates, mixing coefficients."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -11,30 +11,22 @@ import numpy as np
 
 from moa_eval.page import formatting
 from moa_eval.page.charts import Chart, colours, draw, shapes
-from moa_eval.training.comparison import Comparison, Method, RunGroup
+from moa_eval.training.comparison import Comparison, RunGroup
 from moa_eval.training.curves import CROSS, Axis, Line, Rows, Values, draw_curves, short, smooth
 from moa_eval.training.intervals import mean
-from moa_eval.training.layer_figures import coefficient_spread, coefficients_over_depth, expert_load, router_entropy
+from moa_eval.training.mixing import STATISTICS, Mixing
 from moa_eval.training.mixing_maps import shown_mixing, term_colours
-from moa_eval.training.probes import probe_names
 from moa_eval.training.runs import Columns, Run
-from moa_eval.training.scaling import Line as FittedLine
-from moa_eval.training.size_figures import against_parameters, against_size
 
-_OUTLIER = 6.0  # median distances above the best mean loss, beyond which a mean does not set the y axis
+_OUTLIER = 6.0  # median distances above the best mean loss, where the y axis of the learning rates ends
 
 
-def draw_all(comparison: Comparison, lines: Sequence[FittedLine]) -> dict[str, Chart]:
-    """Draw every figure that the runs have data for, by name.
-
-    Args:
-        comparison: The runs.
-        lines: Fitted lines of loss against size.
-    """
-    return {chart.name: chart for chart in _charts(comparison, lines) if chart is not None}
+def draw_all(comparison: Comparison) -> dict[str, Chart]:
+    """Draw every figure that the runs have data for, by name."""
+    return {chart.name: chart for chart in _charts(comparison) if chart is not None}
 
 
-def _charts(comparison: Comparison, lines: Sequence[FittedLine]) -> Iterator[Chart | None]:
+def _charts(comparison: Comparison) -> Iterator[Chart | None]:
     counter, unit = comparison.kind.counter, comparison.kind.unit
     seen = Axis(f"{unit}s seen", lambda run, rows: rows[counter])
     flops = Axis("training FLOPs", lambda run, rows: rows[counter] * run.flops_per_unit)
@@ -49,17 +41,9 @@ def _charts(comparison: Comparison, lines: Sequence[FittedLine]) -> Iterator[Cha
     yield _validation(comparison, "validation_loss_time", main, time)
     yield _training(comparison, "train_loss_time", time)
     yield _rates(comparison)
-    yield against_parameters(comparison)
-    yield against_size(comparison, lines)
-    yield _probes(comparison)
-    for method in comparison.methods:
-        if experts := method.shown_run.experts:
-            yield expert_load(method.shown_run, experts)
-            yield router_entropy(method.shown_run, experts)
     mixing = shown_mixing(comparison)
     for run, own in mixing:
-        yield coefficients_over_depth(run, own, term_colours(mixing))
-        yield coefficient_spread(run, own)
+        yield _coefficients(run, own, term_colours(mixing))
 
 
 def _time_axis(runs: Sequence[Run]) -> Axis:
@@ -78,10 +62,8 @@ def _validation(comparison: Comparison, name: str, loss: str, axis: Axis) -> Cha
 
 
 def _training(comparison: Comparison, name: str, axis: Axis) -> Chart | None:
-    lines = [
-        Line(run, axis.values(run, run.train), smooth(run.train["loss"]), run.train["loss"]) for run in comparison.runs
-    ]
-    return draw_curves(comparison, name, "Training loss", lines, axis)
+    lines = [Line(run, axis.values(run, run.train), smooth(run.train["loss"])) for run in comparison.runs]
+    return draw_curves(comparison, name, "Training loss, moving average", lines, axis)
 
 
 def _differences(comparison: Comparison, loss: str, axis: Axis) -> Chart | None:
@@ -120,41 +102,36 @@ def _rates(comparison: Comparison) -> Chart | None:
         .axis(values=rates, labelExpr=_rate_labels(rates), labelOverlap="greedy")
         .scale(type="log", nice=False, domain=[rates[0] / 1.2, rates[-1] * 1.2])
     )  # fmt: skip
-    place = {"x": x, "color": alt.Color("ffn:N").scale(colours(labels))}
-    inside = {"y": alt.value(alt.ExprRef("scale('y', datum.loss)"))}
+    y = (
+        alt.Y("loss:Q")
+        .title("final validation loss")
+        .scale(zero=False, clamp=True, domainMax=_upper_limit(runs, means))
+    )
+    place = {"x": x, "y": y, "color": alt.Color("ffn:N").scale(colours(labels))}
     tooltip = [
         alt.Tooltip("label:N").title("run group"),
         alt.Tooltip("seed:N"),
         alt.Tooltip("text:N").title("final loss"),
     ]
     points, lines = (alt.Chart(alt.InlineData(values=rows)) for rows in (runs, means))
-    shape = alt.Shape("ffn:N").scale(shapes(labels))
-    y = alt.Y("low:Q").title("final validation loss").scale(zero=False)
+    finite = points.transform_filter("!datum.diverged")
+    marked = place | {"shape": alt.Shape("ffn:N").scale(shapes(labels)), "tooltip": tooltip}
+    at_the_edge = place | {"y": alt.value(alt.ExprRef("6 + 12 * datum.group"))}  # a row per method
     layers = [
-        points.transform_filter("datum.inside").transform_aggregate(low="min(loss)", high="max(loss)")
-        .mark_rule(opacity=0).encode(y=y, y2=alt.Y2("high:Q")),
-        lines.mark_line(clip=True, strokeWidth=1.8).encode(**place, **inside),
-        points.transform_filter("datum.inside && !datum.early").mark_point(filled=True, size=36, opacity=0.6)
-        .encode(**place, **inside, shape=shape, tooltip=tooltip),
-        points.transform_filter("datum.inside && datum.early").mark_point(size=36, strokeWidth=1.5)
-        .encode(**place, **inside, shape=shape, tooltip=tooltip),
+        lines.mark_line(strokeWidth=1.8).encode(**place),
+        finite.transform_filter("!datum.early").mark_point(filled=True, size=36, opacity=0.6).encode(**marked),
+        finite.transform_filter("datum.early").mark_point(size=36, strokeWidth=1.5).encode(**marked),
         lines.transform_filter("datum.best").mark_point(size=170, strokeWidth=2)
-        .encode(**place, **inside, tooltip=[tooltip[0], alt.Tooltip("text:N").title("lowest mean")]),
-        # Runs above the frame and diverged runs appear at its upper edge, a row per method.
-        *(points.transform_filter(f"!datum.inside && datum.diverged == {diverged}")
-          .mark_point(size=55, strokeWidth=2, shape=mark)
-          .encode(**place, y=alt.value(alt.ExprRef("6 + 12 * datum.group")), tooltip=tooltip)
-          for diverged, mark in ((1, CROSS), (0, "triangle-up"))),
+        .encode(**place, tooltip=[tooltip[0], alt.Tooltip("text:N").title("lowest mean")]),
+        points.transform_filter("datum.diverged").mark_point(size=55, strokeWidth=2, shape=CROSS)
+        .encode(**at_the_edge, tooltip=tooltip),
     ]  # fmt: skip
     title = f"Final validation loss against the peak learning rate, {comparison.kind.losses[comparison.metric]}"
     return draw("loss_against_rate", title, alt.layer(*layers))
 
 
 def _rate_points(comparison: Comparison) -> tuple[Rows, Rows]:
-    """Return a row per run, and a row per group with complete runs.
-
-    "group" is the method, "inside" whether the frame shows a run, "early" whether it is unfinished.
-    """
+    """Return a row per run ("early" if it is unfinished), and a row per group with complete runs."""
     runs: Rows = []
     means: Rows = []
     for method in comparison.methods:
@@ -166,8 +143,7 @@ def _rate_points(comparison: Comparison) -> tuple[Rows, Rows]:
                 loss = group.mean_loss(comparison.metric)
                 best = group is method.best
                 means.append(row | {"loss": short(loss), "best": best, "text": formatting.loss(loss)})
-    limit = _highest_shown([row["loss"] for row in means])
-    return [row | {"inside": "loss" in row and row["loss"] <= limit} for row in runs], means
+    return runs, means
 
 
 def _rate_point(comparison: Comparison, group: RunGroup, run: Run) -> dict[str, Any]:
@@ -180,12 +156,12 @@ def _rate_point(comparison: Comparison, group: RunGroup, run: Run) -> dict[str, 
     return row | {"loss": short(loss), "text": f"{formatting.loss(loss)}{unfinished}"}
 
 
-def _highest_shown(means: Sequence[float]) -> float:
-    """Return the highest loss that sets the y axis, so that one bad rate does not flatten the others."""
-    if not means:
-        return np.inf
-    excess = float(np.median(np.array(means) - min(means)))
-    return min(means) + _OUTLIER * excess if excess > 0 else np.inf
+def _upper_limit(runs: Rows, means: Rows) -> float:
+    """Return the end of the y axis, so that one bad rate does not flatten the others."""
+    losses = np.array([row["loss"] for row in means])
+    excess = float(np.median(losses - losses.min()))
+    highest = max(row["loss"] for row in runs if "loss" in row)
+    return min(highest, float(losses.min()) + _OUTLIER * excess) if excess > 0 else highest
 
 
 def _rate_labels(rates: Sequence[float]) -> str:
@@ -194,44 +170,45 @@ def _rate_labels(rates: Sequence[float]) -> str:
     return f"{{{names}}}[toString(datum.value)] || datum.label"
 
 
-def _probes(comparison: Comparison) -> Chart | None:
-    """Draw accuracies minus the baseline's: a point per run, a bar at the mean of the runs shown."""
-    rows = [row for method in comparison.methods for row in _probe_points(method)]
-    if len({row["ffn"] for row in rows}) < 2:
-        return None
-    labels = [method.label for method in comparison.methods]
+def _coefficients(run: Run, mixing: Mixing, tints: Mapping[str, str]) -> Chart:
+    """Draw every coefficient by layer: its mean and the middle 90 % of the tokens; `tints` has a colour per term."""
+    rows = [
+        {"run": run.index, "layer": row["layer"], "term": row["coefficient"]}
+        | {key: short(row[key]) for key in STATISTICS}
+        for row in mixing.last
+    ]
+    terms = mixing.terms
     data = alt.Chart(alt.InlineData(values=rows))
+    scale = alt.Scale(domain=terms, range=[tints[term] for term in terms])
     place = {
-        "x": alt.X("probe:N").title(None).sort(probe_names(comparison)).axis(labelAngle=0),
-        "xOffset": alt.XOffset("ffn:N").scale(domain=labels),
-        "color": alt.Color("ffn:N").scale(colours(labels)),
-        "y": alt.Y("points:Q").title("difference to the baseline, points").scale(zero=True),
+        "x": _layer_axis([*dict.fromkeys(row["layer"] for row in mixing.last)]),
+        "xOffset": alt.XOffset("term:N").sort(terms).scale(paddingInner=0.4),
+        "color": alt.Color("term:N").sort(terms).scale(scale),
     }
     tooltip = [
-        alt.Tooltip("label:N").title("run"),
-        alt.Tooltip("probe:N"),
-        alt.Tooltip("accuracy:Q").title("accuracy, %").format(".2f"),
-        alt.Tooltip("points:Q").title("difference").format("+.2f"),
+        alt.Tooltip("layer:N"),
+        alt.Tooltip("term:N"),
+        alt.Tooltip("mean:Q").format(".3f"),
+        alt.Tooltip("low:Q").title("5th percentile").format(".3f"),
+        alt.Tooltip("high:Q").title("95th percentile").format(".3f"),
+        alt.Tooltip("std:Q").title("standard deviation").format(".3f"),
+        alt.Tooltip("share:Q").title("share of the sum").format(".1%"),
     ]
-    means = data.transform_aggregate(points="mean(points)", groupby=["ffn", "probe"])
-    shape = alt.Shape("ffn:N").scale(shapes(labels))
+    y = alt.Y("low:Q").title("coefficient").scale(zero=False)
+    bars = data.mark_rule(strokeWidth=2, opacity=0.45, strokeCap="round")
     layers = [
-        means.mark_tick(size=18, thickness=2).encode(**place),
-        data.mark_point(filled=True, size=40, opacity=0.7).encode(**place, shape=shape, tooltip=tooltip),
+        bars.encode(**place, y=y, y2=alt.Y2("high:Q"), tooltip=tooltip),
+        data.mark_point(filled=True, size=26, opacity=1).encode(**place, y=alt.Y("mean:Q"), tooltip=tooltip),
     ]
-    title = "Accuracy of the encoders, difference to the baseline"
-    return draw("probe", title, alt.layer(*layers), hidden=comparison.hidden)
+    title = f"{run.label}: coefficients over depth, with the middle 90 % of the tokens"
+    return draw(f"mixing_depth_{run.index}", title, alt.layer(*layers))
 
 
-def _probe_points(method: Method) -> Rows:
-    """Return a row per run and measurement, with the difference to the mean of the baseline's best group."""
-    rows: Rows = []
-    baseline = method.reference.best.runs if method.reference.best else ()
-    for run in method.runs:
-        for probe in run.probes:
-            accuracies = [own.accuracy for other in baseline for own in other.probes if own.name == probe.name]
-            if accuracies:
-                values = {"accuracy": 100 * probe.accuracy, "points": 100 * (probe.accuracy - mean(accuracies))}
-                row = {"run": run.index, "label": run.label, "ffn": method.label, "probe": probe.name}
-                rows.append(row | {key: short(value) for key, value in values.items()})
-    return rows
+def _layer_axis(names: Sequence[str]) -> alt.X:
+    parts = [*dict.fromkeys(name.split(".")[0] for name in names)]
+    shown = "slice(datum.label, indexof(datum.label, '.') + 1)"  # "0", or "0.shared" for experts of a layer
+    title = "layer"
+    if len(parts) > 1:
+        shown = f"slice(datum.label, 0, 1) + {shown}"
+        title = f"layer ({', '.join(f'{part[0]}: {part}' for part in parts)})"
+    return alt.X("layer:N").sort(list(names)).title(title).axis(labelAngle=0, labelExpr=shown, labelOverlap="greedy")

@@ -8,8 +8,8 @@ sum of these over all terms.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from moa_eval.page.formatting import first_of
-from moa_eval.training.files import NUMBER, bad_file, read_json
+from moa_eval.page.writing import Row
+from moa_eval.training.files import bad_file, fields, list_of, read_json
 
 STATIC = 0.01
 """Standard deviation below which a coefficient is a static blend; gates lie in (0, 1), with tanh in (-1, 1)."""
@@ -26,46 +27,28 @@ STATIC = 0.01
 STATISTICS = ("mean", "std", "low", "high", "share")
 
 _REMEDY = "delete the folder or leave this run out"
-_LAYER = {"layer": str, "coefficients": [str], "token_adaptive": bool, **{key: [NUMBER] for key in STATISTICS}}
-_PARTS = {"layers": [str], "coefficients": [str]}
+_LAYER = fields(
+    layer="string",
+    coefficients=list_of("string"),
+    token_adaptive="boolean",
+    **dict.fromkeys(STATISTICS, list_of("number")),
+)
+_STEP = fields(step="integer", layers=list_of(_LAYER))
+_PART = fields(layers=list_of("string"), coefficients=list_of("string"))
+_INDEX = fields(
+    keys=list_of("string"),
+    grid=list_of("integer") | {"minItems": 2, "maxItems": 2},
+    parts={"type": "object", "additionalProperties": _PART},
+)
 
 Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Coefficients of one layer over all tokens of the recorded images or texts, at one step.
-
-    Attributes:
-        name: Name such as "encoder.0".
-        terms: Names of the K terms, such as "g·id".
-        token_adaptive: False for learned constants (LA), which are equal for all tokens.
-        mean, std, low, high: Mean, standard deviation, 5th and 95th percentile of each coefficient, (K,).
-        share: Mean share of each term in the sum, (K,).
-    """
-
-    name: str
-    terms: tuple[str, ...]
-    token_adaptive: bool
-    mean: Values
-    std: Values
-    low: Values
-    high: Values
-    share: Values
-
-    @property
-    def part(self) -> str:
-        """The part of the model: "encoder", "decoder" or "model"."""
-        return self.name.split(".")[0]
-
-
-@dataclass(frozen=True)
 class Maps:
-    """Shares in one part of the model at the last recorded step, by image.
+    """Shares in one part of the model at the last recorded step, for its L layers and K terms.
 
-    Attributes:
-        layers, terms: Names of the L layers and K terms.
-        shares: (images, L, rows * columns, K); NaN for a token that was not computed.
+    `shares` is (images, L, rows * columns, K); NaN for a token that was not computed.
     """
 
     layers: tuple[str, ...]
@@ -78,26 +61,27 @@ class Mixing:
     """Recorded mixing of a run.
 
     Attributes:
-        steps: Layers by training step, in rising order.
-        keys: Keys of the mapped images; empty without maps.
-        grid: Rows and columns of patches.
+        rows: A row per recorded step, layer and coefficient, over all tokens of the recorded images or texts: mean,
+            standard deviation, 5th and 95th percentile ("low", "high"), and the mean share of the term in the sum.
+            Learned constants (LA), which are equal for all tokens, are not "token_adaptive".
+        keys, grid: Keys of the mapped images (empty without maps), and their rows and columns of patches.
         maps: Maps by part of the model.
     """
 
-    steps: dict[int, tuple[Layer, ...]]
+    rows: Sequence[Row]
     keys: tuple[str, ...] = ()
     grid: tuple[int, int] = (0, 0)
     maps: Mapping[str, Maps] | None = None
 
     @property
-    def last(self) -> tuple[Layer, ...]:
-        """The layers at the last recorded step."""
-        return self.steps[max(self.steps)]
+    def last(self) -> list[Row]:
+        """The rows of the last recorded step."""
+        return [row for row in self.rows if row["step"] == self.rows[-1]["step"]]
 
     @property
     def terms(self) -> list[str]:
-        """The terms of all layers at the last recorded step, in order of appearance."""
-        return [*dict.fromkeys(term for layer in self.last for term in layer.terms)]
+        """The terms of all layers at the last recorded step, such as "g·id", in order of appearance."""
+        return [*dict.fromkeys(row["coefficient"] for row in self.last)]
 
 
 def read_mixing(folder: Path) -> Mixing | None:
@@ -106,60 +90,55 @@ def read_mixing(folder: Path) -> Mixing | None:
     Raises:
         DataError: A file is unusable.
     """
-    steps = dict(sorted(map(_read_step, folder.glob("step_*.json")), key=lambda record: record[0]))
-    if not any(steps.values()):
+    rows = [row for path in folder.glob("step_*.json") for row in _read_step(path)]
+    if not rows:
         return None
+    mixing = Mixing(sorted(rows, key=lambda row: row["step"]))
     index = folder / "index.json"
     if not index.exists():
-        return Mixing(steps)
-    content = read_json(index, {"keys": [str], "grid": [int], "parts": dict}, _REMEDY)
+        return mixing
+    content = read_json(index, _INDEX, _REMEDY)
     keys, grid, parts = content["keys"], content["grid"], content["parts"]
-    if len(grid) != 2:
-        raise bad_file(index, f"grid is {grid}, expected rows and columns", _REMEDY)
-    read_json(index, {"parts": dict.fromkeys(parts, _PARTS)}, _REMEDY)
-    known = {term for layer in steps[max(steps)] for term in layer.terms}
-    if unknown := {term for part in parts.values() for term in part["coefficients"]} - known:
+    if unknown := {term for part in parts.values() for term in part["coefficients"]} - {*mixing.terms}:
         raise bad_file(index, f"names {min(unknown)!r}, which the last step does not have", _REMEDY)
     maps = _read_maps(folder / "maps.safetensors", parts, len(keys), grid[0] * grid[1])
-    return Mixing(steps, tuple(keys), (grid[0], grid[1]), maps)
+    return replace(mixing, keys=tuple(keys), grid=(grid[0], grid[1]), maps=maps)
 
 
 def sentences(label: str, mixing: Mixing) -> list[str]:
-    """Return one sentence per part of the model about a run's coefficients at its last recorded step."""
+    """Return one sentence per part of the model ("encoder" of "encoder.0") about the last recorded step of a run."""
+    parts: dict[str, dict[str, list[Row]]] = {}
+    for row in mixing.last:
+        parts.setdefault(row["layer"].split(".")[0], {}).setdefault(row["layer"], []).append(row)
     found = []
-    for part in dict.fromkeys(layer.part for layer in mixing.last):
-        layers = [layer for layer in mixing.last if layer.part == part]
-        counts = Counter(layer.terms[int(np.argmax(layer.share))] for layer in layers).most_common()
-        leaders = ", ".join(f"{term} in {count}" for term, count in counts)
-        found.append(f"{label}, {part}: {_variation(layers)} Largest share: {leaders} of {len(layers)} layers.")
+    for part, layers in parts.items():
+        counts = Counter(max(rows, key=lambda row: row["share"])["coefficient"] for rows in layers.values())
+        leaders = ", ".join(f"{term} in {count}" for term, count in counts.most_common())
+        variation = _variation([row for rows in layers.values() for row in rows])
+        found.append(f"{label}, {part}: {variation} Largest share: {leaders} of {len(layers)} layers.")
     return found
 
 
-def _variation(layers: Sequence[Layer]) -> str:
-    if not any(layer.token_adaptive for layer in layers):
+def _variation(rows: Sequence[Row]) -> str:
+    if not any(row["token_adaptive"] for row in rows):
         return "coefficients are learned constants."
-    total = sum(len(layer.terms) for layer in layers)
-    static = [
-        f"{layer.name} {term}" for layer in layers for term, std in zip(layer.terms, layer.std, strict=True)
-        if std < STATIC
-    ]  # fmt: skip
-    if static:
-        return f"{len(static)} of {total} coefficients static ({first_of(static)})."
-    spread = np.concatenate([layer.std for layer in layers])
-    return f"no static coefficient, standard deviations over tokens {spread.min():.2g} to {spread.max():.2g}."
+    if static := [f"{row['layer']} {row['coefficient']}" for row in rows if row["static"]]:
+        return f"{len(static)} of {len(rows)} coefficients static ({first_of(static)})."
+    spread = [row["std"] for row in rows]
+    return f"no static coefficient, standard deviations over tokens {min(spread):.2g} to {max(spread):.2g}."
 
 
-def _read_step(path: Path) -> tuple[int, tuple[Layer, ...]]:
-    content = read_json(path, {"step": int, "layers": [_LAYER]}, _REMEDY)
-    return content["step"], tuple(_layer(path, entry) for entry in content["layers"])
-
-
-def _layer(path: Path, entry: Mapping[str, Any]) -> Layer:
-    terms = tuple(entry["coefficients"])
-    if any(len(entry[key]) != len(terms) for key in STATISTICS) or not terms:
-        raise bad_file(path, f"{entry['layer']} needs one value per coefficient and statistic", _REMEDY)
-    columns = {key: np.array(entry[key], dtype=np.float64) for key in STATISTICS}
-    return Layer(entry["layer"], terms, entry["token_adaptive"], **columns)
+def _read_step(path: Path) -> Iterator[Row]:
+    content = read_json(path, _STEP, _REMEDY)
+    for entry in content["layers"]:
+        terms = entry["coefficients"]
+        if any(len(entry[key]) != len(terms) for key in STATISTICS) or not terms:
+            raise bad_file(path, f"{entry['layer']} needs one value per coefficient and statistic", _REMEDY)
+        for at, term in enumerate(terms):
+            where = {"step": content["step"], "layer": entry["layer"], "coefficient": term}
+            values = {key: float(entry[key][at]) for key in STATISTICS}
+            adaptive = {"token_adaptive": entry["token_adaptive"]}
+            yield where | adaptive | values | {"static": values["std"] < STATIC}
 
 
 def _read_maps(path: Path, parts: Mapping[str, Any], images: int, patches: int) -> dict[str, Maps]:

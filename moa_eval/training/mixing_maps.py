@@ -43,9 +43,8 @@ def term_colours(shown: Shown) -> dict[str, str]:
 def mixing_content(comparison: Comparison) -> list[dict[str, Any]]:
     """Return what the page shows of each method that mixes.
 
-    Returns:
-        Dictionaries with run (its index), label, legend (term and colour), layers (names), images (key, original and
-        cells: a map per layer, all as data URIs) and sentences.
+    A row has run (its index), label, legend (term and colour), layers (names), images (key, original and cells: a map
+    per layer, all as data URIs) and sentences.
     """
     shown = shown_mixing(comparison)
     colours = term_colours(shown)
@@ -67,14 +66,8 @@ def overlay(
 ) -> Image.Image:
     """Tint every patch of a grey picture by the term with the largest share, more strongly the larger its lead.
 
-    Args:
-        picture: Image of any mode; shrunk to at most 96 pixels a side.
-        shares: (rows * columns, K); a patch with NaN stays grey.
-        grid: Rows and columns of patches.
-        colours: K colours as "#rrggbb".
-
-    Returns:
-        An RGB image.
+    `shares` is (rows * columns, K) for the `grid` (rows, columns); a patch with NaN stays grey. `colours` are K colours
+    "#rrggbb". The returned RGB image has at most 96 pixels a side.
     """
     picture = picture.convert("L").convert("RGB")
     picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))

@@ -14,8 +14,6 @@ from moa_eval.page.formatting import loss as show_loss
 from moa_eval.training.files import bad_file
 from moa_eval.training.runs import AUTOENCODER, LANGUAGE_MODEL
 
-_REMEDY = "give the losses.csv of a report"
-
 
 def results_markdown(path: str | Path) -> str:
     """Return a report's tables/losses.csv as a Markdown table.
@@ -26,18 +24,15 @@ def results_markdown(path: str | Path) -> str:
     path = Path(path)
     try:
         table: Any = pd.read_csv(path, keep_default_na=False, na_values=["nan"])
-    except (OSError, ValueError) as error:
-        raise bad_file(path, f"cannot be read ({error})", _REMEDY) from error
-    kind = AUTOENCODER if "final_loss_norm" in table else LANGUAGE_MODEL
-    numbers = ["rate", *(column for loss in kind.losses for column in _columns(loss))]
-    if missing := [name for name in ("method", "baseline", "seeds", *numbers) if name not in table]:
-        raise bad_file(path, f"has no column {missing[0]!r}", _REMEDY)
-    if text := [name for name in numbers if table[name].dtype.kind not in "if"]:
-        raise bad_file(path, f"column {text[0]!r} is not numeric", _REMEDY)
+        kind = AUTOENCODER if "final_loss_norm" in table else LANGUAGE_MODEL
+        numbers = ["rate", *(column for loss in kind.losses for column in _columns(loss))]
+        table = table.astype(dict.fromkeys(("method", "baseline", "seeds"), str) | dict.fromkeys(numbers, float))
+    except (OSError, ValueError, KeyError) as error:
+        raise bad_file(path, f"is no table of losses ({error})", "give the losses.csv of a report") from error
     heads = [f"{space} | difference | 95 % interval" for space in kind.losses.values()]
     lines = [f"| | peak rate | seeds | {' | '.join(heads)} |", "|---|---:|---:|" + "---:|---:|---:|" * len(heads)]
     for row in table.to_dict("records"):
-        cells = [row["method"], UNKNOWN if math.isnan(row["rate"]) else rate(row["rate"]), str(row["seeds"])]
+        cells = [row["method"], UNKNOWN if math.isnan(row["rate"]) else rate(row["rate"]), row["seeds"]]
         lines.append(f"| {' | '.join([*cells, *(cell for loss in kind.losses for cell in _cells(row, loss))])} |")
     return "\n".join(lines) + "\n"
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from moa_eval.page.writing import Row, Section, Series
-from moa_eval.training import experts, figures, scaling
+from moa_eval.training import experts, figures
 from moa_eval.training.comparison import Comparison
 from moa_eval.training.grouping import compare
 from moa_eval.training.mixing_maps import mixing_content
@@ -33,14 +33,10 @@ def training_section(
     strict: bool = False,
     baseline: str | Sequence[str] = (),
 ) -> Section:
-    """Compare run folders; the first belongs to the baseline unless another is named.
+    """Compare run folders and folders of run folders (sweeps); see `grouping.compare` for `baseline`.
 
-    Args:
-        folders: Run folders, and folders of run folders (a sweep).
-        slug: Name of the section in file names and ids.
-        title: Heading (default: the names of the methods).
-        strict: Raise an error for runs that differ in data, masks, batch or budget.
-        baseline: A method's label, an FFN, or a run's name or folder; of several, the first that exists is taken.
+    `slug` names the section in file names and ids; the default title has the names of the methods. With `strict`, runs
+    that differ in data, masks, batch or budget are an error.
 
     Raises:
         DataError: A run folder is unusable, or the runs must not be compared.
@@ -48,14 +44,13 @@ def training_section(
     """
     paths = [path for folder in folders for path in find_runs(folder)]
     comparison = compare([read_run(path) for path in paths], strict=strict, baseline=baseline)
-    lines = scaling.fit_lines(comparison)
     return Section(
         slug=slug,
         title=title or _title(comparison),
         template="training",
-        content=_content(comparison, lines),
-        tables=make_tables(comparison, lines),
-        charts=figures.draw_all(comparison, lines),
+        content=_content(comparison),
+        tables=make_tables(comparison),
+        charts=figures.draw_all(comparison),
         verdict=verdict(comparison),
         caveats=caveats(comparison),
         series=[
@@ -95,7 +90,7 @@ def gallery(runs: Sequence[Run], limit: int = SHOWN_IMAGES) -> list[Row]:
     return rows
 
 
-def _content(comparison: Comparison, lines: Sequence[scaling.Line]) -> dict[str, Any]:
+def _content(comparison: Comparison) -> dict[str, Any]:
     shown, baseline = [method.shown_run for method in comparison.methods], comparison.baseline
     return {
         "comparison": comparison,
@@ -104,7 +99,6 @@ def _content(comparison: Comparison, lines: Sequence[scaling.Line]) -> dict[str,
         "shown_runs": shown,
         "gallery": gallery(shown),
         "baseline": f"{baseline.name} of the same size" if comparison.has_sizes else baseline.label,
-        "scaling": scaling.sentences(lines),
         "mixing": mixing_content(comparison),
         "experts": [
             {"run": run.index, "label": run.label, "sentence": experts.sentence(run.label, run.experts)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moa_eval.page.writing import Row
 from moa_eval.training.configuration import flatten, split_encoder
-from moa_eval.training.experts import Experts
 from moa_eval.training.mixing import Mixing
 
 Columns = dict[str, NDArray[np.float64]]
@@ -24,15 +24,10 @@ FINITE = ("loss", "loss_norm", "loss_pixel", "grad_norm")
 
 @dataclass(frozen=True)
 class RunKind:
-    """What a run trains, with its columns and terms.
+    """What a run trains: its terms on the page and in messages, its columns, and the config key of its FFN.
 
-    Attributes:
-        name: Name in messages.
-        counter: Column that counts training data, "samples" or "tokens".
-        unit: Name of one sample or token on the page.
-        losses: Compared columns of validation rows, with the name of the space each loss is measured in.
-        objective: Name of these losses.
-        ffn_key: Config key that names the FFN.
+    `counter` is the column that counts training data; `losses` are the compared columns of validation rows, with the
+    name of the space that each loss is measured in.
     """
 
     name: str
@@ -73,45 +68,17 @@ class Reconstruction:
     reconstruction: Path
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Classification accuracy of a run's encoder, measured by `scripts/probe.py`.
-
-    Attributes:
-        name: File name without its ending: the method, optionally followed by the data set.
-        method: "knn", "linear" or "finetune".
-        accuracy, top5: Fractions of the held-out images; top5 is NaN if not measured.
-        train, val: Patterns of the shards; train_samples, val_samples: number of images in them.
-        step: Training step of the encoder, None if unknown.
-        settings: Settings of the measurement.
-    """
-
-    name: str
-    method: str
-    accuracy: float
-    top5: float
-    train: str
-    val: str
-    train_samples: int
-    val_samples: int
-    step: int | None
-    settings: dict[str, Any]
-
-
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A training run.
+    """A training run: the content of its folder.
 
     Attributes:
-        kind: What it trains.
-        folder: The run folder.
         config: The resolved config.
         environment: Versions, device, git commit and command.
         train, validation: Rows by rising step: an array per column, NaN where a row has no value.
         summary: The summary, empty until the run has written one.
-        reconstructions: Held-out images in recorded order, at training step `reconstructions_step`.
-        probes: Measurements of the encoder by name.
-        mixing, experts: Recorded mixing coefficients and expert routing.
+        probes: A row per measurement of the encoder (`scripts/probe.py`); accuracies are fractions of held-out images.
+        experts: A row per recorded step and layer.
         label, index: Name and position on the page, set by `compare`.
     """
 
@@ -124,9 +91,9 @@ class Run:
     summary: dict[str, Any]
     reconstructions: tuple[Reconstruction, ...] = ()
     reconstructions_step: int | None = None
-    probes: tuple[Probe, ...] = ()
+    probes: Sequence[Row] = ()
     mixing: Mixing | None = None
-    experts: Experts | None = None
+    experts: Sequence[Row] = ()
     label: str = ""
     index: int = 0
 
@@ -166,11 +133,6 @@ class Run:
         """Images or tokens at the last row; 0 before the first row."""
         return int(max(rows[self.kind.counter].max(initial=0) for rows in (self.train, self.validation)))
 
-    def seen_at(self, step: int) -> float:
-        """Return images or tokens at a step, interpolated between rows; without rows, the step."""
-        steps = self.train["step"]
-        return float(np.interp(step, steps, self.train[self.kind.counter])) if len(steps) else step
-
     @property
     def end(self) -> float:
         """Images or tokens at the last validation; 0 before the first."""
@@ -202,12 +164,6 @@ class Run:
     def flops_per_unit(self) -> float:
         """Training FLOPs per image or token; NaN if unknown."""
         return self.number(f"flops_per_{self.kind.counter[:-1]}")
-
-    @property
-    def active_parameters(self) -> float:
-        """Parameters that a token passes, without embeddings; the total if only that is counted."""
-        total, active, inner = (self.number("parameters", key) for key in ("total", "active", "non_embedding"))
-        return total if math.isnan(active) or math.isnan(inner) else active - (total - inner)
 
     @property
     def throughput(self) -> float:

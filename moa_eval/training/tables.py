@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pandas as pd
 
 from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row
 from moa_eval.training.comparison import Comparison, Contrast, Method, RunGroup
-from moa_eval.training.configuration import ffn_part, role
-from moa_eval.training.intervals import UNKNOWN, by_seed, deviation, mean, quotient
-from moa_eval.training.mixing import STATIC, STATISTICS
-from moa_eval.training.probes import probe_rows, probe_run_rows
+from moa_eval.training.configuration import role
+from moa_eval.training.experts import last_step
+from moa_eval.training.intervals import UNKNOWN, by_seed, deviation, difference, mean, quotient
 from moa_eval.training.runs import Columns, Run
-from moa_eval.training.scaling import Line, line_rows, scaling_rows
+from moa_eval.training.tolerance import tolerance_rows
 
 Tables = dict[str, list[Row]]
-
-TOLERANCE = 0.01
-"""Relative excess over the best loss up to which a learning rate counts as equally good."""
 
 _COSTS: dict[str, Callable[[Run], float]] = {
     "parameters": lambda run: run.number("parameters", "total"),
@@ -37,30 +32,26 @@ _COSTS: dict[str, Callable[[Run], float]] = {
 }
 _CORNERS: dict[str, Callable[[Run, str], float]] = {"final": Run.final, "best": Run.best}
 _DIFFERENCE = ("difference", "relative", "low_95", "high_95")
+_PROBES = ("knn", "linear", "finetune")  # in the order of the table
 _UNSHOWN_KEYS = ("name", "out", "resume")
 
 
-def make_tables(comparison: Comparison, lines: list[Line]) -> Tables:
+def make_tables(comparison: Comparison) -> Tables:
     """Return every table by name; a table without content is empty."""
     return {
         "losses": loss_rows(comparison),
         "runs": run_rows(comparison),
         "rates": rate_rows(comparison),
-        "tolerance": [_tolerance_row(method, comparison.metric) for method in comparison.methods],
+        "tolerance": tolerance_rows(comparison),
         "equal_rates": equal_rate_rows(comparison),
         "costs": cost_rows(comparison),
-        "parameters": parameter_rows(comparison),
-        "scaling": scaling_rows(lines),
-        "scaling_lines": line_rows(lines),
         "probe": probe_rows(comparison),
-        "probe_runs": probe_run_rows(comparison),
+        "probe_runs": [{"run": run.label} | probe for run in comparison.runs for probe in run.probes],
         "reconstructions": _reconstruction_rows(comparison),
-        "mixing": mixing_rows(comparison),
+        "mixing": [{"run": run.label} | row for run in comparison.runs if run.mixing for row in run.mixing.rows],
         "experts": expert_rows(comparison),
         "expert_load": expert_load_rows(comparison),
         "config": config_rows(comparison),
-        "environment": environment_rows(comparison, [run.environment for run in comparison.runs]),
-        "packages": environment_rows(comparison, [run.environment.get("packages") or {} for run in comparison.runs]),
         "validation": _curve_rows(comparison, [run.validation for run in comparison.runs]),
         "train": _curve_rows(comparison, [run.train for run in comparison.runs]),
     }
@@ -81,7 +72,7 @@ def loss_rows(comparison: Comparison) -> list[Row]:
         row: Row = {
             "method": method.label,
             "baseline": method.baseline.label if method.baseline else "",
-            "rate": _best_rate(method),
+            "rate": method.best_rate,
             "rates_tried": len(method.groups),
             "seeds": len({run.seed for run in runs}),
             "unit": comparison.kind.unit,
@@ -174,72 +165,53 @@ def cost_rows(comparison: Comparison) -> list[Row]:
     return rows
 
 
-def parameter_rows(comparison: Comparison) -> list[Row]:
-    """Return a row per method: its additional parameters and its difference in loss.
-
-    The table is empty without a control: a method with its baseline's FFN and another number of parameters.
-    """
-    rows: list[Row] = []
-    for method, cost, loss in zip(comparison.methods, cost_rows(comparison), loss_rows(comparison), strict=True):
-        row: Row = {key: loss[key] for key in ("method", "baseline", "rate", "seeds")}
-        row |= {key: cost[key] for key in ("parameters", "parameters_ratio", "mixing_parameters")}
-        row |= {"is_control": _is_control(method, cost["parameters_ratio"]), "loss": loss[f"final_{comparison.metric}"]}
-        rows.append(row | {key: loss[f"{comparison.metric}_{key}"] for key in _DIFFERENCE})
-    return rows if any(row["is_control"] for row in rows) else []
-
-
-def mixing_rows(comparison: Comparison) -> list[Row]:
-    """Return a row per run, recorded step, layer and coefficient."""
-    return [
-        {
-            "run": run.label,
-            "step": step,
-            "layer": layer.name,
-            "coefficient": term,
-            "token_adaptive": layer.token_adaptive,
-            **{key: float(getattr(layer, key)[at]) for key in STATISTICS},
-            "static": bool(layer.std[at] < STATIC),
+def probe_rows(comparison: Comparison) -> list[Row]:
+    """Return a row per measurement and method: accuracy of the runs of its best group, over seeds."""
+    rows = []
+    kinds = {probe["probe"]: probe["probe_method"] for run in comparison.runs for probe in run.probes}
+    for name in sorted(kinds, key=lambda name: ([*_PROBES, kinds[name]].index(kinds[name]), name)):
+        measured = {method: _measured(method, name) for method in comparison.methods}
+        accuracies = {
+            method: by_seed([*own], [probe["accuracy"] for probe in own.values()]) for method, own in measured.items()
         }
-        for run in comparison.runs
-        if run.mixing
-        for step, layers in run.mixing.steps.items()
-        for layer in layers
-        for at, term in enumerate(layer.terms)
-    ]
+        for method, probes in measured.items():
+            values = accuracies[method]
+            baseline = accuracies[method.baseline] if method.baseline else {}
+            gap = difference(values, baseline) if baseline else UNKNOWN
+            row: Row = {
+                "probe": name,
+                "probe_method": kinds[name],
+                "method": method.label,
+                "rate": method.best_rate,
+                "seeds": len(values),
+                "accuracy": mean(values.values()),
+                "accuracy_sd": deviation(values.values()),
+                "top5": mean(probe["top5"] for probe in probes.values()),
+                "difference": gap.mean,
+                "low_95": gap.low,
+                "high_95": gap.high,
+                "val_samples": min((probe["val_samples"] for probe in probes.values()), default=0),
+            }
+            rows += [row] if probes else []
+    return rows
 
 
 def expert_rows(comparison: Comparison) -> list[Row]:
-    """Return a row per run, recorded step and layer with experts; loads are multiples of an even share."""
+    """Return a row per run, recorded step and layer with experts."""
     return [
-        {
-            "run": run.label,
-            "step": step,
-            "layer": layer.layer,
-            "experts": len(layer.relative),
-            "lowest_load": float(layer.relative.min()),
-            "highest_load": float(layer.relative.max()),
-            "dead": len(layer.dead),
-            "overloaded": len(layer.overloaded),
-            "entropy": layer.entropy,
-            "balance_loss": layer.balance_loss,
-            "assignments": layer.assignments,
-            "dropped": layer.dropped,
-        }
+        {"run": run.label} | {key: value for key, value in row.items() if key != "load"}
         for run in comparison.runs
-        if run.experts
-        for step, layers in run.experts.steps.items()
-        for layer in layers
+        for row in run.experts
     ]
 
 
 def expert_load_rows(comparison: Comparison) -> list[Row]:
     """Return a row per run, layer and expert at the last recorded step: its load as a multiple of an even share."""
     return [
-        {"run": run.label, "layer": layer.layer, "expert": expert, "load": load}
+        {"run": run.label, "layer": row["layer"], "expert": expert, "load": load}
         for run in comparison.runs
-        if run.experts
-        for layer in run.experts.last
-        for expert, load in enumerate(layer.relative.tolist())
+        for row in last_step(run.experts)
+        for expert, load in enumerate(row["load"])
     ]
 
 
@@ -252,21 +224,6 @@ def config_rows(comparison: Comparison) -> list[Row]:
             for method in comparison.methods:
                 row[method.label] = ", ".join(dict.fromkeys(show(values[run.index]) for run in method.runs))
             rows.append(row)
-    return rows
-
-
-def environment_rows(comparison: Comparison, environments: list[dict[str, Any]]) -> list[Row]:
-    """Return a row per key and value of the runs' environments; "runs" names those with the value, or is "all"."""
-    rows = []
-    keys = dict.fromkeys(key for own in environments for key in own if key not in ("packages", "command"))
-    for key in keys:
-        labels: dict[str, list[str]] = {}
-        for run, own in zip(comparison.runs, environments, strict=True):
-            labels.setdefault(show(own.get(key)), []).append(run.label)
-        rows += [
-            {"key": key, "value": value, "runs": "all" if len(labels) == 1 else "; ".join(owners)}
-            for value, owners in labels.items()
-        ]
     return rows
 
 
@@ -298,49 +255,6 @@ def _run_row(comparison: Comparison, method: Method, group: RunGroup, run: Run) 
     return row
 
 
-def _tolerance_row(method: Method, metric: str) -> Row:
-    """Return a row about a method's learning rates and the span of good ones.
-
-    "edge" tells whether the best rate is the "lowest" or "highest" tried. "span" is the ratio of the highest to the
-    lowest rate within 1 % of the best group's loss, without a worse, diverged or unfinished rate in between.
-    """
-    low, high = _good_rates(method, metric)
-    return {
-        "method": method.label,
-        "rates_tried": len(method.groups),
-        "lowest_rate": method.groups[0].learning_rate,
-        "highest_rate": method.groups[-1].learning_rate,
-        "best_rate": _best_rate(method),
-        "edge": method.edge,
-        "low_good_rate": low,
-        "high_good_rate": high,
-        "span": quotient(high, low),
-        "diverged_rates": sum(bool(group.diverged) for group in method.groups),
-    }
-
-
-def _good_rates(method: Method, metric: str) -> tuple[float, float]:
-    """Return the lowest and highest rate around the best one that are equally good; NaN without a best one."""
-    if method.best is None:
-        return math.nan, math.nan
-    limit = method.best.mean_loss(metric) * (1 + TOLERANCE)
-    low = high = method.best.learning_rate
-    at = method.groups.index(method.best)
-    for group in reversed(method.groups[:at]):
-        if len(group.complete) < len(group.runs) or group.mean_loss(metric) > limit:
-            break
-        low = group.learning_rate
-    for group in method.groups[at + 1 :]:
-        if len(group.complete) < len(group.runs) or group.mean_loss(metric) > limit:
-            break
-        high = group.learning_rate
-    return low, high
-
-
-def _best_rate(method: Method) -> float:
-    return method.best.learning_rate if method.best else math.nan
-
-
 def _difference_columns(loss: str, contrast: Contrast | None) -> Row:
     columns = contrast.columns if contrast else dict.fromkeys(_DIFFERENCE, math.nan)
     interval = contrast.interval if contrast else UNKNOWN
@@ -350,11 +264,6 @@ def _difference_columns(loss: str, contrast: Contrast | None) -> Row:
 
 def _costs(runs: list[Run]) -> dict[str, float]:
     return pd.DataFrame([{name: read(run) for name, read in _COSTS.items()} for run in runs]).median().to_dict()
-
-
-def _is_control(method: Method, ratio: float) -> bool:
-    same_ffn = ffn_part(method.runs[0].config) == ffn_part(method.reference.runs[0].config)
-    return method.baseline is not None and same_ffn and not math.isnan(ratio) and ratio != 1
 
 
 def _curve_rows(comparison: Comparison, curves: list[Columns]) -> list[Row]:
@@ -375,3 +284,8 @@ def _reconstruction_rows(comparison: Comparison) -> list[Row]:
         for run in comparison.runs
         for image in run.reconstructions
     ]
+
+
+def _measured(method: Method, name: str) -> dict[Run, Row]:
+    runs = method.best.runs if method.best else ()
+    return {run: probe for run in runs for probe in run.probes if probe["probe"] == name}

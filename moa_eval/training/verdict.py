@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from moa_eval.page.formatting import rate, show, spell
-from moa_eval.page.writing import Row, sentences
+from moa_eval.page.writing import sentences
 from moa_eval.training.comparison import Comparison, Contrast, Method
 from moa_eval.training.configuration import config_difference, role
 from moa_eval.training.intervals import CONFIDENCE, mean, quotient
-from moa_eval.training.probes import probe_rows, unequal_probes
-from moa_eval.training.tables import cost_rows, parameter_rows
+from moa_eval.training.tables import cost_rows, probe_rows
 
 
 def verdict(comparison: Comparison) -> list[str]:
@@ -47,7 +46,6 @@ def caveats(comparison: Comparison) -> list[str]:
     best = leading(contrasts) if contrasts else None
     runs, methods = comparison.runs, comparison.methods
     rates = [rate(method.groups[0].learning_rate) for method in methods]
-    devices = [show(run.device) for run in runs]
     return sentences(
         "training_caveats.txt",
         comparison=comparison,
@@ -58,17 +56,14 @@ def caveats(comparison: Comparison) -> list[str]:
         edges=[method for method in methods if method.edge],
         rates="" if comparison.tuned else _if_different(methods, rates),
         equal_rates=[own for own in comparison.equal_rates(comparison.metric) if best and own.method is best.method],
-        started=[run.label for run in runs if run.settings.get("start_from")],
-        repeated=[group for group in comparison.groups if len({run.seed for run in group.runs}) < len(group.runs)],
         causes=_causes(comparison),
         seeds=_seeds(comparison),
         other_signs=_other_signs(comparison),
-        controls=_controls(comparison),
         probes=[row for row in probe_rows(comparison) if best and row["method"] == best.method.label],
-        unequal_probes=unequal_probes(comparison),
         parameters=[(method, _parameters_ratio(method)) for method in comparison.alternatives],
         speed=cost_rows(comparison)[best.method.index]["units_per_s_ratio"] if best else math.nan,
-        devices=_if_different(runs, devices),
+        devices=_if_different(runs, [show(run.device) for run in runs]),
+        commits=_if_different(runs, [show(run.environment.get("git_commit")) for run in runs]),
     )
 
 
@@ -112,11 +107,10 @@ def _causes(comparison: Comparison) -> dict[tuple[str, ...], list[str]]:
 
 
 def _seeds(comparison: Comparison) -> str:
-    """Return the seeds by method if a method shares none with the baseline."""
+    """Return the seeds by method if they differ."""
     methods = [method for method in comparison.methods if method.best]
     seeds = [sorted({run.seed for run in method.best_runs}) for method in methods]
-    differ = any(set(own).isdisjoint(seeds[0]) for own in seeds[1:])
-    return _if_different(methods, [", ".join(map(str, own)) for own in seeds]) if differ else ""
+    return _if_different(methods, [", ".join(map(str, own)) for own in seeds])
 
 
 def _other_signs(comparison: Comparison) -> list[tuple[str, Contrast]]:
@@ -127,16 +121,6 @@ def _other_signs(comparison: Comparison) -> list[tuple[str, Contrast]]:
         for one, other in zip(comparison.contrasts(comparison.metric), comparison.contrasts(loss), strict=True)
         if one.interval.mean * other.interval.mean < 0
     ]
-
-
-def _controls(comparison: Comparison) -> dict[str, list[Row]]:
-    """Return parameters and differences of the methods by baseline, where it has a control; the control first."""
-    rows = [row for row in parameter_rows(comparison) if not math.isnan(row["difference"])]
-    baselines = dict.fromkeys(row["baseline"] for row in rows if row["is_control"])
-    return {
-        baseline: sorted((row for row in rows if row["baseline"] == baseline), key=lambda row: not row["is_control"])
-        for baseline in baselines
-    }
 
 
 def _parameters_ratio(method: Method) -> float:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from moa_eval.zero_shot import paired
@@ -61,7 +60,6 @@ class Measure:
         metric: Name of the metric; "headline" or "acc" for an average.
         headline: Whether this is the headline metric of its task. Only headline metrics are tested together.
         parts: The (task, metric) pairs that are averaged; one pair for a task.
-        items: Number of items.
         shots: Number of few-shot examples; None for an average, or if not recorded.
     """
 
@@ -111,7 +109,6 @@ class Contrast:
     """Paired test of one model against the baseline in one measure.
 
     Attributes:
-        measure, model, baseline: What is compared.
         table: Right and wrong answers of both models, summed over tasks; None for scores other than 0 and 1.
         difference: Value of the model minus that of the baseline.
         interval: Paired bootstrap interval of the difference.
@@ -186,49 +183,43 @@ class Comparison:
 
 
 def compare_evaluations(evaluations: Sequence[Evaluation], baseline: str | None = None) -> Comparison:
-    """Check that evaluations are comparable, and test every difference to the baseline.
+    """Check that evaluations are comparable, and test every difference to the baseline (default: the first).
 
-    Args:
-        evaluations: At least one.
-        baseline: Label, model name or path of the baseline (default: the first evaluation).
+    `baseline` is a label, a model name or a path.
 
     Raises:
         DataError: A results file is given twice; or tasks, versions, shots, limits, items, prompts or metrics differ.
         ConfigError: There is no evaluation called `baseline`.
     """
-    models = [Model(label, own) for label, own in zip(distinct_labels(evaluations), evaluations, strict=True)]
+    models = [Model(label, own) for label, own in zip(_labels(evaluations), evaluations, strict=True)]
     first = models[0] if baseline is None else _find(models, baseline)
     models = [first, *(model for model in models if model is not first)]
-    check_comparable(models)
+    _check_comparable(models)
     comparison = Comparison(tuple(models), tuple(_measures(first.evaluation)))
     measures = sorted(comparison.measures, key=lambda measure: not measure.is_average)
     contrasts = [_contrast(measure, model, first) for model in models[1:] for measure in measures]
     return replace(comparison, contrasts=tuple(_adjust([contrast for contrast in contrasts if contrast])))
 
 
-def distinct_labels(evaluations: Sequence[Evaluation]) -> list[str]:
+def _labels(evaluations: Sequence[Evaluation]) -> list[str]:
     """Return a short label per evaluation: the last part of the model's path, with more where labels repeat."""
     paths = [Path(evaluation.model) for evaluation in evaluations]
-    labels = pd.Series([path.name or str(path) for path in paths], dtype=str)
-    for qualifiers in (
+    labels = [path.name or str(path) for path in paths]
+    for words in (
         [path.parent.name for path in paths],
         [str(evaluation.config.get("model") or "") for evaluation in evaluations],
         [str(evaluation.config.get("model_dtype") or "") for evaluation in evaluations],
         [evaluation.path.parent.parent.name for evaluation in evaluations],
         [str(evaluation.path) for evaluation in evaluations],
     ):
-        words = pd.Series(qualifiers, dtype=str)
-        distinguishes = words.groupby(labels).transform("nunique").gt(1) & words.ne("")
-        labels = labels.mask(distinguishes, labels + " (" + words + ")")
-    return labels.tolist()
+        pairs = [*zip(labels, words, strict=True)]
+        repeated = {label for label, word in pairs if len({other for own, other in pairs if own == label}) > 1}
+        labels = [f"{label} ({word})" if label in repeated and word else label for label, word in pairs]
+    return labels
 
 
-def check_comparable(models: Sequence[Model]) -> None:
-    """Check that all models answered the same questions under the same settings as the first.
-
-    Raises:
-        DataError: They did not; the message names the differences.
-    """
+def _check_comparable(models: Sequence[Model]) -> None:
+    """Raise DataError unless all models answered the same questions under the same settings as the first."""
     files = [model.evaluation.path.resolve() for model in models]
     if repeated := next((file for file in files if files.count(file) > 1), None):
         raise DataError(f"{repeated}: given {files.count(repeated)} times; give each result once")
@@ -273,7 +264,7 @@ def _measures(evaluation: Evaluation) -> Iterator[Measure]:
         yield from _task_measures(task)
     if len(paper) > 1:
         items = sum(len(task.items) for task in paper)
-        parts = tuple((task.name, headline_metric(task)) for task in paper)
+        parts = tuple((task.name, _headline_metric(task)) for task in paper)
         yield Measure(AVERAGE, HEADLINE, True, parts, items)
         plain = tuple((task.name, "acc") for task in paper)
         if plain != parts and all("acc" in task.metrics for task in paper):
@@ -284,12 +275,12 @@ def _measures(evaluation: Evaluation) -> Iterator[Measure]:
 
 
 def _task_measures(task: TaskResult) -> Iterator[Measure]:
-    first = headline_metric(task)
+    first = _headline_metric(task)
     for metric in sorted(task.metrics, key=lambda name: name != first):
         yield Measure(task.name, metric, metric == first, ((task.name, metric),), len(task.items), task.shots)
 
 
-def headline_metric(task: TaskResult) -> str:
+def _headline_metric(task: TaskResult) -> str:
     """Return the headline metric of a task: the paper's, else acc_norm, acc, or the first with scores per item."""
     preferred = ZERO_SHOT[task.name].headline if task.name in ZERO_SHOT else "acc_norm"
     per_item = [name for name, metric in task.metrics.items() if metric.scores is not None]

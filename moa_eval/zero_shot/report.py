@@ -1,39 +1,32 @@
-"""Page section of lm-eval results: verdict, zero-shot table, paired tests, figure and settings."""
+"""Page section of lm-eval results: verdict, zero-shot table, paired tests and figure."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 
-import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import altair as alt
+import numpy as np
+from scipy import stats
 
-from moa_eval.page import formatting
+from moa_eval.page import charts, formatting, writing
 from moa_eval.page.formatting import show
 from moa_eval.page.writing import Row, Section, Series
 from moa_eval.training.configuration import config_difference
 from moa_eval.zero_shot import paired
 from moa_eval.zero_shot.comparison import ZERO_SHOT, Comparison, Contrast, Measure, compare_evaluations, task_label
-from moa_eval.zero_shot.figures import draw
-from moa_eval.zero_shot.results import Evaluation, read_evaluation
-
-_ENVIRONMENT = {"torch": re.compile(r"^PyTorch version: (.+)$", re.M), "GPU": re.compile(r"^GPU 0: (.+)$", re.M)}
+from moa_eval.zero_shot.results import read_evaluation
 
 
 def zero_shot_section(
     results: Sequence[str | Path], *, slug: str = "zero-shot", title: str | None = None, baseline: str | None = None
 ) -> Section:
-    """Return the page section that compares lm-eval results.
+    """Return the page section that compares folders that lm-eval wrote, or results files.
 
-    Args:
-        results: Folders that lm-eval wrote, or results files.
-        slug: Name of the section in file names and ids.
-        title: Heading (default: the models' labels).
-        baseline: Label, model name or path of the baseline (default: the first result).
+    `slug` names the section in file names and ids. The default baseline is the first result, and the default title
+    has the models' labels.
 
     Raises:
         DataError: Results are missing, damaged, or not comparable.
@@ -44,7 +37,6 @@ def zero_shot_section(
     tables = {
         "zero_shot": score_rows(comparison),
         "paired": [_paired_row(contrast) for contrast in comparison.contrasts],
-        "settings": settings_rows(comparison),
         "config": difference_rows(comparison),
     }
     return Section(
@@ -56,7 +48,6 @@ def zero_shot_section(
             "average_of": averaged_tasks(comparison) if comparison.average else "",
             "cells": _cells(comparison),
             "tests": _tests(comparison),
-            "settings": tables["settings"],
             "differences": tables["config"],
             "resamples": paired.RESAMPLES,
             "seed": paired.SEED,
@@ -70,17 +61,13 @@ def zero_shot_section(
 
 
 def sentences(template: str, comparison: Comparison) -> list[str]:
-    """Render a text template of moa_eval.page; return one sentence per line."""
-    environment = Environment(
-        loader=PackageLoader("moa_eval.page"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    for function in (formatting.accuracy, formatting.points, formatting.grouped, formatting.probability):
-        environment.filters[function.__name__] = function
+    """Return the sentences of a text template about a comparison."""
     runs = [model.evaluation for model in comparison.models]
     primary = comparison.of(comparison.primary)
     tests = [c for c in comparison.contrasts if math.isfinite(c.p_holm) and not c.measure.is_average]
     plain = next((m for m in comparison.measures if m.is_average and not m.headline), None)
-    text = environment.get_template(template).render(
+    return writing.sentences(
+        template,
         comparison=comparison,
         models=comparison.models,
         baseline=comparison.baseline,
@@ -97,9 +84,10 @@ def sentences(template: str, comparison: Comparison) -> list[str]:
             "Dtypes": [show(run.config.get("model_dtype")) for run in runs],
             "Context lengths": [show(run.content.get("max_length")) for run in runs],
             "lm-eval versions": [show(run.content.get("lm_eval_version")) for run in runs],
+            "transformers versions": [show(run.content.get("transformers_version")) for run in runs],
+            "Code versions": [show(run.content.get("git_hash")) for run in runs],
         },
     )
-    return [line for line in text.splitlines() if line.strip()]
 
 
 def averaged_tasks(comparison: Comparison) -> str:
@@ -127,13 +115,6 @@ def score_rows(comparison: Comparison) -> list[Row]:
     ]
 
 
-def settings_rows(comparison: Comparison) -> list[Row]:
-    """Return how each result was produced, one column per model, without settings that no result records."""
-    settings = pd.DataFrame({model.label: _settings(model.evaluation) for model in comparison.models})
-    recorded = settings[settings.ne("").any(axis=1)].replace("", "–")
-    return recorded.rename_axis("key").reset_index().to_dict("records")
-
-
 def difference_rows(comparison: Comparison) -> list[Row]:
     """Return the keys of lm-eval's settings and task configs that differ, one column per model."""
     configs = []
@@ -146,6 +127,47 @@ def difference_rows(comparison: Comparison) -> list[Row]:
         {"key": key} | dict(zip(labels, map(show, values), strict=True))
         for key, values in config_difference(configs).items()
     ]
+
+
+def draw(comparison: Comparison) -> dict[str, charts.Chart]:
+    """Draw the headline accuracies of all models; no chart if no task has scores in [0, 1]."""
+    models = comparison.models
+    measures = [m for m in comparison.measures if m.headline and m.is_fraction(models)]
+    if not measures:
+        return {}
+    tasks, labels = [measure.label for measure in measures], [model.label for model in models]
+    points = []
+    for measure in measures:
+        for run, model in enumerate(models):
+            accuracy = 100 * measure.value(model)
+            half = 100 * stats.norm.ppf(0.975) * np.nan_to_num(measure.stderr(model))
+            interval = {"low": accuracy - half, "high": accuracy + half}
+            points.append({"run": run, "model": model.label, "task": measure.label, "accuracy": accuracy} | interval)
+    data = alt.Chart(alt.InlineData(values=points))
+    place = {
+        "y": alt.Y("task:N").sort(tasks).title(None).axis(labelColor=charts.INK, labelFontSize=12),
+        "yOffset": alt.YOffset("model:N").sort(labels).scale(domain=labels, paddingOuter=0.8),
+        "color": alt.Color("model:N").scale(charts.colours(labels)),
+    }
+    x = alt.X("accuracy:Q").title("accuracy, %").scale(zero=False).axis(grid=True, gridColor=charts.GRID, tickCount=6)
+    tooltip = [
+        alt.Tooltip("model:N"),
+        alt.Tooltip("task:N"),
+        alt.Tooltip("accuracy:Q").title("accuracy, %").format(".2f"),
+        alt.Tooltip("low:Q").title("95 % from").format(".2f"),
+        alt.Tooltip("high:Q").title("to").format(".2f"),
+    ]
+    layers = [
+        data.mark_rule(strokeWidth=1.5).encode(
+            **place, x=alt.X("low:Q").scale(zero=False), x2=alt.X2("high:Q"), tooltip=tooltip
+        ),
+        data.mark_point(filled=True, size=45, opacity=1).encode(
+            **place, x=x, shape=alt.Shape("model:N").scale(charts.shapes(labels)), tooltip=tooltip
+        ),
+    ]
+    height = len(tasks) * (18 + 12 * len(labels))
+    title = "Accuracy, with 95 % intervals over items"
+    return {"accuracy": charts.draw("accuracy", title, alt.layer(*layers), height=height)}
 
 
 def _paired_row(contrast: Contrast) -> Row:
@@ -169,38 +191,6 @@ def _paired_row(contrast: Contrast) -> Row:
         "p_value": contrast.p_value,
         "p_holm": contrast.p_holm,
     }
-
-
-def _settings(evaluation: Evaluation) -> dict[str, str]:
-    """Return the settings of a result as text; empty where not recorded."""
-    content, config = evaluation.content, evaluation.config
-    environment = str(content.get("pretty_env_info"))
-    shots = {task_label(name): show(task.shots) for name, task in evaluation.tasks.items()}
-    parameters = config.get("model_num_parameters", 0)
-    started, seconds = content.get("date"), float(content.get("total_evaluation_time_seconds", "nan"))
-    recorded = {
-        "model type": config.get("model"),
-        "model arguments": ",".join(f"{key}={show(value)}" for key, value in config["model_args"].items()),
-        "parameters": formatting.count(parameters, 4) if parameters > 0 else None,
-        "dtype": config.get("model_dtype"),
-        "revision": config.get("model_sha") or config.get("model_revision"),
-        "context length": content.get("max_length"),
-        "batch size": config.get("batch_size"),
-        "device": config.get("device"),
-        "shots": ", ".join(f"{name} {own}" for name, own in shots.items())
-        if len({*shots.values()}) > 1
-        else next(iter(shots.values())),
-        "limit": "none" if evaluation.limit is None else f"{evaluation.limit:g}",
-        "few-shot seed": config.get("fewshot_seed"),
-        "lm-eval": content.get("lm_eval_version"),
-        "transformers": content.get("transformers_version"),
-        **{name: match[1] if (match := line.search(environment)) else None for name, line in _ENVIRONMENT.items()},
-        "git commit": content.get("git_hash"),
-        "started": f"{datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M:%S} UTC" if started else None,
-        "time": formatting.duration(seconds) if math.isfinite(seconds) else None,
-        "results file": str(evaluation.path),
-    }
-    return {key: "" if value in (None, "") else show(value) for key, value in recorded.items()}
 
 
 def _cells(comparison: Comparison) -> list[Row]:

@@ -17,23 +17,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import jsonschema
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from moa_eval.training.reading import parse_json
-from moa_train.errors import DataError
+from moa_eval.training.files import bad_file, check
 
 _DATE = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
 _RESULTS_FILE = re.compile(rf"(?!samples_).*_({_DATE})\.json")
 _FUNCTION_ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")
 """Memory address in "<function doc_to_text at 0x7f...>", as lm-eval prints a task's functions."""
-_NOT_FINITE = re.compile(r'\["?(nan|-?inf)', re.IGNORECASE)
-"""Start of a (log-likelihood, greedy) pair of a sample that is not finite."""
 _MEAN_METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
-"""Metrics that lm-eval defines as the mean over items, whatever the task's config says."""
+"""Metrics that lm-eval defines as the mean over items."""
 _MEAN_TOLERANCE = 1e-9
 _IDENTITY = {"doc_hash": "texts", "target_hash": "answers", "prompt_hash": "prompts", "requests": "requests"}
 """Columns of `TaskResult.items` that identify what was asked, with their names in messages."""
@@ -86,7 +82,6 @@ class TaskResult:
         items: Digests of what was asked, by doc_id: of the document, the answer, the prompt and all requests.
         metrics: By `Metric.name`.
         config: The task's config as lm-eval resolved it.
-        not_finite: Number of items with a log-likelihood that is NaN or infinite.
     """
 
     name: str
@@ -95,7 +90,6 @@ class TaskResult:
     items: pd.DataFrame
     metrics: dict[str, Metric]
     config: dict[str, Any]
-    not_finite: int
 
     def difference(self, other: TaskResult, own_label: str, other_label: str) -> str | None:
         """Return the first reason why two results of one task are not comparable, or None."""
@@ -168,40 +162,33 @@ def read_evaluation(path: str | Path) -> Evaluation:
     content = _read_results(file)
     tasks = {name: _read_task(file, content, name) for name in content["results"] if name in content.get("configs", {})}
     if not tasks:
-        raise _error(file, "there are no results of single tasks", "run lm_eval on tasks, not only on groups")
+        raise bad_file(file, "there are no results of single tasks", "run lm_eval on tasks, not only on groups")
     return Evaluation(Path(path), file, content, tasks, older)
-
-
-def _error(path: Path, reason: object, remedy: str) -> DataError:
-    return DataError(f"{path}: {' '.join(str(reason).split())}; {remedy}")
 
 
 def _find(path: Path) -> tuple[Path, int]:
     """Return the results file that a path stands for, and the number of older ones in its folder."""
     if path.is_file():
         if path.name.startswith("samples_"):
-            raise _error(path, "this is a samples file", "give the results file or their folder")
+            raise bad_file(path, "this is a samples file", "give the results file or their folder")
         return path, 0
     if not path.is_dir():
-        raise _error(path, "no such file or folder", "give the output path of lm_eval")
+        raise bad_file(path, "no such file or folder", "give the output path of lm_eval")
     dates = {file: match[1] for file in path.rglob("*.json") if (match := _RESULTS_FILE.fullmatch(file.name))}
     if not dates:
-        raise _error(path, "there is no results_*.json", "give the output path of a finished lm_eval run")
+        raise bad_file(path, "there is no results_*.json", "give the output path of a finished lm_eval run")
     if len(folders := sorted({str(file.parent) for file in dates})) > 1:
-        raise _error(path, f"there are results in {len(folders)} folders ({', '.join(folders)})", "give one of them")
+        raise bad_file(path, f"there are results in {len(folders)} folders ({', '.join(folders)})", "give one of them")
     return max(dates, key=lambda file: (dates[file], file.name)), len(dates) - 1
 
 
 def _read_results(file: Path) -> dict[str, Any]:
     try:
-        content = parse_json(_FUNCTION_ADDRESS.sub("", file.read_text(encoding="utf-8")))
+        content = json.loads(_FUNCTION_ADDRESS.sub("", file.read_text(encoding="utf-8")))
         json.dumps(content, ensure_ascii=False).encode()  # raises for a lone surrogate, which no page can hold
-        jsonschema.validate(content, _SCHEMA)
     except (ValueError, RecursionError) as error:
-        raise _error(file, f"not valid JSON ({error})", _RERUN) from error
-    except jsonschema.ValidationError as error:
-        place = ".".join(map(str, error.absolute_path)) or "content"
-        raise _error(file, f"{place} has the wrong format ({error.message[:200]})", _RERUN) from error
+        raise bad_file(file, f"not valid JSON ({error})", _RERUN) from error
+    check(file, content, _SCHEMA, _RERUN)
     return content
 
 
@@ -212,7 +199,7 @@ def _read_task(file: Path, content: Mapping[str, Any], name: str) -> TaskResult:
     expected = content.get("n-samples", {}).get(name, {}).get("effective", len(first))
     if len(first) != expected:
         reason = f"{len(first)} items, but {file.name} counts {expected}"
-        raise _error(path, reason, "the file is truncated or belongs to other results: run lm_eval again")
+        raise bad_file(path, reason, "the file is truncated or belongs to other results: run lm_eval again")
     config = content["configs"][name]
     shots, version = content.get("n-shot", {}).get(name), content.get("versions", {}).get(name)
     return TaskResult(
@@ -220,9 +207,8 @@ def _read_task(file: Path, content: Mapping[str, Any], name: str) -> TaskResult:
         shots=shots if isinstance(shots, int) else None,
         version=None if version is None else str(version),
         items=first.reindex(columns=list(_IDENTITY)).astype(str),
-        metrics=_metrics(path, content["results"][name], config, by_filter),
+        metrics=_metrics(path, content["results"][name], by_filter),
         config=config,
-        not_finite=sum(bool(_NOT_FINITE.search(responses)) for responses in first["responses"]),
     )
 
 
@@ -232,7 +218,7 @@ def _samples_file(file: Path, task: str) -> Path:
     path = file.with_name(f"samples_{task}_{match[1] if match else 'DATE'}.jsonl")
     if not path.is_file():
         remedy = "paired tests need the answer to every item: run lm_eval with --log_samples"
-        raise _error(file, f"samples of {task} are missing ({path.name})", remedy)
+        raise bad_file(file, f"samples of {task} are missing ({path.name})", remedy)
     return path
 
 
@@ -245,10 +231,9 @@ def _read_samples(path: Path) -> dict[str, pd.DataFrame]:
         sample = _parse_sample(path, number, line)
         requests = json.dumps(sample.pop("arguments", None), sort_keys=True)
         sample["requests"] = hashlib.sha256(requests.encode()).hexdigest()
-        sample["responses"] = json.dumps(sample.pop("filtered_resps", None))
         samples.append(sample | {"filter": str(sample.get("filter", "none"))})
     if not samples:
-        raise _error(path, "there are no samples", _RERUN)
+        raise bad_file(path, "there are no samples", _RERUN)
     by_filter = {
         str(name): table.set_index("doc_id").sort_index()
         for name, table in pd.DataFrame(samples).groupby("filter", sort=False)
@@ -257,25 +242,23 @@ def _read_samples(path: Path) -> dict[str, pd.DataFrame]:
     for name, table in by_filter.items():
         if table.index.has_duplicates:
             doc_id = table.index[table.index.duplicated()][0]
-            raise _error(path, f"doc_id {doc_id} occurs twice", "two runs wrote this file: run lm_eval again")
+            raise bad_file(path, f"doc_id {doc_id} occurs twice", "two runs wrote this file: run lm_eval again")
         if not table.index.equals(first.index):
-            raise _error(path, f"filter {name} has other items", _RERUN)
+            raise bad_file(path, f"filter {name} has other items", _RERUN)
     return by_filter
 
 
 def _parse_sample(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        sample = parse_json(line)
+        sample = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise _error(path, f"line {number} is not valid JSON ({error})", _RERUN) from error
+        raise bad_file(path, f"line {number} is not valid JSON ({error})", _RERUN) from error
     if not isinstance(sample, dict) or type(sample.get("doc_id")) is not int:
-        raise _error(path, f"line {number} has no integer doc_id", "give samples of lm_eval 0.4.3 or later")
+        raise bad_file(path, f"line {number} has no integer doc_id", "give samples of lm_eval 0.4.3 or later")
     return sample
 
 
-def _metrics(
-    path: Path, results: Mapping[str, Any], config: Mapping[str, Any], by_filter: Mapping[str, pd.DataFrame]
-) -> dict[str, Metric]:
+def _metrics(path: Path, results: Mapping[str, Any], by_filter: Mapping[str, pd.DataFrame]) -> dict[str, Metric]:
     found = {}
     for key, value in results.items():
         name, _, chosen = key.partition(",")
@@ -284,10 +267,10 @@ def _metrics(
         column = by_filter[chosen].to_dict("list").get(name, [None]) if chosen in by_filter else [None]
         scores = np.array(column, dtype=np.float64) if all(map(_is_number, column)) else None
         if scores is None or not abs(scores.mean() - value) <= _MEAN_TOLERANCE:  # also false for NaN
-            if name in _MEAN_METRICS or _aggregation(config, name) == "mean":
+            if name in _MEAN_METRICS:
                 shown = "missing" if scores is None else f"{scores.mean():.6g}"
                 reason = f"{key} is {shown} in the samples, {value:.6g} in the results"
-                raise _error(path, reason, "the samples are damaged or belong to other results: run lm_eval again")
+                raise bad_file(path, reason, "the samples are damaged or belong to other results: run lm_eval again")
             scores = None
         stderr = results.get(f"{name}_stderr,{chosen}")
         if not _is_number(stderr):
@@ -295,14 +278,8 @@ def _metrics(
         label = name if chosen == "none" else key
         found[label] = Metric(label, float(value), float(stderr), scores)
     if not found:
-        raise _error(path, "the results have no metric", "run lm_eval without --predict_only")
+        raise bad_file(path, "the results have no metric", "run lm_eval without --predict_only")
     return found
-
-
-def _aggregation(config: Mapping[str, Any], metric: str) -> Any:
-    entries = config.get("metric_list")
-    entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    return next((entry.get("aggregation") for entry in entries if entry.get("metric") == metric), None)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

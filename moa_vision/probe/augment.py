@@ -47,10 +47,7 @@ def seeded_globals(seed: int) -> Iterator[None]:
 class BatchRandAugment:
     """timm's RandAugment for every image of a batch, in place, for a loader's `collate_fn`.
 
-    Args:
-        policy: Policy in timm's notation, e.g. "rand-m9-mstd0.5-inc1".
-        image_size: Height and width in pixels.
-        mean: Mean of the data per channel, for pixels in [0, 1]; fills the corners after a rotation.
+    `mean` (per channel, for pixels in [0, 1]) fills the corners after a rotation.
     """
 
     def __init__(self, policy: str, image_size: tuple[int, int], mean: Sequence[float]) -> None:
@@ -79,15 +76,7 @@ class BatchRandAugment:
 
 
 class MixingAugment:
-    """timm's random erasing, then mixup or cutmix, on normalized images and their labels.
-
-    Args:
-        num_classes: Number of classes.
-        mixup: Parameter of mixup's Beta distribution; 0 disables it.
-        cutmix: Parameter of cutmix's Beta distribution; 0 disables it.
-        smoothing: Label smoothing.
-        erase: Probability of random erasing.
-    """
+    """timm's random erasing, then mixup or cutmix, on normalized images and their labels; see `FinetuneConfig`."""
 
     def __init__(self, num_classes: int, *, mixup: float, cutmix: float, smoothing: float, erase: float) -> None:
         self.num_classes, self.smoothing, self.erase = num_classes, smoothing, erase

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
@@ -14,18 +15,62 @@ from timm.optim import Lars, param_groups_layer_decay
 from torch import Tensor, nn
 
 from moa_train.config import OptimConfig
-from moa_train.errors import require
+from moa_train.errors import DataError, require
 from moa_train.optim import FUSED_DEVICES
 from moa_train.plan import TRAINING_FLOPS_PER_FORWARD
 from moa_train.progress import count
-from moa_vision.data import ImageBatch
-from moa_vision.flops import flops_per_image
+from moa_vision.data import BatchSpec, DataConfig, ImageBatch
 from moa_vision.image_task import ImageRun, ImageTask
+from moa_vision.index import ShardIndex, open_index
 from moa_vision.probe.augment import SEED_NUMBERS, BatchRandAugment, MixingAugment, seed_from
 from moa_vision.probe.config import FinetuneConfig, LinearConfig
 from moa_vision.probe.encoders import TrainedEncoder, pooling_arguments
-from moa_vision.probe.labelled import open_labelled
-from moa_vision.vit import constant_coefficients
+from moa_vision.vit import constant_coefficients, flops_per_image
+
+
+class LabelledShards(NamedTuple):
+    """Training and held-out samples with labels 0 ... num_classes - 1."""
+
+    train: ShardIndex
+    val: ShardIndex
+    num_classes: int
+
+
+def open_labelled(data: DataConfig) -> LabelledShards:
+    """Open the training and held-out shards of a probe; `data.val` must be set.
+
+    Raises:
+        DataError: A shard is missing or damaged, a sample has no label, or the classes of both sets differ.
+    """
+    assert data.val is not None
+    train, val = (_open_part(pattern, data) for pattern in (data.train, data.val))
+    if any(ours != theirs for ours, theirs in zip(train.label_names, val.label_names, strict=False)):
+        raise DataError(
+            f"labels stand for other classes in {data.val} ({', '.join(val.label_names[:3])}, ...) than in "
+            f"{data.train} ({', '.join(train.label_names[:3])}, ...); give shards with the same classes"
+        )
+    num_classes = max(len(train.label_names), int(train.table.labels.max()) + 1)
+    unknown = np.flatnonzero(val.table.labels >= num_classes)
+    if len(unknown):
+        sample = val.bad(int(unknown[0]), f"label {val.table.labels[unknown[0]]}")
+        raise DataError(
+            f"{sample.key} in {sample.shard} has {sample.reason}, but the largest label in {data.train} is "
+            f"{num_classes - 1}; give shards with the same classes"
+        )
+    return LabelledShards(train, val, num_classes)
+
+
+def _open_part(pattern: str, data: DataConfig) -> ShardIndex:
+    index = open_index(pattern, data.cache_dir, data.cache_gib, data.image_key)
+    unlabelled = np.flatnonzero(index.table.labels < 0)
+    if len(unlabelled):
+        sample = index.bad(int(unlabelled[0]), "no label")
+        raise DataError(
+            f"{sample.key} in {sample.shard} and {len(unlabelled) - 1:,} other samples of {pattern} have no label; "
+            "a probe needs a KEY.cls for every image (scripts/make_shards.py writes it from folder names): give "
+            "other shards with --train and --val"
+        )
+    return index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +89,7 @@ class ClassifierRun(ImageRun):
 
 
 class Classifier(ImageTask):
-    """Base of both tasks; subclasses add model, optimizer, loss and export.
-
-    Args:
-        config: The run.
-        encoder: The encoder to evaluate.
-
-    Raises:
-        ConfigError: The batch is larger than the training set.
-        DataError: The shards cannot be used.
-    """
+    """Base of both tasks; subclasses add model, optimizer, loss and export."""
 
     val_names: tuple[str, ...] = ("loss", "error", "error_top5")
     best_by = "error"
@@ -61,15 +97,8 @@ class Classifier(ImageTask):
     def __init__(self, config: ClassifierRun, encoder: TrainedEncoder) -> None:
         self.encoder = encoder
         train, val, self.num_classes = open_labelled(config.data)
-        super().__init__(
-            config,
-            config.data,
-            train,
-            val,
-            image_size=encoder.image_size,
-            channels=encoder.channels,
-            noise_length=SEED_NUMBERS,
-        )
+        spec = BatchSpec(encoder.image_size, SEED_NUMBERS, encoder.channels)
+        super().__init__(config, config.data, train, val, spec)
         batch, samples = config.recipe.batch_size, self.samples_per_epoch
         require(f"{config.method}.batch_size", batch, batch <= samples, f"at most the {samples} training samples")
 
@@ -95,10 +124,6 @@ class Classifier(ImageTask):
             "bad_samples": self.bad_samples.recorded(),
         }
 
-    def no_weight_decay(self) -> set[str]:
-        """Return nothing, because the task has its own optimizer."""
-        return set()
-
     def val_losses(self, model: nn.Module, batch: ImageBatch) -> dict[str, Tensor]:
         """Return cross-entropy, top-1 error and top-5 error of each image, (B,) each."""
         logits = model(self.normalized(batch.images)).float()
@@ -114,13 +139,7 @@ class Classifier(ImageTask):
 
 
 class LinearProbe(nn.Module):
-    """Frozen encoder, batch normalization without parameters, and a linear layer.
-
-    Args:
-        encoder: Module from images (B, C, H, W) to features (B, D); stays in evaluation mode.
-        features: D.
-        num_classes: Number of classes.
-    """
+    """Frozen encoder, batch normalization without parameters, and a linear layer on its `features` outputs."""
 
     def __init__(self, encoder: nn.Module, features: int, num_classes: int) -> None:
         super().__init__()

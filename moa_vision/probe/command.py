@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from moa_train.config import parse_config
-from moa_train.errors import ConfigError, DataError
+from moa_train.errors import ConfigError, ReportedError, report
 from moa_vision.probe.config import PLAIN_ARGUMENTS, ProbeConfig
 from moa_vision.probe.encoders import TrainedEncoder, find_encoders
 from moa_vision.probe.methods import KNNProbe, Probe, TrainedProbe
@@ -34,9 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 code = probe.run()
                 if code:
                     return code
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except ReportedError as error:
+        return report(error)
     return 0
 
 

@@ -64,10 +64,9 @@ class LinearConfig(Recipe):
     A batch normalization without parameters and a linear layer on frozen features, trained with LARS on random crops.
 
     Args:
-        blr: Base learning rate; the peak learning rate is blr * batch_size / 256. The default fits MAE's batch size
-            and length. LARS scales updates to rate / 1000 of the weight norm, whatever the gradients, so the peak
-            learning rate (6.4) carries over to other batch sizes: use a blr of about 1600 / batch_size, and more for
-            fewer than about 2,000 steps. A learning rate that is too low makes every encoder look bad.
+        blr: Base learning rate; the peak learning rate is blr * batch_size / 256. LARS scales updates to rate / 1000 of
+            the weight norm, whatever the gradients, so the peak (6.4) carries over to other batch sizes: use a blr of
+            about 1600 / batch_size, and more for fewer than about 2,000 steps.
         momentum: Momentum of LARS.
         pool: Features: mean of the patch tokens (avg) or class token (cls), after the final norm.
     """
@@ -133,8 +132,8 @@ class ProbeData:
         image_key: The image among a sample's members, e.g. input.jpg.
         val_crop_pct: Side of the central crop of held-out images, as a fraction of the image's.
         workers: Loader processes per device.
-        cache_dir: Folder for indices and for remote or compressed shards; default ~/.cache/moa_vision.
-        cache_gib: Maximum size of the remote or compressed shards kept there, in GiB.
+        cache_dir: Folder for indices and for remote shards; default ~/.cache/moa_vision.
+        cache_gib: Maximum size of the remote shards kept there, in GiB.
         max_bad_samples: Maximum number of unusable samples; one more stops the probe.
     """
 
@@ -157,8 +156,7 @@ class ProbeConfig:
         val: Labelled held-out shards; null: the run's own.
         name: Suffix that separates results on other data: knn writes probe/knn-NAME.json.
         seed: Seed of new weights, data order and augmentations.
-        resume: auto resumes a trained probe and keeps a result of knn; never refuses to resume; force resumes even
-            if keys differ, and computes knn again.
+        resume: auto resumes a trained probe; never refuses to resume; force resumes even if keys differ.
         data: Loading of labelled images.
         knn: Nearest neighbours.
         linear: The linear probe.

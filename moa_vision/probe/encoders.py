@@ -55,10 +55,7 @@ class TrainedEncoder:
         return {"architecture": self.config["architecture"], "step": self.step, "sha256": sha256}
 
     def load(self, **arguments: Any) -> VisionTransformer:
-        """Return the model with its weights, on the CPU.
-
-        Args:
-            **arguments: Further arguments of `timm.create_model`, e.g. num_classes=10.
+        """Return the model with its weights, on the CPU; `arguments` are further ones of `timm.create_model`.
 
         Raises:
             DataError: config.json and model.safetensors do not describe a vision transformer.
@@ -85,13 +82,9 @@ class TrainedEncoder:
         return self.load(num_classes=0, **pooling_arguments(pool)).requires_grad_(False).eval()
 
     def export_classifier(self, state: dict[str, Tensor], num_classes: int, folder: Path, **arguments: Any) -> None:
-        """Write a classifier around this encoder, as timm's `local-dir:` loads it.
+        """Write a classifier with `state` around this encoder, as timm's `local-dir:` loads it.
 
-        Args:
-            state: State dict of the architecture with `num_classes` outputs.
-            num_classes: Number of classes.
-            folder: Target, an existing folder.
-            **arguments: Arguments of the architecture in addition to the encoder's, e.g. global_pool="avg".
+        `arguments` of the architecture, such as global_pool="avg", are added to the encoder's.
         """
         config = self.config | {
             "num_classes": num_classes,
@@ -107,10 +100,7 @@ def pooling_arguments(pool: Pool) -> dict[str, Any]:
 
 
 def find_encoders(path: str | Path) -> tuple[list[TrainedEncoder], list[Path]]:
-    """Find the encoder of a run or export folder, or those of all runs in a sweep folder, sorted by name.
-
-    Returns:
-        The encoders, and the sweep's runs without one (unfinished or diverged).
+    """Return the encoder of a run or export folder, or those of a sweep folder and its runs without one.
 
     Raises:
         DataError: `path` holds no encoder.

@@ -50,15 +50,7 @@ class Features(NamedTuple):
 def extract_features(
     model: nn.Module, batches: Iterable[ImageBatch], data: DataConfig, *, total: int, bf16: bool = False
 ) -> Features:
-    """Return the features of all images in order, on the model's device.
-
-    Args:
-        model: Module from images (B, C, H, W) to features (B, D).
-        batches: Labelled images, not normalized.
-        data: Normalization.
-        total: Number of images, for the progress bar.
-        bf16: Use bf16 autocast.
-    """
+    """Return the features of all labelled, not yet normalized images in order, on the model's device."""
     device = next(model.parameters()).device
     values, labels = [], []
     with CountBar(total=total, title="features", unit="img") as bar:
@@ -75,14 +67,7 @@ def extract_features(
 def knn_accuracies(
     train: Features, val: Features, num_classes: int, config: KNNConfig
 ) -> dict[int, tuple[float, float]]:
-    """Return {k: (top-1 accuracy, top-5 accuracy)} as fractions, by exact search.
-
-    Args:
-        train: Neighbours, at least the largest k.
-        val: Images to classify.
-        num_classes: Number of classes.
-        config: The classifier.
-    """
+    """Return {k: (top-1 accuracy, top-5 accuracy)} of `val` as fractions, by exact search in `train`."""
     correct = {k: torch.zeros(2, dtype=torch.int64) for k in config.k}
     chunk = max(1, SIMILARITIES // len(train.labels))
     with CountBar(total=len(val.labels), title="neighbours", unit="img") as bar:

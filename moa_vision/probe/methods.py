@@ -6,9 +6,7 @@ RUN/probe/linear/   finetune/                     run folders of the trained pro
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import time
 from dataclasses import asdict, replace
 from typing import Any, Literal, get_type_hints
@@ -19,35 +17,23 @@ from webdataset.shardlists import expand_urls
 from moa_train.atomic_io import write_json
 from moa_train.config import RESUME_MUTABLE_KEYS, EpochSchedule, OptimConfig
 from moa_train.errors import ConfigError, DataError, require
-from moa_train.reading import read_json
 from moa_train.run_folder import RunFolder
 from moa_train.trainer import run
 from moa_vision.bad_samples import BadSamples
-from moa_vision.data import DataConfig, require_cache_room, val_loader
+from moa_vision.data import BatchSpec, DataConfig, val_loader
 from moa_vision.image_task import DATA_RESUME_MUTABLE_KEYS
 from moa_vision.images import MODES
 from moa_vision.index import ShardIndex
-from moa_vision.probe.classify import Classifier, ClassifierRun, FinetuneTask, LinearTask
-from moa_vision.probe.config import FinetuneConfig, Method, ProbeConfig, ProbeData
+from moa_vision.probe.classify import Classifier, ClassifierRun, FinetuneTask, LinearTask, open_labelled
+from moa_vision.probe.config import FinetuneConfig, Method, ProbeConfig
 from moa_vision.probe.encoders import TrainedEncoder
 from moa_vision.probe.knn import Features, extract_features, knn_accuracies
-from moa_vision.probe.labelled import open_labelled
 
 TASKS: dict[str, type[LinearTask | FinetuneTask]] = {"linear": LinearTask, "finetune": FinetuneTask}
 
 
 class Probe:
-    """One method on one encoder.
-
-    Args:
-        method: The method.
-        config: Configuration of the command.
-        encoder: The encoder.
-
-    Raises:
-        ConfigError: The configuration does not fit the encoder or its run.
-        DataError: Run folder or shards cannot be used.
-    """
+    """One method on one encoder."""
 
     def __init__(self, method: Method, config: ProbeConfig, encoder: TrainedEncoder) -> None:
         self.method, self.config, self.encoder = method, config, encoder
@@ -59,26 +45,9 @@ class Probe:
         """Compute and write the result; return the exit code."""
         raise NotImplementedError
 
-    def conditions(self) -> dict[str, Any]:
-        """Return what the result depends on, apart from the method's settings."""
-        loop = self.config.loop
-        crops = {"val_crop_pct": self.data.val_crop_pct, "val_samples": loop.val_samples, "precision": loop.precision}
-        return {
-            "train": self.data.train,
-            "val": self.data.val,
-            "encoder": self.encoder.identity(),
-            "reading": crops,
-        }
-
     def write_result(self, *, accuracy: float, top5: float, num_classes: int, **fields: Any) -> None:
-        """Write the result file and print the accuracy.
-
-        Args:
-            accuracy: Top-1 accuracy, a fraction.
-            top5: Top-5 accuracy, recorded above five classes.
-            num_classes: Number of classes.
-            **fields: train_samples, val_samples, settings, wall_s and further fields of the method.
-        """
+        """Write the result file and print the accuracy (a fraction); `top5` is recorded above five classes."""
+        loop = self.config.loop
         result = {
             "method": self.method,
             "name": self.name,
@@ -86,18 +55,20 @@ class Probe:
             "top5": top5 if num_classes > 5 else None,
             "seed": self.config.seed,
             "step": self.encoder.step,
-            **self.conditions(),
+            "train": self.data.train,
+            "val": self.data.val,
+            "encoder": self.encoder.identity(),
+            "reading": {
+                "val_crop_pct": self.data.val_crop_pct,
+                "val_samples": loop.val_samples,
+                "precision": loop.precision,
+            },
             **fields,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, result)
-        self.print_result(result)
-
-    def print_result(self, result: dict[str, Any], remark: str = "") -> None:
-        """Print the accuracy and the result file."""
-        top5 = "" if result["top5"] is None else f" (top 5: {result['top5']:.2%})"
-        accuracy = f"{result['accuracy']:.2%}{top5} of {result['val_samples']:,} held-out images"
-        print(f"{self.name:<11} {accuracy}: {self.path}{remark}")
+        shown = "" if result["top5"] is None else f" (top 5: {top5:.2%})"
+        print(f"{self.name:<11} {accuracy:.2%}{shown} of {fields['val_samples']:,} held-out images: {self.path}")
 
 
 class KNNProbe(Probe):
@@ -106,16 +77,12 @@ class KNNProbe(Probe):
     def __init__(self, config: ProbeConfig, encoder: TrainedEncoder) -> None:
         super().__init__("knn", config, encoder)
         self.shards = open_labelled(self.data)
-        require_cache_room(self.data, self.shards.train, self.shards.val)
         self.model = encoder.features(config.knn.pool)
         samples = len(self.shards.train)
         require("knn.k", config.knn.k, max(config.knn.k) <= samples, f"at most the {samples} training samples")
 
     def run(self) -> int:
-        """Classify the held-out images, unless the result already exists."""
-        if self.config.resume != "force" and (known := self.known_result()):
-            self.print_result(known, ", computed before")
-            return 0
+        """Classify the held-out images."""
         begin, config, shards = time.perf_counter(), self.config.knn, self.shards
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         bad_samples = BadSamples(self.path.with_suffix(".bad_samples.jsonl"), self.data.max_bad_samples)
@@ -138,27 +105,11 @@ class KNNProbe(Probe):
     def features(self, index: ShardIndex, bad_samples: BadSamples, limit: int | None = None) -> Features:
         """Return the features of the samples of an index, or of `limit` of them."""
         loop, encoder = self.config.loop, self.encoder
-        loader = val_loader(
-            index,
-            self.data,
-            image_size=encoder.image_size,
-            channels=encoder.channels,
-            num_patches=1,
-            batch_size=loop.micro_batch_size,
-            limit=limit,
-        )
+        spec = BatchSpec(encoder.image_size, 1, encoder.channels)
+        loader = val_loader(index, self.data, spec, batch_size=loop.micro_batch_size, limit=limit)
         bad_samples.note(index.without_image())  # samples that no batch reports
         batches, total = bad_samples.good(loader), len(index) if limit is None else min(limit, len(index))
         return extract_features(self.model, batches, self.data, total=total, bf16=loop.precision == "bf16")
-
-    def known_result(self) -> dict[str, Any] | None:
-        """Return the existing result if it has the same encoder, data and settings."""
-        try:
-            found = read_json(self.path, "it is computed again") if self.path.exists() else {}
-        except ValueError:  # damaged
-            return None
-        wanted = json.loads(json.dumps(self.conditions() | {"settings": asdict(self.config.knn)}))
-        return found if all(found.get(key) == value for key, value in wanted.items()) else None
 
 
 class TrainedProbe(Probe):
@@ -227,27 +178,20 @@ class TrainedProbe(Probe):
 
 
 def data_config(config: ProbeConfig, encoder: TrainedEncoder) -> DataConfig:
-    """Return the data configuration: values of the command line, else of the run, with the run's normalization.
-
-    Raises:
-        ConfigError: Neither names labelled shards, or the run folder names a command.
-        DataError: A value in the run folder has the wrong type.
-    """
-    types: dict[str, Any] = {"train": str | None, "val": str | None, **get_type_hints(ProbeData)}
+    """Return the data configuration: values of the command line, else of the run, with the run's normalization."""
     given = {"train": config.train, "val": config.val, **asdict(config.data)}
-    inherited = {key: encoder.data.get(key) for key, value in given.items() if value is None}
-    for key, value in inherited.items():
-        allowed = types[key] | int if types[key] == float | None else types[key]
-        if not isinstance(value, allowed):
-            raise DataError(f"data.{key} is {value!r} in {encoder.folder}/config.yaml, expected {allowed}")
-    values: dict[str, Any] = given | inherited
+    values: dict[str, Any] = {key: encoder.data.get(key) if value is None else value for key, value in given.items()}
     for key in ("train", "val"):
         require(key, values[key], bool(values[key]), "labelled shards: give --train SHARDS and --val SHARDS")
-        # A run folder may come from someone else. "::" inside braces would make fsspec chain file systems.
-        if key in inherited and any(re.search("pipe:|::", part) for part in expand_urls(values[key])):
-            raise ConfigError(
-                f"data.{key} is {values[key]!r} in {encoder.folder}, which runs a command; to allow it, give it with "
-                "--train and --val"
-            )
     chosen = {key: value for key, value in values.items() if value is not None}
+    types = get_type_hints(DataConfig)
+    for key, value in chosen.items():
+        if not isinstance(value, types[key] | int if key in ("val_crop_pct", "cache_gib") else types[key]):
+            raise DataError(f"data.{key} is {value!r} in {encoder.folder}/config.yaml, expected {types[key]}")
+    shards = [name for key in ("train", "val") for name in expand_urls(chosen[key])]
+    if config.train is None and any(name.startswith("pipe:") for name in shards):
+        raise ConfigError(
+            f"data.train or data.val in {encoder.folder}/config.yaml runs a command (pipe:), and a run folder may come "
+            "from someone else; to allow it, give it with --train and --val"
+        )
     return DataConfig(**chosen, mean=encoder.mean, std=encoder.std)

@@ -3,7 +3,6 @@
 import csv
 import html
 import json
-import math
 import re
 
 import numpy as np
@@ -116,7 +115,7 @@ def test_function_addresses_are_no_config_difference(tmp_path, write_results):
     assert [row["key"] for row in rows(write(files, tmp_path / "out"), "config.csv")] == ["model_args.pretrained"]
 
 
-def test_page_shows_scores_and_settings(report):
+def test_page_shows_scores(report):
     files, out = report
     text, found = (out / "index.html").read_text(), cells(out)
     for label in (*LABELS.values(), "Average", "piqa"):
@@ -127,9 +126,6 @@ def test_page_shows_scores_and_settings(report):
         shown = f"{100 * results['acc_norm,none']:.2f}\u00a0±\u00a0{100 * results['acc_norm_stderr,none']:.2f}"
         assert any(cell.startswith(shown) for cell in found)
         assert any(f"acc {100 * results['acc,none']:.2f}" in cell for cell in found)
-        assert str(file) in found
-    settings = {"torch.bfloat16", "0.4.13", "0123abc", "2026-11-21 10:11:12 UTC", "4 min 10 s", "2.15.0", "123.5 M"}
-    assert settings <= set(found)
 
 
 def test_summary_has_well_formed_tables(report):
@@ -196,11 +192,6 @@ def test_verdict_of_equal_answers(tmp_path, write_results):
     assert second == "Both models answer the same of 160 items correctly, so these items show no difference."
 
 
-def test_verdict_of_a_single_result(tmp_path, write_results):
-    out = write([write_results(tmp_path, "m/a")], tmp_path / "out")
-    assert "on the average of the four tasks; there is no other result" in (out / "summary.md").read_text()
-
-
 @pytest.mark.parametrize(
     ("tasks", "words"),
     [
@@ -224,7 +215,7 @@ def test_caveats_name_different_settings(tmp_path, write_results):
     files = [write_results(tmp_path, f"m/{name}", shots=5, limit=40) for name in "ab"]
     content = json.loads(files[1].read_text())
     content["config"] |= {"model": "hf", "model_dtype": "torch.float32"}
-    content["lm_eval_version"] = "0.4.14"
+    content |= {"lm_eval_version": "0.4.14", "git_hash": "4567def"}
     files[1].write_text(json.dumps(content))
     notes = caveats(files)
     assert "Evaluated with --limit 40: the tasks are incomplete." in notes
@@ -232,6 +223,7 @@ def test_caveats_name_different_settings(tmp_path, write_results):
     assert "Model types differ: moa (a), hf (b)." in notes
     assert "Dtypes differ: torch.bfloat16 (a), torch.float32 (b)." in notes
     assert "lm-eval versions differ: 0.4.13 (a), 0.4.14 (b)." in notes
+    assert "Code versions differ: 0123abc (a), 4567def (b)." in notes
 
 
 def test_caveats_of_few_discordant_items_and_older_results(tmp_path, write_results):
@@ -252,19 +244,3 @@ def test_metric_that_is_no_mean_is_shown_and_not_tested(tmp_path, write_results,
     assert {row["metric"] for row in rows(out, "zero_shot.csv")} == {"acc", "word_perplexity"}
     assert {row["metric"] for row in rows(out, "paired.csv")} == {"acc"}
     assert "25.2500" in (out / "index.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("function", "value", "text"),
-    [
-        (formatting.accuracy, 0.36519, "36.52"),
-        (formatting.points, -0.00761, "−0.76"),
-        (formatting.points, -1e-18, "0.00"),
-        (formatting.probability, 0.2448, "0.24"),
-        (formatting.probability, 0.01849, "0.018"),
-        (formatting.probability, 0.00001, "< 0.0001"),
-        (formatting.probability, math.nan, "–"),
-    ],
-)
-def test_formatting_of_accuracies_and_p_values(function, value, text):
-    assert function(value) == text

@@ -1,13 +1,11 @@
 import json
 
-import numpy as np
 import pytest
 
 from moa_eval.training.experts import read_experts, sentence
 from moa_eval.training.grouping import compare
-from moa_eval.training.layer_figures import expert_load, router_entropy
 from moa_eval.training.reading import read_run
-from moa_eval.training.tables import expert_load_rows, expert_rows
+from moa_eval.training.tables import make_tables
 from moa_train.errors import DataError
 
 EVEN = [0.25] * 4
@@ -26,74 +24,39 @@ def edit(folder, change):
     path.write_text(json.dumps(content))
 
 
-def test_records_are_read(folder):
-    experts = read_experts(folder / "experts")
-    assert [*experts.steps] == [20, 40]
-    first, second = experts.last
-    np.testing.assert_allclose(second.relative, [2.2, 0.96, 0.8, 0.04])
-    assert (second.layer, second.entropy, second.dead, second.overloaded) == (
-        "model.1", 0.5, ["model.1 expert 3"], ["model.1 expert 0"],
-    )  # fmt: skip
-    assert (first.dead, first.overloaded) == ([], [])
-
-
-def test_the_sentence_names_dead_and_overloaded_experts(folder):
-    assert sentence("X", read_experts(folder / "experts")) == (
-        "X, 8 experts in 2 layers: dead (below a tenth of an even share): model.1 expert 3; overloaded (above twice an "
-        "even share): model.1 expert 0; router entropy 0.50 to 0.50 of the maximum; dropped assignments: none."
-    )
-    edit(folder, lambda content: content["layers"][0].update(dropped=7))
-    text = sentence("X", read_experts(folder / "experts"))
-    assert text.replace("\u202f", "").endswith("dropped assignments: 7 of 8000.")
-
-
-def test_tables_have_all_layers_and_experts(folder):
-    comparison = compare([read_run(folder)])
-    rows = expert_rows(comparison)
-    assert [(row["step"], row["layer"]) for row in rows] == [
-        (20, "model.0"),
-        (20, "model.1"),
-        (40, "model.0"),
-        (40, "model.1"),
-    ]
-    assert (rows[3]["lowest_load"], rows[3]["highest_load"]) == pytest.approx((0.04, 2.2))
-    assert (rows[3]["experts"], rows[3]["dead"], rows[3]["overloaded"], rows[3]["dropped"]) == (4, 1, 1, 0)
-    assert [row["load"] for row in expert_load_rows(comparison)[4:]] == pytest.approx([4 * load for load in UNEVEN])
-
-
-def test_figures_show_sorted_loads_and_entropy(folder):
-    run = read_run(folder)
-    loads = rows(expert_load(run, run.experts), "rank")
-    for layer, load in (("model.0", EVEN), ("model.1", UNEVEN)):
-        own = [row["load"] for row in loads if row["layer"] == layer]
-        assert own == pytest.approx(sorted((4 * share for share in load), reverse=True))
-    entropy = rows(router_entropy(run, run.experts), "entropy")
-    assert {(row["seen"], row["entropy"]) for row in entropy} == {(20 * 64, 1.0), (40 * 64, 0.5)}
-
-
-def rows(chart, column):
-    return [row for values in chart.spec["datasets"].values() for row in values if column in row]
-
-
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: content.pop("layers"),
         lambda content: content["layers"][0].pop("entropy"),
         lambda content: content["layers"][0].update(load=[4, 4, 2]),
         lambda content: content["layers"][0].update(max_entropy=0.0),
     ],
-    ids=["no layers", "no entropy", "no shares", "no maximum"],
+    ids=["no entropy", "no shares", "no maximum"],
 )
 def test_an_unusable_record_is_named_in_one_line(folder, change):
     edit(folder, change)
     with pytest.raises(DataError) as caught:
         read_experts(folder / "experts")
     message = str(caught.value)
-    assert message.startswith(f"{folder}/experts/step_00000040.json: ") and "\n" not in message
+    assert message.startswith(f"{folder}/experts/step_00000040.json") and "\n" not in message
 
 
-def test_layers_with_a_single_expert_are_ignored(folder):
+def test_a_row_has_loads_and_entropy_of_a_layer(folder):
     lone = {"layer": "model.9", "load": [1.0], "entropy": 0.0, "max_entropy": 0.0}
-    edit(folder, lambda content: content["layers"].append(content["layers"][0] | lone))
-    assert [layer.layer for layer in read_experts(folder / "experts").last] == ["model.0", "model.1"]
+    edit(folder, lambda content: content["layers"].append(content["layers"][0] | lone))  # is not routed
+    tables = make_tables(compare([read_run(folder)]))
+    rows = tables["experts"]
+    assert [(row["step"], row["layer"]) for row in rows] == [
+        (20, "model.0"), (20, "model.1"), (40, "model.0"), (40, "model.1"),
+    ]  # fmt: skip
+    assert (rows[3]["lowest_load"], rows[3]["highest_load"], rows[3]["entropy"]) == pytest.approx((0.04, 2.2, 0.5))
+    assert (rows[3]["experts"], rows[3]["dead"], rows[3]["overloaded"], rows[3]["dropped"]) == (4, 1, 1, 0)
+    assert [row["load"] for row in tables["expert_load"][4:8]] == pytest.approx([4 * load for load in UNEVEN])
+
+
+def test_the_sentence_counts_dead_and_overloaded_experts(folder):
+    edit(folder, lambda content: content["layers"][0].update(dropped=7))
+    assert sentence("X", read_experts(folder / "experts")).replace("\u202f", "") == (
+        "X, 8 experts in 2 layers: dead (below a tenth of an even share): 1; overloaded (above twice an even share): "
+        "1; router entropy 0.50 to 0.50 of the maximum; dropped assignments: 7 of 8000."
+    )

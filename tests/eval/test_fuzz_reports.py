@@ -55,17 +55,3 @@ def test_compare_evals(fuzz, fuzzing, write_results, no_figures, tmp_path):
             check(fuzzing, cli.compare_evals, arguments, str(tmp_path))
 
     fuzz(damage(fuzzing, tmp_path / "a", lambda path: 4 if "results_" in path.name else 1), attempt, examples=5)
-
-
-def test_tables(fuzz, fuzzing, make_run, no_figures, tmp_path):
-    out = tmp_path / "out"
-    arguments = [str(make_run("a")), str(make_run("b", encoder="vit_tiny_patch4_qdmoa")), "--out", str(out)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert cli.compare_runs(arguments) == 0
-    table = out / "tables/losses.csv"
-
-    def attempt(content):
-        with fuzzing.replaced(table, content):
-            check(fuzzing, cli.compare_runs, ["--table", str(table)], str(table))
-
-    fuzz(fuzzing.damaged(table.read_bytes()), attempt, examples=20)

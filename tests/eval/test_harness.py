@@ -180,13 +180,6 @@ def test_each_distinct_string_is_tokenized_once(both, monkeypatch):
     assert calls == [["A man is", "A man is sitting", "A man is standing", "A man is up"], ["alone"]]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_batch_size_does_not_change_scores(both, batch_size, monkeypatch):
-    hf, moa = both
-    monkeypatch.setattr(moa, "batch_size_per_gpu", batch_size)
-    assert_scores_of_hf(hf, moa, PAIRS)
-
-
 def test_rolling_likelihood_and_generation_match_hf(both, monkeypatch):
     texts = [("A man is sitting on a roof. " * count,) for count in (1, 2, 9)]
     for lm in both:
@@ -343,7 +336,7 @@ class Trap:
         return os.mkdir, ("unpickled",)
 
 
-@pytest.mark.parametrize("place", ["pytorch_model.bin", "index", "adapter_model.bin", "subfolder"])
+@pytest.mark.parametrize("place", ["pytorch_model.bin", "index", "adapter_model.bin"])
 def test_pickled_weights_are_refused(place, checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -360,8 +353,6 @@ def test_pickled_weights_are_refused(place, checkpoints, tmp_path, monkeypatch):
     if place == "index":
         index = {"metadata": {}, "weight_map": {"model.norm.weight": pickled.name}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    if place == "subfolder":
-        base, arguments = tmp_path, {"subfolder": folder.name, "tokenizer": str(checkpoints / "llama")}
     with pytest.raises(ModelError, match=rf"{folder} has pickled weights \({pickled.name}\)"):
         MoALM(str(base), device="cpu", **arguments)
     if place == "pytorch_model.bin":

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from moa_eval.training.grouping import Draft, assign_baselines, assign_families, compare
 from moa_eval.training.reading import read_run
-from moa_eval.training.size_figures import against_parameters
-from moa_eval.training.tables import cost_rows, loss_rows, parameter_rows, run_rows
+from moa_eval.training.tables import cost_rows, loss_rows, run_rows
 from moa_train.errors import ConfigError
 
 
@@ -25,12 +24,6 @@ def assign(configs):
     families = [*dict.fromkeys(draft.family for draft in drafts)]
     baselines = [drafts.index(draft.baseline) if draft.baseline else None for draft in drafts]
     return baselines, [families.index(draft.family) for draft in drafts]
-
-
-@given(st.lists(st.sampled_from(["swiglu", "qdmoa", "gelu"]), min_size=1, max_size=6))
-def test_with_one_size_the_first_method_is_the_baseline(ffns):
-    configs = [config(ffn, ffn_mixing_gate=str(index)) for index, ffn in enumerate(ffns)]
-    assert assign(configs)[0] == [None] + [0] * (len(ffns) - 1)
 
 
 @given(st.permutations([(ffn, size) for ffn in ("swiglu", "qdmoa", "onemoa") for size in ("a", "b", "c")]))
@@ -115,33 +108,3 @@ def test_budgets_in_different_units_are_compared_by_tokens_seen(make_run):
     assert [own.label for own in compare(runs).methods] == ["SwiGLU, dense-0.12b", "SwiGLU, llama-large"]
     runs.append(read_run(make_run("c", ffn="gelu", changes={"schedule.tokens_per_parameter": 100})))
     assert [own.split(":")[0] for own in compare(runs).incomparable] == ["schedule.tokens_per_parameter"]
-
-
-def test_a_wider_baseline_is_a_control_of_parameters(make_run):
-    counts = {
-        ("dense-0.12b", "swiglu"): 1_000_000,
-        ("llama-large", "swiglu"): 1_000_500,
-        ("dense-0.12b", "bimoa"): 1_000_480,
-    }
-    runs = [
-        read_run(make_run(f"{size}{ffn}", ffn=ffn, changes={"model.size": size}, parameters={"total": count}))
-        for (size, ffn), count in counts.items()
-    ]
-    comparison = compare(runs)
-    rows = parameter_rows(comparison)
-    assert [row["is_control"] for row in rows] == [False, True, False]
-    assert [row["parameters_ratio"] for row in rows] == pytest.approx([1, 1.0005, 1.00048])
-    assert [row["difference"] for row in rows[1:]] == [row["loss_difference"] for row in loss_rows(comparison)[1:]]
-    datasets = against_parameters(comparison).spec["datasets"].values()
-    drawn = [(row["added"], row["difference"]) for values in datasets for row in values if "added" in row]
-    assert drawn[1:] == [pytest.approx((row["parameters_ratio"] - 1, row["difference"]), rel=1e-4) for row in rows[1:]]
-    alone = compare([runs[0], runs[2]])
-    assert parameter_rows(alone) == [] and against_parameters(alone) is None
-
-
-def test_another_dictionary_is_not_a_control(make_run):
-    runs = [
-        read_run(make_run(name, ffn="bimoa", changes={"model.args": args}, parameters={"total": count}))
-        for name, args, count in (("a", {}, 1000), ("b", {"ffn_gate_activations": "s,r2"}, 990))
-    ]
-    assert parameter_rows(compare(runs)) == []

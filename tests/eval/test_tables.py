@@ -1,4 +1,3 @@
-import csv
 import json
 import math
 
@@ -10,7 +9,6 @@ from moa_eval.page.writing import as_csv
 from moa_eval.training.grouping import compare
 from moa_eval.training.reading import read_run
 from moa_eval.training.readme import results_markdown
-from moa_eval.training.scaling import fit_lines
 from moa_eval.training.tables import make_tables
 from moa_train.errors import DataError
 
@@ -29,7 +27,7 @@ def last(folder, loss):
 
 def tabulate(folders):
     comparison = compare([read_run(folder) for folder in folders])
-    return make_tables(comparison, fit_lines(comparison))
+    return make_tables(comparison)
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +122,8 @@ def test_unfinished_runs_are_counted_but_enter_no_loss(make_run):
     early, best, worse = after["rates"][1:]
     assert (early["seeds"], early["runs"], early["unfinished"]) == (0, 1, 1) and math.isnan(early["mean"])
     assert (best["mean"], best["seeds"], best["unfinished"]) == (last(folders[1], "loss_norm"), 1, 1)
-    assert worse == before["rates"][2] and after["costs"] == before["costs"]
     assert after["tolerance"][1]["low_good_rate"] == 1e-3
+    assert worse == before["rates"][2] and after["costs"] == before["costs"]
     assert [row["final_loss_norm"] for row in after["losses"]] == [row["final_loss_norm"] for row in before["losses"]]
 
 
@@ -171,16 +169,6 @@ def test_config_differences_have_a_column_per_method(make_run):
     assert (rows[0]["SwiGLU"], rows[0]["qd-MoA"]) == ("3e-4", "3e-4, 1.2e-3")
 
 
-def test_equal_environment_values_share_a_row(make_run):
-    folders = [make_run("a"), make_run("b", encoder=MOA), make_run("c", encoder="vit_tiny_patch4_moa")]
-    path = folders[1] / "env.json"
-    path.write_text(path.read_text().replace('"2.11.0"', '"2.12.0"').replace('"1.0.20"', '"1.0.21"'))
-    tables = tabulate(folders)
-    found = {(row["key"], row["value"]): row["runs"] for row in tables["environment"]}
-    assert (found["torch", "2.11.0"], found["torch", "2.12.0"], found["cores", "2"]) == ("SwiGLU; MoA", "qd-MoA", "all")
-    assert [row["value"] for row in tables["packages"]] == ["1.0.20", "1.0.21"]
-
-
 def test_mixing_has_a_row_per_coefficient(make_run):
     rows = tabulate([make_run("a"), make_run("b", encoder=MOA, spread=0.1)])["mixing"]
     assert len(rows) == 2 * 2 * 3  # steps, layers, coefficients
@@ -193,12 +181,6 @@ def test_a_method_without_a_best_rate_has_unknown_losses(make_run):
     row = tabulate(folders)["losses"][1]
     assert all(math.isnan(row[key]) for key in ("rate", "final_loss_norm", "loss_norm_difference"))
     assert (row["seeds"], row["rates_tried"]) == (0, 2)
-
-
-def test_tables_are_valid_csv(make_run):
-    tables = tabulate([make_run("a", ffn="swiglu"), make_run("b", ffn="qdmoa", spread=0.1)])
-    for name, rows in tables.items():
-        assert len([*csv.DictReader(as_csv(rows).splitlines())]) == len(rows), name
 
 
 def test_the_readme_table_shows_the_rows_of_losses(sweep, tmp_path):

@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -37,11 +38,6 @@ def test_one_seed_is_no_evidence(make_run):
     )
 
 
-def test_a_higher_loss_is_above(make_run):
-    sentences, _ = report([make_run("a", final=0.4), make_run("b", encoder=MOA, final=0.5)])
-    assert re.match(r"qd-MoA is 0\.\d{4} \(\d\d\.\d\d %\) above SwiGLU", sentences[0])
-
-
 @pytest.mark.parametrize(
     ("gap", "words"), [(0.1, "excludes zero: in this setting, the lower loss"), (0.0, "includes zero: these seeds")]
 )
@@ -51,11 +47,6 @@ def test_seeds_give_an_interval(make_run, gap, words):
     sentences, _ = report(folders)
     assert "on average" in sentences[0]
     assert sentences[1].startswith("The 95 % interval over 3 paired seeds, ") and words in sentences[1]
-
-
-def test_the_side_with_one_seed_is_named(make_run):
-    folders = [make_run("a0"), make_run("b0", encoder=MOA, seed=0), make_run("b1", encoder=MOA, seed=1)]
-    assert report(folders)[0][1] == "One seed of SwiGLU: no evidence of a general difference."
 
 
 @pytest.mark.parametrize(("loss", "words"), [(0.3, "lowest"), (0.7, "nearest")])
@@ -107,11 +98,6 @@ def test_an_unfinished_rate_is_not_compared_and_makes_the_verdict_provisional(ma
     assert "Unfinished: qd-MoA, lr 1e-3 (1 920 images)." in " ".join(notes.split())
 
 
-def test_rates_with_different_numbers_of_seeds_are_reported(make_run):
-    folders = sweep(make_run, {(1e-3, 0): 0.4, (1e-3, 1): 0.4, (2e-3, 0): 0.5})
-    assert "The learning rates of qd-MoA were tried with 1 to 2 complete runs." in report(folders)[1]
-
-
 def test_a_method_that_diverged_at_all_rates_has_no_difference(make_run):
     folders = [make_run("base", lr=1e-3)]
     folders += [make_run(f"moa{rate}", encoder=MOA, lr=rate, nan_from=20) for rate in (1e-3, 2e-3)]
@@ -131,6 +117,15 @@ def test_a_lower_throughput_is_reported(make_run):
     assert "qd-MoA has 0.50× the throughput of SwiGLU: losses are compared after equal images" in report(folders)[1]
 
 
+def test_other_code_versions_and_devices_are_reported(make_run):
+    folders = [make_run("a"), make_run("b", encoder=MOA)]
+    environment = {"git_commit": "4567def", "device": "an accelerator"}
+    (folders[1] / "env.json").write_text(json.dumps(environment))
+    notes = report(folders)[1]
+    assert "Code versions differ: 0123abc (SwiGLU), 4567def (qd-MoA)." in notes
+    assert "Devices differ, so speed and memory are not comparable: a processor (SwiGLU), an accelerator" in notes
+
+
 def test_encoder_accuracy_is_reported_with_the_loss(make_run):
     folders = [
         make_run(f"{name}{seed}", encoder=f"vit_tiny_patch4_{name}", seed=seed, probes={"knn": base + 0.01 * seed})
@@ -141,9 +136,6 @@ def test_encoder_accuracy_is_reported_with_the_loss(make_run):
         "The encoder of qd-MoA is 4.00 points above that of SwiGLU in accuracy (knn): 54.50 % against 50.50 % "
         "(95 % interval +4.00 to +4.00)."
     ) in report(folders)[1]
-    path = folders[0] / "probe/knn.json"
-    path.write_text(path.read_text().replace('{"k": 20}', '{"k": 10}'))
-    assert "The knn measurements are not comparable: settings differ between runs." in report(folders)[1]
 
 
 def test_incomparable_runs_are_no_evidence(make_run):
@@ -185,15 +177,6 @@ def test_the_verdict_is_on_the_training_objective_and_another_sign_is_reported(m
     assert "In normalized space, the difference of qd-MoA has the other sign: +" in notes
 
 
-def test_a_start_from_another_checkpoint_is_reported(make_run):
-    changes = {"schedule.decay_type": "1-sqrt", "start_from": "runs/x/checkpoints/step_10"}
-    notes = report(
-        [make_run("a", ffn="swiglu"), make_run("b", ffn="moa"), make_run("c", ffn="qdmoa", changes=changes)]
-    )[1]
-    assert "differ for qd-MoA (start_from, schedule.decay_type): " in notes
-    assert "Started from a checkpoint of another run: qd-MoA." in notes
-
-
 def ladder(make_run, gains, seeds):
     """Return folders of language models: SwiGLU and FFNs with these gains, at three sizes."""
     return [
@@ -224,22 +207,3 @@ def test_over_sizes_intervals_are_widened_for_all_comparisons(make_run, gain, su
     assert sentences[1] == (
         f"The 95 % interval over seeds, widened for 3 comparisons, excludes zero at {sure} of 3 sizes."
     )
-
-
-def test_the_gain_of_parameters_alone_is_reported(make_run):
-    counts = {
-        "swiglu": ("dense-0.12b", 1_000_000),
-        "wide": ("llama-large", 1_000_500),
-        "bimoa": ("dense-0.12b", 1_000_480),
-    }
-    folders = [
-        make_run(name, ffn=name.replace("wide", "swiglu"), changes={"model.size": size}, parameters={"total": count})
-        for name, (size, count) in counts.items()
-    ]
-    wide, mixed = (signed(final(folder, "loss") - final(folders[0], "loss")) for folder in folders[1:])
-    notes = report(folders)[1]
-    assert (
-        f"Gain over SwiGLU, dense-0.12b against parameters: SwiGLU, llama-large {wide} for +0.05 % parameters, "
-        f"bi-MoA {mixed} for +0.05 % parameters."
-    ) in notes
-    assert "more than one cause" not in notes  # llama-large differs in the width of the FFN only

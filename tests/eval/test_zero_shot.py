@@ -223,15 +223,6 @@ def test_filters_and_groups(tmp_path, write_results):
     assert len(evaluation.tasks["hellaswag"].items) == 40
 
 
-def test_items_with_lost_likelihoods_are_counted(tmp_path, write_results):
-    file = write_results(tmp_path, "m/a")
-    edit(
-        samples_of(file, "hellaswag"),
-        lambda sample: sample["filtered_resps"][2].__setitem__(0, "-inf") if sample["doc_id"] < 3 else None,
-    )
-    assert [task.not_finite for task in read_evaluation(file).tasks.values()] == [0, 3, 0, 0]
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import io
+import json
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -12,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import skimage.data
-from hypothesis import strategies as st
 from PIL import Image
 
 from moa_vision import cache
+from moa_vision.shards import ShardSettings, make_shards
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,34 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A default cache folder that is removed with the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
     return tmp_path / "cache-home"
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> Callable[..., list[str]]:
+    """small_run(**changed) -> command line of a run of a small MAE in tmp_path/runs; `a__b` sets key a.b."""
+
+    def small_run(**changed) -> list[str]:
+        encoder = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
+        values = {
+            "name": "run",
+            "out": tmp_path / "runs",
+            "model.encoder": "vit_tiny_patch16_qdmoa",
+            "model.img_size": [16, 24],
+            "model.encoder_args": json.dumps(encoder | changed.pop("encoder_args", {})),
+            "model.decoder_dim": 16,
+            "model.decoder_depth": 1,
+            "model.decoder_heads": 2,
+            "data.workers": 0,
+            "schedule.epochs": 2,
+            "schedule.warmup_epochs": 0,
+            "schedule.batch_size": 8,
+            "loop.micro_batch_size": 4,
+            "loop.log_every": 1,
+            "loop.trackers": "[]",
+        } | {key.replace("__", "."): value for key, value in changed.items()}
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    return small_run
 
 
 @pytest.fixture(scope="session")
@@ -63,26 +92,6 @@ def write_tar() -> Callable[..., Path]:
     return write_tar
 
 
-@pytest.fixture(scope="session")
-def mutations() -> Callable[[bytes], st.SearchStrategy[bytes]]:
-    """mutations(data) -> strategy of `data` with bytes changed, a piece removed or the end cut off."""
-
-    def mutated(data: bytes, edits, cut, end) -> bytes:
-        changed = bytearray(data)
-        for at, new in edits:
-            changed[at : at + len(new)] = new
-        if cut is not None:
-            del changed[cut[0] : cut[0] + cut[1]]
-        return bytes(changed[:end])
-
-    def mutations(data: bytes) -> st.SearchStrategy[bytes]:
-        edits = st.lists(st.tuples(st.integers(0, len(data) - 1), st.binary(min_size=1, max_size=12)), max_size=6)
-        cuts = st.tuples(st.integers(0, len(data)), st.integers(0, 600))
-        return st.builds(mutated, st.just(data), edits, st.none() | cuts, st.none() | st.integers(0, len(data)))
-
-    return mutations
-
-
 @pytest.fixture
 def shards(tmp_path: Path, photos, encode, write_tar) -> Path:
     """A folder of 5 tars with 9, 4, 7, 1 and 11 labelled JPEG photographs; keys a0, a1, ..., e10."""
@@ -96,6 +105,13 @@ def shards(tmp_path: Path, photos, encode, write_tar) -> Path:
             number += 1
         write_tar(folder / f"{letter}.tar", members)
     return folder
+
+
+@pytest.fixture
+def packed(shards: Path, tmp_path: Path) -> Path:
+    """A packed data set of the photographs in `shards`: 4 shards of 8."""
+    make_shards(str(shards), tmp_path / "packed", ShardSettings(samples_per_shard=8))
+    return tmp_path / "packed"
 
 
 class Server(http.server.ThreadingHTTPServer):

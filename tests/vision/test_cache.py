@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from moa_train.errors import ConfigError, DataError
+from moa_train.errors import DataError
 from moa_vision import cache
-from moa_vision.cache import ATTEMPTS, LostShard, Shard, ShardCache
-from moa_vision.cache_eviction import hold, make_room, release
+from moa_vision.cache import ATTEMPTS, LostShard, Shard, ShardCache, hold, make_room, release
 from moa_vision.index import ShardReader, open_index
 
 FORK = multiprocessing.get_context("fork")
@@ -36,7 +35,7 @@ def names(folder):
 # --- transfers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("faults", [[503], ["cut", 500, "cut"], [429, 408], ["garbled"]])
+@pytest.mark.parametrize("faults", [[503, 429], ["cut", 500, "garbled"]])
 def test_temporary_errors_are_retried(server, shards, tmp_path, faults):
     server.faults["a.tar"] = list(faults)
     path = ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar"))
@@ -46,7 +45,7 @@ def test_temporary_errors_are_retried(server, shards, tmp_path, faults):
 
 
 @pytest.mark.parametrize(("fault", "tries", "text"), [
-    (404, 1, "FileNotFound"), (403, 1, "403"), (500, ATTEMPTS, "500"), ("cut", ATTEMPTS, f"attempt {ATTEMPTS} of"),
+    (404, 1, "FileNotFound"), (403, 1, "403"), (500, ATTEMPTS, f"attempt {ATTEMPTS} of {ATTEMPTS}.*500"),
 ])  # fmt: skip
 def test_final_error_names_the_url(server, tmp_path, fault, tries, text):
     server.faults["a.tar"] = [fault] * 9
@@ -79,19 +78,13 @@ def test_failing_pipe_reports_its_exit_status(tmp_path, shards, monkeypatch):
         ShardCache(tmp_path / "cache").fetch(Shard(f"pipe:head -c 5000 {shards}/a.tar; exit 3"))
 
 
-def test_unknown_scheme_is_a_config_error(tmp_path):
-    with pytest.raises(ConfigError, match="cannot open zzz://"):
-        ShardCache(tmp_path / "cache").fetch(Shard("zzz://host/a.tar"))
-
-
-def test_full_disk_is_not_a_lost_shard(server, tmp_path, monkeypatch):
+def test_full_disk_is_not_retried(server, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache, "_transfer", full)
-    with pytest.raises(DataError, match=r"cannot store .*No space left.*data\.cache_gib.*data\.cache_dir") as error:
+    with pytest.raises(DataError, match=r"cannot store .*No space left.*data\.cache_gib.*data\.cache_dir"):
         ShardCache(tmp_path / "cache").fetch(Shard(f"{server.url}/a.tar"))
-    assert not isinstance(error.value, LostShard)
 
 
 class Hub:
@@ -141,32 +134,6 @@ def test_hub_data_sets_are_read(shards, tmp_path, monkeypatch, serve):
 # --- shared by processes ------------------------------------------------------------------------------------------
 
 
-def test_a_shard_is_fetched_once_by_any_number_of_processes(server, tmp_path):
-    shard = Shard(f"{server.url}/e.tar")
-    readers = [FORK.Process(target=ShardCache(tmp_path / "cache").fetch, args=(shard,)) for _ in range(3)]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join(600)
-    assert [reader.exitcode for reader in readers] == [0, 0, 0] and server.requests == ["e.tar"]
-
-
-def test_a_lost_shard_is_not_retried_by_other_readers_of_the_run(server, tmp_path, monkeypatch):
-    shard = Shard(f"{server.url}/a.tar")
-    first, second = ShardCache(tmp_path / "cache"), ShardCache(tmp_path / "cache")
-    server.faults["a.tar"] = [500] * ATTEMPTS
-    for shard_cache in (first, second):
-        with pytest.raises(LostShard, match=rf"cannot fetch .*attempt {ATTEMPTS} of {ATTEMPTS}"):
-            shard_cache.fetch(shard)
-    assert len(server.requests) == ATTEMPTS
-    assert ShardCache(tmp_path / "cache").fetch(shard).exists(), "a run that starts later tries again"
-    server.faults["b.tar"] = [404]
-    with pytest.raises(LostShard):
-        first.fetch(Shard(f"{server.url}/b.tar"))
-    monkeypatch.setattr(cache, "LOST_S", -1.0)
-    assert first.fetch(Shard(f"{server.url}/b.tar")).exists(), "tried again after a while"
-
-
 def hammer(url, cache_dir, limit_gib, expected, seed, reads):
     """Compare samples read in random order; exit with 1 at a difference."""
     index = open_index(url, cache_dir, limit_gib)
@@ -204,15 +171,29 @@ def test_processes_share_a_bounded_cache(write_tar, serve, tmp_path):
     assert sum(path.stat().st_size for path in kept) <= 5.5 * size and {path.suffix for path in kept} == {".tar"}
 
 
-def test_a_refetched_shard_must_hold_its_samples(server, tmp_path, caplog):
-    """Without a manifest only the index tells that a transfer was cut."""
-    index = open_index(f"{server.url}/a.tar", tmp_path / "cache")
-    (kept,) = tmp_path.glob("cache/shards/*.tar")
-    whole = ShardReader(index).read(8).tobytes()
-    kept.unlink()
-    server.faults["a.tar"] = ["silent cut"] * 2
-    assert ShardReader(index).read(8).tobytes() == whole and not server.faults["a.tar"]
-    assert "but its samples end at byte " in caplog.text
+def test_a_cut_transfer_does_not_stay_in_the_cache(server, tmp_path):
+    """Without a manifest or a length, only the tar shows that its end is missing."""
+    server.faults["a.tar"] = ["silent cut"]
+    with pytest.raises(DataError, match=r"a\.tar: truncated"):
+        open_index(f"{server.url}/a.tar", tmp_path / "cache")
+    assert len(open_index(f"{server.url}/a.tar", tmp_path / "cache")) == 9
+
+
+def test_a_lost_shard_is_not_retried_by_other_readers_of_the_run(server, tmp_path, monkeypatch):
+    shard = Shard(f"{server.url}/a.tar")
+    first, second = ShardCache(tmp_path / "cache"), ShardCache(tmp_path / "cache")
+    server.faults["a.tar"] = [404]
+    for shard_cache in (first, second):
+        with pytest.raises(LostShard, match="cannot fetch http"):
+            shard_cache.fetch(shard)
+    assert len(server.requests) == 1
+    assert ShardCache(tmp_path / "cache").fetch(shard).exists(), "a run that starts later tries again"
+    server.faults["b.tar"] = [404]
+    with pytest.raises(LostShard):
+        first.fetch(Shard(f"{server.url}/b.tar"))
+    monkeypatch.setattr(cache, "LOST_S", -1.0)
+    assert first.fetch(Shard(f"{server.url}/b.tar")).exists(), "tried again after a while"
+    assert not list(tmp_path.rglob("*.lost"))
 
 
 # --- eviction -----------------------------------------------------------------------------------------------------
@@ -263,27 +244,3 @@ def test_leftovers_of_killed_transfers_are_removed(cached):
     with FileLock(folder / "b.tar.lock"):  # in progress
         make_room(folder, None)
         assert [name for name in names(folder) if not name.endswith(".lock")] == ["0.tar", "b.tar.tmp"]
-
-
-# --- local shards -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["preadv", "open"])
-def test_a_local_shard_that_fails_once_is_opened_again(shards, tmp_path, monkeypatch, name):
-    """A stale handle of a network file system."""
-    monkeypatch.setattr("moa_train.open_files.RETRY_S", 0.0)
-    index = open_index(str(shards), tmp_path / "cache")
-    expected = ShardReader(index).read(0).tobytes()
-    faults, original = [1], getattr(os, name)
-
-    def fail(*arguments):
-        if faults:
-            faults.pop()
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return original(*arguments)
-
-    monkeypatch.setattr(os, name, fail)
-    assert ShardReader(index).read(0).tobytes() == expected and not faults
-    faults += [1, 1]
-    with pytest.raises(OSError, match="Stale file handle"):
-        ShardReader(index).read(0)

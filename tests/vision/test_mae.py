@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
-from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from moa_ffn import FFN
 from moa_train.errors import ConfigError
-from moa_vision.mae import MAE, MAEOutput, create_mae, forward_flops, parameter_counts, sincos_positions
+from moa_vision.mae import MAE, create_mae, forward_flops, parameter_counts
 
 TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8}
 DECODER: dict[str, Any] = {"decoder_dim": 24, "decoder_depth": 2, "decoder_heads": 3}
@@ -150,13 +149,6 @@ def test_equals_vitmae_on_non_square_images():
     assert abs(output.loss.item() - (logits - target).square()[encoded.mask.bool()].mean().item()) < TOLERANCE
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (5, 3)])
-def test_positions_equal_vitmae(grid):
-    expected = build_2d_sinusoidal_position_embedding(*grid, embed_dim=32)
-    column_first = torch.cat([expected[:, 16:], expected[:, :16]], dim=1)  # as ViTMAE reorders them
-    torch.testing.assert_close(sincos_positions(grid, 32), column_first, rtol=0, atol=1e-6)
-
-
 def test_parameters_and_flops_of_the_official_size():
     with torch.device("meta"):
         theirs = ViTMAEForPreTraining(ViTMAEConfig(norm_pix_loss=True))
@@ -203,15 +195,10 @@ def test_encoding_all_patches_equals_timm(name):
     ("name", "arguments", "message"),
     [
         ("resnet18", {}, "ResNet, expected a timm VisionTransformer"),
-        ("vit_tiny_patch16_224", {"img_size": 40}, "img_size=.40, 40. must be a multiple of patch_size=16"),
         ("vit_tiny_patch16_224", {"patch_size": (16, 8)}, "must be square"),
         ("vit_tiny_patch16_224", {"pos_embed": "none"}, "absolute position embedding"),
-        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate must be 0"),
         ("vit_tiny_patch16_224", {"global_pool": "avg"}, "global_pool='avg' must be 'token'"),
-        ("deit_tiny_distilled_patch16_224", {}, "prefix tokens"),
-        ("vit_tiny_r_s16_p8_224", {}, "patch_embed must be"),
         ("vit_small_patch16_18x2_224", {}, "blocks with one `mlp` each"),
-        ("vit_tiny_patch16_224", {"depth": 0}, "at least one block"),
     ],
 )
 def test_unsupported_encoders_are_rejected(name, arguments, message):
@@ -223,15 +210,9 @@ def test_unsupported_encoders_are_rejected(name, arguments, message):
     ("name", "arguments", "message"),
     [
         ("vit_tiny_patch16_qdmao", {}, "did you mean vit_tiny_patch16_qdmoa"),
-        ("vit_tiny_patch16_qdmoa", {"encoder_args": {"width": 3}}, "unknown 'width' .*embed_dim"),
         ("vit_tiny_patch16_qdmoa", {"encoder_args": {"ffn_gates": "tanh"}}, "unknown 'ffn_gates' .*ffn_mixing_gate"),
-        ("vit_tiny_patch16_224", {"encoder_args": {"ffn_mixing_gate": "tanh"}}, "unknown 'ffn_mixing_gate'"),
-        ("vit_tiny_patch16_qdmoa", {"encoder_args": {"num_heads": 5}}, "num_heads"),
         ("vit_tiny_patch16_qdmoa", {"encoder_args": {"norm_layer": 3}}, "encoder_args={'norm_layer': 3}"),
         ("vit_tiny_patch16_qdmoa", {"mask_ratio": 1.0}, "mask_ratio=1.0 leaves 0 of 4 patches"),
-        ("vit_tiny_patch16_qdmoa", {"mask_ratio": 0.0}, "mask_ratio=0.0 leaves 4 of 4 patches"),
-        ("vit_tiny_patch16_qdmoa", {"decoder_heads": 5}, "decoder_heads=5"),
-        ("vit_tiny_patch16_qdmoa", {"decoder_ffn": "geglu"}, "'geglu' is not one of relu2, gelu"),
     ],
 )
 def test_invalid_arguments_are_rejected(name, arguments, message):
@@ -275,13 +256,12 @@ def test_initialization(variant):
     assert not mae.encoder.pos_embed.requires_grad
 
 
-@pytest.mark.parametrize("decoder_ffn", [None, "bimoa"])
-def test_decoder_ffn_has_the_settings_of_the_encoder(decoder_ffn):
+def test_decoder_ffn_has_the_settings_of_the_encoder():
     args = {"ffn_mixing_gate": "tanh", "ffn_gate_activations": "r,s", "ffn_mix_bias": True}
-    for block in tiny_mae("qdmoa", encoder_args=args, decoder_ffn=decoder_ffn).decoder_blocks:
-        spec = block.mlp.spec
-        assert (spec.variant, spec.mixing_gate, spec.mix_bias) == (decoder_ffn or "qdmoa", "tanh", True)
-        assert spec.gate_activations == ("relu", "silu")
+    mae = tiny_mae("qdmoa", encoder_args=args)
+    assert {block.mlp.spec for block in mae.decoder_blocks} == {mae.encoder.blocks[0].mlp.spec}
+    (spec,) = {block.mlp.spec for block in tiny_mae("qdmoa", encoder_args=args, decoder_ffn="bimoa").decoder_blocks}
+    assert (spec.variant, spec.mixing_gate, spec.mix_bias) == ("bimoa", "tanh", True)
 
 
 def test_decoder_ffn_of_a_plain_timm_encoder():
@@ -384,21 +364,7 @@ def test_bf16_gradients_of_a_large_batch_are_as_exact_as_plain_ones():
         assert relative_error(ours[name], exact[name]) < 2 * relative_error(plain[name], exact[name]), name
 
 
-# patches and reconstructions
-
-
-@settings(max_examples=20)
-@given(rows=st.integers(1, 4), columns=st.integers(2, 4), p=st.sampled_from([2, 6]), channels=st.integers(1, 3))
-def test_patchify_and_unpatchify(rows, columns, p, channels):
-    args = {"embed_dim": 8, "num_heads": 1, "depth": 1, "patch_size": p, "in_chans": channels}
-    mae = tiny_mae(img_size=(rows * p, columns * p), encoder_args=args, mask_ratio=0.5)
-    images, _ = make_batch(mae)
-    patches = mae.patchify(images)
-    for row in range(rows):
-        for column in range(columns):
-            patch = images[:, :, row * p : (row + 1) * p, column * p : (column + 1) * p]
-            assert torch.equal(patches[:, row * columns + column], patch.permute(0, 2, 3, 1).flatten(1))
-    assert torch.equal(mae.unpatchify(patches), images)
+# reconstructions
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -415,14 +381,3 @@ def test_reconstruction_and_its_losses(norm_pix_loss):
     torch.testing.assert_close(trained.mean(), output.loss)
     pixel = (reconstruction - images).square().sum(dim=(1, 2, 3)) / (output.mask.sum(1) * 8 * 8 * 3)
     torch.testing.assert_close(losses["loss_pixel"], pixel)
-
-
-def test_a_perfect_prediction_reconstructs_the_image():
-    mae = tiny_mae(norm_pix_loss=True)
-    images, noise = make_batch(mae)
-    mask = mae.mask_from(noise)
-    patches = mae.patchify(images)[mask.bool()].view(3, -1, 192)
-    perfect = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    output = MAEOutput(torch.zeros(()), perfect, mask)
-    torch.testing.assert_close(mae.reconstruct(images, output), images)
-    assert max(loss.max().item() for loss in mae.reconstruction_losses(images, output).values()) < 1e-9

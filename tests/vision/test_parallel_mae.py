@@ -15,34 +15,16 @@ WAYS = {"ddp": False, "fsdp": True}
 
 
 @pytest.fixture
-def launch(tmp_path, shards, write_tar, photos, encode, two_processes, stopping):
+def launch(tmp_path, shards, write_tar, photos, encode, two_processes, stopping, small_run):
     """launch(**changed) runs 20 steps on one process ("one") and on two ("ddp", "fsdp").
 
     With `moved`, the run "moved" is on one process to step 5, on DDP to 10, on FSDP2 to 15 and on one to the end.
     """
     write_tar(tmp_path / "held-out.tar", [(f"{i}.jpg", encode(photo)) for i, photo in enumerate(photos[:3])])
-    encoder = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
-    values = {
-        "out": tmp_path,
-        "model.encoder": "vit_tiny_patch16_qdmoa",
-        "model.img_size": [16, 24],
-        "model.encoder_args": json.dumps(encoder),
-        "model.decoder_dim": 16,
-        "model.decoder_depth": 2,
-        "model.decoder_heads": 2,
-        "data.train": shards,
-        "data.val": tmp_path / "held-out.tar",
-        "data.workers": 0,
-        "schedule.epochs": 5,
-        "schedule.warmup_epochs": 1,
-        "schedule.batch_size": 8,
-        "loop.micro_batch_size": 4,
-        "loop.log_every": 1,
-        "loop.val_every": 10,
-        "checkpoint.interval": 20,
-        "loop.num_diagnostic_samples": 2,
-        "loop.trackers": "[]",
-    }
+    often = {"loop__val_every": 10, "checkpoint__interval": 20, "loop__num_diagnostic_samples": 2}
+    schedule = {"schedule__epochs": 5, "schedule__warmup_epochs": 1}
+    data = {"data__train": shards, "data__val": tmp_path / "held-out.tar"}
+    values = {"out": tmp_path, "model__decoder_depth": 2, **data, **schedule, **often}
     (tmp_path / "empty.yaml").write_text("seed: 0")
 
     def alone(arguments, last=None):
@@ -52,8 +34,7 @@ def launch(tmp_path, shards, write_tar, photos, encode, two_processes, stopping)
 
     def launch(moved=False, **changed):
         def arguments(name):
-            given = values | {"name": name} | {key.replace("__", "."): value for key, value in changed.items()}
-            return [f"--config={tmp_path}/empty.yaml", *(f"--{key}={value}" for key, value in given.items())]
+            return [f"--config={tmp_path}/empty.yaml", *small_run(**{**values, "name": name, **changed})]
 
         jobs = [{"main": "moa_vision.pretrain", "arguments": arguments(way), "fsdp": WAYS[way]} for way in WAYS]
         if moved:

@@ -2,14 +2,10 @@
 
 import json
 import multiprocessing
-import random
-import shutil
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-import timm
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.numpy import load_file
@@ -18,7 +14,6 @@ from moa_eval.training.reading import read_run
 from moa_train.config import parse_config
 from moa_train.signals import EXIT_STOPPED
 from moa_vision.export import load_mae
-from moa_vision.index import ShardReader
 from moa_vision.mae import parameter_counts
 from moa_vision.pretrain import MAEConfig, MAETask, main
 
@@ -26,35 +21,16 @@ TIMINGS = ("wall_s", "throughput", "mfu")
 
 
 @pytest.fixture
-def arguments(tmp_path, shards, write_tar, photos, encode):
+def arguments(tmp_path, shards, write_tar, photos, encode, small_run):
     """arguments(name, **changed) -> command line of a run of 12 steps, 4 per epoch, with stochastic depth."""
     write_tar(tmp_path / "held-out.tar", [(f"{i}.jpg", encode(photo)) for i, photo in enumerate(photos)])
 
     def arguments(name="run", **changed):
-        encoder = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4, "drop_path_rate": 0.3}
-        values = {
-            "name": name,
-            "out": tmp_path / "runs",
-            "model.encoder": "vit_tiny_patch16_qdmoa",
-            "model.img_size": [16, 24],
-            "model.encoder_args": json.dumps(encoder),
-            "model.decoder_dim": 16,
-            "model.decoder_depth": 1,
-            "model.decoder_heads": 2,
-            "data.train": shards,
-            "data.val": tmp_path / "held-out.tar",
-            "data.workers": 0,
-            "schedule.epochs": 3,
-            "schedule.warmup_epochs": 1,
-            "schedule.batch_size": 8,
-            "loop.micro_batch_size": 4,
-            "loop.log_every": 1,
-            "loop.val_every": 5,
-            "checkpoint.interval": 5,
-            "loop.num_diagnostic_samples": 3,
-            "loop.trackers": "[]",
-        } | {key.replace("__", "."): value for key, value in changed.items()}
-        return [f"--{key}={value}" for key, value in values.items()]
+        data = {"data__train": shards, "data__val": tmp_path / "held-out.tar"}
+        schedule = {"schedule__epochs": 3, "schedule__warmup_epochs": 1}
+        often = {"loop__val_every": 5, "checkpoint__interval": 5, "loop__num_diagnostic_samples": 3}
+        changed = {"encoder_args": {"drop_path_rate": 0.3}, **data, **schedule, **often, **changed}
+        return small_run(name=name, **changed)
 
     return arguments
 
@@ -97,14 +73,6 @@ def test_run_folder_is_complete(train):
     assert not list(folder.rglob(".*"))
 
 
-def test_export_holds_the_trained_weights(train):
-    _, folder = train(loop__precision="bf16", schedule__epochs=1)
-    trained = load_file(folder / "checkpoints" / "step_00000004" / "model.safetensors")
-    exported = timm.create_model(f"local-dir:{folder / 'export'}", pretrained=True).state_dict()
-    assert exported.keys() == {name.removeprefix("encoder.") for name in trained if name.startswith("encoder.")}
-    assert all(exported[name].numpy().tobytes() == trained[f"encoder.{name}"].tobytes() for name in exported)
-
-
 def test_validation_loss_is_the_mean_over_images(train, arguments):
     _, folder = train(loop__micro_batch_size=3, schedule__epochs=1, schedule__batch_size=6, schedule__warmup_epochs=0)
     mae = load_mae(folder / "export").eval()
@@ -118,11 +86,10 @@ def test_validation_loss_is_the_mean_over_images(train, arguments):
     assert rows(folder)[-1]["loss"] == pytest.approx(sum(one_by_one) / 4, rel=1e-5)
 
 
-@pytest.mark.parametrize("stops", [(4,), (5, 9)], ids=["at the end of an epoch", "twice within epochs"])
-def test_resume_is_bit_exact(train, stops, stopping):
+def test_resume_is_bit_exact(train, stopping):
     _, unbroken = train("unbroken")
     folder = unbroken.with_name("run")
-    for stop in stops:
+    for stop in (4, 9):  # at the end of an epoch, and within one
         with stopping(stop):
             code, _ = train("run")
         assert code == EXIT_STOPPED
@@ -133,79 +100,26 @@ def test_resume_is_bit_exact(train, stops, stopping):
 
 
 @pytest.mark.slow
-def test_resume_reads_only_the_remaining_samples(train, stopping, monkeypatch):
-    read, samples = ShardReader.read, {"shards": [], "held-out.tar": []}
-
-    def recorded(reader, sample):
-        path = Path(reader.index.shards[0].url)
-        samples[path.name if path.name in samples else path.parent.name].append(sample)
-        return read(reader, sample)
-
-    def session(name):
-        for part in samples.values():
-            part.clear()
-        code, _ = train(name)
-        return code, list(samples["shards"]), list(samples["held-out.tar"])
-
-    monkeypatch.setattr(ShardReader, "read", recorded)
-    code, train_reads, val_reads = session("unbroken")
-    assert code == 0 and len(train_reads) == 12 * 8 and len(set(train_reads[:32])) == 32
-    held_out, diagnostic = val_reads[:4], val_reads[4:7]  # diagnostic images are read once per session
-    assert val_reads == held_out + diagnostic + 2 * held_out
-    with stopping(6):
-        assert session("run") == (EXIT_STOPPED, train_reads[: 6 * 8], held_out + diagnostic)
-    assert session("run") == (0, train_reads[6 * 8 :], held_out + diagnostic + held_out)
-
-
-@pytest.mark.slow
-def test_kill_9_with_workers_leaves_no_process_and_resumes_exactly(train, arguments):
-    """SIGKILL of the training process only, at twelve random moments; the loader's workers must end by themselves."""
+def test_kill_9_with_workers_leaves_no_process_and_resumes_exactly(train, arguments, tmp_path):
+    """SIGKILL of the training process only; the loader's workers must end by themselves."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["moa_vision.pretrain"])
-    draw, changed, survivors = random.Random(0), {"data__workers": 2, "checkpoint__interval": 2}, []
-    folder = Path(arguments()[1].removeprefix("--out=")) / "run"
-    for _ in range(12):
+    changed, survivors, folder = {"data__workers": 2, "checkpoint__interval": 2}, [], tmp_path / "runs" / "run"
+    metrics = folder / "metrics.jsonl"
+    for steps in (1, 4, 5, 7, 10, 11):
         process = context.Process(target=main, args=(arguments("run", **changed),))
         process.start()
-        metrics, begun = folder / "metrics.jsonl", time.monotonic()
-        aim = (len(rows(folder)) if metrics.exists() else 0) + draw.randrange(1, 4)
-        while process.is_alive() and time.monotonic() < begun + 60:
-            if metrics.exists() and metrics.read_text().count("\n") >= aim:
-                break
+        while not metrics.exists() or len(rows(folder)) < steps:
+            assert process.is_alive()
             time.sleep(0.005)
-        survivors += psutil.Process(process.pid).children() if process.is_alive() else []
+        survivors += psutil.Process(process.pid).children()
         process.kill()
         process.join()
     _, alive = psutil.wait_procs(survivors, timeout=60)
     assert not alive
     assert train("run", **changed)[0] == train("unbroken", **changed)[0] == 0
-    unbroken = folder.parent / "unbroken"
-    assert rows(folder) == rows(unbroken)
-    assert weights(folder) == weights(unbroken)
-
-
-def test_losses_do_not_depend_on_workers_and_micro_batches(train):
-    encoder = '{"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 4}'
-    _, one = train("one", model__encoder_args=encoder)
-    _, other = train("other", model__encoder_args=encoder, data__workers=2, loop__micro_batch_size=8)
-    assert [row["loss"] for row in rows(other)] == pytest.approx([row["loss"] for row in rows(one)], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_resume_requires_the_same_samples(train, shards, write_tar, photos, encode, tmp_path, capsys):
-    code, folder = train()
-    assert code == 0
-    (folder / "summary.json").unlink()
-    shutil.copytree(shards, tmp_path / "copy")
-    shutil.rmtree(shards)
-    (tmp_path / "copy").rename(shards)
-    assert train()[0] == 0
-    (folder / "summary.json").unlink()
-    write_tar(shards / "d.tar", [("another.jpg", encode(photos[0]))])
-    capsys.readouterr()
-    assert train()[0] == 2
-    assert "train samples" in capsys.readouterr().err
-    assert train(resume="force")[0] == 0
+    assert rows(folder) == rows(folder.parent / "unbroken")
+    assert weights(folder) == weights(folder.parent / "unbroken")
 
 
 def test_bad_samples_are_recorded_and_limited(train, shards, write_tar, photos, encode, capsys):
@@ -216,22 +130,17 @@ def test_bad_samples_are_recorded_and_limited(train, shards, write_tar, photos, 
     bad = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
     assert sorted(sample["key"] for sample in bad) == ["f1", "f2"]
     assert json.loads((folder / "summary.json").read_text())["bad_samples"] == 2
-    for limit in (0, 1):
-        code, _ = train(f"strict{limit}", data__max_bad_samples=limit, data__workers=limit)
-        error = capsys.readouterr().err
-        assert code and ("f1" in error or "f2" in error)
-        assert error.startswith("error: ") and "Traceback" not in error
+    code, _ = train("strict", data__max_bad_samples=1, data__workers=1)
+    error = capsys.readouterr().err
+    assert code and ("f1" in error or "f2" in error)
+    assert error.startswith("error: ") and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"data__train": "data/photographs/train"}, "python -m moa_vision.photographs --out data/photographs"),
-        ({"model__encoder": "vit_base_patch16_qdmoe"}, "'vit_base_patch16_qdmoe' is not a timm model; did you mean"),
-        ({"model__encoder_args": '{"dept": 3}'}, "unknown 'dept'"),
-        ({"model__img_size": 17}, "17"),
         ({"model__mask_ratio": 0.999}, "mask_ratio=0.999"),
-        ({"schedule__batch_size": 64}, "schedule.batch_size is 64; it must be at most"),
     ],
 )
 def test_errors_are_one_line(train, changed, message, capsys, tmp_path, monkeypatch):
@@ -241,31 +150,3 @@ def test_errors_are_one_line(train, changed, message, capsys, tmp_path, monkeypa
     assert code == 2
     assert message in error and "Traceback" not in error and error.count("error:") == 1
     assert not folder.exists()
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [("--model.encodr=x", "did you mean model.encoder?"), ("--data.shuffle_window_shards=0", "window")],
-)
-def test_invalid_keys_are_rejected(arguments, argument, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments(), argument])
-    assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_check_builds_the_task_and_writes_nothing(arguments, tmp_path, capsys):
-    for changed, code in (({}, 0), ({"model__mask_ratio": 0.999}, 2)):
-        with pytest.raises(SystemExit) as stop:
-            main([*arguments(**changed), "--check"])
-        assert stop.value.code == code
-    assert "mask_ratio=0.999" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
-def test_help_documents_keys(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for words in ("timm name of the encoder", "--data.train", "Steps between checkpoints", "pretrain_mae.py"):
-        assert words in text

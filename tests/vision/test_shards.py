@@ -8,14 +8,13 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import shutil
 import signal
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
-from filelock import FileLock
 from PIL import Image
 
 from moa_train.errors import ConfigError, DataError
@@ -61,12 +60,7 @@ def test_manifest_and_index_agree_with_the_tars(folder, tmp_path):
         for path, samples in zip(paths, (10, 10, 4), strict=True)
     ]
     assert (report.samples, report.shards, report.kept_shards, report.bytes) == (24, 3, 0, manifest["bytes"])
-    index = open_index(str(tmp_path / "out"))
-    members = []
-    for path in paths:
-        with tarfile.open(path) as tar:
-            members += [(m.name[:-4], tar.extractfile(m).read()) for m in tar if m.name.endswith(".jpg")]
-    assert list(by_key(tmp_path / "out").items()) == members and index.label_names == ("cat", "dog")
+    assert open_index(str(tmp_path / "out")).label_names == ("cat", "dog")
 
 
 # webdataset leaves the files that it has read to the garbage collector
@@ -113,9 +107,8 @@ def test_validation_set_is_held_out(folder, tmp_path):
     train, val = make_shards(str(folder), tmp_path / "out", val_fraction=0.25)
     assert (train.folder.name, train.samples, val.folder.name, val.samples) == ("train", 18, "val", 6)
     assert not set(by_key(train.folder)) & set(by_key(val.folder))
-    for fraction, message in ((0.01, "leaves one side of 24 images empty"), (1, "val_fraction is 1; it must be")):
-        with pytest.raises(ConfigError, match=message):
-            make_shards(str(folder), tmp_path / "other", val_fraction=fraction)
+    with pytest.raises(ConfigError, match="leaves one side of 24 images empty"):
+        make_shards(str(folder), tmp_path / "other", val_fraction=0.01)
 
 
 def test_unusable_images_are_skipped_and_listed(folder, tmp_path):
@@ -172,7 +165,7 @@ def test_a_killed_run_is_resumed(folder, tmp_path, monkeypatch):
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_a_finished_set_is_verified_and_repaired(folder, tmp_path):
+def test_a_finished_set_is_verified_and_repaired(folder, tmp_path, encode, photos):
     settings, out = ShardSettings(samples_per_shard=5), tmp_path / "out"
     make_shards(str(folder), out, settings)
     before = digests(out)
@@ -184,31 +177,12 @@ def test_a_finished_set_is_verified_and_repaired(folder, tmp_path):
     (out / "shard-000003.tar").unlink()
     (report,) = make_shards(str(folder), out, settings)
     assert report.kept_shards == 3 and digests(out) == before
-
-
-def test_changed_sources_are_packed_again(folder, tmp_path, encode, photos):
-    settings, out = ShardSettings(samples_per_shard=5), tmp_path / "out"
-    make_shards(str(folder), out, settings)
     (folder / "cat" / "00.jpg").write_bytes(encode(photos[3], quality=50))
     (report,) = make_shards(str(folder), out, settings)
     assert report.kept_shards == 4 and encode(photos[3], quality=50) in by_key(out).values()
-    for path in list((folder / "dog").iterdir()):
-        path.unlink()
+    shutil.rmtree(folder / "dog")
     (report,) = make_shards(str(folder), out, settings)
-    assert (report.shards, report.samples) == (3, 12)
-    assert len(list(out.glob("*.tar"))) == 3, "shards of the larger set are removed"
-
-
-@pytest.mark.parametrize("content", [b"", b"[1]", b'{"name": "../kept.tar"}'])
-def test_damaged_work_files_cost_one_shard(folder, tmp_path, monkeypatch, content):
-    settings, out = ShardSettings(samples_per_shard=12), tmp_path / "out"
-    (tmp_path / "kept.tar").write_text("mine")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shards_module, "write_manifest", lambda *args, **fields: signal.raise_signal(signal.SIGINT))
-        make_shards(str(folder), out, settings)
-    next(out.glob(".parts/*.json")).write_bytes(content)
-    (report,) = make_shards(str(folder), out, settings)
-    assert report.kept_shards == 1 and len(by_key(out)) == 24 and (tmp_path / "kept.tar").exists()
+    assert report.shards == len(list(out.glob("*.tar"))) == 3, "shards of the larger set are removed"
 
 
 def test_folders_with_other_content_are_not_overwritten(folder, tmp_path):
@@ -219,13 +193,6 @@ def test_folders_with_other_content_are_not_overwritten(folder, tmp_path):
     (tmp_path / "foreign" / "mine.tar").write_bytes(b"")
     with pytest.raises(ConfigError, match="has tars but no manifest"):
         make_shards(str(folder), tmp_path / "foreign")
-    (tmp_path / "web").mkdir()
-    (tmp_path / "web" / "manifest.json").write_text('{"name": "an app"}')
-    with pytest.raises(DataError, match="format is None"):
-        make_shards(str(folder), tmp_path / "web")
-    (tmp_path / "busy" / ".parts").mkdir(parents=True)
-    with FileLock(tmp_path / "busy" / ".parts" / "lock"), pytest.raises(ConfigError, match="being written by another"):
-        make_shards(str(folder), tmp_path / "busy")
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -255,6 +222,3 @@ def test_command_prints_progress_and_skipped_images(command, folder, tmp_path, m
 def test_command_reports_wrong_options_in_one_line(command, folder, tmp_path, capsys):
     assert command(["--source", str(folder), "--out", str(tmp_path), "--quality", "0"]) == 2
     assert capsys.readouterr().err == "make_shards: error: quality is 0; it must be 1 to 100\n"
-    with pytest.raises(SystemExit):
-        command(["--help"])
-    assert "torchvision:NAME" in capsys.readouterr().out

@@ -32,23 +32,6 @@ def test_folder_ignores_and_logs_other_files(tmp_path, caplog):
     assert "4 files below" in caplog.text and ".txt (2), " in caplog.text and "no suffix (1)" in caplog.text
 
 
-def test_folders_are_classes_and_circular_links_end(tmp_path, monkeypatch):
-    for name in ("cats/a.jpg", "cats/deep/b.jpg", "dogs/c.jpg"):
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).write_bytes(b"")
-    links = {"self": ".", "cats/deep/up": "../..", "dogs/cats": "../cats", "cats/dogs": "../dogs"}
-    for name, target in links.items():
-        (tmp_path / "in" / name).symlink_to(target)
-    monkeypatch.chdir(tmp_path / "in")
-    for folder in (".", f"{tmp_path}/in/", f"{tmp_path}/in/self"):
-        source = open_source(folder)
-        assert [item.name for item in source.items] == [
-            *("cats/a.jpg", "cats/deep/b.jpg", "cats/dogs/c.jpg"),
-            *("dogs/c.jpg", "dogs/cats/a.jpg", "dogs/cats/deep/b.jpg"),
-        ]
-        assert source.label_names == ("cats", "dogs") and [item.where[0] for item in source.items] == [0] * 3 + [1] * 3
-
-
 def test_keys_are_unique_and_plain(tmp_path):
     names = ["a.b/x.1.jpg", "a_b/x_1.jpg", "a.b/x.1.png", "ünï/ß.jpg", "u" * 90 + "/" + "v" * 90 + ".jpg"]
     for name in names:
@@ -73,12 +56,6 @@ def test_tars_keep_labels_and_json(tmp_path, write_tar, encode, photos):
         "a/bad": None,
         "b/x": (jpeg, None, {"json": [1]}),
     }
-
-
-def test_image_of_a_tar_can_be_chosen(tmp_path, write_tar):
-    write_tar(tmp_path / "in.tar", [("x.input.jpg", b"input"), ("x.target.jpg", b"target")])
-    source = open_source(str(tmp_path / "in.tar"), image_key="target.jpg")
-    assert source.read(source.items[0]).image == b"target"
 
 
 class Numbers(torchvision_datasets.VisionDataset):
@@ -110,11 +87,8 @@ def test_torchvision_data_sets(monkeypatch):
 @pytest.mark.parametrize(("text", "message"), [
     ("Nothing", "no data set 'Nothing'"),
     ("Numbers:root=x:split=other", "split is 'other'"),
-    ("Numbers:size=3", "size"),
-    ("Numbers:root", "must have the form KIND:NAME"),
     ("Numbers:root=[", r"root is '\[', which is not valid YAML; quote it"),
-    ("Numbers:root=!!timestamp x", "root is '!!timestamp x', which is not valid YAML"),
-    ("Missing:root=x", "No module named 'lmdb'; install it, for example pip install lmdb"),
+    ("Missing:root=x", "No module named 'lmdb'"),
 ])  # fmt: skip
 def test_wrong_torchvision_sources_are_config_errors(text, message, monkeypatch):
     monkeypatch.setattr(torchvision_datasets, "Numbers", Numbers, raising=False)
@@ -157,15 +131,3 @@ def test_wrong_hugging_face_sources_are_named(hub_set):
         with pytest.raises(ValueError, match=message) as error:
             open_source(text, image_key=image_key)
         assert isinstance(error.value, ConfigError | DataError)
-
-
-@pytest.mark.parametrize("text", ["nowhere", "nowhere/{0..3}.tar", "nowhere/*.tar", "zip:nowhere"])
-def test_a_missing_source_lists_what_is_allowed(text):
-    with pytest.raises(ConfigError, match=r"nowhere.*allowed are a folder of images, tars .*torchvision:"):
-        open_source(text)
-
-
-def test_a_source_without_images_is_rejected(tmp_path):
-    (tmp_path / "notes.txt").write_text("text")
-    with pytest.raises(DataError, match="has no image"):
-        open_source(str(tmp_path))

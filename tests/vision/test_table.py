@@ -63,8 +63,6 @@ def damaged_header(data):
 
 @pytest.mark.parametrize(("damage", "text"), [
     (lambda data: data[:-12_000], "truncated inside|unexpected end|damaged at byte"),
-    (lambda data: data[:700], "truncated inside"),
-    (lambda data: b"", "empty file"),
     (lambda data: b"no tar" * 500, "invalid header|bad checksum"),
     (damaged_header, "damaged at byte"),
     (gzip.compress, "invalid header|truncated header"),
@@ -92,7 +90,6 @@ def test_a_tar_cut_between_members_is_reported(shards):
     (["input.jpg", "npy", "features.npy"], None, "input.jpg"),
     (["bands.npy", "cls"], None, "bands.npy"),
     (["IMAGE.JPG"], None, "image.jpg"),
-    (["img"], None, "img"),
     (["seg.png", "webp", "jpg"], None, "jpg"),
     (["seg.png", "jpg"], "seg.png", "seg.png"),
     (["input", "target"], ".Target", "target"),

@@ -1,7 +1,6 @@
 """The registered ViTs against timm's own, with timm's arguments, methods and export tools."""
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -9,16 +8,13 @@ import peft
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.layers import set_scriptable
-from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from moa_ffn import FFN, VARIANTS
-from moa_vision.vit import FFN_ARGUMENTS, SIZES, ffn_settings, model_name
+from moa_vision.vit import FFN_ARGUMENTS, SIZES, model_name
 
 SMALL: dict[str, Any] = {"depth": 2, "img_size": 32}
 
@@ -40,12 +36,6 @@ def num_parameters(name: str) -> int:
 
 def images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
-def test_every_size_and_variant_is_registered():
-    expected = {f"vit_{size}_patch16_{variant}" for size in SIZES for variant in VARIANTS}
-    assert len(expected) == 44
-    assert expected <= set(timm.list_models("vit_*"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -79,28 +69,14 @@ def test_gelu_equals_timm_with_the_same_weights():
 @pytest.mark.parametrize(
     ("arguments", "size", "outputs"),
     [
-        ({"num_classes": 0}, (32, 32), 192),
-        ({"img_size": (32, 48)}, (32, 48), 1000),
         ({"dynamic_img_size": True}, (64, 64), 1000),
         ({"patch_size": 8, "in_chans": 1}, (32, 32), 1000),
-        ({"global_pool": "avg"}, (32, 32), 1000),
-        ({"global_pool": "map"}, (32, 32), 1000),
-        ({"embed_dim": 96, "num_heads": 2, "mlp_ratio": 3.0}, (32, 32), 1000),
+        ({"global_pool": "map", "num_classes": 0}, (32, 32), 192),
         ({"init_values": 1e-5, "qk_norm": True, "reg_tokens": 4, "fix_init": True}, (32, 32), 1000),
-        ({"drop_path_rate": 0.5, "proj_drop_rate": 0.1, "pos_drop_rate": 0.1}, (32, 32), 1000),
     ],
 )
 def test_timm_arguments(arguments, size, outputs):
     assert vit(**arguments)(images(2, arguments.get("in_chans", 3), *size)).shape == (2, outputs)
-
-
-def test_arguments_reach_the_ffn():
-    model = vit(
-        ffn_mixing_gate="softmax", ffn_up_activations=["id", "t", "s"], ffn_mix_init_std=0.3, proj_drop_rate=0.2
-    )
-    for ffn in ffns(model):
-        assert ffn.spec.mixing_gate == "softmax" and ffn.spec.up_activations == ("identity", "tanh", "silu")
-        assert ffn.mix_init_std == 0.3 and ffn.drop.p == 0.2
 
 
 @pytest.mark.parametrize(
@@ -108,12 +84,11 @@ def test_arguments_reach_the_ffn():
     [
         ({"ffn_gates": "tanh"}, "ffn_gates.*allowed: ffn_mixing_gate, "),
         ({"ffn_mixing_gate": "relu"}, "gate='relu' is not one of sigmoid, tanh, softmax"),
-        ({"ffn_gate_activations": "gelu,swish"}, "unknown activation 'swish'"),
         ({"act_layer": "relu"}, "act_layer is not allowed"),
         ({"scale_mlp_norm": True}, "scale_mlp_norm=True"),
         ({"mlp_layer": nn.Identity}, "mlp_layer is not allowed"),
-        ({"block_fn": ParallelScalingBlock}, "block_fn=.*ParallelScalingBlock.* without the qdmoa FFN"),
         ({"use_naflex": True, "attn_type": "eva"}, "without the qdmoa FFN"),
+        ({"block_fn": ParallelScalingBlock}, "block_fn=.*ParallelScalingBlock.* without the qdmoa FFN"),
     ],
 )
 def test_invalid_arguments_are_rejected(arguments, message):
@@ -121,25 +96,12 @@ def test_invalid_arguments_are_rejected(arguments, message):
         vit(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [("huge", "qdmoa"), ("base", "geglu")])
-def test_unknown_sizes_and_variants_are_rejected(arguments):
-    with pytest.raises(ValueError, match="is not one of"):
-        model_name(*arguments)
-
-
 def test_every_setting_of_the_layer_is_an_argument():
     others = {"self", "dim", "hidden_dim", "variant", "bias", "drop", "device", "dtype"}  # set by timm
     assert {f"ffn_{name}" for name in set(inspect.signature(FFN.__init__).parameters) - others} == set(FFN_ARGUMENTS)
 
 
-def test_settings_of_a_layer_build_an_equal_layer():
-    given = {"mixing_gate": "tanh", "gate_activations": "g,r", "mix_init_std": 0.1, "coef_init": 0.2, "mix_bias": True}
-    layer = ffns(vit(**{f"ffn_{name}": value for name, value in given.items()}))[0]
-    again = FFN(192, 512, "qdmoa", **ffn_settings(layer))
-    assert again.spec == layer.spec and ffn_settings(again) == ffn_settings(layer)
-
-
-@pytest.mark.parametrize("weight_init", ["", "jax", "jax_nlhb", "moco", "reset", "skip"])
+@pytest.mark.parametrize("weight_init", ["", "jax", "reset"])
 @pytest.mark.parametrize("variant", ["qdmoa", "bila"])
 def test_timm_initialization_keeps_that_of_the_ffn(weight_init, variant):
     arguments = {"ffn_mix_init_std": 0.3, "ffn_coef_init": 0.7}
@@ -147,7 +109,7 @@ def test_timm_initialization_keeps_that_of_the_ffn(weight_init, variant):
     with torch.device("meta"):
         later = vit(f"vit_tiny_patch16_{variant}", **arguments)
     later.to_empty(device="cpu")
-    later.init_weights("" if weight_init in ("jax_nlhb", "skip") else weight_init)
+    later.init_weights(weight_init)
     for ffn in ffns(built) + ffns(later):
         assert ffn.gate_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
         assert ffn.down_proj.bias.abs().max() == 0
@@ -176,39 +138,13 @@ def test_merged_lora_equals_the_adapted_model():
     torch.testing.assert_close(adapted.merge_and_unload()(x), out, rtol=1e-4, atol=1e-4)
 
 
-def traced_by_timm(model: VisionTransformer, x: Tensor) -> nn.Module:
-    """Trace with torchvision's extractor and timm's leaf modules, as timm's own tests do."""
-    settings = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
-    settings["param_shapes_constant"] = True
-    _, nodes = get_graph_node_names(model, tracer_kwargs=settings)
-    graph = create_feature_extractor(model, {nodes[-1]: "out"}, tracer_kwargs=settings)
-
-    class Last(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.graph = graph
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.graph(x)["out"]
-
-    return Last()
-
-
-def traced(model: VisionTransformer, x: Tensor):
-    with torch.no_grad():
-        return torch.jit.trace(model, x)
-
-
 def exported(model: VisionTransformer, x: Tensor):
     return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
 
 
 TOOLS = {
     "fx": lambda model, x: torch.fx.symbolic_trace(model),
-    "torchvision": traced_by_timm,
     "script": lambda model, x: torch.jit.script(model),
-    "fx, script": lambda model, x: torch.jit.script(traced_by_timm(model, x)),
-    "trace": traced,
     "export": exported,
 }
 
@@ -255,26 +191,12 @@ def test_other_blocks_of_timm(block, per_block):
     assert model(images(1, 3, 32, 32)).isfinite().all()
 
 
-@pytest.mark.parametrize("pool", ["token", "avg"])
-def test_naflex_equals_the_classic_model(pool, monkeypatch):
+def test_naflex_equals_the_classic_model(monkeypatch):
     monkeypatch.setenv("TIMM_USE_NAFLEXVIT", "true")
-    naflex: Any = timm.create_model("vit_tiny_patch16_qdmoa", **SMALL, global_pool=pool).eval()
+    naflex: Any = timm.create_model("vit_tiny_patch16_qdmoa", **SMALL).eval()
     assert isinstance(naflex, NaFlexVit) and len(ffns(naflex)) == 2
-    classic = vit(use_naflex=False, global_pool=pool).eval()
+    classic = vit(use_naflex=False).eval()
     state = {name: value.clone() for name, value in classic.state_dict().items()}  # timm changes cls_token in place
     naflex.load_state_dict(checkpoint_filter_fn(state, naflex))
     x = images(2, 3, 32, 32)
     torch.testing.assert_close(naflex(x), classic(x))
-
-
-def test_pretrained_cfg_and_overlay(tmp_path: Path):
-    source = vit(num_classes=5)
-    save_file(source.state_dict(), tmp_path / "weights.safetensors")
-    overlay = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 5}
-    x = images(2, 3, 32, 32)
-    config = timm.get_pretrained_cfg("vit_tiny_patch16_qdmoa")
-    assert config is not None
-    for arguments in ({"pretrained_cfg_overlay": overlay}, {"pretrained_cfg": {**config.to_dict(), **overlay}}):
-        torch.testing.assert_close(vit(pretrained=True, **arguments)(x), source(x))
-    other = vit(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
-    torch.testing.assert_close(other.forward_features(x), source.forward_features(x))

@@ -25,14 +25,9 @@ function connect(study) {
   }
 
   async function draw(figure) {
-    const [place, spec, still] = [".plot", "script", "noscript"].map((part) => figure.querySelector(part));
-    try {
-      const options = { actions: false, ast: true, renderer: "svg", defaultStyle: false, tooltip: { disableDefaultStyle: true }, logLevel: 1 };
-      views.push((await vegaEmbed(place, JSON.parse(spec.textContent), options)).view);
-    } catch (error) {
-      place.innerHTML = still.textContent;
-      console.error(error);
-    }
+    const [place, spec] = [".plot", "script"].map((part) => figure.querySelector(part));
+    const options = { actions: false, ast: true, renderer: "svg", defaultStyle: false, tooltip: { disableDefaultStyle: true }, logLevel: 1 };
+    views.push((await vegaEmbed(place, JSON.parse(spec.textContent), options)).view);
   }
 
   for (const box of runs) box.addEventListener("change", apply);
