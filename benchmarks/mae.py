@@ -6,13 +6,13 @@ Mask ratio 0.75, 224 pixels, fused AdamW for both; bfloat16 autocast on a GPU, f
 from __future__ import annotations
 
 import argparse
-from functools import partial
 
 import torch
 from torch import nn
 
-from benchmarks.models import adamw, autocast, precision_name, train_step
-from benchmarks.options import add_modes, add_number, in_mode
+from benchmarks.models import autocast, precision_name
+from benchmarks.options import add_modes, add_number
+from benchmarks.overhead import step_cases
 from benchmarks.tables import memory, rate, report, speed_ratio, times
 from benchmarks.timing import Case, measure
 
@@ -38,17 +38,13 @@ def models(device: torch.device, layers: int) -> dict[str, nn.Module]:
 def run(args: argparse.Namespace) -> None:
     """Measure and report."""
     images = torch.randn(args.batch, 3, 224, 224, device=args.device)
-    precision, cases = autocast(args.device), []
-    baselines: dict[str, Case] = {}
+    cases: list[Case] = []
     for name, model in models(args.device, args.layers).items():
-        optimizer = adamw(model)
-        for mode in args.modes:
-            call = in_mode(model, mode, args.compiler)
-            step = partial(train_step, lambda call=call: call(images).loss, optimizer, precision)
-            case = Case({"model": name, "mode": mode}, step, items=args.batch, baseline=baselines.get(mode))
-            baselines.setdefault(mode, case)
-            cases.append(case)
+        added = step_cases({"model": name}, model, lambda call: call(images).loss, args.batch, args)
+        for case, baseline in zip(added, cases[: len(added)] or added, strict=True):
+            case.baseline, case.held_bytes = baseline, None  # activations, gradients and temporaries
+        cases += added
     measure(cases, args.device, args.rounds)
     columns = [*times(), rate("images"), *speed_ratio(), *memory()]
-    remark = f"batch {args.batch}, {precision_name(precision)}, fused AdamW"
+    remark = f"batch {args.batch}, {precision_name(autocast(args.device))}, fused AdamW"
     report("mae: training step, ViT-B/16", cases, columns, args.device, args.out, remark)

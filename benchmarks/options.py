@@ -85,7 +85,7 @@ def with_baselines(variants: Sequence[str], type_one: str) -> dict[str, list[str
 def in_mode(function: Callable[..., T], mode: str, compiler: str) -> Callable[..., T]:
     """Return `function`, in mode "compiled" compiled for fixed shapes.
 
-    It gets a code object of its own, because torch.compile limits recompilations per code object and one module class
+    It gets a separate code object, because torch.compile limits recompilations per code object and one module class
     serves many models here.
     """
     if mode == "uncompiled":

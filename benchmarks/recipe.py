@@ -8,7 +8,6 @@ Images are random and on the device.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from benchmarks.options import add_modes, in_mode, on_gpu, positive
 from benchmarks.tables import memory, note, rate, report, speed_ratio, times
 from benchmarks.timing import Case, measure, product_case
 from moa_train.config import parse_config
+from moa_train.environment import cpu_cores
 from moa_train.optim import build_optimizer
 from moa_train.plan import TRAINING_FLOPS_PER_FORWARD
 from moa_vision.data import normalize
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     measure([product, *steps], args.device, args.rounds)
 
     fed = loader_rate(args, config, image_size, mae.num_patches)
-    heading = f"loader images/s, {cores()} cores"
+    heading = f"loader images/s, {cpu_cores()} cores"
     for case in steps:
         used = batch / case.median_s
         case.notes = {
@@ -92,9 +92,4 @@ def loader_rate(args: argparse.Namespace, config: MAEConfig, image_size: tuple[i
         data = replace(config.data, train=shards, val=None, workers=0)
         case = Case({}, partial(load, index, data, image_size, num_patches, args.batches), items=args.batches * BATCH)
         measure([case], torch.device("cpu"), args.rounds, memory=False)
-    return cores() * case.items / case.median_s
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpu_cores() * case.items / case.median_s

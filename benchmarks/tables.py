@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.timing import Case
+from moa_train.environment import cpu_name
 
 Column = tuple[str, Callable[[Case], str]]
 """Heading, and the text of a case's cell."""
@@ -96,10 +97,3 @@ def environment(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}; {versions}, CUDA {torch.version.cuda}"
     return f"{cpu_name()}, {torch.get_num_threads()} threads; {versions}"
-
-
-def cpu_name() -> str:
-    """Return the CPU's model name, as far as the system provides it."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()

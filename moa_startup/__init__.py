@@ -8,8 +8,8 @@ executed, a function of `moa_startup.registration` runs. These work without impo
     transformers.AutoModelForCausalLM.from_pretrained(DIR)        (model type `moa_llama`)
 
 Nothing is loaded in advance, and failures are RuntimeWarnings. `MOA_STARTUP=0` in the environment disables the
-registration. It costs a fraction of a millisecond per start of Python: `python -X importtime -c pass 2>&1 | grep
-moa_startup` shows the import in microseconds, `python -m benchmarks startup` measures the whole line.
+registration. It costs a fraction of a millisecond per start of Python; `python -X importtime -c pass 2>&1 | grep
+moa_startup` shows the import in microseconds.
 """
 
 from __future__ import annotations

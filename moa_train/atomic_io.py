@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -70,30 +69,3 @@ def new_folder(final: Path) -> Iterator[Path]:
     temporary.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(previous, ignore_errors=True)
-
-
-class LineFile:
-    """A file of lines that one process appends to; lines are complete or absent.
-
-    Each line is written with one system call, so a killed process loses none. The first append removes a last line
-    that a crash cut short.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._repaired = False
-
-    def append(self, line: str) -> None:
-        """Append a line. Raises OSError, with nothing of the line written, if the disk is full."""
-        content = (line + "\n").encode("utf-8")
-        with self.path.open("ab", buffering=0) as file:
-            if not self._repaired:
-                file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
-                self._repaired = True
-            end = file.seek(0, os.SEEK_END)
-            try:
-                if file.write(content) < len(content):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-            except OSError:
-                file.truncate(end)
-                raise

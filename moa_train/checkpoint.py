@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from moa_train.atomic_io import new_folder, write_json, write_text
 from moa_train.distributed import full, shard_like
 from moa_train.errors import ConfigError, DataError, RunError
 from moa_train.reading import read_json
-from moa_train.spikes import RecentLoss
 
 FILES = ("model.safetensors", "optimizer.safetensors", "generators.safetensors")
 
@@ -74,8 +73,6 @@ class TrainState:
         timed_s: Seconds of these steps.
         peak_memory_mib: Peak memory of all sessions, MiB.
         skipped: Steps skipped because their loss or gradient was not finite.
-        spikes: Number of loss spikes, see `moa_train.spikes`.
-        recent_loss: Running statistics of the loss.
     """
 
     step: int = 0
@@ -85,14 +82,11 @@ class TrainState:
     timed_s: float = 0.0
     peak_memory_mib: float = 0.0
     skipped: int = 0
-    spikes: int = 0
-    recent_loss: RecentLoss = field(default_factory=RecentLoss)
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> TrainState:
         """Return the state in a checkpoint's state.json."""
-        values = {key: saved[key] for key in asdict(cls())}
-        return cls(**{**values, "recent_loss": RecentLoss(**values["recent_loss"])})
+        return cls(**{key: saved[key] for key in asdict(cls())})
 
 
 def snapshot(
@@ -124,15 +118,7 @@ def save(
     The newest `keep_latest` checkpoints stay, and those whose step is a multiple of `keep_interval`. Checkpoints of
     later steps are deleted: they are damaged, or the run has been continued from an earlier one.
 
-    Args:
-        folder: Folder of all checkpoints.
-        state: JSON values with an int "step".
-        tensors: From `snapshot`.
-        keep_latest: Number of newest checkpoints to keep.
-        keep_interval: Interval of checkpoints that are kept permanently.
-
-    Raises:
-        SaveError: The files cannot be written.
+    `state` has JSON values with an int "step". Raises SaveError if the files cannot be written.
     """
     final = folder / f"step_{state['step']:08d}"
     with disk_errors(str(final)):
@@ -193,10 +179,7 @@ class Saver:
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that passes `verify`, if any, and a message for each damaged one before it.
-
-    Raises RunError for a checkpoint that cannot be read at the moment: continuing from an older one would lose it.
-    """
+    """Return the newest checkpoint that passes `verify`, if any, and a message for each damaged one before it."""
     damaged: list[str] = []
     for _, path in _checkpoints(folder):
         try:

@@ -16,13 +16,7 @@ _SHARD = re.compile(r".+\.tar|shard-.+\.safetensors")
 
 
 class Problem(NamedTuple):
-    """A problem of a file or of a sample in it.
-
-    Attributes:
-        file: Path or URL.
-        sample: Name of the sample; "" for the whole file.
-        text: Description of the problem.
-    """
+    """A problem of a file (path or URL), or of a sample in it if `sample` is not ""."""
 
     file: str
     sample: str
@@ -35,13 +29,7 @@ class Problem(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """Result of checking one file.
-
-    Attributes:
-        samples: Number of samples checked; of token shards, tokens.
-        bytes: Number of bytes read.
-        problems: All problems found.
-    """
+    """Result of checking one file: number of samples (of token shards, tokens), bytes read, and problems."""
 
     samples: int
     bytes: int
@@ -49,15 +37,10 @@ class Checked(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Checks of a data set.
+    """Checks of a data set, one per shard.
 
-    Attributes:
-        name: Name of the data set.
-        unit: Name of a sample.
-        bytes: Size of all files in the manifest.
-        problems: Problems found without reading the shards.
-        checks: One check per shard; each may run in another process.
-        note: What is not checked.
+    `unit` names a sample, `bytes` is the size of all files in the manifest, `problems` were found without reading the
+    shards, and `note` says what is not checked.
     """
 
     name: str

@@ -228,11 +228,6 @@ class RunConfig:
         """The run folder."""
         return Path(self.out) / self.name
 
-    def gentler(self) -> tuple[str, ...]:
-        """Return command-line options, alternatives to each other, that make a diverged run more stable."""
-        clip = 1.0 if self.optim.max_grad_norm is None else min(1.0, self.optim.max_grad_norm / 2)
-        return f"--optim.lr {self.optim.lr / 2:.3g}", f"--optim.max_grad_norm {clip:.3g}"
-
 
 RESUME_MUTABLE_KEYS = frozenset(
     {"out", "resume"}

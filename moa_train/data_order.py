@@ -40,16 +40,8 @@ def generator(key: np.ndarray, epoch: int, position: int) -> np.random.Generator
 class StepBatches(Sampler[list[tuple[int, int]]]):
     """The (epoch, position) lists of one rank's micro-batches, step after step, from any step on.
 
-    Args:
-        epoch_length: Positions of an epoch, at least `global_batch`; the last partial global batch is dropped.
-        global_batch: Positions of a step, over all ranks and micro-batches.
-        micro_batch: Positions of one list.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-        steps: The steps, counted from 0 over all epochs.
-
-    Raises:
-        ConfigError: The global batch is no multiple of world_size * micro_batch.
+    An epoch has `epoch_length` positions, of which the last partial global batch is dropped. `steps` are counted
+    from 0 over all epochs. Raises ConfigError unless the global batch is a multiple of world_size * micro_batch.
     """
 
     def __init__(
@@ -79,13 +71,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 
 
 def batch_loader(dataset: Dataset[Batch], batches: Iterable[Any], workers: int) -> DataLoader[Batch]:
-    """Return a loader of `dataset.__getitems__(batch)` for each of `batches`, in their order.
-
-    Args:
-        dataset: Has a `__getitems__` that takes one of `batches` and returns a whole batch.
-        batches: A sampler or a list, iterated anew for each epoch of the loader.
-        workers: Number of worker processes; 0 loads in this process.
-    """
+    """Return a loader of `dataset.__getitems__(batch)`, a whole batch, for each of `batches`, in their order."""
     return WorkerLoader(
         dataset,
         batch_sampler=batches,
@@ -123,11 +109,7 @@ def to_main_process(batch: Any, augment: Callable[[Any], Any] | None = None) -> 
     """Return a batch with its tensors in shared memory if this is a data worker; a loader's `collate_fn`.
 
     torch would move them in a background thread of its queue, where a batch that does not fit is lost and the main
-    process waits for it forever.
-
-    Args:
-        batch: Tensors in any nesting of tuples, lists and dicts.
-        augment: Function applied to the batch first.
+    process waits for it forever. `augment` is applied to the batch first.
 
     Raises:
         WorkerError: Shared memory is full.

@@ -1,42 +1,60 @@
-"""Devices: peak FLOP/s, memory and links; memory that a model needs and a process uses."""
+"""Devices: peak FLOP/s and memory; memory that a process uses and that a forward pass saves."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # the import that torch's documentation gives
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moa_train.errors import ConfigError
 
-BF16_PEAK_FLOPS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 6000 Ada": 364e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
-"""Dense bf16 tensor-core peak with float32 accumulation, FLOP/s, from NVIDIA's data sheets. The first name whose
-words occur in `torch.cuda.get_device_name()` counts, so longer names come before those that they contain."""
+class Gpu(NamedTuple):
+    """A device type.
+
+    Attributes:
+        name: Words of `torch.cuda.get_device_name()`, followed by the memory where it varies, or "cpu".
+        memory_gib: Device memory; drivers and error correction take up to 6 % of it.
+        peak_flops: Dense bf16 tensor-core peak with float32 accumulation, FLOP/s.
+    """
+
+    name: str
+    memory_gib: float | None
+    peak_flops: float | None
+
+    @property
+    def option(self) -> str:
+        """The name on a command line, e.g. "a100-80gb"."""
+        return self.name.lower().replace(" ", "-")
+
+
+GPUS = (
+    Gpu("B200", 180, 2250e12),
+    Gpu("GH200", 96, 989e12),
+    Gpu("H200", 141, 989e12),
+    Gpu("H100 NVL", 94, 835e12),
+    Gpu("H100 PCIe", 80, 756e12),
+    Gpu("H100", 80, 989e12),
+    Gpu("A100 80GB", 80, 312e12),
+    Gpu("A100 40GB", 40, 312e12),
+    Gpu("A40", 48, 149.7e12),
+    Gpu("A30", 24, 165e12),
+    Gpu("A10G", 24, 70e12),
+    Gpu("A10", 24, 125e12),
+    Gpu("L40S", 48, 362e12),
+    Gpu("L40", 48, 181e12),
+    Gpu("L4", 24, 121e12),
+    Gpu("RTX 6000 Ada", 48, 364e12),
+    Gpu("RTX 5090", 32, 209.5e12),
+    Gpu("RTX 4090", 24, 165.2e12),
+    Gpu("RTX 3090", 24, 71e12),
+    Gpu("cpu", None, None),
+)
+"""Devices of the planner, from NVIDIA's data sheets; longer names come before those that they contain."""
 
 
 def bf16_peak_flops(device_name: str) -> float | None:
@@ -44,69 +62,14 @@ def bf16_peak_flops(device_name: str) -> float | None:
     words = device_name.replace("-", " ").split()
     if "Laptop" in words or "MIG" in words:
         return None
-    for name, peak in BF16_PEAK_FLOPS.items():
-        parts = name.split()
-        if any(words[i : i + len(parts)] == parts for i in range(len(words))):
-            return peak
-    return None
+    text = f" {' '.join(words)} "
+    names = ((gpu.name.removesuffix(" 80GB").removesuffix(" 40GB"), gpu.peak_flops) for gpu in GPUS)
+    return next((peak for name, peak in names if f" {name} " in text), None)
 
 
-class Gpu(NamedTuple):
-    """A device as the planner knows it.
-
-    Attributes:
-        name: Name in `BF16_PEAK_FLOPS`, followed by the memory where it varies, or "cpu".
-        memory_gib: Device memory; drivers and error correction take up to 6 % of it.
-        link_gb_s: Bandwidth to the other devices of a node in one direction, 1e9 bytes/s: NVLink, else PCIe x16.
-    """
-
-    name: str
-    memory_gib: float | None
-    link_gb_s: float | None
-
-    @property
-    def peak_flops(self) -> float | None:
-        """Dense bf16 peak in FLOP/s."""
-        return bf16_peak_flops(self.name)
-
-
-GPUS = (
-    Gpu("B200", 180, 900),
-    Gpu("H200", 141, 450),
-    Gpu("H100", 80, 450),
-    Gpu("H100 NVL", 94, 300),
-    Gpu("H100 PCIe", 80, 64),
-    Gpu("A100 80GB", 80, 300),
-    Gpu("A100 40GB", 40, 300),
-    Gpu("A40", 48, 32),
-    Gpu("A30", 24, 32),
-    Gpu("A10", 24, 32),
-    Gpu("L40S", 48, 32),
-    Gpu("L40", 48, 32),
-    Gpu("L4", 24, 32),
-    Gpu("RTX 6000 Ada", 48, 32),
-    Gpu("RTX 5090", 32, 64),
-    Gpu("RTX 4090", 24, 32),
-    Gpu("RTX 3090", 24, 32),
-    Gpu("cpu", None, None),
-)
-"""Devices of the planner, from NVIDIA's data sheets."""
-
-
-def find_gpu(name: str) -> Gpu:
-    """Return the device of `GPUS` with this name, ignoring case, spaces and dashes.
-
-    Raises ConfigError with the known names for any other.
-    """
-    known = {_plain(gpu.name): gpu for gpu in GPUS}
-    if _plain(name) not in known:
-        listed = ", ".join(gpu.name.lower().replace(" ", "-") for gpu in GPUS)
-        raise ConfigError(f"gpu is {name!r}; it must be one of {listed}")
-    return known[_plain(name)]
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
+def find_gpu(option: str) -> Gpu:
+    """Return the device of `GPUS` with this `Gpu.option`."""
+    return next(gpu for gpu in GPUS if gpu.option == option)
 
 
 def device_name(device: torch.device) -> str:
@@ -120,26 +83,6 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, else KiB
-
-
-def state_bytes(model: nn.Module, with_one_moment: Collection[str] = ()) -> int:
-    """Return the bytes of weights, gradients and moments: one for the parameters `with_one_moment`, else two."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    spared = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name in with_one_moment)
-    return weights + 3 * trained - spared
-
-
-def saved_bytes_per_sample(model: nn.Module, loss: Callable[[Any], Tensor], example: Callable[[int], Any]) -> int:
-    """Return the bytes per sample that eager autograd saves for backward.
-
-    It is the difference between the forward passes of two and of one sample, `loss(example(n))`, in the distinct
-    storages saved, without parameters. torch.compile saves less. The random generators are restored.
-    """
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=devices):
-        one, two = (_saved_bytes(lambda n=n: loss(example(n)), model.parameters()) for n in (1, 2))
-    return two - one
 
 
 class SavedBytes(NamedTuple):
@@ -181,12 +124,12 @@ def trace_saved_bytes(model: nn.Module, loss: Callable[[int], Tensor], *, bf16: 
             for name, tensor in (*bound.named_parameters(), *bound.named_buffers())
         }
         one, two = (
-            _saved_bytes(lambda n=n: torch.func.functional_call(bound, tensors, (n,)), tensors.values()) for n in (1, 2)
+            saved_bytes(lambda n=n: torch.func.functional_call(bound, tensors, (n,)), tensors.values()) for n in (1, 2)
         )
     return SavedBytes(2 * one - two, two - one)
 
 
-def _saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+def saved_bytes(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Return the bytes of the distinct storages that autograd saves in `loss()`, without those of the parameters."""
     own = {StorageWeakRef(parameter.untyped_storage()) for parameter in parameters}  # an identity, of fake ones too
     storages: dict[StorageWeakRef, torch.UntypedStorage] = {}

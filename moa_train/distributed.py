@@ -45,22 +45,16 @@ ACCELERATE_SETTINGS = {
 }
 """Accelerate environment variables that conflict with the run config, with the required value and the fix."""
 
-WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
-"""Variables in which launchers announce the world size; the first one that is set counts."""
-
 
 def start(config: LoopConfig, trackers: Path) -> Accelerator:
     """Return this process's Accelerator, which knows its device and the other ranks.
 
-    Processes that are launched on a machine without accelerators run on its CPUs.
-
-    Args:
-        config: Precision, trackers and required world size.
-        trackers: Folder for the files of trackers.
+    Processes that are launched on a machine without accelerators run on its CPUs. `trackers` is the folder of trackers'
+    files.
 
     Raises:
-        ConfigError: The world size differs from `loop.world_size` or from what the launcher announces, or accelerate's
-            configuration contains a setting that runs do not support.
+        ConfigError: The world size differs from `loop.world_size`, or accelerate's configuration contains a setting
+            that runs do not support.
     """
     for variable, (required, fix) in ACCELERATE_SETTINGS.items():
         value = os.environ.get(variable, required)
@@ -77,7 +71,11 @@ def start(config: LoopConfig, trackers: Path) -> Accelerator:
             project_dir=trackers,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
-    _check_world_size(accelerator.num_processes, config.world_size)
+    if config.world_size not in (None, accelerator.num_processes):
+        raise ConfigError(
+            f"loop.world_size is {config.world_size}, but the world size is {accelerator.num_processes}; launch with a "
+            "file of configs/accelerate, with torchrun or with scripts/cluster, or change it"
+        )
     return accelerator
 
 
@@ -89,19 +87,6 @@ def fsdp_requested() -> bool:
     if version != "2":
         raise ConfigError(f"fsdp_version is {version} in accelerate's configuration; it must be 2, as in fsdp2.yaml")
     return True
-
-
-def _check_world_size(found: int, required: int | None) -> None:
-    launcher = next((name for name in WORLD_SIZES if os.environ.get(name)), None)
-    expected = {"loop.world_size": required} if required is not None else {}
-    if launcher is not None and not (launcher.startswith("SLURM") and expected):
-        expected[launcher] = int(os.environ[launcher])
-    for source, number in expected.items():
-        if number != found:
-            raise ConfigError(
-                f"{source} is {number}, but the world size is {found}; launch with a file of configs/accelerate, with "
-                f"torchrun or with scripts/cluster, or accept it with --loop.world_size {found}"
-            )
 
 
 class DistributedModel:

@@ -23,8 +23,8 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, Any
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "device": device_name(device),
-        "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": cpu_name(),
+        "cores": cpu_cores(),
         "world_size": world_size,
         "git_commit": _git_commit(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -32,7 +32,13 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, Any
     }
 
 
-def _processor() -> str:
+def cpu_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Return the CPU's model name, as far as the system provides it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import nn
 
 from moa_train.config import RunConfig
-from moa_train.devices import Gpu, SavedBytes, bf16_peak_flops, state_bytes
+from moa_train.devices import Gpu, SavedBytes, bf16_peak_flops
 from moa_train.distributed import blocks
 from moa_train.errors import ConfigError, require
 from moa_train.muon import orthogonalize_flops
@@ -19,9 +19,6 @@ from moa_train.progress import count
 from moa_train.reading import read_json
 from moa_train.run_folder import RunFolder
 from moa_train.schedule import Budget, Plan, divisors, make_plan
-
-BACKWARD_FRACTION = 2 / 3
-"""Part of the compute of a step during which gradients can be reduced."""
 
 USABLE_MEMORY = 0.9
 """Fraction of the device memory available to a plan; drivers, the allocator and temporaries take the rest."""
@@ -48,23 +45,19 @@ class ModelStates:
 
 
 def count_states(model: nn.Module, hidden_matrices: Collection[str] = ()) -> ModelStates:
-    """Count the states of a model on any device, "meta" too.
-
-    Args:
-        model: The model; its blocks are those of `moa_train.distributed.blocks`.
-        hidden_matrices: Names of the parameters that Muon updates.
-    """
+    """Count the states of a model on any device, "meta" too; `hidden_matrices` are the names of Muon's parameters."""
 
     def size(parameters: Collection[nn.Parameter]) -> int:
         return sum(p.numel() * p.element_size() for p in parameters)
 
     weights = size([*model.parameters()])
     gradients = size([p for p in model.parameters() if p.requires_grad])
+    by_muon = size([p for name, p in model.named_parameters() if name in hidden_matrices])
     parts = [[*block.parameters()] for block in blocks(model)]
     return ModelStates(
         weights=weights,
         gradients=gradients,
-        moments=state_bytes(model, hidden_matrices) - weights - gradients,
+        moments=2 * gradients - by_muon,
         block=max(map(size, parts), default=0),
         root=weights - size({parameter for part in parts for parameter in part}),
     )
@@ -75,14 +68,9 @@ class Workload:
     """Requirements of a run, independent of the hardware.
 
     Attributes:
-        title: Description of the model.
-        parameters: Parameter counts by part.
-        unit, units_per_sample: As in `moa_train.task.Task`.
-        samples_per_epoch: Training samples.
-        budget: Converts the steps of an epoch to those of the run.
+        title, parameters: Description of the model, and parameter counts by part.
+        unit, units_per_sample, samples_per_epoch, budget: As in `moa_train.task.Task`.
         flops_per_sample: Training FLOPs of a sample, forward and backward.
-        states: Bytes of model and optimizer.
-        saved: Bytes saved for backward.
         loader_core_s: Returns the core-seconds to prepare a sample, given the micro-batch.
         muon: Shapes of the matrices (A, B) and stacks (E, A, B) that Muon updates.
         assumed: Assumptions, for the user.
@@ -107,25 +95,14 @@ class Target:
     """Target hardware.
 
     Attributes:
-        gpu: Device type.
-        flops: Sustained FLOP/s of a device.
-        source: Origin of that rate, for the user.
-        gpus_per_node: Devices connected by `Gpu.link_gb_s`.
-        network_gb_s: Bandwidth between nodes in one direction, 1e9 bytes/s.
+        flops, source: Sustained FLOP/s of a device, and the origin of that rate for the user.
         parallel: "ddp" replicates the model; "fsdp2" shards it and gathers it block by block.
     """
 
     gpu: Gpu
     flops: float
     source: str
-    gpus_per_node: int = 8
-    network_gb_s: float = 400.0
     parallel: Literal["ddp", "fsdp2"] = "ddp"
-
-    def __post_init__(self) -> None:
-        """Check the ranges; ConfigError names the option."""
-        require("--gpus-per-node", self.gpus_per_node, self.gpus_per_node >= 1, "1 or above")
-        require("--network", self.network_gb_s, self.network_gb_s > 0, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +111,8 @@ class Estimate:
 
     Attributes:
         gpus: Requested devices; `plan.world_size` are used.
-        plan: The schedule.
-        memory: Bytes on a device.
-        fits: Whether the device has that memory.
-        step_s: Seconds of a step.
+        memory, fits: Bytes on a device, and whether it has them.
         cores: CPU cores on all nodes that keep the loader as fast as the devices.
-        checkpoint_bytes: Size of a checkpoint.
     """
 
     gpus: int
@@ -178,9 +151,8 @@ def estimate(config: RunConfig, workload: Workload, target: Target, gpus: int) -
     micro = next((size for size in sizes if memory[size] <= limit), 1)
     loop = replace(config.loop, micro_batch_size=micro)
     plan = make_plan(replace(config, loop=loop), workload.samples_per_epoch, workload.budget, devices)
-    compute = batch * workload.flops_per_sample / (target.flops * devices)
-    muon = muon_flops(workload.muon, devices, target.parallel) / target.flops
-    step_s = compute + _exposed_communication_s(workload.states, target, plan, compute) + muon
+    muon = muon_flops(workload.muon, devices, target.parallel)
+    step_s = (batch * workload.flops_per_sample / devices + muon) / target.flops
     return Estimate(
         gpus=gpus,
         plan=plan,
@@ -197,7 +169,7 @@ def memory_bytes(workload: Workload, target: Target, devices: int, micro_batch: 
 
     DDP holds all states and a copy of the gradients in its buckets. FSDP2 holds a shard of the states, the weights
     outside of blocks and two blocks (one computes, the next is prefetched) with gradients, and unsharded gradients
-    while they are accumulated (arXiv:2304.11277). At the start a run measures the memory of two samples.
+    while they are accumulated (arXiv:2304.11277).
     """
     states, saved = workload.states, workload.saved
     sharded = devices if target.parallel == "fsdp2" else 1
@@ -207,25 +179,7 @@ def memory_bytes(workload: Workload, target: Target, devices: int, micro_batch: 
     elif devices > 1:
         held += 2 * (states.root + 2 * states.block) + accumulated * states.gradients
     training = held + saved.fixed + micro_batch * saved.per_sample
-    return max(training, states.weights + saved.fixed + 2 * saved.per_sample)
-
-
-def _exposed_communication_s(states: ModelStates, target: Target, plan: Plan, compute_s: float) -> float:
-    """Return the communication time of a step that compute cannot hide.
-
-    A ring moves (n - 1) / n of the bytes in and out of every device for a reduce-scatter or an all-gather, and twice
-    that for an all-reduce (nccl-tests, PERFORMANCE.md), at the slowest link.
-    """
-    links = [target.gpu.link_gb_s, target.network_gb_s if plan.world_size > target.gpus_per_node else None]
-    slowest = min((link for link in links if link is not None), default=None)
-    if plan.world_size == 1 or slowest is None:
-        return 0.0
-    if target.parallel == "ddp":
-        moved, hidden_s = 2 * states.gradients, BACKWARD_FRACTION * compute_s / plan.accumulation
-    else:  # weights are gathered for the forward and the backward pass of each micro-batch
-        moved, hidden_s = 2 * plan.accumulation * states.weights + states.gradients, compute_s
-    ring = (plan.world_size - 1) / plan.world_size
-    return max(0.0, ring * moved / (slowest * 1e9) - hidden_s)
+    return max(training, states.weights)
 
 
 def muon_flops(shapes: Sequence[Sequence[int]], devices: int, parallel: str) -> int:
@@ -255,13 +209,7 @@ def measured_rate(run: Path, gpu: Gpu, muon: Sequence[Sequence[int]] = (), paral
     """Return the FLOP/s of a device from the mean throughput of a run, and a description of the rate.
 
     The throughput includes whole steps, so the work of Muon counts, and waiting for communication lowers the rate. A
-    run on another device counts by its fraction of that device's peak.
-
-    Args:
-        run: Run folder.
-        gpu: Target device.
-        muon: Shapes of the matrices that Muon updated in the run, as in `Workload`.
-        parallel: Parallelism of the run, as in `Target`.
+    run on another device counts by its fraction of that device's peak. `muon` and `parallel` describe the run.
 
     Raises:
         ConfigError: The run has no throughput, or it ran on another device and a peak is unknown.

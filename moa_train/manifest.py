@@ -24,22 +24,12 @@ def file_sha256(path: Path) -> str:
 
 
 def file_entry(path: Path, name: str | None = None, **fields: Any) -> dict[str, Any]:
-    """Return the manifest entry of a file: its name, bytes and sha256, then `fields`.
-
-    Args:
-        path: The finished file.
-        name: The name it will have next to the manifest; None: that of `path`.
-        **fields: Further values of the entry, such as the number of samples.
-    """
+    """Return the manifest entry of a finished file: its name, bytes and sha256, then `fields`."""
     return {"name": name or path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), **fields}
 
 
 def file_problem(path: Path, entry: dict[str, Any]) -> str | None:
-    """Return how a file differs from its manifest entry, or None if it does not.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
+    """Return how a file differs from its manifest entry, or None if it does not. Raises OSError if it is unreadable."""
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"has {size} bytes, the manifest lists {entry['bytes']}"
@@ -49,21 +39,13 @@ def file_problem(path: Path, entry: dict[str, Any]) -> str | None:
 def write_manifest(folder: Path, format: str, shards: Sequence[dict[str, Any]], **fields: Any) -> None:
     """Write the manifest of a folder atomically, after its files: a data set without a manifest is unfinished.
 
-    Args:
-        folder: The data set.
-        format: Name and version of the format, such as "moa-images-2".
-        shards: Entries as `file_entry` returns them.
-        **fields: Further fields of the manifest.
+    `format` has a version ("moa-images-2"), and `shards` are entries from `file_entry`.
     """
     write_json(folder / MANIFEST, {"format": format, **fields, "shards": list(shards)})
 
 
 def read_manifest(folder: Path, format: str, counts: Sequence[str] = ()) -> dict[str, Any]:
-    """Read and validate the manifest of a folder; see `parse_manifest`.
-
-    Raises:
-        DataError: There is none, or it is invalid.
-    """
+    """Read and validate the manifest of a folder; see `parse_manifest`. Raises DataError."""
     path = folder / MANIFEST
     try:
         return parse_manifest(path.read_bytes(), format, counts)
@@ -73,17 +55,10 @@ def read_manifest(folder: Path, format: str, counts: Sequence[str] = ()) -> dict
 
 
 def parse_manifest(content: bytes, format: str, counts: Sequence[str] = ()) -> dict[str, Any]:
-    """Parse and validate a manifest.
+    """Parse and validate a manifest. Raises DataError, naming the field.
 
-    File names are plain: a manifest cannot name a file outside its folder.
-
-    Args:
-        content: The JSON.
-        format: Required value of the field "format".
-        counts: Fields such as "samples" that every shard has and whose sum the manifest has.
-
-    Raises:
-        DataError: The JSON or a field is invalid; the message names the field.
+    File names are plain: a manifest cannot name a file outside its folder. `counts` are fields such as "samples" that
+    every shard has and whose sum the manifest has.
     """
     try:
         manifest = json.loads(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +20,11 @@ EPS = 1e-7
 """Lower bound of the norm by which a matrix is divided."""
 
 
-class UpdateScale(NamedTuple):
-    """Scale of the orthogonalized update of a matrix (A, B), as text and as a function."""
-
-    formula: str
-    factor: Callable[[int, int], float]
-
-
-UPDATE_SCALES = {
-    "match_rms_adamw": UpdateScale("0.2 sqrt(max(A, B))", lambda rows, columns: 0.2 * math.sqrt(max(rows, columns))),
-    "original": UpdateScale("sqrt(max(1, A / B))", lambda rows, columns: math.sqrt(max(1.0, rows / columns))),
+UPDATE_SCALES: dict[str, Callable[[int, int], float]] = {
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
 }
-"""Scales by the names that torch.optim.Muon uses (`adjust_lr_fn`)."""
+"""Scales of the orthogonalized update of a matrix by the names of torch.optim.Muon (`adjust_lr_fn`)."""
 
 
 class StackedMuon(torch.optim.Optimizer):
@@ -46,15 +39,7 @@ class StackedMuon(torch.optim.Optimizer):
     With FSDP2, parameters and momenta are in shards of their first dimension. A rank steps its matrices of a stack
     alone. A matrix (A, B) is gathered and orthogonalized on every rank, which keeps its own rows.
 
-    Args:
-        params: Parameters (E, A, B) or (A, B), or groups of them.
-        lr: Learning rate.
-        weight_decay: Decoupled weight decay.
-        momentum: Nesterov momentum, in [0, 1).
-        adjust_lr_fn: A key of `UPDATE_SCALES`.
-
-    Raises:
-        ValueError: A parameter has another number of dimensions, or `adjust_lr_fn` is unknown.
+    Weight decay is decoupled, the momentum Nesterov's, and `adjust_lr_fn` a key of `UPDATE_SCALES`.
     """
 
     def __init__(
@@ -65,30 +50,14 @@ class StackedMuon(torch.optim.Optimizer):
         momentum: float = 0.95,
         adjust_lr_fn: str = "original",
     ) -> None:
-        if adjust_lr_fn not in UPDATE_SCALES:
-            raise ValueError(f"adjust_lr_fn is {adjust_lr_fn!r}; it must be one of {', '.join(UPDATE_SCALES)}")
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "adjust_lr_fn": adjust_lr_fn}
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of matrices and stacks of matrices. Raises ValueError for other parameters."""
-        super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if parameter.ndim not in (2, 3):
-                shape = tuple(parameter.shape)
-                raise ValueError(
-                    f"a parameter has the shape {shape}; it must be a matrix (A, B) or a stack of matrices (E, A, B)"
-                )
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient; return the result of `closure`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Step every parameter that has a gradient."""
         for group in self.param_groups:
-            scale = UPDATE_SCALES[group["adjust_lr_fn"]].factor
+            scale = UPDATE_SCALES[group["adjust_lr_fn"]]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -96,7 +65,6 @@ class StackedMuon(torch.optim.Optimizer):
                 own = local(parameter)
                 own.mul_(1 - group["lr"] * group["weight_decay"])
                 own.add_(update, alpha=-group["lr"] * scale(*parameter.shape[-2:]))
-        return loss
 
 
 def _look_ahead(state: dict[str, Tensor], gradient: Tensor, momentum: float) -> Tensor:

@@ -17,12 +17,7 @@ Result = TypeVar("Result")
 
 
 class OpenFiles:
-    """The most recently used file descriptors.
-
-    Args:
-        limit: Number of descriptors that stay open, 1 or more.
-        close: Function that closes a descriptor.
-    """
+    """The `limit` most recently used file descriptors, closed by the function `close`."""
 
     def __init__(self, limit: int, close: Callable[[int], object] = os.close) -> None:
         self.limit = limit

@@ -84,13 +84,7 @@ class Progress:
 
 
 class CountBar(tqdm):
-    """tqdm with a live bar on a terminal and a line every `LINE_EVERY_S`, with rate and remaining time, elsewhere.
-
-    Args:
-        total: Number of items.
-        title: Name of the activity.
-        unit: Name of an item, e.g. "img".
-    """
+    """tqdm with a live bar on a terminal and a line every `LINE_EVERY_S`, with rate and remaining time, elsewhere."""
 
     def __init__(self, *, total: int, title: str, unit: str) -> None:
         self._live = sys.stderr.isatty()

@@ -13,32 +13,19 @@ from moa_train.errors import DataError
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Args:
-        path: A UTF-8 file.
-        remedy: What to do if it cannot be read; the end of the error message.
-
-    Raises:
-        DataError: The file is missing, is not JSON, or holds anything but an object.
-    """
+    """Return the JSON object in a UTF-8 file. Raises DataError, ending with `remedy`, for anything else."""
     return _read(path, json.loads, remedy)
 
 
 def read_yaml(path: Path, remedy: str, *, empty: bool = False) -> dict[str, Any]:
-    """Return the YAML mapping in a file.
+    """Return the YAML mapping in a UTF-8 file; with `empty`, an empty file has no keys.
 
-    Args:
-        path: A UTF-8 file.
-        remedy: What to do if it cannot be read; the end of the error message.
-        empty: Accept an empty file as a mapping without keys.
-
-    Raises:
-        DataError: The file is missing, is not YAML, or holds anything but a mapping.
+    Raises DataError, ending with `remedy`, for anything else.
     """
 
     def parse(text: str) -> Any:
         content = yaml.safe_load(text)
+        json.dumps(content, default=str, skipkeys=True)  # raises ValueError for an alias of a node that contains it
         return {} if content is None and empty else content
 
     return _read(path, parse, remedy)

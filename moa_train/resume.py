@@ -35,11 +35,7 @@ class Start(NamedTuple):
 def find_start(config: RunConfig, plan: Plan, identity: Mapping[str, Any], mutable_keys: frozenset[str]) -> Start:
     """Return the start of a session of the run; called on the main process with the run folder locked.
 
-    Args:
-        config: The run's config.
-        plan: Its schedule in steps.
-        identity: Checksums of the task's data.
-        mutable_keys: Keys that may differ from the run's earlier sessions.
+    `identity` has checksums of the task's data; `mutable_keys` may differ from the run's earlier sessions.
 
     Raises:
         ConfigError: Config or schedule do not fit the run or the checkpoint.

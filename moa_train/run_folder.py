@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from moa_train.atomic_io import LineFile, write_json, write_text
+from moa_train.atomic_io import write_json, write_text
 from moa_train.errors import ConfigError, DataError
 from moa_train.reading import differing_keys, read_json, read_yaml
 
@@ -34,7 +34,7 @@ class RunFolder:
 
     config.yaml     resolved config                        env.json        versions, device, git commit, command
     metrics.jsonl   one JSON object per row, in order      summary.json    final and best losses, times, status
-    events.jsonl    sessions, spikes, skipped steps        checkpoints/    see checkpoint.py
+    events.jsonl    sessions, skipped steps                checkpoints/    see checkpoint.py
     trackers/       files of trackers and the run's id for them
     reconstructions/, mixing/, export/ ...   diagnostics and export of the task
     """
@@ -46,7 +46,6 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
         self._summary = path / "summary.json"
-        self._metrics_lines, self._events_lines = LineFile(self.metrics), LineFile(self.events)
 
     def check(self, tree: dict[str, Any], resume: str, mutable_keys: frozenset[str]) -> list[str]:
         """Return the keys in which an existing run differs from the config `tree` if resuming it is allowed.
@@ -118,21 +117,24 @@ class RunFolder:
         return rows
 
     def truncate(self, step: int, validated: int) -> None:
-        """Drop the training rows after `step` and the validation rows after `validated`."""
+        """Drop the training rows after `step`, the validation rows after `validated`, and lines cut short."""
         last = {"train": step, "val": validated}
         kept = [row for row in self.rows() if row["step"] <= last[row["kind"]]]
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        if self.events.exists():
+            events = self.events.read_text(encoding="utf-8", errors="replace")
+            write_text(self.events, events[: events.rfind("\n") + 1])
 
     def append(self, row: Row) -> None:
         """Append a row to metrics.jsonl; NaN becomes null. Raises OSError if the disk is full."""
-        self._metrics_lines.append(json.dumps(_with_null(row)))
+        _append(self.metrics, row)
 
     def append_event(self, row: Row) -> None:
         """Append a row to events.jsonl; NaN becomes null. Raises OSError if the disk is full.
 
         Events are never dropped: steps that are repeated after a crash have theirs twice.
         """
-        self._events_lines.append(json.dumps(_with_null(row)))
+        _append(self.events, row)
 
     def summarize(self, fields: dict[str, Any], best_by: str) -> None:
         """Write summary.json: `fields` and the losses of the rows; the best has the lowest `best_by`."""
@@ -156,6 +158,11 @@ class RunFolder:
             return self.summary()["status"]
         except DataError:
             return "unfinished"
+
+
+def _append(path: Path, row: Row) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_with_null(row)) + "\n")
 
 
 def parse_row(line: str | bytes) -> Row:

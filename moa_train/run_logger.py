@@ -14,7 +14,7 @@ from moa_train import devices
 from moa_train.checkpoint import TrainState, disk_errors
 from moa_train.config import RunConfig, as_tree
 from moa_train.environment import describe_environment
-from moa_train.plan import Costs, describe
+from moa_train.plan import TRAINING_FLOPS_PER_FORWARD, describe
 from moa_train.progress import Progress, StepTimer, duration
 from moa_train.run_folder import RunFolder
 from moa_train.schedule import Plan
@@ -23,22 +23,13 @@ from moa_train.trackers import start_trackers, track
 
 
 class RunLogger:
-    """Log of one session of a run.
+    """Log of one session of a run; it updates the times and the memory in `state`."""
 
-    Args:
-        config: The run's config.
-        task: The task.
-        plan: Schedule in steps.
-        costs: FLOPs and memory of the model.
-        accelerator: From `moa_train.distributed.start`.
-        state: The trainer's progress; the logger updates its times, memory and spikes.
-    """
-
-    def __init__(
-        self, config: RunConfig, task: Task, plan: Plan, costs: Costs, accelerator: Accelerator, state: TrainState
-    ) -> None:
-        self.config, self.task, self.plan, self.costs = config, task, plan, costs
-        self.accelerator, self.state = accelerator, state
+    def __init__(self, config: RunConfig, task: Task, plan: Plan, accelerator: Accelerator, state: TrainState) -> None:
+        self.config, self.task, self.plan, self.accelerator, self.state = config, task, plan, accelerator, state
+        self.device_name = devices.device_name(accelerator.device)
+        self.peak_flops = devices.bf16_peak_flops(self.device_name)
+        self.flops_per_sample = TRAINING_FLOPS_PER_FORWARD * task.forward_flops_per_sample
         self.folder = RunFolder(config.folder)
         self.main = accelerator.is_main_process
         self.progress = Progress(visible=self.main, step=state.step, total_steps=plan.total_steps)
@@ -56,18 +47,17 @@ class RunLogger:
             with self._tracker_errors():
                 if self._tracking:
                     start_trackers(self.accelerator, tree, self.folder.trackers, step=self.state.step)
-        name = devices.device_name(device)
-        self.event("begun", self.state.step, processes=self.plan.world_size, device=name)
+        self.event("begun", self.state.step, processes=self.plan.world_size, device=self.device_name)
         units = {"unit": self.task.unit, "units_per_sample": self.task.units_per_sample}
         lines = {
             "run": str(self.folder.path),
             "device": (
-                f"{name} x {self.plan.world_size}, {self.config.loop.precision}"
+                f"{self.device_name} x {self.plan.world_size}, {self.config.loop.precision}"
                 + (", compiled" if self.config.loop.compile else "")
             ),
             **self.task.startup_lines(),
             "optimizer": optimizer,
-            **describe(self.plan, self.costs, **units, step=self.state.step),
+            **describe(self.plan, self.flops_per_sample, self.peak_flops, **units, step=self.state.step),
         }
         for title, text in lines.items():
             self.print(f"{title:<11} {text}")
@@ -81,7 +71,6 @@ class RunLogger:
     def train_row(self, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
         """Report the step that has just finished; write its row if one is due."""
         step, plan = self.state.step, self.plan
-        self._check_spike(loss)
         if self.timer.add(seconds):
             self._window_s += seconds
             self._window_steps += 1
@@ -93,7 +82,7 @@ class RunLogger:
             if self._window_steps:
                 steps_per_s = self._window_steps / self._window_s
                 throughput = steps_per_s * self._units(1)
-                mfu = self.costs.utilization(steps_per_s * plan.global_batch, plan.world_size)
+                mfu = self._utilization(steps_per_s)
             row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "throughput": throughput, "mfu": mfu}
             self.write("train", step, **{**row, **self._observations()})
             self._window_steps, self._window_s = 0, 0.0
@@ -103,7 +92,7 @@ class RunLogger:
         step_s = self.timer.step_s()
         if step_s is None:
             return "measuring"
-        utilization = self.costs.utilization(self.plan.global_batch / step_s, self.plan.world_size)
+        utilization = self._utilization(1 / step_s)
         speed = f"{self._units(1) / step_s:.4g} {self.task.unit}/s"
         speed += "" if utilization is None else f", {utilization:.1%} of peak"
         left = duration((self.plan.total_steps - self.state.step) * step_s)
@@ -113,16 +102,11 @@ class RunLogger:
             self.print(f"measured    {speed}, peak memory {memory:,.0f} MiB; {left} of training left")
         return f"{speed}, {left} left"
 
-    def _check_spike(self, loss: float) -> None:
-        mean = self.state.recent_loss.mean
-        deviations = self.state.recent_loss.update(loss)
-        if deviations is not None:
-            self.state.spikes += 1
-            self.event("spike", self.state.step, loss=loss, recent_loss=mean, deviations=deviations)
-            self.print(
-                f"warning: step {self.state.step}: loss {loss:.4g} is {deviations:.1f} standard deviations above the "
-                f"running mean {mean:.4g}"
-            )
+    def _utilization(self, steps_per_s: float) -> float | None:
+        """Return the fraction of the devices' bf16 peak, None if it is unknown."""
+        if self.peak_flops is None:
+            return None
+        return steps_per_s * self.plan.global_batch * self.flops_per_sample / (self.peak_flops * self.plan.world_size)
 
     def _observations(self) -> dict[str, float]:
         """Return the task's observations of the step, averaged over all ranks."""
@@ -183,7 +167,7 @@ class RunLogger:
         if not self.main:
             return
         self.update_memory()
-        unit, flops, state = self.task.counter, self.costs.flops_per_sample, self.state
+        unit, flops, state = self.task.counter, self.flops_per_sample, self.state
         fields = {
             "name": self.config.name,
             "seed": self.config.seed,
@@ -196,7 +180,6 @@ class RunLogger:
             "throughput": self._units(state.timed_steps) / state.timed_s if state.timed_s else None,
             "peak_memory_mib": state.peak_memory_mib,
             "skipped_steps": state.skipped,
-            "loss_spikes": state.spikes,
             **self.task.summary_fields(),
         }
         with disk_errors("summary.json"):

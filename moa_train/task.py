@@ -71,7 +71,7 @@ class Task(ABC):
 
     @abstractmethod
     def example_batch(self, count: int) -> Any:
-        """Return a made-up batch of `count` samples, for measuring memory."""
+        """Return a made-up batch of `count` samples, for ranks without held-out samples left under FSDP2."""
 
     @abstractmethod
     def train_batches(self, share: DataParallelRank, plan: Plan, start_step: int) -> Iterable[Any]:

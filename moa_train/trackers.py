@@ -42,25 +42,16 @@ def start_trackers(accelerator: Accelerator, tree: dict[str, Any], folder: Path,
     if not (folder / "id").exists():
         write_text(folder / "id", uuid.uuid4().hex + "\n")
     run_id = (folder / "id").read_text(encoding="utf-8").strip()
-    options = tracker_options(tree["name"], run_id, folder, step=step)
-    accelerator.init_trackers(PROJECT, config=values, init_kwargs=options)
-
-
-def tracker_options(name: str, run_id: str, folder: Path, *, step: int) -> dict[str, dict[str, Any]]:
-    """Return each tracker's arguments; `run_id` has 32 letters and digits."""
-    return {
+    name, of_swanlab = tree["name"], {"id": run_id[:21], "logdir": str(folder / "swanlog")}  # the required length
+    options = {
         "tensorboard": {"purge_step": step + 1},
         "wandb": {"name": name, "id": run_id, "resume": "allow", "dir": str(folder)},
-        "swanlab": {
-            "experiment_name": name,
-            "id": run_id[:21],  # the required length
-            "resume": "allow",
-            "logdir": str(folder / "swanlog"),
-        },
+        "swanlab": {"experiment_name": name, "resume": "allow", **of_swanlab},
         "trackio": {"name": f"{name}-{run_id[:8]}", "resume": "allow"},  # identifies a run by its name
         "comet_ml": {"experiment_key": run_id, "mode": "get_or_create"},
         "dvclive": {"dir": str(folder / "dvclive"), "dvcyaml": str(folder / "dvc.yaml"), "resume": True},
     }
+    accelerator.init_trackers(PROJECT, config=values, init_kwargs=options)
 
 
 def track(accelerator: Accelerator, row: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -31,7 +31,6 @@ from moa_train.distributed import on_main_process, sum_over_ranks, total_norm
 from moa_train.errors import DataError, ReportedError, RunError, report
 from moa_train.evaluation import evaluating, validation_losses
 from moa_train.optim import describe_groups, set_rate
-from moa_train.plan import Costs, measure_costs
 from moa_train.resume import Start, find_start
 from moa_train.run_folder import RunFolder
 from moa_train.run_logger import RunLogger
@@ -57,12 +56,7 @@ def run(
 
     0: finished. 1: failed (non-finite loss, full disk, killed data worker). 2: config, data or run folder cannot be
     used. `EXIT_STOPPED` (75): stopped on request and saved; the same command continues. Errors with these codes are
-    printed in one line; all others are raised.
-
-    Args:
-        config: The run's config.
-        build_task: Builds the task, once the devices are known and the seed is set.
-        mutable_keys: Keys that may change when the run is resumed.
+    printed in one line; all others are raised. The task is built once the devices are known and the seed is set.
     """
     with StopRequests() as stop, contextlib.ExitStack() as cleanup:
         stop.exit_at_once = True
@@ -96,15 +90,7 @@ def check(config: RunConfig, build_task: Callable[[], Task]) -> None:
 
 
 class Trainer:
-    """One session of a run; it continues from the run's newest checkpoint.
-
-    Args:
-        config: The run's config.
-        task: The task.
-        accelerator: From `moa_train.distributed.start`.
-        stop: Stop requests of this process.
-        cleanup: Releases the run folder at the end.
-        mutable_keys: Keys that may change when the run is resumed.
+    """One session of a run; it continues from the run's newest checkpoint. `cleanup` releases the run folder.
 
     Raises:
         ConfigError: The batch cannot be split, or the folder holds another run or is in use.
@@ -129,7 +115,6 @@ class Trainer:
         self.rank = DataParallelRank(accelerator.process_index, accelerator.num_processes, micro_batch)
 
         self.bare = task.model.to(self.device)
-        costs = self._measure_costs()
         self.distributed = distributed.DistributedModel(self.bare, accelerator, compiled=config.loop.compile)
         self.model = self.distributed.model
         self.optimizer = task.optimizer(config.optim)
@@ -140,7 +125,7 @@ class Trainer:
         self.start: Start = on_main_process(accelerator, lambda: self._open_folder(cleanup, mutable_keys))
         self.state, self.generators = self._load_start()
         self.saving_step = self.state.step if self.start.own else -1  # step of the last checkpoint that was begun
-        self.logger = RunLogger(config, task, self.plan, costs, accelerator, self.state)
+        self.logger = RunLogger(config, task, self.plan, accelerator, self.state)
 
     def run(self) -> int:
         """Train and export; return the exit code."""
@@ -266,15 +251,12 @@ class Trainer:
             self._save(before, wait=True)
             raise NonFiniteError(
                 f"{what}; the state before this step is saved, and {self.folder.events} lists its samples. Continue "
-                f"with --loop.max_nonfinite_steps {allowed + 1}{self._gentler_options()}"
+                f"with --loop.max_nonfinite_steps {allowed + 1}, or with --resume force and a lower learning rate"
             )
         self.state.skipped += 1
         self.logger.print(
             f"warning: {what}; step skipped, {self.state.skipped} of {allowed} (loop.max_nonfinite_steps)"
         )
-
-    def _gentler_options(self) -> str:
-        return "".join(f", or with --resume force {option}" for option in self.config.gentler())
 
     def _require_finite_weights(self) -> None:
         """Raise NonFiniteError if the weights are not finite: no later step mends them, and they are never saved."""
@@ -283,8 +265,7 @@ class Trainer:
             self.logger.event("nonfinite_weights", self.state.step)
             raise NonFiniteError(
                 f"the weights are not finite after step {self.state.step}; they are not saved. Continue from the last "
-                f"checkpoint{self._gentler_options().removeprefix(', or')}, or remove that checkpoint to continue from "
-                "an earlier one"
+                "checkpoint with --resume force and a lower learning rate, or remove it to continue from an earlier one"
             )
 
     def _validate_if_due(self) -> bool:
@@ -361,17 +342,6 @@ class Trainer:
         # A rank without saved generators, because the world size has grown, keeps these.
         set_seed(self.config.seed + state.step, device_specific=True)
         return state, generators
-
-    def _measure_costs(self) -> Costs:
-        def loss(batch: Any) -> Tensor:
-            with self.accelerator.autocast():
-                return self.task.loss(self.bare, send_to_device(batch, self.device))
-
-        muon = self.task.hidden_matrices() if self.config.optim.algorithm == "muon" else ()
-        flops = self.task.forward_flops_per_sample
-        costs = measure_costs(self.bare, loss, self.task.example_batch, flops, muon)
-        shards = self.plan.world_size if distributed.fsdp_requested() else 1
-        return replace(costs, state_bytes=costs.state_bytes // shards)
 
     def _export(self) -> None:
         with self.distributed.whole() as model:

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rate, source = measured_rate(options.measured, gpu, shapes, options.parallel)
         else:
             rate, source = assumed_rate(gpu, options.utilization)
-        target = Target(gpu, rate, source, options.gpus_per_node, options.network, options.parallel)
+        target = Target(gpu, rate, source, options.parallel)
         print_plan(config, make_workload(), target, options.gpus)
     except (ConfigError, DataError) as error:
         print(f"plan.py: error: {error}", file=sys.stderr)

@@ -4,8 +4,8 @@
         --set optim.lr=3e-4,6e-4,1.2e-3,2.4e-3 --seeds 3
     python scripts/sweep.py --help
 
-Exit codes: 0 all runs are done, 1 a run or the report failed, 2 wrong configuration, 75 stopped (the same command
-continues).
+Exit codes: 0 all runs are done or submitted, 1 a run or the report failed, 2 wrong configuration, 75 stopped (the
+same command continues).
 """
 
 from __future__ import annotations

@@ -3,12 +3,9 @@
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
-from collections import Counter
-from functools import cache, partial
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,43 +19,6 @@ os.environ.setdefault("MOA_FFN_COMPILE", "0")  # compiling costs seconds a proce
 # The same examples in every run, and no limit of time for one: a busy machine may leave a test alone for seconds.
 settings.register_profile("moa", deadline=None, derandomize=True, database=None)
 settings.load_profile("moa")
-
-
-@cache
-def unlocked():
-    """Library -> "version (lock: version)", of those whose version is not the one in requirements.lock."""
-    found = {}
-    for line in (ROOT / "requirements.lock").read_text().splitlines():
-        if match := re.match(r"([\w.-]+)==([\w.!+-]+)", line):
-            name, locked = match[1], match[2]
-            try:
-                installed = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
-            found.setdefault(name, (installed, set()))[1].add(locked)
-    return {
-        name: f"{installed} (lock: {', '.join(sorted(locked))})"
-        for name, (installed, locked) in found.items()
-        if installed.partition("+")[0] not in locked and not name.startswith(("nvidia-", "cuda-"))
-    }
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Say which versions are not the locked ones, why tests were skipped, and in which library failures ended."""
-    reports = terminalreporter.stats
-    if unlocked():
-        others = ", ".join(f"{name} {versions}" for name, versions in sorted(unlocked().items()))
-        terminalreporter.write_line(f"not as in requirements.lock: {others}")
-    skipped = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports.get("skipped", []))
-    for reason, count in skipped.most_common():
-        terminalreporter.write_line(f"skipped {count}: {reason}")
-    failed = Counter()
-    for report in [*reports.get("failed", []), *reports.get("error", [])]:
-        modules = re.findall(r"site-packages/(\w+)/", str(report.longrepr))
-        failed[modules[-1] if modules else "this project"] += 1
-    for module, count in failed.most_common():
-        names = metadata.packages_distributions().get(module, [module])
-        terminalreporter.write_line(f"failed {count}: in {module} {unlocked().get(names[0], '')}".rstrip())
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +58,8 @@ def fuzz(request, fuzzing):
 def two_processes():
     """two_processes(jobs, folder) runs jobs one after the other in two gloo processes, and returns what it printed.
 
-    A job is {"main": module or script, "arguments": [...]}, with "fsdp": True to be in shards; two_processes.py tells
-    of the rest.
+    A job is {"main": module or script, "arguments": [...]}, with "fsdp": True to be in shards; two_processes.py
+    describes the other keys.
     """
 
     def launch(jobs, folder):

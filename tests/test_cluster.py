@@ -6,7 +6,6 @@ a requeue, an srun that starts the tasks, ends all of them once one has failed, 
 
 import json
 import os
-import re
 import shlex
 import signal
 import socket
@@ -124,22 +123,11 @@ def test_torchrun_dry_run():
     assert command[7:13] == rendezvous and tuple(command[-3:]) == given
 
 
-def test_several_machines_need_a_rendezvous():
-    done = script("torchrun.sh", "a.py", NODES="2")
-    assert done.returncode != 0 and "MASTER: must be HOST:PORT" in done.stderr
-
-
 def test_slurm_dry_run():
     given = ("scripts/pretrain_mae.py", "--name", "two words")
     done = script("slurm.sh", *given, DRY_RUN="1", NODES="2", GPUS="3", CPUS="5", SLURM_JOB_ID="")
     sizes = ["--nodes=2", "--ntasks-per-node=3", "--gpus-per-node=3", "--cpus-per-task=5"]
     assert shlex.split(done.stdout) == ["sbatch", *sizes, str(CLUSTER / "slurm.sh"), *given]
-
-
-def test_slurm_warns_all_tasks_in_time():
-    """Without "B:" the signal goes to the tasks. A stalled shard may take 300 s, the checkpoint after it the rest."""
-    (warning_s,) = re.findall(r"^#SBATCH --signal=USR1@(\d+)$", (CLUSTER / "slurm.sh").read_text(), re.MULTILINE)
-    assert int(warning_s) >= 420
 
 
 @pytest.mark.slow
@@ -202,10 +190,9 @@ def test_warned_job_saves_requeues_and_finishes(tmp_path, cluster):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("changed", "code"), [({"model.nan_at": 3}, 1), ({"schedule.batch_size": 7}, 2)])
-def test_failed_job_is_not_requeued(tmp_path, cluster, changed, code):
-    job = submit(tmp_path, 2, **changed)
+def test_failed_job_is_not_requeued(tmp_path, cluster):
+    job = submit(tmp_path, 2, **{"model.nan_at": 3})
     output = job.communicate(timeout=240)[0]
-    assert job.returncode == code, output
-    assert (cluster / "codes").read_text() == f"{code}\n"
+    assert job.returncode == 1, output
+    assert (cluster / "codes").read_text() == "1\n"
     assert output.count("error: ") == 1, output

@@ -92,7 +92,6 @@ UNSAFE_LINES = {
     "moa_vision/cache.py": [  # the command of the user's own pattern "pipe:...", as in webdataset
         '            subprocess.run(shard.url.removeprefix("pipe:"), shell=True, stdout=file, check=True)'
     ],
-    "benchmarks/startup.py": ["    exec({line!r})"],  # the start-up line, as Python itself runs it
 }
 
 

@@ -25,7 +25,8 @@ from moa_lm.sizes import named_config
 from moa_lm.token_shards import TokenSettings, make_tokens
 from moa_lm.workload import lm_workload, recorded_muon, saved_bytes
 from moa_train.config import parse_config
-from moa_train.devices import find_gpu, saved_bytes_per_sample
+from moa_train.devices import find_gpu
+from moa_train.devices import saved_bytes as measure_saved_bytes
 from moa_train.estimate import Target, estimate, measured_rate
 from moa_vision.pretrain import MAEConfig, ModelConfig, build_mae
 from moa_vision.pretrain import main as train_mae
@@ -75,6 +76,12 @@ def check_against_run(folder, config, workload, muon, samples):
     newest = max((folder / "checkpoints").glob("step_*"))
     assert found.checkpoint_bytes == pytest.approx(sum(file.stat().st_size for file in newest.iterdir()), rel=0.01)
     assert found.hours * 3600 == pytest.approx(summary["steps"] * samples / summary["throughput"])
+
+
+def saved_bytes_per_sample(model, loss, example):
+    """Return the bytes per sample that autograd saves for real tensors."""
+    one, two = (measure_saved_bytes(lambda n=n: loss(example(n)), model.parameters()) for n in (1, 2))
+    return two - one
 
 
 def write_images(path, count):
@@ -150,16 +157,6 @@ def test_language_model_that_trains(size, algorithm, fields, tmp_path):
     assert workload.saved.per_sample == pytest.approx(found, rel=0.01 if size == "moe-micro" else 0, abs=0)
 
 
-def test_muon_shapes_of_a_recorded_run(tmp_path):
-    tree = {"model": {"size": "moe-micro", "ffn": "qdmoa"}, "data": {"train": "absent"}, "schedule": {"tokens": 8}}
-    write_config(tmp_path, {**tree, "optim": {"algorithm": "muon"}})
-    shapes = recorded_muon(tmp_path)
-    assert len(shapes) == 4 * (4 + 3 + 3)  # layers x (attention + shared expert + routed experts)
-    assert set(shapes) == {(128, 128), (8, 128, 128)}
-    write_config(tmp_path, tree)
-    assert recorded_muon(tmp_path) == ()
-
-
 def test_mask_of_documents_is_saved():
     small = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": 320}
     model = named_config("dense-micro", "qdmoa", **small, ffn_backend="eager")
@@ -178,10 +175,7 @@ def test_mask_of_documents_is_saved():
     ("pattern", "images"),
     [
         ("{}", 6),
-        ("{}/*.tar", 6),
-        ("{0}/a.tar::{0}/b.tar", 6),
         ("{}/absent/*.tar", 1_281_167),
-        ("pipe:touch {}/ran", 1_281_167),
         ("http://localhost:9/a.tar", 1_281_167),
     ],
 )
@@ -192,10 +186,9 @@ def test_local_images_are_counted(pattern, images, tmp_path):
     config = read_config(MAEConfig, write_config(tmp_path, {"model": SMALL_MAE, "data": data}))
     assert mae_workload(config).samples_per_epoch == images
     assert mae_workload(config, images=100).samples_per_epoch == 100
-    assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("repeats", "decoded"), [(1, 1.0), (2, 1 / 2), (6, 1 / 2)])
+@pytest.mark.parametrize(("repeats", "decoded"), [(1, 1.0), (6, 1 / 2)])
 def test_crops_of_a_micro_batch_share_its_decoded_images(repeats, decoded, tmp_path):
     data = {"train": "absent", "repeated_augmentation": repeats}
     workload = mae_workload(read_config(MAEConfig, write_config(tmp_path, {"model": SMALL_MAE, "data": data})))
@@ -230,21 +223,13 @@ def test_configs_are_layered_and_keys_override_them(tmp_path, capsys):
     [
         (["--gpu", "h300"], "argument --gpu: invalid choice: 'h300'"),
         (["--gpus", "8,0"], "argument --gpus: 8,0 is not a list of numbers above 0"),
-        (["--network", "-1"], "--network is -1.0; it must be above 0"),
-        (["--utilization", "1.5"], "--utilization is 1.5; it must be above 0 and at most 1"),
-        (["--config", "model.yaml"], "one file at least must have keys below 'model'"),
-        (["--optim.lrr", "1"], "did you mean optim.lr?"),
         (["--config", "epochs.yaml"], "schedule.epochs needs the number of training tokens; add --tokens N"),
-        (["--config", "args.yaml"], "did you mean num_hidden_layers?"),
     ],
 )
 def test_mistakes_are_reported(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("model.yaml").write_text("model: [1]")
     lm = {"model": {"size": "dense-micro"}, "data": {"train": "absent"}}
     Path("epochs.yaml").write_text(yaml.safe_dump({**lm, "schedule": {"epochs": 2}}))
-    wrong = {**lm, "model": {"size": "dense-micro", "args": {"num_hidden_layer": 1}}, "schedule": {"tokens": 512}}
-    Path("args.yaml").write_text(yaml.safe_dump(wrong))
     config = [] if "--config" in options else ["--config", str(ROOT / "configs/mae/vit_b16_qdmoa_800ep.yaml")]
     try:
         code = plan.main([*config, *options])

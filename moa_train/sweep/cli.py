@@ -13,7 +13,7 @@ from pathlib import Path
 from moa_train.errors import ConfigError, DataError
 from moa_train.signals import EXIT_STOPPED
 from moa_train.sweep.grid import Trainer, check, expand, parse_seeds, parse_settings
-from moa_train.sweep.launch import launch_command, run_locally, run_on_slurm
+from moa_train.sweep.launch import launch_command, run_locally, submit_to_slurm
 from moa_train.sweep.state import SweepRun, print_table, summarize
 
 DESCRIPTION = """\
@@ -28,8 +28,8 @@ unfinished ones resume. The output of each run goes to OUT/logs/NAME.log. Argume
 """
 
 EXITS = """\
-exit codes: 0 all runs are done; 1 a run or the report failed; 2 wrong configuration; 75 stopped, the same command
-continues
+exit codes: 0 all runs are done or submitted; 1 a run or the report failed; 2 wrong configuration; 75 stopped, the same
+command continues
 """
 
 
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="options of sbatch, e.g. partition=gpu gres=gpu:8 time=24:00:00",
     )
-    how.add_argument("--dry-run", action="store_true", help="check all runs, print their states and commands, and exit")
+    how.add_argument("--dry-run", action="store_true", help="check all runs, print commands, states and losses")
     report = parser.add_argument_group("report")
     report.add_argument("--report", metavar="DIR", type=Path, help="its folder (default: reports/NAME of OUT)")
     report.add_argument("--title", help="title of the report")
@@ -87,10 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str], *, find_trainer: Callable[[Sequence[Path]], Trainer], report: Sequence[str]) -> int:
     """Run the sweep of a command line and return the exit code.
 
-    Args:
-        arguments: The command line.
-        find_trainer: Returns the training script of config files.
-        report: Command that writes a report; run folders, --out DIR, --title and --baseline are appended.
+    `report` is the command that writes a report; run folders, --out DIR, --title and --baseline are appended.
     """
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     options = build_parser().parse_args(arguments[:end])
@@ -123,18 +120,22 @@ def _run(
     if options.dry_run:
         for run in runs:
             print(f"{run.state:<9} {shlex.join([*command, *run.arguments])}")
+        print_table(runs)
         return 0
     out = runs[0].folder.parent
     print(f"sweep       {out}: {summarize(runs)}", flush=True)
     if options.executor == "slurm":
-        stopped = run_on_slurm(runs, command, options.jobs, _parse_sbatch(options.sbatch), out)
+        submit_to_slurm(runs, command, options.jobs, _parse_sbatch(options.sbatch), out)
+        print_table(runs)
+        if not all(run.done for run in runs):
+            print("The same command shows the progress, submits failed runs again, and writes the report at the end.")
+            return 0
     else:
         stopped = run_locally(runs, command, options.jobs or 1)
-    print_table(runs)
-    if stopped:
-        jobs = "the jobs stay in the queue; " if options.executor == "slurm" else ""
-        print(f"stopped     by {stopped}; {jobs}the same command continues")
-        return EXIT_STOPPED
+        print_table(runs)
+        if stopped:
+            print(f"stopped     by {stopped}; the same command continues")
+            return EXIT_STOPPED
     reported = 0 if options.no_report else _report(runs, options, report, out)
     return 1 if reported or not all(run.done for run in runs) else 0
 

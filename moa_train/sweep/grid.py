@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import math
 import os
 import re
 from collections import Counter
@@ -13,10 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
 
-from moa_train.config import read_config
 from moa_train.errors import ConfigError
 from moa_train.run_folder import RunFolder
 from moa_train.sweep.state import SweepRun
@@ -82,29 +79,21 @@ def expand(
 ) -> list[SweepRun]:
     """Return all combinations, seed outermost and config innermost, so that comparable sets complete early.
 
-    Args:
-        configs: Config files.
-        settings: {dotted key: values}.
-        seeds: Random seeds.
-        out: Folder of the sweep; by default runs/sweep_ and the common beginning of the configs' names.
-        extra: Arguments for all runs.
-
-    Raises:
-        ConfigError: Two combinations share a name, or `extra` sets a key of the sweep.
-        DataError: A config file cannot be read.
+    A run is named after its config file, values and seed. `out` is by default runs/sweep_ and the common beginning of
+    the files' names; `extra` are arguments for all runs. Raises ConfigError if two combinations share a name, or if
+    `extra` sets a key of the sweep.
     """
     for argument in extra:
         key = argument.removeprefix("--").partition("=")[0]
         if argument.startswith("--") and key in {*OWN_KEYS, *settings} - {"config"}:
             raise ConfigError(f"--{key} after -- is not allowed: {OWN_KEYS.get(key, 'it is already in --set')}")
-    names = _name_configs(configs)
-    common = os.path.commonprefix(list(names.values())).rstrip("_.-")  # noqa: RUF071 (of characters)
-    out = out or Path("runs") / f"sweep_{common or names[configs[0]]}"
-    keys = _short_keys(settings)
+    common = os.path.commonprefix([config.stem for config in configs]).rstrip("_.-")  # noqa: RUF071 (of characters)
+    out = out or Path("runs") / f"sweep_{common or configs[0].stem}"
     runs = []
     for seed, values, config in itertools.product(seeds, itertools.product(*settings.values()), configs):
         chosen = dict(zip(settings, values, strict=True))
-        name = "_".join([names[config], *(f"{keys[key]}{label(value)}" for key, value in chosen.items()), f"s{seed}"])
+        labels = [f"{key.rpartition('.')[2]}{value}" for key, value in chosen.items()]
+        name = re.sub(r"[^\w.+-]+", "-", "_".join([config.stem, *labels, f"s{seed}"]), flags=re.ASCII)
         own = {**chosen, "name": name, "seed": seed, "out": out}
         arguments = ["--config", str(config), *extra, *(f"--{key}={value}" for key, value in own.items())]
         runs.append(SweepRun(name, out / name, out / "logs" / f"{name}.log", arguments))
@@ -114,44 +103,8 @@ def expand(
     return runs
 
 
-def _name_configs(configs: Sequence[Path]) -> dict[Path, str]:
-    """Return the `name` in each config file, or the file's name where several configs share it or have none."""
-    trees = {path: read_config(path) for path in configs}
-    names = {path: str(tree.get("name") or path.stem) for path, tree in trees.items()}
-    count = Counter(names.values())
-    return {path: _safe(name if count[name] == 1 else path.stem) for path, name in names.items()}
-
-
-def _short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Return the last part of each dotted key, or all parts where several keys end alike."""
-    last = {key: key.rpartition(".")[2] for key in keys}
-    count = Counter(last.values())
-    return {key: part if count[part] == 1 else key.replace(".", "-") for key, part in last.items()}
-
-
-def label(text: str) -> str:
-    """Return a value for a folder name: numbers in their shortest form ("3e-4" for "0.0003"), else safe characters."""
-    try:
-        number = float(text)
-    except ValueError:
-        return _safe(text)
-    if number == 0 or 0.01 <= abs(number) < 1e6 or not math.isfinite(number):
-        return np.format_float_positional(number, trim="-")
-    return np.format_float_scientific(number, trim="-", exp_digits=1).replace("e+", "e")
-
-
-def _safe(text: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-") or "-"
-
-
 class Trainer(NamedTuple):
-    """A training script.
-
-    Attributes:
-        script: Its path.
-        main: Its function, which takes the arguments and parses them by `moa_train.config.parse_config`.
-        mutable_keys: Keys of the config that may change when a run is resumed.
-    """
+    """A training script, its function that takes the arguments, and the config keys that may change on a resume."""
 
     script: Path
     main: Callable[[Sequence[str]], Any]

@@ -24,13 +24,13 @@ from moa_train.atomic_io import write_json
 from moa_train.errors import ConfigError
 from moa_train.reading import read_json
 from moa_train.signals import StopRequests
-from moa_train.sweep.state import DONE, ProgressLine, SweepRun
+from moa_train.sweep.state import SweepRun, summarize
 
 POLL_S = 0.2
 """Poll interval of processes, seconds."""
 
-QUEUE_S = 30.0
-"""Poll interval of the Slurm queue, seconds."""
+LOG_TAIL_LINES = 15
+"""Lines of a failed run's log that are printed."""
 
 SLURM_WARNING_S = 120
 """Seconds before the time limit at which Slurm signals a job, so that it saves and is requeued."""
@@ -40,10 +40,7 @@ SLURM_WARNING_S = 120
 class TrainingJob:
     """Training command as a submitit job: it saves and is requeued before the time limit, and saves on SIGTERM.
 
-    Attributes:
-        command: Training command, which saves and exits with 75 on SIGTERM and SIGUSR1.
-        log: File that the output is appended to.
-        environment: Environment variables; None takes those of the job.
+    The command saves and exits with 75 on SIGTERM and SIGUSR1; its output is appended to `log`.
     """
 
     command: list[str]
@@ -85,14 +82,9 @@ class TrainingJob:
 
 
 def launch_command(launcher: str, script: Path) -> list[str]:
-    """Return the command that starts a training script.
+    """Return the command that starts a training script; without a launcher such as "accelerate launch", this Python.
 
-    Args:
-        launcher: Launcher with its arguments, e.g. "accelerate launch"; "" is this Python.
-        script: Training script.
-
-    Raises:
-        ConfigError: The launcher is neither on PATH nor in the folder of this Python.
+    Raises ConfigError if the launcher is neither on PATH nor in the folder of this Python.
     """
     program, *options = shlex.split(launcher) or [sys.executable]
     found = program if shutil.which(program) else shutil.which(program, path=str(Path(sys.executable).parent))
@@ -111,7 +103,7 @@ def run_locally(runs: Sequence[SweepRun], command: Sequence[str], at_once: int) 
     slots = slot_environments(at_once, os.environ)
     active: dict[submitit.Job[None], tuple[SweepRun, dict[str, str]]] = {}
     stopping = False
-    with tempfile.TemporaryDirectory() as folder, StopRequests() as stop, ProgressLine(runs) as progress:
+    with tempfile.TemporaryDirectory() as folder, StopRequests() as stop:
         executor = submitit.LocalExecutor(folder)
         executor.update_parameters(timeout_min=60 * 24 * 365)
         try:
@@ -119,23 +111,25 @@ def run_locally(runs: Sequence[SweepRun], command: Sequence[str], at_once: int) 
                 while waiting and slots and not stop.received:
                     run, slot = waiting.pop(0), slots.pop(0)
                     active[_submit(executor, run, command, slot)] = run, slot
-                    progress.say("started", f"{run.name} (log: {run.log})")
+                    say("started", f"{run.name} (log: {run.log})")
                 if stop.received and not stopping:
                     stopping = True
-                    progress.say(stop.received, f"waiting for {len(active)} run(s) to save; Ctrl-C kills them")
+                    say(stop.received, f"waiting for {len(active)} run(s) to save; Ctrl-C kills them")
                     for job in active:
                         os.kill(int(job.job_id), signal.SIGTERM)
                 for job in [job for job in active if job.done()]:
                     run, slot = active.pop(job)
                     slots.append(slot)
                     run.settle("stopped" if stopping else "failed")
-                    progress.say_ended(run)
-                progress.show()
+                    say(run.state, f"{run.name} (log: {run.log}); {summarize(runs)}")
+                    if run.state == "failed" and run.log.exists():
+                        log = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
+                        print(*log[-LOG_TAIL_LINES:], sep="\n", flush=True)
                 time.sleep(POLL_S)
         finally:
             for job in active:
                 _kill(int(job.job_id))
-    return "" if all(run.state in (*DONE, "failed") for run in runs) else stop.received
+    return "" if all(run.done or run.state == "failed" for run in runs) else stop.received
 
 
 def _submit(
@@ -157,17 +151,23 @@ def _kill(pid: int) -> None:
             each.kill()
 
 
+def say(title: str, text: str) -> None:
+    """Print a line about a run."""
+    print(f"{title:<11} {text}", flush=True)
+
+
 def slot_environments(at_once: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
     """Return the environment variables of each of `at_once` parallel runs, which share the GPUs and CPU cores."""
     if at_once == 1:
         return [{}]
     import torch  # not at the top: every job imports this module
 
+    from moa_train.environment import cpu_cores
+
     listed = environment.get("CUDA_VISIBLE_DEVICES")
     names = map(str, range(torch.cuda.device_count())) if listed is None else listed.split(",")
     gpus = [name for name in names if name]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(max(1, cores // at_once))}
+    threads = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(max(1, cpu_cores() // at_once))}
     share = max(1, len(gpus) // at_once)
     slots = []
     for slot in range(at_once):
@@ -176,25 +176,15 @@ def slot_environments(at_once: int, environment: Mapping[str, str]) -> list[dict
     return slots
 
 
-def run_on_slurm(
+def submit_to_slurm(
     runs: Sequence[SweepRun], command: Sequence[str], at_once: int | None, options: Mapping[str, str], out: Path
-) -> str:
-    """Submit the runs that are neither done nor queued as one job array, and watch the queue until all have ended.
+) -> None:
+    """Submit the runs that are neither done nor in the queue as one job array, and set the states of all runs.
 
-    Jobs save and requeue themselves before their time limit. Stop signals end the watching, not the jobs.
+    Jobs save and requeue themselves before their time limit.
 
-    Args:
-        runs: All runs of the sweep.
-        command: Training command without its arguments.
-        at_once: Largest number of parallel runs; None is no limit.
-        options: Options of sbatch, e.g. {"partition": "gpu", "gres": "gpu:8", "time": "24:00:00"}.
-        out: Folder of the sweep, on a file system that all nodes share.
-
-    Returns:
-        Name of the stop signal that ended the watching, or "".
-
-    Raises:
-        ConfigError: There is no sbatch, or `options` has no time limit.
+    `options` are those of sbatch, e.g. {"gres": "gpu:8", "time": "24:00:00"}; `out` is on a file system that all nodes
+    share. Raises ConfigError if there is no sbatch, or `options` has no time limit.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError("--executor slurm needs sbatch; run it on a machine that can submit jobs")
@@ -204,14 +194,16 @@ def run_on_slurm(
     record = folder / "jobs.json"
     ids = read_json(record, "cancel the jobs of this sweep and delete the file") if record.exists() else {}
     queue = _read_queue()
-    new = [run for run in runs if not run.done and ids.get(run.name) not in queue]
+    for run in (run for run in runs if not run.done and ids.get(run.name) in queue):
+        run.state = "running" if queue[ids[run.name]] == "RUNNING" else "queued"
+    new = [run for run in runs if run.state == "waiting"]
     if new:
         executor = _slurm_executor(folder, out.name, at_once or len(new), options)
         jobs = executor.submit_array([TrainingJob([*command, *run.arguments], run.log.absolute()) for run in new])
-        ids |= {run.name: job.job_id for run, job in zip(new, jobs, strict=True)}
-        write_json(record, ids)
-        print(f"submitted   {len(new)} run(s) as job {jobs[0].job_id.partition('_')[0]}", flush=True)
-    return _watch(runs, ids)
+        write_json(record, ids | {run.name: job.job_id for run, job in zip(new, jobs, strict=True)})
+        say("submitted", f"{len(new)} run(s) as job {jobs[0].job_id.partition('_')[0]}")
+        for run in new:
+            run.state = "queued"
 
 
 def _slurm_executor(folder: Path, name: str, at_once: int, options: Mapping[str, str]) -> submitit.SlurmExecutor:
@@ -228,27 +220,6 @@ def _slurm_executor(folder: Path, name: str, at_once: int, options: Mapping[str,
         additional_parameters={"signal": warning, "requeue": True, **options},
     )
     return executor
-
-
-def _watch(runs: Sequence[SweepRun], ids: Mapping[str, str]) -> str:
-    """Show the progress of submitted runs until all have left the queue; return the stop signal, or ""."""
-    pending = [run for run in runs if not run.done]
-    next_poll = 0.0
-    with StopRequests() as stop, ProgressLine(runs) as progress:
-        while pending and not stop.received:
-            if time.monotonic() >= next_poll:
-                next_poll = time.monotonic() + QUEUE_S
-                with contextlib.suppress(subprocess.CalledProcessError):  # squeue times out now and then
-                    queue = _read_queue()
-                    for run in [run for run in pending if ids[run.name] not in queue]:
-                        pending.remove(run)
-                        run.settle("failed")
-                        progress.say_ended(run)
-                    for run in pending:
-                        run.state = "running" if queue[ids[run.name]] == "RUNNING" else "queued"
-            progress.show()
-            time.sleep(POLL_S)
-    return stop.received if pending else ""
 
 
 def _read_queue() -> dict[str, str]:

@@ -87,11 +87,6 @@ class ClassifierRun(ImageRun):
     recipe: LinearConfig | FinetuneConfig
     encoder: dict[str, Any] = field(default_factory=dict)
 
-    def gentler(self) -> tuple[str, ...]:
-        """Return options that may help after a non-finite loss."""
-        rate = f"--{self.method}.blr {self.recipe.blr / 2:.3g}"
-        return (rate, "--finetune.max_grad_norm 1.0") if self.method == "finetune" else (rate,)
-
 
 class Classifier(ImageTask):
     """Base of both tasks; subclasses add model, optimizer, loss and export."""

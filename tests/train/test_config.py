@@ -1,9 +1,8 @@
 """Config files and command-line overrides; every mistake is one message with exit code 2."""
 
 import pytest
-import yaml
 
-from moa_train.config import OptimConfig, RunConfig, as_tree, parse_config, read_config
+from moa_train.config import parse_config, read_config
 from moa_train.errors import ConfigError
 from moa_train.reading import differing_keys
 
@@ -63,11 +62,6 @@ def test_base_files_are_merged(parse, write, tmp_path):
         read_config(tmp_path / "a.yaml")
 
 
-def test_resolved_config_reads_back_equal(parse, write):
-    config = parse("--optim.lr=1e-5", "--optim.betas=[0.8, 0.9]", "--loop.val_samples=3", "--loop.trackers=[wandb]")
-    assert parse(write(yaml.safe_dump(as_tree(config)))) == config
-
-
 def test_check_prints_the_resolved_config(parse, write, capsys):
     assert refused(parse, "--check", "--optim.lr=1e-5") == 0
     assert parse(write(capsys.readouterr().out)) == parse("--optim.lr=1e-5")
@@ -90,22 +84,16 @@ def test_check_calls_further_checks(parse, capsys):
     ("text", "message"),
     [
         ("optim: {lrr: 1}", "'lrr'; did you mean optim.lr?"),
-        ("optimm: {lr: 1}", "'optimm.lr' is not accepted; did you mean optim.lr?"),
         ("optim: {lr: fast}", '"optim.lr"'),
         ("optim: {betas: [0.9]}", '"optim.betas"'),
-        ("loop: {precision: fp16}", '"loop.precision"'),
-        ("checkpoint: {keep_latest: 1.5}", '"checkpoint.keep_latest"'),
         ("optim: [1, 2]", "optim is [1, 2]; it must be keys with values"),
-        ("optim:", "optim is None"),
         ("optim: {lr: null}", "optim.lr is None"),
         ("optim: {lr: 1", "a.yaml cannot be read (while parsing"),
-        ("- 1", "it holds a list"),
+        ("optim: &a {lr: *a}", "a.yaml cannot be read (Circular reference"),
         ("optim: {lr: -1}", "optim.lr is -1.0; it must be above 0"),
-        ("schedule: {epochs: 2, warmup_epochs: 3}", "schedule.warmup_epochs is 3.0; it must be from 0 to"),
         ("schedule: {min_lr: 1}", "schedule.min_lr is 1.0; it must be at most optim.lr (0.001)"),
         ("loop: {save_every: 10}", "a.yaml: loop.save_every was renamed to checkpoint.interval"),
         ("checkpoint: {interval: 4, keep_interval: 6}", "a multiple of checkpoint.interval (4), or null"),
-        ("name: ../x", "name is '../x'"),
     ],
 )
 def test_mistake_in_a_file(parse, write, text, message, capsys):
@@ -119,11 +107,8 @@ def test_mistake_in_a_file(parse, write, text, message, capsys):
     [
         ("--optim.lrr=3", "--optim.lrr=3; did you mean optim.lr?"),
         ("--lr=3", "--lr=3; did you mean optim.lr?"),
-        ("--optim.weight_deca=0.1", "did you mean optim.weight_decay?"),
-        ("--optim.lr=x", '"optim.lr"'),
         ("--optim.clip_grad=1", "the command line: optim.clip_grad was renamed to optim.max_grad_norm"),
         ("--config=nowhere.yaml", "nowhere.yaml"),
-        ("stray", "stray"),
     ],
 )
 def test_mistake_on_the_command_line(parse, argument, message, capsys):
@@ -161,9 +146,3 @@ def test_differing_keys():
         "optim.eps: 1 -> 'absent'",
         "optim.lr: 0.1 -> 0.2",
     ]
-
-
-@pytest.mark.parametrize(("clip", "offered"), [(None, "1"), (1.0, "0.5"), (4.0, "1")])
-def test_gentler_options_halve_lr_and_clipping(clip, offered):
-    options = RunConfig(optim=OptimConfig(lr=1e-3, max_grad_norm=clip)).gentler()
-    assert options == ("--optim.lr 0.0005", f"--optim.max_grad_norm {offered}")

@@ -74,9 +74,3 @@ def test_command_lines(fuzz, fuzzing, kind):
         return False
 
     fuzz(st.lists(words.filter(is_possible), min_size=1, max_size=3), attempt, examples=12)
-
-
-def test_aliases_are_supported(fuzzing, tmp_path):
-    (tmp_path / "a.yaml").write_text("optim: &a {lr: 0.5, eps: 1e-6}\nloop: {val_every: &n 7, log_every: *n}\n")
-    config = outcome(fuzzing, MAEConfig, [f"--config={tmp_path / 'a.yaml'}", "--data.train=x"])
-    assert (config.optim.lr, config.loop.val_every, config.loop.log_every) == (0.5, 7, 7)

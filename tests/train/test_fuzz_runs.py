@@ -1,7 +1,5 @@
 """Damaged run folders and checkpoints are read, or refused in one message that names the file."""
 
-import contextlib
-import io
 import json
 import shutil
 
@@ -65,23 +63,3 @@ def test_checkpoints(fuzz, fuzzing, folder):
             assert len(damaged) == (error is not None)
 
     fuzz(fuzzing.damage(path, ("state.json", *FILES)), attempt, examples=30)
-
-
-def test_resumed_runs(fuzz, fuzzing, runs, folder):
-    names = (*RECORDS, "checkpoints/LAST", *(f"{LAST}/{name}" for name in ("state.json", *FILES)))
-
-    def attempt(example):
-        name, content = example
-        own = shutil.copytree(folder, folder.parent / "again")
-        try:
-            (own / name).write_bytes(content)
-            err, codes = io.StringIO(), []
-            with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-                settings = {"checkpoint__keep_latest": 3, "schedule__epochs": 4, "resume": "force"}
-                fuzzing.refusal(lambda: codes.append(runs("again", **settings)))
-            assert codes[0] in (0, 2) and "Traceback" not in err.getvalue()
-            assert codes[0] == 0 or ("error: " in err.getvalue() and str(own) in err.getvalue())
-        finally:
-            shutil.rmtree(own)
-
-    fuzz(fuzzing.damage(folder, names), attempt, examples=8)

