@@ -160,24 +160,26 @@ def available_mixtures(args: argparse.Namespace, spec: FFNSpec, a: Tensor | None
 
 
 def mixture_function(name: str, spec: FFNSpec) -> Callable[..., Tensor]:
-    """Return (a, b, mix) -> hidden by one of `MIXTURES`."""
+    """Return (a, b, mix, act) -> hidden by one of `MIXTURES`."""
     if name == "liger":
-        return lambda a, b, mix: liger_silu_mul(a, b)
+        return lambda a, b, mix, act: liger_silu_mul(a, b)
     if name != "naive":
-        return lambda a, b, mix: mixture(a, b, mix, spec, name)
+        return lambda a, b, mix, act: mixture(a, b, mix, spec, name, act)
 
-    def naive(a: Tensor, b: Tensor | None, mix: Tensor | None) -> Tensor:
+    def naive(a: Tensor, b: Tensor | None, mix: Tensor | None, act: Tensor | None) -> Tensor:
         coefficients = Coefficients() if mix is None else mixing_coefficients(spec, mix)
-        return reference.mixture(a, b, coefficients.matrix(a), spec.dictionaries)
+        return reference.mixture(a, b, coefficients.matrix(a), spec.dictionaries, act)
 
     return naive
 
 
 def operands(spec: FFNSpec, tokens: int, hidden: int, device: torch.device, dtype: torch.dtype) -> list[Tensor | None]:
-    """Return a (N, H), b (N, H) or None, and logits or coefficients (N, n) or None."""
+    """Return a (N, H), b (N, H) or None, logits or coefficients (N, n) or None, and act (P,) or None."""
     a, b = (torch.randn(tokens, hidden, device=device, dtype=dtype) for _ in range(2))
     mix = torch.randn(tokens, spec.num_coefficients, device=device, dtype=dtype) if spec.num_coefficients else None
-    return [a, b if spec.type_two else None, mix]
+    parameters = spec.num_activation_parameters
+    act = torch.rand(parameters, device=device, dtype=dtype) if parameters else None
+    return [a, b if spec.type_two else None, mix, act]
 
 
 def mixture_case(

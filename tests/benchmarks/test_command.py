@@ -123,7 +123,7 @@ def test_eval(tables):
     [
         (["ffn", "--device", "nonsense"], "'nonsense' is not available"),
         (["ffn", "--rounds", "0"], "0 is below 1"),
-        (["ffn", "--variants", "swish"], "swish"),
+        (["ffn", "--variants", "mish"], "mish"),
         (["ffn", "--implementations", "liger", "--device", "cpu"], "--implementations liger"),
         (["lm", "--size", "moe-tiny", "--tables", "lm"], "a dense size"),
         (["lm", "--expert-sizes", "dense-tiny", "--tables", "lm-experts"], "a size with experts"),

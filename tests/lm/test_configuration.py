@@ -48,7 +48,7 @@ def test_config_json_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ffn_variant": "geglu"}, "ffn_variant.*'geglu'"),
+        ({"ffn_variant": "mish"}, "ffn_variant.*'mish'"),
         ({"ffn_up_activations": "id,sine"}, "ffn_up_activations.*'sine'"),
         ({"ffn_mix_init_std": -0.1}, r"ffn_mix_init_std is -0\.1; it must be a finite number, 0 or above"),
         ({"ffn_coef_init": float("nan")}, "ffn_coef_init is nan; it must be a finite number"),

@@ -97,16 +97,16 @@ def _slices(experts: nn.Module, expert: int) -> dict[str, Tensor]:
     """State dict of an FFN with the weights of one expert."""
     state = {}
     for name, parameter in experts.named_parameters():
-        once_per_layer = name.startswith("mix_") and experts.mixing == "layer"
+        once_per_layer = name == "act_param" or (name.startswith("mix_") and experts.mixing == "layer")
         value = parameter if once_per_layer else parameter[expert]
-        if name == "mix_coef":
+        if name in ("mix_coef", "act_param"):
             state[name] = value
         else:
             state[f"{name.removesuffix('_bias')}.{'bias' if name.endswith('_bias') else 'weight'}"] = value
     return state
 
 
-@pytest.mark.parametrize(("variant", "mixing"), list(itertools.product(("moa", "onemoa", *SEVERAL), MIXINGS)))
+@pytest.mark.parametrize(("variant", "mixing"), list(itertools.product(("moa", "onemoa", "xielu", *SEVERAL), MIXINGS)))
 @pytest.mark.parametrize("biases", [False, True], ids=["plain", "biases"])
 def test_output_is_the_weighted_sum_of_ffns(variant, mixing, biases):
     settings = {"mlp_bias": biases, "ffn_mix_bias": biases, "norm_topk_prob": not biases}
