@@ -164,18 +164,17 @@ def test_no_tokens(variant, device):
 def test_activations_to_float32_rounding(name, device):
     spec, entry, one = FFNSpec("la", gate_activations=(name,)), ACTIVATIONS[name], torch.ones(1, device=device)
     act = torch.tensor(entry.parameters, device=device) if entry.parameters else None
-    function, derivative = (
-        lambda x, f=f: f(x, *(() if act is None else act.double())) for f in (entry.function, entry.derivative)
-    )
+    parameters = () if act is None else act.double()
     sizes = torch.tensor([*torch.logspace(-6, 1, 40), 0.499, 0.501, 0.624, 0.626, 12.0, 30.0, 1e3])
     a = torch.cat([sizes, -sizes, torch.zeros(1)]).to(device).requires_grad_()
     value = kernels.mixture(a, None, one, spec, act)
     (slope,) = torch.autograd.grad(value.sum(), a)
     exact = a.detach().double()
-    torch.testing.assert_close(value.double(), function(exact), rtol=2e-6, atol=1e-6)
-    torch.testing.assert_close(slope.double(), derivative(exact), rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(value.double(), entry.function(exact, *parameters), rtol=2e-6, atol=1e-6)
+    assert entry.derivative is not None
+    torch.testing.assert_close(slope.double(), entry.derivative(exact, *parameters), rtol=2e-6, atol=1e-6)
     small = a.detach().abs() < 0.1  # relative accuracy near 0
-    torch.testing.assert_close(value[small].double(), function(exact)[small], rtol=2e-6, atol=0)
+    torch.testing.assert_close(value[small].double(), entry.function(exact, *parameters)[small], rtol=2e-6, atol=0)
     assert kernels.mixture(torch.full((3,), math.nan, device=device), None, one, spec, act).isnan().all()
 
 

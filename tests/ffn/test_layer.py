@@ -319,6 +319,7 @@ def test_activation_table_agrees_with_autograd(name):
     x = torch.linspace(-3, 3, 48, dtype=torch.float64).requires_grad_()  # without 0
     (slope,) = torch.autograd.grad(entry.function(x).sum(), x)
     torch.testing.assert_close(entry.function(x), FUNCTIONS[name](x))
+    assert entry.derivative is not None
     torch.testing.assert_close(entry.derivative(x.detach()), slope)
     upstream = torch.randn_like(x)
     for enabled in (True, False):  # the differentiable form and torch's backward kernel
