@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import special
 
 BITS_PER_BYTE = "bits_per_byte"
@@ -30,13 +31,24 @@ def measures(sample: Mapping[str, Any]) -> dict[str, float]:
     try:
         likelihoods = np.array([float(likelihood) for likelihood, _ in responses])
         answers = [str(request["arg_1"]) for request in arguments.values()]
-        right = int(sample["target"])
+        right = _right(sample, likelihoods, answers)
     except (KeyError, TypeError, ValueError):
         return {}
     if len(answers) != len(likelihoods) or not 0 <= right < len(answers) or not answers[right]:
         return {}  # acc_mutual_info adds requests without a context
     bits = -likelihoods[right] / math.log(2) / len(answers[right].encode())
     return {BITS_PER_BYTE: float(bits), PROBABILITY: float(special.softmax(likelihoods)[right])}
+
+
+def _right(sample: Mapping[str, Any], likelihoods: NDArray[np.float64], answers: list[str]) -> int:
+    """Return the index of the right choice.
+
+    The target of WinoGrande is the common continuation, so the right one of its two contexts follows from `acc`.
+    """
+    if len(answers) == 2 and answers[0] == answers[1]:
+        best = int(likelihoods.argmax())
+        return best if sample["acc"] else 1 - best
+    return int(sample["target"])
 
 
 def cluster(sample: Mapping[str, Any]) -> str:

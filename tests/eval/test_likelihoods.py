@@ -26,6 +26,12 @@ def test_closed_form():
     assert found["p_right"] == pytest.approx(math.exp(-3) / (math.exp(-2) + math.exp(-3) + math.exp(-5)))
 
 
+@pytest.mark.parametrize(("acc", "right"), [(1.0, 0), (0.0, 1)])
+def test_choices_of_winogrande_are_contexts(acc, right):
+    found = likelihoods.measures(sample([" he left."] * 2, "he left.", (-2.0, -3.0), acc=acc))
+    assert found["bits_per_byte"] == pytest.approx((2.0, 3.0)[right] / math.log(2) / len(" he left."))
+
+
 @pytest.mark.parametrize(
     "other",
     [
