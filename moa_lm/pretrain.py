@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -36,6 +36,7 @@ from moa_lm.modeling import (
 from moa_lm.sizes import END_OF_TEXT, SIZES, VOCAB_SIZE, count_parameters, named_config, padded_vocab
 from moa_train.config import RESUME_MUTABLE_KEYS, RunConfig, ScheduleConfig, parse_config
 from moa_train.errors import ConfigError, DataError, require
+from moa_train.evaluators import Factory
 from moa_train.initialization import init_by_name
 from moa_train.progress import count
 from moa_train.schedule import Budget, Plan
@@ -391,7 +392,12 @@ def build_model(config: ModelConfig, shards: TokenShards, sequence_length: int, 
     return model
 
 
-def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    default: Path | None = None,
+    evaluators: Mapping[str, Factory] | None = None,
+) -> int:
     """Train as the command line says and return the exit code; `default` is the config file if it names none."""
     config = parse_config(
         LMConfig,
@@ -399,6 +405,7 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
         program="pretrain_lm.py",
         summary="Pre-train a language model. The same command resumes a run that was stopped.",
         default=default,
-        check=lambda config: check(config, partial(LMTask, config)),
+        check=lambda config: check(config, partial(LMTask, config), evaluators),
     )
-    return run(config, partial(LMTask, config), mutable_keys=RESUME_MUTABLE_KEYS | LM_RESUME_MUTABLE_KEYS)
+    mutable_keys = RESUME_MUTABLE_KEYS | LM_RESUME_MUTABLE_KEYS
+    return run(config, partial(LMTask, config), mutable_keys=mutable_keys, evaluators=evaluators)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from moa_train.config_parser import RENAMED_KEYS, as_tree, parse_config, read_config
 from moa_train.errors import require
@@ -203,6 +203,8 @@ class RunConfig:
         schedule: Length, batch size and learning rate schedule.
         loop: Training loop settings.
         checkpoint: Checkpoint settings.
+        evaluators: Measurements during training by name, each with its interval in steps and its own settings, such as
+            {knn: {interval: 500, train: SHARDS, val: SHARDS}}; see docs/pretraining.md.
     """
 
     name: str = "run"
@@ -214,6 +216,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluators: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the fields; raise ConfigError naming the key."""
@@ -230,7 +233,7 @@ class RunConfig:
 
 
 RESUME_MUTABLE_KEYS = frozenset(
-    {"out", "resume"}
+    {"out", "resume", "evaluators"}
     | {f"loop.{key}" for key in ("micro_batch_size", "compile", "log_every", "val_every", "num_diagnostic_samples")}
     | {f"loop.{key}" for key in ("max_nonfinite_steps", "world_size", "trackers")}
     | {f"checkpoint.{key}" for key in ("interval", "keep_latest", "keep_interval")}

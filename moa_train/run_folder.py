@@ -21,7 +21,7 @@ from moa_train.reading import differing_keys, read_json, read_yaml
 
 Row = dict[str, Any]
 
-KINDS = ("train", "val")
+KINDS = ("train", "val", "eval")
 """Kinds of metrics rows."""
 
 
@@ -117,8 +117,8 @@ class RunFolder:
         return rows
 
     def truncate(self, step: int, validated: int) -> None:
-        """Drop the training rows after `step`, the validation rows after `validated`, and lines cut short."""
-        last = {"train": step, "val": validated}
+        """Drop the rows after `step`, validation rows after `validated`, and lines cut short."""
+        last = {"train": step, "val": validated, "eval": step}
         kept = [row for row in self.rows() if row["step"] <= last[row["kind"]]]
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         if self.events.exists():
@@ -175,7 +175,7 @@ def parse_row(line: str | bytes) -> Row:
     except (ValueError, RecursionError) as error:
         raise DataError(f"it is not JSON: {error}") from error
     if not isinstance(row, dict) or row.get("kind") not in KINDS:
-        raise DataError("it is no object of kind train or val")
+        raise DataError(f"it is no object of kind {', '.join(KINDS)}")
     if type(row.get("step")) is not int or row["step"] < 0:
         raise DataError(f"step is {row.get('step')!r}")
     for key, value in row.items():

@@ -123,6 +123,13 @@ class RunLogger:
         text = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         self.print(f"validation  step {step}, epoch {self.plan.epoch(step):.2f}: {text}")
 
+    def eval_row(self, values: dict[str, float]) -> None:
+        """Write and print what an evaluator measured after the step that has just finished."""
+        step = self.state.step
+        self.write("eval", step, **values)
+        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.print(f"evaluation  step {step}, epoch {self.plan.epoch(step):.2f}: {text}")
+
     def write(self, kind: str, step: int, **values: float | None) -> None:
         """Append a row to metrics.jsonl and log it to the trackers."""
         place = {"kind": kind, "step": step, "epoch": self.plan.epoch(step), self.task.counter: self._units(step)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -30,6 +30,7 @@ from moa_train.data_order import worker_died
 from moa_train.distributed import on_main_process, sum_over_ranks, total_norm
 from moa_train.errors import DataError, ReportedError, RunError, report
 from moa_train.evaluation import evaluating, validation_losses
+from moa_train.evaluators import Evaluator, Factory, build_evaluators
 from moa_train.optim import describe_groups, set_rate
 from moa_train.resume import Start, find_start
 from moa_train.run_folder import RunFolder
@@ -51,6 +52,7 @@ def run(
     build_task: Callable[[], Task],
     *,
     mutable_keys: frozenset[str] = RESUME_MUTABLE_KEYS,
+    evaluators: Mapping[str, Factory] | None = None,
 ) -> int:
     """Train to the end of the schedule or to a stop request; return the exit code.
 
@@ -67,7 +69,8 @@ def run(
             set_seed(config.seed)
             with accelerator.local_main_process_first():
                 task = build_task()
-            trainer = Trainer(config, task, accelerator, stop, cleanup, mutable_keys)
+            chosen = build_evaluators(config, task, evaluators or {})
+            trainer = Trainer(config, task, accelerator, stop, cleanup, mutable_keys, chosen)
             stop.exit_at_once = False
             return trainer.run()
         except ReportedError as error:
@@ -78,7 +81,7 @@ def run(
             return report(died)
 
 
-def check(config: RunConfig, build_task: Callable[[], Task]) -> None:
+def check(config: RunConfig, build_task: Callable[[], Task], evaluators: Mapping[str, Factory] | None = None) -> None:
     """Raise the ConfigError or DataError with which `run` would refuse this config on one device.
 
     The task is built on torch's "meta" device. Nothing is written, and the run folder is not read.
@@ -87,6 +90,7 @@ def check(config: RunConfig, build_task: Callable[[], Task]) -> None:
     with torch.device("meta"):
         task = build_task()
     make_plan(config, task.samples_per_epoch, task.budget, world_size=1)
+    build_evaluators(config, task, evaluators or {})
 
 
 class Trainer:
@@ -106,7 +110,9 @@ class Trainer:
         stop: StopRequests,
         cleanup: contextlib.ExitStack,
         mutable_keys: frozenset[str] = RESUME_MUTABLE_KEYS,
+        evaluators: Sequence[Evaluator] = (),
     ) -> None:
+        self.evaluators = evaluators
         self.config, self.task, self.accelerator, self.stop = config, task, accelerator, stop
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.folder = RunFolder(config.folder)
@@ -167,6 +173,8 @@ class Trainer:
         while proceed and self.state.step < self.plan.total_steps:
             self.train_step(batches)
             proceed = self._validate_if_due()
+            if proceed:
+                self._evaluate_if_due()
             last = not proceed or self.state.step == self.plan.total_steps
             if last or self.state.step % self.config.checkpoint.interval == 0:
                 self._save(get_generators(self.device), wait=last)
@@ -295,6 +303,17 @@ class Trainer:
             self.logger.print("warning: no held-out sample could be used; this step has no validation loss")
         self.state.validated = step
         return True
+
+    def _evaluate_if_due(self) -> None:
+        """Run the evaluators that are due after this step, on the main process with the whole model."""
+        due = [evaluator for evaluator in self.evaluators if self.plan.due(self.state.step, evaluator.interval)]
+        if not due:
+            return
+        with evaluating(self.distributed, self.device), self.distributed.whole() as model:
+            for evaluator in due if model is not None else ():
+                bare = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+                values = {f"{evaluator.name}/{name}": value for name, value in evaluator.evaluate(bare)}
+                self.logger.eval_row(values)
 
     def _save(self, generators: Generators, *, wait: bool) -> None:
         """Save the finished steps in the background, with this rank's `generators`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moa_train.config import RESUME_MUTABLE_KEYS, parse_config
 from moa_train.errors import DataError
+from moa_train.evaluators import Factory
 from moa_train.initialization import init_by_name
 from moa_train.progress import count
 from moa_train.task import DataParallelRank
@@ -162,17 +163,18 @@ def build_mae(config: ModelConfig) -> MAE:
     return create_mae(arguments.pop("encoder"), **arguments)
 
 
-def check_config(config: MAEConfig) -> None:
-    """Build the task on the meta device; raise ConfigError or DataError if the run could not start."""
-    check(config, partial(MAETask, config))
-
-
-def main(arguments: Sequence[str] | None = None, *, default: Path | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    default: Path | None = None,
+    evaluators: Mapping[str, Factory] | None = None,
+) -> int:
     """Train as the command line says and return the exit code of `moa_train.trainer.run`.
 
     Args:
         arguments: Command line without the program's name; None uses `sys.argv`.
         default: Config file that is read when the command line has none.
+        evaluators: What the config's `evaluators` can name.
     """
     config = parse_config(
         MAEConfig,
@@ -180,6 +182,7 @@ def main(arguments: Sequence[str] | None = None, *, default: Path | None = None)
         program="pretrain_mae.py",
         summary="Pre-train a masked autoencoder. The same command resumes a stopped run.",
         default=default,
-        check=check_config,
+        check=lambda config: check(config, partial(MAETask, config), evaluators),
     )
-    return run(config, partial(MAETask, config), mutable_keys=RESUME_MUTABLE_KEYS | DATA_RESUME_MUTABLE_KEYS)
+    mutable_keys = RESUME_MUTABLE_KEYS | DATA_RESUME_MUTABLE_KEYS
+    return run(config, partial(MAETask, config), mutable_keys=mutable_keys, evaluators=evaluators)

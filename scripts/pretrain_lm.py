@@ -14,7 +14,9 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from moa_eval.evaluator import lm_eval_evaluator
 from moa_lm.pretrain import main
 
 if __name__ == "__main__":
-    sys.exit(record(main)(default=Path(__file__).parents[1] / "configs/lm/tales_qdmoa.yaml"))
+    default = Path(__file__).parents[1] / "configs/lm/tales_qdmoa.yaml"
+    sys.exit(record(main)(default=default, evaluators={"lm_eval": lm_eval_evaluator}))

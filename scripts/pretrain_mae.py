@@ -15,6 +15,8 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from moa_vision.pretrain import main
+from moa_vision.probe.evaluator import knn_evaluator
 
 if __name__ == "__main__":
-    sys.exit(record(main)(default=Path(__file__).parents[1] / "configs/mae/laptop_qdmoa.yaml"))
+    default = Path(__file__).parents[1] / "configs/mae/laptop_qdmoa.yaml"
+    sys.exit(record(main)(default=default, evaluators={"knn": knn_evaluator}))

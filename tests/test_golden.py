@@ -38,7 +38,7 @@ RENAMED: dict[str, str | None] = {
 }
 # Config file in recipes.json -> arguments that give this recipe now, e.g. ["--config", "configs/lm/base.yaml", ...].
 MOVED: dict[str, list[str]] = {}
-NEW_KEYS = ("model.init_from",)
+NEW_KEYS = {"model.init_from": None, "evaluators": {}}
 for size in ("0.12b_20tpp", "0.25b_20tpp", "0.12b_100tpp"):
     rates = {"swiglu": "2e-3", "onemoa": "3e-3", "bimoa": "3e-3", "qdmoa": "3e-3"}
     if size == "0.12b_100tpp":
@@ -186,7 +186,7 @@ def recipe(file: str) -> dict[str, Any]:
     task = Path(file).parent.name
     arguments = MOVED.get(file, ["--config", file])
     found = flat(yaml.safe_load(run_script(f"pretrain_{task}", *arguments, "--print_config", folder=ROOT)))
-    return {key: value for key, value in found.items() if key not in NEW_KEYS or value is not None}
+    return {key: value for key, value in found.items() if key not in NEW_KEYS or value != NEW_KEYS[key]}
 
 
 def report(name: str, out: Path) -> Path:

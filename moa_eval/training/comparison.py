@@ -199,6 +199,11 @@ class Comparison:
         """What all runs train."""
         return self.runs[0].kind
 
+    @cached_property
+    def evaluations(self) -> list[str]:
+        """Names of what evaluators measured in any run."""
+        return sorted({name for run in self.runs for name in run.evaluations})
+
     @property
     def groups(self) -> list[RunGroup]:
         """The run groups of all methods."""

@@ -21,7 +21,7 @@ _BOOKKEEPING = (
     "data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples", "optim.fused",
     "loop.micro_batch_size", "loop.compile",
     "loop.log_every", "loop.val_every", "loop.num_diagnostic_samples", "checkpoint.",
-    "loop.max_nonfinite_steps", "loop.world_size", "loop.trackers", "model.gradient_checkpointing",
+    "evaluators", "loop.max_nonfinite_steps", "loop.world_size", "loop.trackers", "model.gradient_checkpointing",
 )  # fmt: skip
 BUDGETS = ("schedule.epochs", "schedule.steps", "schedule.tokens", "schedule.tokens_per_parameter")
 _MUST_MATCH = (

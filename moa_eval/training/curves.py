@@ -64,7 +64,14 @@ def smooth(values: Values) -> Values:
 
 
 def draw_curves(
-    comparison: Comparison, name: str, title: str, lines: Sequence[Line], axis: Axis, *, is_difference: bool = False
+    comparison: Comparison,
+    name: str,
+    title: str,
+    lines: Sequence[Line],
+    axis: Axis,
+    *,
+    is_difference: bool = False,
+    y_title: str = "loss",
 ) -> Chart | None:
     """Draw losses against an axis, differences with a line at zero; return None if no value is finite.
 
@@ -78,7 +85,7 @@ def draw_curves(
     count = int(np.clip(_POINTS // len(lines), _FEWEST_POINTS, _MOST_POINTS))
     points = [row for line in lines for row in _points(line, start, top, count)]
     labels = [method.label for method in comparison.methods]
-    y_title = "difference" if is_difference else "loss"
+    y_title = "difference" if is_difference else y_title
     x = alt.X("x:Q").title(axis.label).axis(format=axis.format, labelExpr=_PLAIN_ZERO, tickCount=6).scale(nice=False)
     y = alt.Y("y:Q").title(y_title).scale(zero=False)
     place = {"x": x, "y": y, "color": alt.Color("ffn:N").scale(colours(labels))}

@@ -40,6 +40,7 @@ def _charts(comparison: Comparison) -> Iterator[Chart | None]:
     yield _validation(comparison, "validation_loss_flops", main, flops)
     yield _validation(comparison, "validation_loss_time", main, time)
     yield _training(comparison, "train_loss_time", time)
+    yield from _evaluations(comparison, seen)
     yield _rates(comparison)
     mixing = shown_mixing(comparison)
     for run, own in mixing:
@@ -59,6 +60,14 @@ def _time_axis(runs: Sequence[Run]) -> Axis:
 def _validation(comparison: Comparison, name: str, loss: str, axis: Axis) -> Chart | None:
     lines = [Line(run, axis.values(run, run.validation), run.validation[loss]) for run in comparison.runs]
     return draw_curves(comparison, name, f"Validation loss, {comparison.kind.losses[loss]}", lines, axis)
+
+
+def _evaluations(comparison: Comparison, axis: Axis) -> Iterator[Chart | None]:
+    """Draw what evaluators measured, a figure for each name."""
+    for number, name in enumerate(comparison.evaluations):
+        measured = [(run, run.evaluations[name]) for run in comparison.runs if name in run.evaluations]
+        lines = [Line(run, axis.values(run, rows), rows["value"]) for run, rows in measured]
+        yield draw_curves(comparison, f"evaluation_{number}", name, lines, axis, y_title=name)
 
 
 def _training(comparison: Comparison, name: str, axis: Axis) -> Chart | None:

@@ -64,6 +64,7 @@ def read_run(folder: str | Path) -> Run:
         probes=tuple(_read_probe(path) for path in sorted((folder / "probe").glob("*.json"))),
         mixing=read_mixing(folder / "mixing"),
         experts=read_experts(folder / "experts"),
+        evaluations=_read_evaluations(rows, kind),
     )
 
 
@@ -106,6 +107,18 @@ def _columns(path: Path, rows: list[dict[str, Any]], row_kind: str, kind: RunKin
     if (frame[kind.counter].diff() < 0).any():
         raise bad_file(path, f"{kind.counter!r} falls while 'step' rises", "did two runs write into this folder?")
     return {column: frame[column].to_numpy() for column in columns}
+
+
+def _read_evaluations(rows: list[dict[str, Any]], kind: RunKind) -> dict[str, Columns]:
+    """Return the values of each evaluator's measure by step; of a repeated step the later row counts."""
+    place = ("step", kind.counter, "wall_s")
+    chosen = pd.DataFrame([row for row in rows if row["kind"] == "eval"])
+    found = {}
+    for name in [column for column in chosen.columns if "/" in column]:
+        frame = chosen.loc[chosen[name].notna(), [*place, name]].drop_duplicates("step", keep="last")
+        frame = frame.sort_values("step").rename(columns={name: "value"}).astype(np.float64)
+        found[name] = {column: frame[column].to_numpy() for column in frame.columns}
+    return found
 
 
 def _read_probe(path: Path) -> Row:

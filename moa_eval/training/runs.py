@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ class Run:
         summary: The summary, empty until the run has written one.
         probes: A row per measurement of the encoder (`scripts/probe.py`); accuracies are fractions of held-out images.
         experts: A row per recorded step and layer.
+        evaluations: What evaluators measured during training, by name such as "knn/accuracy": columns as in
+            `validation`, with the values in "value".
         label, index: Name and position on the page, set by `compare`.
     """
 
@@ -94,6 +96,7 @@ class Run:
     probes: Sequence[Row] = ()
     mixing: Mixing | None = None
     experts: Sequence[Row] = ()
+    evaluations: dict[str, Columns] = field(default_factory=dict)
     label: str = ""
     index: int = 0
 

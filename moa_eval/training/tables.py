@@ -52,6 +52,12 @@ def make_tables(comparison: Comparison) -> Tables:
         "experts": expert_rows(comparison),
         "expert_load": expert_load_rows(comparison),
         "config": config_rows(comparison),
+        "evaluations": [
+            {"run": run.label, "name": name, "step": int(step), run.kind.counter: int(seen), "value": value}
+            for run in comparison.runs
+            for name, rows in run.evaluations.items()
+            for step, seen, value in zip(rows["step"], rows[run.kind.counter], rows["value"], strict=True)
+        ],
         "validation": _curve_rows(comparison, [run.validation for run in comparison.runs]),
         "train": _curve_rows(comparison, [run.train for run in comparison.runs]),
     }

@@ -14,6 +14,7 @@ from moa_eval.training.curves import smooth
 from moa_eval.training.grouping import compare
 from moa_eval.training.mixing_maps import mixing_content
 from moa_eval.training.reading import read_run
+from moa_eval.training.tables import make_tables
 
 MOA = "vit_tiny_patch4_qdmoa"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -198,3 +199,20 @@ def test_smoothing_is_a_centred_moving_average(size):
     windows = [values[max(0, i - half) : i + half + 1] for i in range(size)]
     expected = [np.nan if np.isnan(value) else np.nanmean(own) for value, own in zip(values, windows, strict=True)]
     np.testing.assert_allclose(smooth(values), expected, atol=1e-12)
+
+
+def test_evaluators_have_a_figure_and_a_table(tmp_path, write_run_into):
+    folders = [write_run_into(tmp_path, "a", steps=40), write_run_into(tmp_path, "b", steps=40, encoder=MOA)]
+    for number, folder in enumerate(folders):
+        with (folder / "metrics.jsonl").open("a") as file:
+            for step, accuracy in ((20, 0.3), (40, 0.4), (40, 0.5)):  # a resumed run repeats a step
+                row = {"kind": "eval", "step": step, "samples": 64 * step, "epoch": 0.5, "wall_s": 1.0}
+                file.write(json.dumps(row | {"knn/accuracy": accuracy + 0.1 * number}) + "\n")
+    comparison, charts = draw(folders)
+    found = {(row["run"], row["x"]): row["y"] for row in rows(charts["evaluation_0"], "x", "y")}
+    last = {20: 0.3, 40: 0.5}
+    assert found == {(run, 64 * step): pytest.approx(y + 0.1 * run) for run in (0, 1) for step, y in last.items()}
+    table = make_tables(comparison)["evaluations"]
+    assert [(row["name"], row["step"], row["samples"]) for row in table] == [
+        ("knn/accuracy", step, 64 * step) for step in last
+    ] * 2

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import time
 
 import psutil
@@ -16,6 +17,8 @@ from moa_train.signals import EXIT_STOPPED
 from moa_vision.export import load_mae
 from moa_vision.mae import parameter_counts
 from moa_vision.pretrain import MAEConfig, MAETask, main
+from moa_vision.probe.command import main as probe_main
+from moa_vision.probe.evaluator import knn_evaluator
 
 TIMINGS = ("wall_s", "throughput", "mfu")
 
@@ -163,3 +166,46 @@ def test_errors_are_one_line(train, changed, message, capsys, tmp_path, monkeypa
     assert code == 2
     assert message in error and "Traceback" not in error and error.count("error:") == 1
     assert not folder.exists()
+
+
+@pytest.fixture
+def labelled(tmp_path, write_tar, photos, encode):
+    """labelled(name, first) -> a tar of 16 rotated photographs whose labels are their numbers."""
+
+    def labelled(name, first):
+        members = []
+        for number in range(first, first + 16):
+            photo = photos[number % len(photos)].rotate(7 * number)
+            members += [(f"{number}.jpg", encode(photo)), (f"{number}.cls", str(number % len(photos)).encode())]
+        return str(write_tar(tmp_path / f"{name}.tar", members))
+
+    return labelled
+
+
+def test_knn_evaluator_gives_the_accuracy_of_the_probe(arguments, labelled, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train, val, folder = labelled("neighbours", 0), labelled("queries", 16), tmp_path / "runs" / "run"
+    given = {"knn": {"interval": 5, "train": train, "val": val, "k": 3}}
+    assert main(arguments(evaluators=json.dumps(given)), evaluators={"knn": knn_evaluator}) == 0
+    found = [row for row in rows(folder) if row["kind"] == "eval"]
+    assert [row["step"] for row in found] == [5, 10, 12]
+    words = ["--method", "knn", "--train", train, "--val", val, "--knn.k", "[3]", "--data.workers", "0"]
+    assert probe_main([str(folder), *words]) == 0
+    accuracy = json.loads((folder / "probe/knn.json").read_text())["accuracy"]
+    assert 0 < found[-1]["knn/accuracy"] == accuracy < 1
+    assert list(read_run(folder).evaluations["knn/accuracy"]["value"]) == [row["knn/accuracy"] for row in found]
+
+
+@pytest.mark.parametrize(
+    ("evaluators", "message"),
+    [
+        ({"fid": {"interval": 1}}, "evaluators.fid .* must be an evaluator of knn"),
+        ({"knn": {"train": "a", "val": "b"}}, "evaluators.knn.interval is None"),
+        ({"knn": {"interval": 1, "train": "a"}}, "evaluators.knn: missing a required argument: 'val'"),
+        ({"knn": {"interval": 1, "train": "a", "val": "b", "kk": 3}}, "unexpected keyword argument 'kk'"),
+    ],
+)
+def test_wrong_evaluators_are_one_line(arguments, evaluators, message, capsys):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(arguments(evaluators=json.dumps(evaluators)), evaluators={"knn": knn_evaluator}) == 2
+    assert re.search(message, capsys.readouterr().err)

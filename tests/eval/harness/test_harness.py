@@ -1,108 +1,45 @@
-"""MoALM against lm-eval's HFLM on lm-eval's task files; irregular requests, faulty checkpoints, several processes."""
+"""MoALM against lm-eval's HFLM on lm-eval's task files; irregular requests, several processes."""
 
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import datasets.config
-import huggingface_hub.constants
 import lm_eval
 import pytest
-import tokenizers
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from safetensors.torch import save_file
-from tokenizers import decoders, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers import (
-    BartConfig,
-    BloomConfig,
-    BloomForCausalLM,
-    LlamaConfig,
+    AutoModelForCausalLM,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    ViTConfig,
 )
 
+from moa_eval.evaluator import lm_eval_evaluator
 from moa_eval.harness import MoALM, ModelError
 from moa_eval.harness.prefix_tree import Request, truncated
-from moa_lm import MoALlamaConfig, MoALlamaForCausalLM
-from moa_train.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval and datasets
 
-ITEMS = Path(__file__).parent / "items"
 TASKS = {"arc_challenge": 32, "hellaswag": 32, "openbookqa": 32, "winogrande": 16}  # requests in ITEMS
 TASK_FOLDERS = [
     str(Path(lm_eval.__file__).parent / "tasks" / name) for name in ("arc", "hellaswag", "openbookqa", "winogrande")
 ]
-SIZES = {
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-}
 CONTEXTS = ["", "A man is", "A man is ", "A man is  \n", "<s>A man", "<s>", "Über", "A man sits. " * 30]
 CONTINUATIONS = [" sitting", "sitting", " s", "x", "<s>", " <s>a", "  two", "\n", " sitting on a roof", "</s>"]
 PAIRS = [pair for pair in product(CONTEXTS, CONTINUATIONS) if pair != ("", "<s>")]  # the prefix token alone
 LONG = " sitting" * 30
 NOT_SCORED = (-math.inf, False)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Byte-level BPE trained on the items, without special tokens by default."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    bpe.train([str(path) for path in sorted(ITEMS.rglob("*.jsonl"))], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tokenizer, tmp_path_factory):
-    """Folders with random weights: two that trees are exact for, and one that is scored by HFLM's code."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    torch.manual_seed(0)
-    models = {
-        "llama": LlamaForCausalLM(LlamaConfig(**SIZES)),
-        "moa": MoALlamaForCausalLM(MoALlamaConfig(**SIZES, ffn_variant="qdmoa")),
-        "bloom": BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=2)),
-    }
-    for name, model in models.items():
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    return root
-
-
-@pytest.fixture(scope="module")
-def both(checkpoints):
-    """HFLM and MoALM of the same checkpoint."""
-    return tuple(cls(str(checkpoints / "llama"), device="cpu", dtype="float32") for cls in (HFLM, MoALM))
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """lm-eval's task files find ITEMS as their data sets, without a network."""
-    monkeypatch.chdir(ITEMS)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def instances(pairs, kind="loglikelihood", task="task"):
@@ -267,101 +204,6 @@ def test_loaded_model_is_accepted(both, checkpoints, tokenizer):
     assert get_model("moa") is MoALM
 
 
-def set_nan(folder):
-    model = LlamaForCausalLM.from_pretrained(folder)
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    model.save_pretrained(folder)
-
-
-def change_width(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
-
-
-def truncate_weights(folder):
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
-
-
-FAULTS = {  # fault -> how to make it in a good checkpoint, or arguments; the message
-    "no folder": (shutil.rmtree, "does not exist"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json: pass a checkpoint"),
-    "adapter": (
-        lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
-        "it is an adapter, pass pretrained=BASE,peft=",
-    ),
-    "unknown type": (
-        lambda folder: (folder / "config.json").write_text('{"model_type": "foo"}'),
-        "cannot read the config of .*foo",
-    ),
-    "vit": (lambda folder: ViTConfig().save_pretrained(folder), "of type 'vit', not a causal language model"),
-    "encoder-decoder": (  # which transformers lists among the causal models, too
-        lambda folder: BartConfig().save_pretrained(folder),
-        "of type 'bart', not a causal language model",
-    ),
-    "no tokenizer": (
-        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
-        "cannot load a tokenizer from .*tokenizer=NAME_OR_DIR",
-    ),
-    "no weights": (
-        lambda folder: (folder / "model.safetensors").unlink(),
-        "cannot load the weights of .*model.safetensors",
-    ),
-    "truncated": (truncate_weights, "model.safetensors is truncated or damaged"),
-    "shapes": (change_width, "cannot load the weights of .*ignore_mismatched_sizes"),
-    "nan": (set_nan, "has NaN or infinity in model.layers.1.mlp.up_proj.weight"),
-    "argument": ({"max_lenght": 7}, "cannot load the weights of .*unexpected keyword argument 'max_lenght'"),
-    "truncation": ({"truncation": "right"}, "truncation='right' is not available: choose left, skip, error"),
-    "dtype": ({"dtype": "floaty"}, "dtype='floaty' is not a dtype"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_reported_in_one_line(fault, checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    make, message = FAULTS[fault]
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(checkpoints / "llama", folder)
-    arguments = make if isinstance(make, dict) else {}
-    if not arguments:
-        make(folder)
-    with pytest.raises(DataError, match=message) as caught:
-        MoALM(str(folder), device="cpu", **arguments)
-    assert isinstance(caught.value, SystemExit)  # ends lm-eval's command line without a traceback
-    assert caught.value.code == f"moa: {caught.value}"
-    assert "\n" not in str(caught.value)
-
-
-class Trap:
-    def __reduce__(self):
-        return os.mkdir, ("unpickled",)
-
-
-@pytest.mark.parametrize("place", ["pytorch_model.bin", "index", "adapter_model.bin"])
-def test_pickled_weights_are_refused(place, checkpoints, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(torch, "load", lambda *_, **__: Path("unpickled").mkdir())
-    base = folder = tmp_path / "checkpoint"
-    arguments = {}
-    shutil.copytree(checkpoints / "llama", folder)
-    (folder / "model.safetensors").unlink()
-    pickled = folder / ("adapter_model.bin" if place == "adapter_model.bin" else "pytorch_model.bin")
-    torch.save({"weight": Trap()}, pickled)
-    if place == "adapter_model.bin":
-        (folder / "config.json").rename(folder / "adapter_config.json")
-        base, arguments = checkpoints / "llama", {"peft": str(folder)}
-    if place == "index":
-        index = {"metadata": {}, "weight_map": {"model.norm.weight": pickled.name}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=rf"{folder} has pickled weights \({pickled.name}\)"):
-        MoALM(str(base), device="cpu", **arguments)
-    if place == "pytorch_model.bin":
-        save_file({}, folder / "model.extra.safetensors")  # transformers must not fall back to the pickle
-        with pytest.raises(ModelError, match=f"cannot load the weights of {folder}.*no file named model.safetensors"):
-            MoALM(str(folder), device="cpu", use_safetensors=False)
-    assert not (tmp_path / "unpickled").exists()
-
-
 def test_missing_checkpoint_argument():
     with pytest.raises(ModelError, match="pass --model_args pretrained=DIR"):
         MoALM(device="cpu")
@@ -380,6 +222,7 @@ def test_nan_scores_are_an_error(both, monkeypatch):
 PROCESS = """
 import json, os, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from lm_eval.api.model import CacheHook
 from lm_eval.tasks import TaskManager
 import moa_eval.__main__, moa_eval.harness
@@ -412,7 +255,7 @@ def run(checkpoints, tmp_path, offline):
     """Run lm-eval's command line on several processes; return the finished process and the note of each rank."""
     (tmp_path / "process.py").write_text(PROCESS)
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
-    settings |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    settings |= {"PYTHONPATH": str(Path(__file__).parents[3]), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
 
     def start(processes, *arguments, killed="nobody"):
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
@@ -484,3 +327,18 @@ def test_command_line_reports_a_missing_checkpoint_in_one_line(run, processes):
     lines = [line for line in done.stderr.splitlines() if line.startswith("moa: ")]
     assert set(lines) == {"moa: checkpoint folder /nonexistent/model does not exist or is not a folder"}
     assert "ModelError" not in done.stderr
+
+
+def test_evaluator_gives_the_metrics_of_hf(checkpoints, tokenizer, offline, monkeypatch):
+    initialize = TaskManager.__init__
+    folders = {"include_path": TASK_FOLDERS, "include_defaults": False}
+    monkeypatch.setattr(TaskManager, "__init__", lambda self: initialize(self, **folders))
+    task = SimpleNamespace(tokenizer=tokenizer)
+    evaluate_model = lm_eval_evaluator(task, tasks=["openbookqa", "winogrande"], limit=5, num_fewshot=1)
+    found = dict(evaluate_model(AutoModelForCausalLM.from_pretrained(checkpoints / "moa")))
+    manager, hf = TaskManager(), HFLM(str(checkpoints / "moa"), device="cpu")
+    names = ["openbookqa", "winogrande"]
+    results = lm_eval.simple_evaluate(hf, tasks=names, limit=5, num_fewshot=1, task_manager=manager, bootstrap_iters=0)
+    expected = {f"{name}/acc": results["results"][name]["acc,none"] for name in names}
+    expected["openbookqa/acc_norm"] = results["results"]["openbookqa"]["acc_norm,none"]
+    assert found == expected
