@@ -230,8 +230,9 @@ def compare_evaluations(evaluations: Sequence[Evaluation], baseline: str | None 
 
 
 def _labels(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Return a short label per evaluation: the last part of the model's path, with more where labels repeat."""
+    """Return a short label per evaluation: the run or the last part of the path, with more where labels repeat."""
     paths = [Path(evaluation.model) for evaluation in evaluations]
+    paths = [path.parent if path.name == "export" and path.parent.name else path for path in paths]
     labels = [path.name or str(path) for path in paths]
     for words in (
         [path.parent.name for path in paths],
