@@ -183,7 +183,7 @@ def test_repeated_labels_are_distinguished(tmp_path, write_results):
         write_results(tmp_path / "z", "hub/other"),
     ]
     edit(files[2], lambda content: content["config"].update(model="hf"))
-    assert labels(compare(*files)) == ["export (a)", "export (b) (moa)", "export (b) (hf)", "other"]
+    assert labels(compare(*files)) == ["a", "b (moa)", "b (hf)", "other"]
     same = [write_results(tmp_path / name, "m/one") for name in ("p", "q")]
     assert labels(compare(*same)) == ["one (p)", "one (q)"]
 
