@@ -338,7 +338,9 @@ def test_evaluator_gives_the_metrics_of_hf(checkpoints, tokenizer, offline, monk
     found = dict(evaluate_model(AutoModelForCausalLM.from_pretrained(checkpoints / "moa")))
     manager, hf = TaskManager(), HFLM(str(checkpoints / "moa"), device="cpu")
     names = ["openbookqa", "winogrande"]
-    results = lm_eval.simple_evaluate(hf, tasks=names, limit=5, num_fewshot=1, task_manager=manager, bootstrap_iters=0)
+    results: Any = lm_eval.simple_evaluate(
+        hf, tasks=names, limit=5, num_fewshot=1, task_manager=manager, bootstrap_iters=0
+    )
     expected = {f"{name}/acc": results["results"][name]["acc,none"] for name in names}
     expected["openbookqa/acc_norm"] = results["results"]["openbookqa"]["acc_norm,none"]
     assert found == expected
