@@ -29,6 +29,8 @@ from moa_train.errors import ConfigError, DataError
 FFN_NAMES = {
     "relu2": "ReLU²", "gelu": "GELU", "la": "LA", "moa": "MoA", "swiglu": "SwiGLU", "onela": "one-LA",
     "bila": "bi-LA", "qdla": "qd-LA", "onemoa": "one-MoA", "bimoa": "bi-MoA", "qdmoa": "qd-MoA",
+    "geglu": "GEGLU", "reglu": "ReGLU", "relu2glu": "ReLU²-GLU", "bilinear": "bilinear GLU",
+    "swish": "trainable Swish", "xielu": "xIELU", "polynorm": "PolyNorm", "pau": "PAU",
 }  # fmt: skip
 _MOST_SETTINGS = 3  # shown in a label; beyond that, the run's name or the number of the size stands for them
 
