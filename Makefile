@@ -16,7 +16,7 @@ PYTEST := -m pytest -n auto --dist worksteal
 # Beside the locked versions a library's own deprecation is reported, not a failure.
 TOLERANT := -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
 
-.PHONY: help demo demo-lm test test-slow test-lowest test-latest check docs bench lock clean
+.PHONY: help demo demo-lm test test-slow test-lowest test-latest check docs bench gpu lock clean
 help:
 	@echo "make demo        pre-train SwiGLU and qd-MoA masked autoencoders on photographs and compare them (minutes, CPU)"
 	@echo "make demo-lm     pre-train SwiGLU and qd-MoA language models, evaluate both with lm_eval, compare them (minutes, CPU)"
@@ -27,6 +27,7 @@ help:
 	@echo "make check       ruff, pyright and make docs"
 	@echo "make docs        the documentation with the API reference, into site/"
 	@echo "make bench       benchmarks of this machine"
+	@echo "make gpu         what a GPU can confirm, in 12 minutes, written to docs/gpu"
 	@echo "make lock        renew requirements.lock"
 	@echo "Options: PYTHON=python3.12 chooses the interpreter, TORCH=cpu (or cu128, ...; needs uv) a build of torch."
 
@@ -106,6 +107,9 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks all
+
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py --out docs/gpu
 
 lock: $(READY)
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --generate-hashes --no-annotate \

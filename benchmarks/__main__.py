@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import evaluation, ffn, infer, lm, loader, mae, options, overhead, recipe, saving
+from benchmarks import evaluation, ffn, infer, lm, loader, mae, options, overhead, recipe, saving, tune
 from moa_train.errors import ConfigError
 
 BENCHMARKS = {
@@ -26,6 +26,7 @@ BENCHMARKS = {
     "recipe": recipe,
     "loader": loader,
     "saving": saving,
+    "tune": tune,
     "eval": evaluation,
 }
 

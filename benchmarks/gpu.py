@@ -1,0 +1,224 @@
+"""Everything that a GPU can confirm, by priority, in a given time: kernel tests, then the benchmarks.
+
+    python benchmarks/gpu.py --minutes 12 --out reports/gpu     measure; `make gpu` does the same
+    python benchmarks/gpu.py --rehearse --out reports/rehearsal every job in a tiny form, on a CPU
+
+Each job is a process of its own that ends with the time. Its result is written as soon as it is there: DIR/NAME.log,
+the CSV files of its tables, and DIR/results.json and DIR/README.md, which are renewed after every job. A job whose
+packages are missing is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+PYTEST = "-m pytest -p no:cacheprovider"
+TINY_LM = "--size dense-micro --layers 1"
+
+
+class Job(NamedTuple):
+    """One job.
+
+    Attributes:
+        name: Name in file names and headings.
+        title: What it confirms.
+        words: Arguments of `python -m benchmarks`, or of python if they begin with "-m".
+        tiny: The same for a rehearsal.
+        minutes: The most that it may take, so that one slow job does not use up the time of all others.
+    """
+
+    name: str
+    title: str
+    words: str
+    tiny: str
+    minutes: float
+
+
+JOBS = (
+    Job(
+        "kernels",
+        "Kernels equal the float64 reference",
+        f"{PYTEST} -m gpu tests/ffn",
+        f"{PYTEST} -m 'not gpu' tests/ffn/test_kernels.py -k test_shapes",
+        3,
+    ),
+    Job(
+        "tune",
+        "Block shapes and warps of the kernels",
+        "tune",
+        "tune --tokens 2 --dim 12 --variants qdmoa --rounds 1",
+        2,
+    ),
+    Job(
+        "overhead-lm",
+        "The paper's overhead table, Dense-0.5B",
+        "overhead --models lm --modes compiled --variants relu2 moa swiglu qdmoa",
+        f"overhead --models lm --modes uncompiled --variants qdmoa --rounds 1 {TINY_LM} --batch 1 --sequence 8",
+        4,
+    ),
+    Job(
+        "recipe",
+        "MAE ViT-B/16 at the recipe's shapes",
+        "recipe --modes compiled",
+        "recipe --config configs/mae/laptop_qdmoa.yaml --batch 2 --product-size 16 --rounds 1 --batches 1",
+        3,
+    ),
+    Job(
+        "ffn",
+        "The layer against copy bandwidth, eager, naive compiled and Liger",
+        "ffn --variants swiglu qdmoa moa",
+        "ffn --variants qdmoa --tokens 4 --dim 12 --rounds 1 --copy-mib 1 --modes uncompiled",
+        3,
+    ),
+    Job(
+        "overhead-mae",
+        "The overhead table of the masked autoencoder",
+        "overhead --models mae --modes compiled --variants gelu moa swiglu qdmoa",
+        "overhead --models mae --modes uncompiled --variants qdmoa --rounds 1 --layers 1 --vit-size tiny"
+        " --image-size 32 --images 1",
+        3,
+    ),
+    Job(
+        "infer",
+        "Inference",
+        "infer --variants swiglu qdmoa --modes compiled",
+        "infer --variants qdmoa --rounds 1 --batches 1 --vit-size tiny --image-size 32 --prompt 4 --new-tokens 2 "
+        + TINY_LM,
+        3,
+    ),
+    Job(
+        "experts",
+        "Grouped experts",
+        "lm --tables lm-experts --modes uncompiled",
+        "lm --tables lm-experts --modes uncompiled --expert-sizes moe-tiny --expert-tokens 3 --rounds 1",
+        2,
+    ),
+    Job(
+        "eval",
+        "`lm_eval --model moa` against `hf`",
+        "eval --size dense-0.5b --dtype bfloat16 --limit 100 --rounds 2",
+        "eval --size dense-micro --tasks openbookqa --limit 3 --shots 0 --rounds 1 --batch-sizes 4",
+        3,
+    ),
+)
+
+
+def main() -> int:
+    """Run the jobs until the time is over; return 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=12, help="time for all jobs (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("reports/gpu"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS], metavar="JOB", help="only these jobs")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU")
+    options = parser.parse_args()
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("there is no GPU; --rehearse runs every job in a tiny form")
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * options.minutes
+    machine, results = describe_machine(options.rehearse), {}
+    for job in (job for job in JOBS if options.only is None or job.name in options.only):
+        left = end - time.monotonic()
+        print(f"{job.name:<12} {left / 60:.1f} min left", flush=True)
+        results[job.name] = run_job(job, options, left) if left > 5 else {"status": "no time left", "tables": {}}
+        print(f"{'':<12} {results[job.name]['status']}", flush=True)
+        write_results(options.out, machine, results)
+    print(options.out / "README.md")
+    return int(any(result["status"].startswith("failed") for result in results.values()))
+
+
+def run_job(job: Job, options: argparse.Namespace, left: float) -> dict[str, Any]:
+    """Run a job; return its status, seconds, and tables as rows by name."""
+    words = shlex.split(job.tiny if options.rehearse else job.words)
+    folder = options.out / job.name
+    if words[0] != "-m":
+        device = "cpu" if options.rehearse else "cuda"
+        words = ["-m", "benchmarks", *words, "--device", device, "--out", str(folder.absolute())]
+    begin, log = time.monotonic(), options.out / f"{job.name}.log"
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            process = subprocess.run(
+                [sys.executable, *words],
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=min(left, 60 * job.minutes),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+            )
+            status = "finished" if process.returncode == 0 else f"failed: {_reason(log)}"
+        except subprocess.TimeoutExpired:
+            status = "ran out of time"
+    tables = {}
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            tables[path.stem] = list(csv.DictReader(file))
+    summary = _reason(log) if words[1] == "pytest" else ""
+    return {"status": status, "summary": summary, "seconds": round(time.monotonic() - begin, 1), "tables": tables}
+
+
+def _reason(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no output"
+
+
+def describe_machine(rehearsal: bool) -> dict[str, str]:
+    """Return device, driver, versions, commit and date."""
+
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed"
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    gpu = {} if rehearsal else {"GPU": torch.cuda.get_device_name(), "driver": output(*query)}
+    return {
+        **gpu,
+        "CUDA": str(torch.version.cuda),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "Python": sys.version.split()[0],
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def write_results(out: Path, machine: dict[str, str], results: dict[str, Any]) -> None:
+    """Write results.json and the page."""
+    (out / "results.json").write_text(json.dumps({"machine": machine, "jobs": results}, indent=2) + "\n")
+    page = [f"# Measured on {machine.get('GPU', 'a CPU, as a rehearsal')}", ""]
+    page += [", ".join(f"{name} {value}" for name, value in machine.items()) + "."]
+    page += ["", "Command: `python benchmarks/gpu.py`. Columns: see docs/benchmarks.md.", ""]
+    for job in (job for job in JOBS if job.name in results):
+        result = results[job.name]
+        page += [f"## {job.title}", "", f"{job.name}: {result['status']}. {result.get('summary', '')}".strip(), ""]
+        for name, rows in result["tables"].items():
+            page += [f"**{name}**", "", *_table(rows), ""]
+    (out / "README.md").write_text("\n".join(page), encoding="utf-8")
+
+
+def _table(rows: list[dict[str, str]]) -> list[str]:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([*row.values()] for row in rows)] if rows else []
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
