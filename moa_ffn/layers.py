@@ -25,8 +25,8 @@ class FFN(nn.Module):
         dim: Width of the input and output.
         hidden_dim: Width H of the hidden layer.
         variant: One of `moa_ffn.VARIANTS`.
-        mixing_gate, gate_activations, up_activations, mixed_branch, mix_bias, mix_base, anchor: See `FFNSpec`. A
-            dictionary is a sequence or text such as "g,s,r2"; None is the default one.
+        mixing_gate, gate_activations, up_activations, mixed_branch, mix_bias, mix_base, anchor, mix_pool: See
+            `FFNSpec`. A dictionary is a sequence or text such as "g,s,r2"; None is the default one.
         bias: Bias on gate_proj, up_proj and down_proj. Default False, as in the formulas and in Llama.
         mix_init_std: Standard deviation of the normal initialization of the mixing vectors u_k. With 0, every sigmoid
             coefficient starts at 1/2 and every tanh coefficient at 0, which blocks the first step's gradients.
@@ -40,7 +40,7 @@ class FFN(nn.Module):
             plain operations wherever torch traces, transforms or intercepts the layer. All agree up to rounding.
 
     Shape:
-        input (..., dim), output (..., dim), in the parameters' dtype or autocast's.
+        input (..., dim), with mix_pool (..., tokens, dim); output shaped alike, in the parameters' dtype or autocast's.
 
     Raises:
         ValueError: A setting has a value that is not allowed.
@@ -60,6 +60,7 @@ class FFN(nn.Module):
         mix_bias: bool = False,
         mix_base: str = "none",
         anchor: str | None = None,
+        mix_pool: bool = False,
         mix_init_std: float = 0.02,
         coef_init: float = 0.5,
         drop: float | tuple[float, float] = 0.0,
@@ -83,6 +84,7 @@ class FFN(nn.Module):
             mix_bias,
             mix_base,
             anchor,
+            mix_pool,
         )
         self.dim, self.hidden_dim, self.backend = dim, hidden_dim, backend
         self.mix_init_std, self.coef_init = mix_init_std, coef_init
@@ -136,7 +138,9 @@ class FFN(nn.Module):
 
     def _mix(self, x: Tensor) -> Tensor | None:
         """Return the logits (..., n) of MoA, the coefficients (n,) of LA, or None for a fixed FFN."""
-        return self.mix_coef if self.mix_proj is None else self.mix_proj(x)
+        if self.mix_proj is None:
+            return self.mix_coef
+        return self.mix_proj(x.mean(-2, keepdim=True).expand_as(x) if self.spec.mix_pool else x)
 
     def mixing(self, x: Tensor) -> Tensor:
         """Return the coefficient matrix C(x) (..., K1, K2) of tokens x (..., dim); K2 is 1 for Type-I."""
@@ -192,7 +196,7 @@ class FFN(nn.Module):
 
     def _can_pack(self) -> bool:
         """Return whether the projections can be fused into one matrix product."""
-        if self._drops() or not is_plain(self.gate_proj):
+        if self._drops() or self.spec.mix_pool or not is_plain(self.gate_proj):
             return False
         return all(is_plain(p, self.gate_proj.weight.dtype) for p in (self.up_proj, self.mix_proj, self.down_proj))
 

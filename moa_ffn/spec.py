@@ -79,6 +79,8 @@ class FFNSpec:
         mixed_branch: The branch that the one-sided variants mix (open in the paper); default "gate". The other branch
             is that of SwiGLU: silu on the gate branch, identity on the up branch.
         mix_bias: Bias on the mixing logits (open in the paper, whose formula pi_k = mixing_gate(u_k . x) has none).
+        mix_pool: Compute the coefficients of MoA from the mean token of a sequence, one matrix for all its tokens, as
+            in Dynamic ReLU (arXiv:2003.10027; not in the paper). For non-causal models only.
         mix_base: "none" is the paper. "anchor" continues a pretrained FFN (not in the paper): every factor of the
             coefficients is onehot + mixing_gate(Ux) - mixing_gate(0), with U = 0 at initialization, so that the layer
             starts as the FFN with the one pair of activations (anchor, identity). LA coefficients start at onehot.
@@ -96,6 +98,7 @@ class FFNSpec:
     mix_bias: bool = False
     mix_base: str = "none"
     anchor: str | None = None
+    mix_pool: bool = False
 
     def __post_init__(self) -> None:
         """Validate fields and resolve abbreviations of activations."""
@@ -217,5 +220,6 @@ class FFNSpec:
         parts = [self.variant, f"f={','.join(self.gate_dictionary)}"]
         parts += [f"g={','.join(self.up_dictionary)}"] if self.type_two else []
         parts += [f"mixing_gate={self.mixing_gate}"] if self.token_adaptive else []
+        parts += ["pooled"] if self.token_adaptive and self.mix_pool else []
         parts += [f"anchor={self.anchor_pair[0]}"] if self.anchored else []
         return ", ".join(parts)

@@ -40,6 +40,7 @@ _SETTINGS = (
     "mix_bias",
     "mix_base",
     "anchor",
+    "mix_pool",
     "mix_init_std",
     "coef_init",
     "backend",

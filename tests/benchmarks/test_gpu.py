@@ -9,18 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu
+
 ROOT = Path(__file__).parents[2]
-
-
-def rehearse(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--rehearse", "--out", str(out), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.slow
 def test_every_job_finishes_in_a_rehearsal(tmp_path):
     pytest.importorskip("triton")
-    done = rehearse(tmp_path, "--minutes", "15")
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--rehearse", "--minutes", "15", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     jobs = json.loads((tmp_path / "results.json").read_text())["jobs"]
     assert {job["status"] for job in jobs.values()} == {"finished"}
@@ -30,8 +28,11 @@ def test_every_job_finishes_in_a_rehearsal(tmp_path):
     assert page.count("\n## ") == len(jobs) and "| qdmoa |" in page
 
 
-def test_jobs_end_with_the_time(tmp_path):
-    done = rehearse(tmp_path, "--minutes", "0.1", "--only", "ffn", "experts")
-    assert done.returncode == 0, done.stderr
+def test_jobs_end_with_the_time(tmp_path, monkeypatch):
+    words = """-m timeit -n 1 -r 1 "__import__('time').sleep(60)" """
+    jobs = [gpu.Job(name, name, words, words, minutes=0.02) for name in ("first", "second")]
+    monkeypatch.setattr(gpu, "JOBS", jobs)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--minutes", "0.1", "--out", str(tmp_path)])
+    assert gpu.main() == 0
     statuses = [job["status"] for job in json.loads((tmp_path / "results.json").read_text())["jobs"].values()]
     assert statuses == ["ran out of time", "no time left"]

@@ -22,6 +22,7 @@ MIXTURES = [
     *((variant, {"mixing_gate": gate}) for variant in ("moa", "onemoa", "bimoa", "qdmoa") for gate in GATES[1:]),
     *((variant, {"mixed_branch": "up"}) for variant in ("onela", "onemoa")),
     ("qdmoa", {"mix_bias": True}),
+    ("bimoa", {"mix_pool": True}),
     ("qdmoa", {"gate_activations": ("xi", "pn"), "up_activations": ("id", "sw")}),
     ("bimoa", {"gate_activations": ("pau", "g"), "up_activations": ("pn", "xi")}),
     *((variant, {"mix_base": "anchor"}) for variant in ("la", "moa", "qdla", "bimoa", "qdmoa")),
@@ -144,6 +145,15 @@ def test_mixing_matrix(gate):
     outer = torch.einsum("nk,nl->nkl", nonlinearity(logits[:, :3]), nonlinearity(logits[:, 3:]))
     torch.testing.assert_close(separable.mixing(X), outer)
     torch.testing.assert_close(full.mixing(X), nonlinearity(X @ full.mix_proj.weight.T).view(5, 3, 2))
+
+
+def test_pooled_coefficients_are_those_of_the_mean_token():
+    pooled, ffn, x = make("qdmoa", mix_pool=True), make("qdmoa"), torch.randn(2, 5, DIM, dtype=torch.float64)
+    ffn.load_state_dict(pooled.state_dict())
+    expected = ffn.mixing(x.mean(1)).unsqueeze(1).expand(2, 5, 3, 2)
+    torch.testing.assert_close(pooled.mixing(x), expected)
+    torch.testing.assert_close(pooled(x), reference.ffn(pooled, x))
+    torch.testing.assert_close(pooled(x[1]), pooled(x)[1])  # sequences do not mix
 
 
 @pytest.mark.parametrize("variant", ["la", "onela", "bila", "qdla"])

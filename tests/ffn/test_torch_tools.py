@@ -30,6 +30,7 @@ MIXTURES = [
     ("onemoa", {"mixed_branch": "up", "mix_bias": True}),
     ("moa", {"gate_activations": "g,s,r,r2,l,t,id"}),
     ("bimoa", {"mix_base": "anchor"}),
+    ("qdmoa", {"mix_pool": True}),
 ]
 
 
