@@ -381,3 +381,12 @@ def test_reconstruction_and_its_losses(norm_pix_loss):
     torch.testing.assert_close(trained.mean(), output.loss)
     pixel = (reconstruction - images).square().sum(dim=(1, 2, 3)) / (output.mask.sum(1) * 8 * 8 * 3)
     torch.testing.assert_close(losses["loss_pixel"], pixel)
+
+
+@pytest.mark.parametrize(("variant", "name"), [("la", "mix_coef"), ("xielu", "act_param")])
+def test_shared_coefficients_have_no_weight_decay(variant, name):
+    mae = tiny_mae(variant)
+    expected = {f"encoder.blocks.{i}.mlp.{name}" for i in range(3)} | {
+        f"decoder_blocks.{i}.mlp.{name}" for i in range(2)
+    }
+    assert mae.no_weight_decay() == expected
