@@ -38,6 +38,12 @@ def test_one_seed_is_no_evidence(make_run):
     )
 
 
+def test_other_seeds_are_not_paired(make_run):
+    runs = [make_run(f"a{seed}", seed=seed) for seed in (0, 1, 2)]
+    runs += [make_run(f"b{seed}", seed=seed, encoder="vit_tiny_patch4_qdmoa") for seed in (3, 4)]
+    assert report(runs)[0][1].startswith("The 95 % interval over 2 and 3 unpaired seeds, ")
+
+
 @pytest.mark.parametrize(
     ("gap", "words"), [(0.1, "excludes zero: in this setting, the lower loss"), (0.0, "includes zero: these seeds")]
 )
