@@ -1,5 +1,6 @@
 """Sweeps: expansion into runs, checks, execution with real processes, and Slurm with imitated commands."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -273,7 +274,11 @@ def cluster(sweeps, monkeypatch):
         (folder / "bin" / name).chmod(0o755)
     monkeypatch.setenv("CLUSTER", str(folder))
     monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    return folder
+    yield folder
+    for process in psutil.process_iter(["cmdline"]):  # jobs that the test left running
+        if any(str(folder.parent) in word for word in process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 SLURM = ("--executor", "slurm", "--sbatch", "gres=gpu:8", "time=24:00:00", "--jobs", "2")
