@@ -27,7 +27,7 @@ help:
 	@echo "make check       ruff, pyright and make docs"
 	@echo "make docs        the documentation with the API reference, into site/"
 	@echo "make bench       benchmarks of this machine"
-	@echo "make gpu         what a GPU can confirm, in 12 minutes, written to docs/gpu"
+	@echo "make gpu         what a GPU can confirm, in 12 minutes; docs/gpu, README.md and docs/benchmarks.md"
 	@echo "make lock        renew requirements.lock"
 	@echo "Options: PYTHON=python3.12 chooses the interpreter, TORCH=cpu (or cu128, ...; needs uv) a build of torch."
 
@@ -110,6 +110,7 @@ bench: $(READY)
 
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py --out docs/gpu
+	$(BIN)/python benchmarks/gpu.py --publish --out docs/gpu
 
 lock: $(READY)
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --generate-hashes --no-annotate \

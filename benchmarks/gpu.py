@@ -2,10 +2,12 @@
 
     python benchmarks/gpu.py --minutes 12 --out reports/gpu     measure; `make gpu` does the same
     python benchmarks/gpu.py --rehearse --out reports/rehearsal every job in a tiny form, on a CPU
+    python benchmarks/gpu.py --publish --out docs/gpu           put the results into README.md and docs/benchmarks.md
 
 Each job is a process of its own that ends with the time. Its result is written as soon as it is there: DIR/NAME.log,
 the CSV files of its tables, and DIR/results.json and DIR/README.md, which are renewed after every job. A job whose
-packages are missing is listed with the reason.
+packages are missing is listed with the reason. The job "tune" also writes the fastest blocks into moa_ffn, and
+DIR/tune/blocks.json keeps them.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ from typing import Any, NamedTuple
 import torch
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+"""Pages with a block of results between `BEGIN` and `END`."""
+
+BEGIN, END = "<!-- GPU results, written by benchmarks/gpu.py --publish -->", "<!-- end of GPU results -->"
 PYTEST = "-m pytest -p no:cacheprovider"
 TINY_LM = "--size dense-micro --layers 1"
 
@@ -58,7 +64,7 @@ JOBS = (
     Job(
         "tune",
         "Block shapes and warps of the kernels",
-        "tune",
+        "tune --save",
         "tune --tokens 2 --dim 12 --variants qdmoa --rounds 1",
         2,
     ),
@@ -123,7 +129,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("reports/gpu"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS], metavar="JOB", help="only these jobs")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU")
+    parser.add_argument("--publish", action="store_true", help="only take over the results of --out")
     options = parser.parse_args()
+    if options.publish:
+        return publish(options.out)
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("there is no GPU; --rehearse runs every job in a tiny form")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -213,6 +222,49 @@ def write_results(out: Path, machine: dict[str, str], results: dict[str, Any]) -
         for name, rows in result["tables"].items():
             page += [f"**{name}**", "", *_table(rows), ""]
     (out / "README.md").write_text("\n".join(page), encoding="utf-8")
+
+
+def publish(out: Path) -> int:
+    """Put the results of a measurement into the blocks of `PAGES`; refuse those of a rehearsal."""
+    content = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    if "GPU" not in content["machine"]:
+        print(f"error: {out / 'results.json'} was measured without a GPU", file=sys.stderr)
+        return 2
+    for page in PAGES:
+        before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not (begin and end):
+            raise ValueError(f"{page} has no block between {BEGIN!r} and {END!r}")
+        link = Path(os.path.relpath(out / "README.md", page.parent)).as_posix()
+        lines = summarize(content["machine"], content["jobs"], link)
+        page.write_text("\n".join([before + BEGIN, *lines, END + after]), encoding="utf-8")
+        print(page)
+    return 0
+
+
+def summarize(machine: dict[str, str], jobs: dict[str, Any], link: str) -> list[str]:
+    """Return the lines of a block: overheads against the paper's, throughput of the recipe, speed of the harness."""
+
+    def rows(job: str, table: str) -> list[dict[str, str]]:
+        return jobs.get(job, {}).get("tables", {}).get(table, [])
+
+    lines = [f"{machine['GPU']}, torch {machine['torch']}, commit {machine['commit']} ([all tables]({link})):", ""]
+    lines += ["| | measured | paper |", "|---|---:|---:|"]
+    if tests := jobs.get("kernels", {}).get("summary"):
+        lines += [f"| kernels against the float64 reference | {tests.strip('= ')} | |"]
+    for row in rows("overhead-lm", "overhead-lm"):
+        if row["paper ratio"] not in ("", "1.00"):
+            title = f"Dense-0.5B, compiled step, {row['variant']} over its Type-{row['type']} baseline: time, memory"
+            paper = f"{row['paper ratio']}, {row['paper memory ratio']}"
+            lines += [f"| {title} | {row['time ratio']}, {row['memory ratio']} | {paper} |"]
+    for row in rows("recipe", "recipe"):
+        if row["images/s"]:
+            title = f"MAE step of {row['recipe']}: images/s, share of a matrix product's FLOP/s"
+            lines += [f"| {title} | {row['images/s']}, {row['utilization']} | |"]
+    for row in rows("eval", "eval"):
+        if row["model"] == "moa":
+            lines += [f"| `moa` over `hf`, {row['task']}, {row['shots']} shots: speed | {row['speed ratio']} | |"]
+    return lines
 
 
 def _table(rows: list[dict[str, str]]) -> list[str]:

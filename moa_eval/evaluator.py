@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from torch import nn
 
+from moa_eval.zero_shot.likelihoods import measures
 from moa_train.evaluators import Evaluate
 
 
 def lm_eval_evaluator(
     task: Any, tasks: Sequence[str], limit: int | None = None, num_fewshot: int | None = None
 ) -> Evaluate:
-    """Return an evaluator that yields ("TASK/METRIC", value) for the metrics of lm-eval's tasks.
+    """Return an evaluator that yields ("TASK/METRIC", value): the metrics of lm-eval's tasks, and `measures`.
+
+    With several tasks, "average/METRIC" is the mean over tasks of a metric that all of them have.
 
     Args:
         task: The run, a `moa_lm.pretrain.LMTask`: its tokenizer scores the tasks.
@@ -33,10 +37,34 @@ def lm_eval_evaluator(
         results = simple_evaluate(
             lm, tasks=list(tasks), limit=limit, num_fewshot=num_fewshot, task_manager=manager, bootstrap_iters=0
         )
-        for name, metrics in (results or {}).get("results", {}).items():
-            for key, value in metrics.items():
-                metric, _, chosen = key.partition(",")
-                if chosen == "none" and not metric.endswith("_stderr") and isinstance(value, float):
-                    yield f"{name}/{metric}", value
+        found = _by_metric(results or {})
+        for metric, by_task in found.items():
+            yield from ((f"{name}/{metric}", value) for name, value in by_task.items())
+            if len(by_task) == len(tasks) > 1:
+                yield f"average/{metric}", fmean(by_task.values())
 
     return evaluate
+
+
+def _by_metric(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return {metric: {task: value}} of lm-eval's results in memory."""
+    found: dict[str, dict[str, float]] = {}
+    for name, metrics in results.get("results", {}).items():
+        for key, value in metrics.items():
+            metric, _, chosen = key.partition(",")
+            if chosen == "none" and not metric.endswith("_stderr") and isinstance(value, float):
+                found.setdefault(metric, {})[name] = value
+    for name, samples in results.get("samples", {}).items():
+        measured = [measures(sample | {"arguments": _as_written(sample["arguments"])}) for sample in samples]
+        for metric in measured[0] if measured else ():
+            if all(metric in own for own in measured):
+                found.setdefault(metric, {})[name] = fmean(own[metric] for own in measured)
+    return found
+
+
+def _as_written(arguments: Sequence[Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    """Return the arguments of a sample as lm-eval writes them to its files."""
+    return {
+        f"gen_args_{number}": {f"arg_{place}": value for place, value in enumerate(request)}
+        for number, request in enumerate(arguments)
+    }

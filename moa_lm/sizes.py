@@ -55,6 +55,7 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
+    "dense-nano": Size(4, 96, 3, 256, tied=True),
     "dense-micro": Size(4, 128, 2, 320, tied=True),
     "dense-tiny": Size(4, 256, 4, 640, tied=True),
     "dense-0.12b": Size(6, 768, 12, 2048),
@@ -68,7 +69,7 @@ SIZES: dict[str, Size] = {
     "moe-1b": Size(18, 1152, 18, 384, experts=32),
     "moe-2b": Size(19, 1664, 26, 512, experts=32),
 }
-"""Sizes by name. Tiny and micro sizes are for laptops and tests; all MoE sizes have one shared expert."""
+"""Sizes by name. Nano, micro and tiny sizes are for laptops and tests; all MoE sizes have one shared expert."""
 
 
 def named_config(size: str, variant: str = "qdmoa", **overrides: Any) -> MoALlamaConfig:

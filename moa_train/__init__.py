@@ -2,4 +2,4 @@
 
 from moa_startup.extras import require
 
-require("moa_train", "vision,lm,eval", "accelerate", "jsonargparse", "psutil", "rich", "safetensors", "tqdm", "yaml")
+require("moa_train", "vision,lm,eval", "accelerate", "psutil", "rich", "safetensors", "tqdm", "yaml")

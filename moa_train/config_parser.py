@@ -9,13 +9,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 import yaml
-from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 
 from moa_train.errors import ConfigError, DataError, require, wait_for_local_rank_0
 from moa_train.reading import flatten, read_yaml
+
+if TYPE_CHECKING:  # otherwise imported late: benchmarks use the dataclasses without a parser
+    from jsonargparse import ArgumentParser, Namespace
 
 Config = TypeVar("Config")
 
@@ -64,6 +66,8 @@ def parse_config(
     Raises:
         SystemExit: Code 2 after a message on stderr that names the key, file or value at fault; code 0 as above.
     """
+    from jsonargparse import ArgumentError
+
     parser = _parser(kind, program, summary, default, plain or {})
     words = list(arguments)
     if default is not None and not any(word.split("=")[0] == "--config" for word in words):
@@ -88,6 +92,8 @@ def parse_config(
 def _parser(
     kind: type, program: str, summary: str, default: Path | None, plain: Mapping[str, dict[str, Any]]
 ) -> ArgumentParser:
+    from jsonargparse import SUPPRESS, ArgumentParser
+
     words = "".join(
         f"{options.get('metavar', name.upper())}{' ...' if options.get('nargs') == '+' else ''} "
         for name, options in plain.items()
@@ -164,6 +170,8 @@ def _check_renamed(keys: Iterable[str], source: str) -> None:
 
 def _check_null(kind: type, namespace: Namespace, prefix: str = "") -> None:
     """Raise ConfigError for null and for a group that is no mapping, which jsonargparse accepts everywhere."""
+    from jsonargparse import Namespace
+
     hints = get_type_hints(kind)
     for key in dataclasses.fields(kind):
         if key.name not in namespace:

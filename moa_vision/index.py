@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from webdataset.shardlists import expand_urls
 
 from moa_train.errors import ConfigError, DataError
 from moa_train.manifest import MANIFEST, check_entry, parse_manifest
@@ -280,6 +279,8 @@ def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -
 
 def expand(pattern: str) -> list[str]:
     """Return the manifests and shards that a pattern names, in order; see `open_index`. Raises ConfigError if none."""
+    from webdataset.shardlists import expand_urls  # late: training steps need no webdataset
+
     names: list[str] = []
     for part in expand_urls(pattern):  # "::" and braces, as in webdataset
         if part.startswith("pipe:"):

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from webdataset.writer import TarWriter
 
 from moa_train.atomic_io import sync_file, sync_folder, write_bytes, write_json
 from moa_train.errors import ConfigError, DataError, require
@@ -119,6 +118,8 @@ class ShardWriter:
 
     def _write_tar(self, path: Path, items: list[Item]) -> list[dict[str, str]]:
         """Write a tar and return the skipped images."""
+        from webdataset.writer import TarWriter  # late: training steps need no webdataset
+
         skipped = []
         with path.open("wb") as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
             for item in items:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
-from webdataset.tariterators import base_plus_ext
 
 from moa_train.errors import DataError
 from moa_vision.images import ImageError
@@ -132,6 +131,8 @@ def scan_tar(path: Path, shard: str | None = None) -> tuple[dict[str, dict[str, 
     Raises:
         DataError: The file is not a tar, is truncated, or has a damaged header.
     """
+    from webdataset.tariterators import base_plus_ext  # late: training steps need no webdataset
+
     shard = shard or str(path)
     samples: dict[str, dict[str, Member]] = {}
     problems = []

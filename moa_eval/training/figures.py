@@ -63,9 +63,11 @@ def _validation(comparison: Comparison, name: str, loss: str, axis: Axis) -> Cha
 
 
 def _evaluations(comparison: Comparison, axis: Axis) -> Iterator[Chart | None]:
-    """Draw what evaluators measured, a figure for each name."""
+    """Draw what evaluators measured, a figure for each name with several steps."""
     for number, name in enumerate(comparison.evaluations):
         measured = [(run, run.evaluations[name]) for run in comparison.runs if name in run.evaluations]
+        if all(len(rows["step"]) < 2 for _, rows in measured):
+            continue
         lines = [Line(run, axis.values(run, rows), rows["value"]) for run, rows in measured]
         yield draw_curves(comparison, f"evaluation_{number}", name, lines, axis, y_title=name)
 

@@ -52,12 +52,8 @@ def make_tables(comparison: Comparison) -> Tables:
         "experts": expert_rows(comparison),
         "expert_load": expert_load_rows(comparison),
         "config": config_rows(comparison),
-        "evaluations": [
-            {"run": run.label, "name": name, "step": int(step), run.kind.counter: int(seen), "value": value}
-            for run in comparison.runs
-            for name, rows in run.evaluations.items()
-            for step, seen, value in zip(rows["step"], rows[run.kind.counter], rows["value"], strict=True)
-        ],
+        "evaluations": evaluation_rows(comparison),
+        "evaluation_runs": evaluation_run_rows(comparison),
         "validation": _curve_rows(comparison, [run.validation for run in comparison.runs]),
         "train": _curve_rows(comparison, [run.train for run in comparison.runs]),
     }
@@ -200,6 +196,45 @@ def probe_rows(comparison: Comparison) -> list[Row]:
             }
             rows += [row] if probes else []
     return rows
+
+
+def evaluation_rows(comparison: Comparison) -> list[Row]:
+    """Return a row per evaluator's measure and method: its last values of the complete runs at the best rate."""
+    rows = []
+    for name in comparison.evaluations:
+        measured = {
+            method: [run for run in method.complete if name in run.evaluations] for method in comparison.methods
+        }
+        values = {
+            method: by_seed(runs, [run.evaluations[name]["value"][-1] for run in runs])
+            for method, runs in measured.items()
+        }
+        for method, own in values.items():
+            baseline = values[method.baseline] if method.baseline else {}
+            gap = difference(own, baseline) if own and baseline else UNKNOWN
+            row: Row = {
+                "name": name,
+                "method": method.label,
+                "rate": method.best_rate,
+                "seeds": len(own),
+                "value": mean(own.values()),
+                "value_sd": deviation(own.values()),
+                "difference": gap.mean,
+                "low_95": gap.low,
+                "high_95": gap.high,
+            }
+            rows += [row] if own else []
+    return rows
+
+
+def evaluation_run_rows(comparison: Comparison) -> list[Row]:
+    """Return a row per run, measure and step of what evaluators measured."""
+    return [
+        {"run": run.label, "name": name, "step": int(step), run.kind.counter: int(seen), "value": value}
+        for run in comparison.runs
+        for name, rows in run.evaluations.items()
+        for step, seen, value in zip(rows["step"], rows[run.kind.counter], rows["value"], strict=True)
+    ]
 
 
 def expert_rows(comparison: Comparison) -> list[Row]:

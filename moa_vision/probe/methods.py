@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from typing import Any, Literal, get_type_hints
 
 import torch
-from webdataset.shardlists import expand_urls
 
 from moa_train.atomic_io import write_json
 from moa_train.config import RESUME_MUTABLE_KEYS, EpochSchedule, OptimConfig
@@ -179,6 +178,8 @@ class TrainedProbe(Probe):
 
 def data_config(config: ProbeConfig, encoder: TrainedEncoder) -> DataConfig:
     """Return the data configuration: values of the command line, else of the run, with the run's normalization."""
+    from webdataset.shardlists import expand_urls  # late: training steps need no webdataset
+
     given = {"train": config.train, "val": config.val, **asdict(config.data)}
     values: dict[str, Any] = {key: encoder.data.get(key) if value is None else value for key, value in given.items()}
     for key in ("train", "val"):

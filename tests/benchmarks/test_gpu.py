@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
+from benchmarks.timing import Case
+from moa_ffn.backends.triton import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,3 +39,84 @@ def test_jobs_end_with_the_time(tmp_path, monkeypatch):
     assert gpu.main() == 0
     statuses = [job["status"] for job in json.loads((tmp_path / "results.json").read_text())["jobs"].values()]
     assert statuses == ["ran out of time", "no time left"]
+
+
+TABLES = {
+    "kernels": {"summary": "==== 120 passed in 61.2s ====", "tables": {}},
+    "overhead-lm": {
+        "tables": {
+            "overhead-lm": [
+                {"type": "II", "variant": "swiglu", "time ratio": "1.000", "memory ratio": "1.000",
+                 "paper ratio": "1.00", "paper memory ratio": "1.000"},
+                {"type": "II", "variant": "qdmoa", "time ratio": "1.019", "memory ratio": "1.001",
+                 "paper ratio": "1.13", "paper memory ratio": "1.004"},
+            ]
+        }
+    },
+    "eval": {"tables": {}},
+}  # fmt: skip
+
+
+def test_publishing_replaces_the_blocks_of_the_pages(tmp_path, monkeypatch):
+    pages = []
+    for page in gpu.PAGES:
+        pages.append(tmp_path / page.relative_to(gpu.ROOT))
+        pages[-1].parent.mkdir(exist_ok=True)
+        pages[-1].write_text(page.read_text())
+    monkeypatch.setattr(gpu, "PAGES", pages)
+    out = tmp_path / "docs" / "gpu"
+    out.mkdir()
+    machine = {"GPU": "NVIDIA H200", "torch": "2.11.0", "commit": "abc"}
+    for round_, memory in ((1, "1.001"), (2, "0.998")):  # the second replaces the first
+        TABLES["overhead-lm"]["tables"]["overhead-lm"][1]["memory ratio"] = memory
+        gpu.write_results(out, machine, {name: {"status": "finished", **job} for name, job in TABLES.items()})
+        assert gpu.publish(out) == 0, round_
+        for page, link in zip(pages, ("docs/gpu/README.md", "gpu/README.md"), strict=True):
+            text = page.read_text()
+            block = text[text.index(gpu.BEGIN) : text.index(gpu.END)]
+            assert f"NVIDIA H200, torch 2.11.0, commit abc ([all tables]({link})):" in block
+            assert f"qdmoa over its Type-II baseline: time, memory | 1.019, {memory} | 1.13, 1.004 |" in block
+            assert block.count("\n|") == 4 and "120 passed" in block
+            outside = text.replace(block, gpu.BEGIN)
+            assert outside.count(gpu.BEGIN) == 1 and outside.startswith("# ")
+
+
+def test_a_rehearsal_is_not_published(tmp_path, capsys):
+    gpu.write_results(tmp_path, {"torch": "2.11.0"}, {})
+    assert gpu.publish(tmp_path) == 2
+    assert "measured without a GPU" in capsys.readouterr().err
+
+
+def test_the_fastest_blocks_are_kept_by_gpu(tmp_path):
+    tune = pytest.importorskip("benchmarks.tune")
+    settings = [{"forward_warps": warps} for warps in (4, 1, 8)]
+    cases = []
+    for seconds in ((2.0, 1.0, 3.0), (1.0, 1.1, 0.8)):  # geometric means of ratios: 1, 0.74, 1.10
+        own = [Case({}, print, seconds=[value]) for value in seconds]
+        for case in own:
+            case.baseline = own[0]
+        cases += own
+    assert tune.fastest(cases, settings) == {"forward_warps": 1}
+    path = tmp_path / "blocks.json"
+    for name, warps in (("A", 1), ("B", 2), ("A", 8)):
+        tune.write_blocks(path, name, build.Blocks(forward_warps=warps))
+    kept = json.loads(path.read_text())
+    assert {name: build.Blocks(**blocks).forward_warps for name, blocks in kept.items()} == {"A": 8, "B": 2}
+
+
+ABSENT = ("jsonargparse", "webdataset", "submitit", "datasets", "lm_eval", "torchcodec", "tifffile", "altair")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["overhead-mae", "recipe", "ffn", "infer", "experts"])
+def test_measurements_need_no_packages_of_data_and_reports(name, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.machinery, sys\n"
+        "find = importlib.machinery.PathFinder.find_spec\n"
+        f"absent = {ABSENT!r}\n"
+        "importlib.machinery.PathFinder.find_spec = classmethod("
+        "lambda cls, name, *rest: None if name.partition('.')[0] in absent else find(name, *rest))\n"
+    )
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--rehearse", "--only", name, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, (tmp_path / f"{name}.log").read_text()

@@ -212,7 +212,9 @@ def test_evaluators_have_a_figure_and_a_table(tmp_path, write_run_into):
     found = {(row["run"], row["x"]): row["y"] for row in rows(charts["evaluation_0"], "x", "y")}
     last = {20: 0.3, 40: 0.5}
     assert found == {(run, 64 * step): pytest.approx(y + 0.1 * run) for run in (0, 1) for step, y in last.items()}
-    table = make_tables(comparison)["evaluations"]
-    assert [(row["name"], row["step"], row["samples"]) for row in table] == [
+    tables = make_tables(comparison)
+    assert [(row["name"], row["step"], row["samples"]) for row in tables["evaluation_runs"]] == [
         ("knn/accuracy", step, 64 * step) for step in last
     ] * 2
+    baseline, other = tables["evaluations"]
+    assert (baseline["value"], other["value"], other["difference"]) == pytest.approx((0.5, 0.6, 0.1))

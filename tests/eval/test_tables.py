@@ -10,6 +10,7 @@ from moa_eval.training.grouping import compare
 from moa_eval.training.reading import read_run
 from moa_eval.training.readme import results_markdown
 from moa_eval.training.tables import make_tables
+from moa_eval.training.tolerance import good_range
 from moa_train.errors import DataError
 
 MOA = "vit_tiny_patch4_qdmoa"
@@ -105,11 +106,33 @@ def test_rates_have_the_spread_over_seeds_and_the_excess_over_the_best(sweep):
 
 
 def test_tolerance_is_the_span_of_rates_within_one_percent(sweep):
-    first, second = sweep[1]["tolerance"]
-    assert (first["edge"], first["span"], first["rates_tried"]) == ("", 1.0, 1)
+    folders, tables = sweep
+    first, second = tables["tolerance"]
+    assert (first["edge"], first["span"], first["rates_tried"], first["open"]) == ("", 1, 1, "low and high")
     assert (second["lowest_rate"], second["highest_rate"], second["best_rate"]) == (5e-4, 4e-3, 2e-3)
-    assert (second["low_good_rate"], second["high_good_rate"], second["span"]) == (1e-3, 2e-3, 2.0)
-    assert (second["edge"], second["diverged_rates"]) == ("", 1)
+    rates = (5e-4, 1e-3, 2e-3)
+    spans = []
+    for seed in (0, 1):
+        losses = [last(folders["qdmoa", rate, seed], "loss_norm") for rate in rates]
+        found = good_range([*rates, 4e-3], [*losses, math.inf])
+        assert found.high == pytest.approx(2e-3) and not found.open_high  # the last rate before a diverged one
+        limit, fine = 1.01 * min(losses), np.exp(np.linspace(*np.log([5e-4, 2e-3]), 100_001))
+        good = np.interp(np.log(fine), np.log(rates), losses) <= limit
+        assert found.low == pytest.approx(fine[good][0], rel=1e-4)
+        spans.append(found.high / found.low)
+    logarithms = np.log(spans)
+    assert second["span"] == pytest.approx(np.exp(logarithms.mean()), rel=1e-9)
+    limits = stats.ttest_1samp(logarithms, 0).confidence_interval(0.95)
+    assert (second["span_low_95"], second["span_high_95"]) == pytest.approx(np.exp(limits), rel=1e-6)
+    assert (second["edge"], second["span_seeds"], second["diverged_rates"]) == ("", 2, 1)
+
+
+def test_good_range_of_a_parabola_in_log_rate_is_its_width():
+    rates = np.exp(np.linspace(-8, -4, 401))
+    losses = 3 * (1 + 0.01 * (np.log(rates) + 6) ** 2)  # within 1 % from exp(-7) to exp(-5)
+    assert good_range(rates, losses) == (pytest.approx(np.exp(-7)), pytest.approx(np.exp(-5)), False, False)
+    assert good_range(rates[:201], losses[:201])[2:] == (False, True)
+    assert good_range(rates[250:], losses[250:])[2:] == (True, False)
 
 
 def test_unfinished_runs_are_counted_but_enter_no_loss(make_run):
@@ -122,7 +145,7 @@ def test_unfinished_runs_are_counted_but_enter_no_loss(make_run):
     early, best, worse = after["rates"][1:]
     assert (early["seeds"], early["runs"], early["unfinished"]) == (0, 1, 1) and math.isnan(early["mean"])
     assert (best["mean"], best["seeds"], best["unfinished"]) == (last(folders[1], "loss_norm"), 1, 1)
-    assert after["tolerance"][1]["low_good_rate"] == 1e-3
+    assert after["tolerance"][1]["low_good_rate"] == pytest.approx(1e-3)
     assert worse == before["rates"][2] and after["costs"] == before["costs"]
     assert [row["final_loss_norm"] for row in after["losses"]] == [row["final_loss_norm"] for row in before["losses"]]
 

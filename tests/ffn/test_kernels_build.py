@@ -41,7 +41,7 @@ def test_coefficients_are_numbered_as_in_the_layer(variant):
     [(1, 8, (256, 1)), (256, 8, (256, 1)), (257, 8, (512, 2)), (2048, 8, (1024, 4)), (2048, 5, (512, 4))],
 )
 def test_block_shape(columns, elements, expected):
-    assert build.block_shape(columns, elements) == expected
+    assert build.block_shape(columns, elements, 4) == expected
 
 
 def compile_for_hopper(text: str, dtype: str, block: int, warps: int):
@@ -73,7 +73,7 @@ def test_kernels_compile_for_a_gpu(variant, gate, dtype, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     mixture = Mixture.of(FFNSpec(variant, gate))
     for text in (source.forward(mixture), source.backward(mixture, with_output=True)):
-        compiled = compile_for_hopper(text, dtype, *build.block_shape(2048, 4))
+        compiled = compile_for_hopper(text, dtype, *build.block_shape(2048, 4, 4))
         assert compiled.asm["cubin"][:4] == b"\x7fELF"
         offsets = [line for line in compiled.asm["ttir"].splitlines() if "arith.muli" in line and "_ptr" in line]
         assert offsets and all(": i64" in line for line in offsets)

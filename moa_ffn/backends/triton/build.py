@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import linecache
 import os
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +21,28 @@ from torch import Tensor
 from moa_ffn.backends.triton import source
 from moa_ffn.backends.triton.source import Mixture
 
-WARP, MAX_WARPS = 32, 4
-"""Threads of a warp, and the most warps of a program."""
+WARP = 32
+"""Threads of a warp."""
 
-VECTOR_BYTES = 16
-"""Bytes that one thread loads at once in the forward."""
 
-BACKWARD_ELEMENTS = 4
-"""Elements of a row per thread in the backward, where each element needs a dozen values and the sums below."""
+class Blocks(NamedTuple):
+    """Size of a program's block.
+
+    Attributes:
+        vector_bytes: Bytes that one thread loads at once in the forward.
+        forward_warps, backward_warps: The most warps of a program.
+        backward_elements: Elements of a row per thread in the backward, where each element needs a dozen values and the
+            sums of `SUMS`.
+    """
+
+    vector_bytes: int = 16
+    forward_warps: int = 4
+    backward_elements: int = 4
+    backward_warps: int = 4
+
+
+TUNED_BLOCKS = Path(__file__).with_name("blocks.json")
+"""Measured blocks by name of the GPU, written by `python -m benchmarks tune --save`; other GPUs use the defaults."""
 
 SUMS = 32
 """Running sums per thread (elements times coefficients); more would spill from its registers."""
@@ -49,10 +65,24 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def tuned_blocks() -> dict[str, Blocks]:
+    """Return the blocks of `TUNED_BLOCKS` by name of the GPU."""
+    return {name: Blocks(**blocks) for name, blocks in json.loads(TUNED_BLOCKS.read_text(encoding="utf-8")).items()}
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, "cpu" for the interpreter."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def forward(mixture: Mixture, operands: Mapping[str, Tensor]) -> None:
     """Launch the kernel of `source.forward` on tensors by operand name, `out` among them."""
     rows, columns = operands["a"].shape
-    block, warps = block_shape(columns, VECTOR_BYTES // operands["a"].element_size())
+    blocks = tuned_blocks().get(device_name(operands["a"].device), Blocks())
+    elements = max(1, blocks.vector_bytes // operands["a"].element_size())
+    block, warps = block_shape(columns, elements, blocks.forward_warps)
     shares = 1 if rows >= FULL_GRID_ROWS else min(-(-columns // block), MAX_SHARES)
     _launch(source.forward(mixture), (rows, shares), operands, block, warps)
 
@@ -60,19 +90,20 @@ def forward(mixture: Mixture, operands: Mapping[str, Tensor]) -> None:
 def backward(mixture: Mixture, operands: Mapping[str, Tensor]) -> None:
     """Launch the kernel of `source.backward` on tensors by operand name; with `out`, it also writes the mixture."""
     rows, columns = operands["a"].shape
-    elements = min(BACKWARD_ELEMENTS, max(1, SUMS // max(1, mixture.coefficients)))
-    block, warps = block_shape(columns, elements)
+    blocks = tuned_blocks().get(device_name(operands["a"].device), Blocks())
+    elements = min(blocks.backward_elements, max(1, SUMS // max(1, mixture.coefficients)))
+    block, warps = block_shape(columns, elements, blocks.backward_warps)
     _launch(source.backward(mixture, with_output="out" in operands), (rows,), operands, block, warps)
 
 
-def block_shape(columns: int, elements: int) -> tuple[int, int]:
+def block_shape(columns: int, elements: int, max_warps: int) -> tuple[int, int]:
     """Return block length and warps of a program with up to `elements` per thread.
 
     Both are powers of two, as Triton requires, with no more warps than a row can use.
     """
     warp_block = WARP << (elements.bit_length() - 1)
     warps = 1
-    while warps < MAX_WARPS and warps * warp_block < columns:
+    while warps < max_warps and warps * warp_block < columns:
         warps *= 2
     return warps * warp_block, warps
 

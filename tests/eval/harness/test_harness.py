@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
+import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -343,4 +344,14 @@ def test_evaluator_gives_the_metrics_of_hf(checkpoints, tokenizer, offline, monk
     )
     expected = {f"{name}/acc": results["results"][name]["acc,none"] for name in names}
     expected["openbookqa/acc_norm"] = results["results"]["openbookqa"]["acc_norm,none"]
-    assert found == expected
+    expected["average/acc"] = np.mean([expected[f"{name}/acc"] for name in names])
+    bits = []
+    for sample in results["samples"]["openbookqa"]:
+        answer, likelihood = (sample[key][int(sample["target"])] for key in ("arguments", "filtered_resps"))
+        bits.append(-likelihood[0] / math.log(2) / len(answer[1].encode()))
+    assert found["openbookqa/bits_per_byte"] == pytest.approx(np.mean(bits), rel=1e-5)
+    both = [found[f"{name}/bits_per_byte"] for name in names]
+    assert found["average/bits_per_byte"] == pytest.approx(np.mean(both))
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    measured = {f"{name}/{metric}" for name in [*names, "average"] for metric in ("bits_per_byte", "p_right")}
+    assert found.keys() == expected.keys() | measured
