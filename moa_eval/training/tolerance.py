@@ -35,7 +35,7 @@ def tolerance_rows(comparison: Comparison) -> list[Row]:
     "edge" says whether the best rate is the "lowest" or "highest" tried. Each seed that was trained at all rates has a
     `good_range`; "span" is the ratio of its ends, as the geometric mean over seeds with Student's t interval of the
     logarithm. "open" names the ends ("low", "high", "low and high") that lie beyond the rates tried in any seed, so
-    that the span is a lower bound. NaN without such a seed.
+    that the span is a lower bound. NaN without such a seed, or with a single rate.
     """
     rows = []
     for method in comparison.methods:
@@ -94,7 +94,7 @@ def _ranges(method: Method, loss: str) -> dict[int, GoodRange]:
     groups = [group for group in method.groups if group.complete or group.diverged]
     by_rate = [{**group.final_losses(loss), **{run.seed: math.inf for run in group.diverged}} for group in groups]
     rates = [group.learning_rate for group in groups]
-    seeds = [seed for seed in by_rate[0] if all(seed in losses for losses in by_rate)] if by_rate else []
+    seeds = [seed for seed in by_rate[0] if all(seed in losses for losses in by_rate)] if len(groups) > 1 else []
     curves = {seed: [losses[seed] for losses in by_rate] for seed in seeds}
     return {seed: good_range(rates, curve) for seed, curve in curves.items() if math.isfinite(min(curve))}
 

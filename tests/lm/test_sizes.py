@@ -81,7 +81,7 @@ def test_llama_large_matches_bimoa_up_to_a_hidden_unit():
 
 
 def test_unknown_size_variant_or_field():
-    with pytest.raises(ConfigError, match=r"size is 'dense-7b'; it must be one of dense-micro, dense-tiny"):
+    with pytest.raises(ConfigError, match=r"size is 'dense-7b'; it must be one of dense-nano, dense-micro, dense-tiny"):
         named_config("dense-7b")
     with pytest.raises(ConfigError, match="ffn is 'mish'; it must be one of"):
         named_config("dense-0.12b", "mish")
