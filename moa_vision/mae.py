@@ -269,6 +269,17 @@ class MAE(nn.Module):
         """Return the names of parameters without weight decay: the constant coefficients of LA variants."""
         return constant_coefficients(self)
 
+    def hidden_matrices(self) -> set[str]:
+        """Return the names of the weights that Muon steps: the projections of attention and FFNs in all blocks.
+
+        Patch embedding, prediction head and the projections of mixing coefficients are left to AdamW.
+        """
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if "blocks." in name and name.endswith(".weight") and parameter.ndim == 2 and "mix_proj" not in name
+        }
+
 
 def _take(x: Tensor, indices: Tensor) -> Tensor:
     """Gather rows (B, n, K) of x (B, L, K) at indices (B, n)."""

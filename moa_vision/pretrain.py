@@ -114,6 +114,10 @@ class MAETask(ImageTask):
         """Return the names of parameters without weight decay."""
         return self.mae.no_weight_decay()
 
+    def hidden_matrices(self) -> set[str]:
+        """Return the names of the parameters that Muon steps."""
+        return self.mae.hidden_matrices()
+
     def loss(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         """Return the mean loss of a micro-batch, ()."""
         return model(self.normalized(batch.images), batch.noise).loss

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 
 from moa_ffn import FFN
+from moa_train.config import parse_config
 from moa_train.devices import trace_saved_bytes
 from moa_train.errors import ConfigError
 from moa_train.estimate import Workload, count_states
@@ -14,7 +16,7 @@ from moa_train.plan import TRAINING_FLOPS_PER_FORWARD
 from moa_vision.cache import is_remote
 from moa_vision.data import DataConfig
 from moa_vision.index import open_index
-from moa_vision.mae import forward_flops, parameter_counts
+from moa_vision.mae import MAE, forward_flops, parameter_counts
 from moa_vision.pretrain import MAEConfig, build_mae
 
 IMAGENET_IMAGES = 1_281_167
@@ -40,6 +42,7 @@ def mae_workload(config: MAEConfig, *, images: int | None = None, decode_rate: f
     for module in mae.modules():
         if isinstance(module, FFN):
             module.backend = "eager"  # the tracing of saved tensors cannot follow the others
+    muon = _muon_shapes(config, mae)
     repeats = config.data.repeated_augmentation
 
     def loader_core_s(micro_batch: int) -> float:
@@ -59,11 +62,24 @@ def mae_workload(config: MAEConfig, *, images: int | None = None, decode_rate: f
         samples_per_epoch=images // repeats * repeats,
         budget=config.schedule.budget,
         flops_per_sample=TRAINING_FLOPS_PER_FORWARD * forward_flops(mae),
-        states=count_states(mae),
+        states=count_states(mae, [*muon]),
         saved=trace_saved_bytes(mae, loss, bf16=config.loop.precision == "bf16"),
+        muon=tuple(muon.values()),
         loader_core_s=loader_core_s,
         assumed=tuple(assumed),
     )
+
+
+def recorded_muon(run: Path) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of the matrices that Muon updated in a recorded run, () without Muon."""
+    config = parse_config(MAEConfig, [f"--config={run / 'config.yaml'}"], program="--measured", summary="")
+    with torch.device("meta"):
+        return tuple(_muon_shapes(config, build_mae(config.model)).values())
+
+
+def _muon_shapes(config: MAEConfig, mae: MAE) -> dict[str, tuple[int, ...]]:
+    names = mae.hidden_matrices() if config.optim.algorithm == "muon" else set()
+    return {name: tuple(parameter.shape) for name, parameter in mae.named_parameters() if name in names}
 
 
 def count_images(data: DataConfig) -> int | None:

@@ -26,12 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan of a command line; return the exit code."""
     options, keys = build_parser().parse_known_args(arguments)
     words = [*(f"--config={file}" for file in options.config), *keys]
-    shapes = ()
     try:
         script = training_script(options.config)
         if script == VISION:  # imported late, since either half may be absent
             from moa_vision.pretrain import MAEConfig
-            from moa_vision.workload import mae_workload
+            from moa_vision.workload import mae_workload, recorded_muon
 
             config = parse_config(MAEConfig, words, program=script.name, summary="")
             make_workload = partial(mae_workload, config, images=options.images, decode_rate=options.decode_rate)
@@ -41,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             config = parse_config(LMConfig, words, program=script.name, summary="")
             make_workload = partial(lm_workload, config, tokens=options.tokens)
-            shapes = recorded_muon(options.measured) if options.measured else ()
         gpu = find_gpu(options.gpu)
         if options.measured:
+            shapes = recorded_muon(options.measured)
             rate, source = measured_rate(options.measured, gpu, shapes, options.parallel)
         else:
             rate, source = assumed_rate(gpu, options.utilization)

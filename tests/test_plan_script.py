@@ -31,6 +31,7 @@ from moa_train.estimate import Target, estimate, measured_rate
 from moa_vision.pretrain import MAEConfig, ModelConfig, build_mae
 from moa_vision.pretrain import main as train_mae
 from moa_vision.workload import mae_workload
+from moa_vision.workload import recorded_muon as recorded_vision_muon
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/planning.md").read_text()
@@ -74,7 +75,9 @@ def check_against_run(folder, config, workload, muon, samples):
     per_unit = summary.get("flops_per_sample", summary.get("flops_per_token"))
     assert workload.flops_per_sample / workload.units_per_sample == pytest.approx(per_unit, rel=1e-12)
     newest = max((folder / "checkpoints").glob("step_*"))
-    assert found.checkpoint_bytes == pytest.approx(sum(file.stat().st_size for file in newest.iterdir()), rel=0.01)
+    assert found.checkpoint_bytes == pytest.approx(
+        sum(file.stat().st_size for file in newest.iterdir()), rel=0.02
+    )  # headers
     assert found.hours * 3600 == pytest.approx(summary["steps"] * samples / summary["throughput"])
 
 
@@ -96,15 +99,18 @@ def write_images(path, count):
 
 
 @pytest.mark.slow
-def test_masked_autoencoder_that_trains(tmp_path):
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_masked_autoencoder_that_trains(algorithm, tmp_path):
     write_images(tmp_path / "images.tar", 20)
     data = {"train": str(tmp_path / "images.tar"), "workers": 0, "cache_dir": str(tmp_path / "cache")}
-    file = write_config(tmp_path, {"model": SMALL_MAE, "data": data, "schedule": {"epochs": 4}})
+    optim = {"algorithm": algorithm}
+    file = write_config(tmp_path, {"model": SMALL_MAE, "data": data, "schedule": {"epochs": 4}, "optim": optim})
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train_mae(["--config", str(file)]) == 0
     config = read_config(MAEConfig, file)
     workload = mae_workload(config)
-    check_against_run(tmp_path / "run", config, workload, (), samples=8)
+    assert bool(workload.muon) == (algorithm == "muon")
+    check_against_run(tmp_path / "run", config, workload, recorded_vision_muon(tmp_path / "run"), samples=8)
     assert workload.samples_per_epoch == 20
 
     real = build_mae(ModelConfig(**SMALL_MAE))

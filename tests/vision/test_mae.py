@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from moa_ffn import FFN
+from moa_train.config import OptimConfig
 from moa_train.errors import ConfigError
+from moa_train.optim import build_optimizer
 from moa_vision.mae import MAE, create_mae, forward_flops, parameter_counts
 
 TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8}
@@ -283,6 +285,18 @@ def test_parameter_counts_of_mixing():
 def test_constant_coefficients_get_no_weight_decay():
     blocks = [*(f"encoder.blocks.{i}" for i in range(3)), *(f"decoder_blocks.{i}" for i in range(2))]
     assert tiny_mae("qdla").no_weight_decay() == {f"{block}.mlp.mix_coef" for block in blocks}
+
+
+@pytest.mark.parametrize("variant", ["gelu", "qdla", "qdmoa", "pau"])
+def test_muon_steps_the_projections_of_all_blocks(variant):
+    mae = tiny_mae(variant)
+    blocks = [*mae.encoder.blocks.named_modules(prefix="encoder.blocks")]
+    blocks += mae.decoder_blocks.named_modules(prefix="decoder_blocks")
+    linear = {f"{name}.weight" for name, module in blocks if isinstance(module, torch.nn.Linear)}
+    assert mae.hidden_matrices() == {name for name in linear if "mix_proj" not in name}
+    optimizer = build_optimizer(mae, OptimConfig(algorithm="muon"), mae.no_weight_decay(), mae.hidden_matrices())
+    stepped = [group["params"] for group in optimizer.param_groups if "momentum" in group]
+    assert sum(map(len, stepped)) == len(mae.hidden_matrices())
 
 
 # forward pass
