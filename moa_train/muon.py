@@ -1,13 +1,14 @@
-"""Muon for stacks of matrices, such as experts, and for matrices in shards, with torch.optim.Muon's arithmetic."""
+"""Muon for matrices, for stacks of matrices such as experts, and for shards, with torch.optim.Muon's arithmetic."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moa_train.distributed import full, local, shard_like
 
@@ -19,6 +20,8 @@ ITERATIONS = 5
 EPS = 1e-7
 """Lower bound of the norm by which a matrix is divided."""
 
+BATCH_ELEMENTS = 2**24
+"""Most elements of matrices that are orthogonalized together, which bounds the memory of a step."""
 
 UPDATE_SCALES: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
@@ -27,14 +30,15 @@ UPDATE_SCALES: dict[str, Callable[[int, int], float]] = {
 """Scales of the orthogonalized update of a matrix by the names of torch.optim.Muon (`adjust_lr_fn`)."""
 
 
-class StackedMuon(torch.optim.Optimizer):
-    """Muon for parameters (E, A, B), whose E matrices (A, B) are orthogonalized separately.
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices (A, B) and stacks (E, A, B), whose E matrices are orthogonalized separately.
 
-    Each matrix W takes the step of `torch.optim.Muon`, which supports whole matrices only. With gradient G, momentum m
-    and learning rate r: M <- m M + (1 - m) G, then W <- (1 - r weight_decay) W - r scale(A, B) orthogonalize(m M +
-    (1 - m) G). The two agree up to the rounding of bfloat16. The state of a parameter is one tensor,
-    "momentum_buffer". A matrix with zero gradient, such as an expert without tokens, takes a full step along its
-    momentum: the size of an update does not depend on that of the gradient.
+    Each matrix W takes the step of `torch.optim.Muon`, which supports whole matrices only, one after the other. With
+    gradient G, momentum m and learning rate r: M <- m M + (1 - m) G, then W <- (1 - r weight_decay) W -
+    r scale(A, B) orthogonalize(m M + (1 - m) G). The two agree up to the rounding of bfloat16. Matrices of one shape
+    share their matrix products. The state of a parameter is one tensor, "momentum_buffer". A matrix with zero
+    gradient, such as an expert without tokens, takes a full step along its momentum: the size of an update does not
+    depend on that of the gradient.
 
     With FSDP2, parameters and momenta are in shards of their first dimension. A rank steps its matrices of a stack
     alone. A matrix (A, B) is gathered and orthogonalized on every rank, which keeps its own rows.
@@ -58,13 +62,27 @@ class StackedMuon(torch.optim.Optimizer):
         """Step every parameter that has a gradient."""
         for group in self.param_groups:
             scale = UPDATE_SCALES[group["adjust_lr_fn"]]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = _orthogonal(_look_ahead(self.state[parameter], parameter.grad, group["momentum"]))
-                own = local(parameter)
-                own.mul_(1 - group["lr"] * group["weight_decay"])
-                own.add_(update, alpha=-group["lr"] * scale(*parameter.shape[-2:]))
+            for batch in _batches([parameter for parameter in group["params"] if parameter.grad is not None]):
+                blends = [_look_ahead(self.state[each], each.grad, group["momentum"]) for each in batch]
+                for parameter, update in zip(batch, _orthogonal(blends), strict=True):
+                    own = local(parameter)
+                    own.mul_(1 - group["lr"] * group["weight_decay"])
+                    own.add_(update, alpha=-group["lr"] * scale(*parameter.shape[-2:]))
+
+
+def _batches(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Yield parameters that are orthogonalized together: those of one matrix shape, and parameters in shards alone."""
+    by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            yield [parameter]
+            continue
+        batch = by_shape.setdefault(tuple(parameter.shape[-2:]), [])
+        if batch and sum(map(Tensor.numel, batch)) + parameter.numel() > BATCH_ELEMENTS:
+            yield [*batch]
+            batch.clear()
+        batch.append(parameter)
+    yield from by_shape.values()
 
 
 def _look_ahead(state: dict[str, Tensor], gradient: Tensor, momentum: float) -> Tensor:
@@ -74,11 +92,15 @@ def _look_ahead(state: dict[str, Tensor], gradient: Tensor, momentum: float) -> 
     return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
 
 
-def _orthogonal(blend: Tensor) -> Tensor:
-    """Return this rank's part of the orthogonalized matrices (E, A, B) or matrix (A, B)."""
-    if blend.ndim == 3:  # shards of whole matrices
-        return orthogonalize(local(blend))
-    return local(shard_like(blend, orthogonalize(full(blend)[None])[0]))
+def _orthogonal(blends: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return this rank's part of each orthogonalized matrix (A, B) or stack (E, A, B) of a batch."""
+    first = blends[0]
+    if isinstance(first, DTensor) and first.ndim == 2:
+        return [local(shard_like(first, orthogonalize(full(first)[None])[0]))]
+    parts = [local(blend) for blend in blends]  # shards of a stack hold whole matrices
+    stacks = [part.reshape(-1, *part.shape[-2:]) for part in parts]
+    updates = orthogonalize(torch.cat(stacks) if len(stacks) > 1 else stacks[0]).split([len(stack) for stack in stacks])
+    return [update.view(part.shape) for update, part in zip(updates, parts, strict=True)]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -7,12 +7,11 @@ from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from moa_train.config import OptimConfig
 from moa_train.errors import require
-from moa_train.muon import StackedMuon
+from moa_train.muon import Muon
 
 FUSED_DEVICES = ("cuda", "cpu", "mps", "xpu")
 """Device types with a fused AdamW kernel."""
@@ -66,9 +65,9 @@ def build_optimizer(
 ) -> Optimizer:
     """Return the optimizer of all trainable parameters that `config.algorithm` names.
 
-    adamw: AdamW over `parameter_groups`. muon: torch's Muon for hidden matrices, `StackedMuon` for stacks of matrices
-    and for matrices in shards, and AdamW at `config.adamw_lr_scale` times the learning rate for all other parameters.
-    Weight decay is that of `parameter_groups`.
+    adamw: AdamW over `parameter_groups`. muon: `moa_train.muon.Muon` for hidden matrices, and AdamW at
+    `config.adamw_lr_scale` times the learning rate for all other parameters. Weight decay is that of
+    `parameter_groups`.
 
     `no_decay` and `hidden_matrices`, the matrices (A, B) and stacks (E, A, B) for Muon, are names of parameters.
 
@@ -109,21 +108,21 @@ def _muon_and_adamw(
     no_decay: Collection[str],
     hidden_matrices: Collection[str],
 ) -> list[Optimizer]:
-    """Return the optimizers of matrices, stacks of matrices and all other parameters, without empty ones."""
-    parts: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "stacks": {}, "others": {}}
-    for name, parameter in named.items():
-        part = "others" if name not in hidden_matrices else "matrices" if parameter.ndim == 2 else "stacks"
-        parts[part][name] = parameter
-    matrices, stacks, others = (parameter_groups(part, config.weight_decay, no_decay) for part in parts.values())
-    for group in others:
-        group["lr_scale"] = config.adamw_lr_scale
-    muon: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "adjust_lr_fn": config.muon_scale}
-    sharded = any(isinstance(parameter, DTensor) for parameter in parts["matrices"].values())
-    optimizers: list[Optimizer] = []
-    if matrices:
-        optimizers.append(StackedMuon(matrices, **muon) if sharded else Muon(matrices, **muon))
-    optimizers += [StackedMuon(stacks, **muon)] if stacks else []
-    optimizers += [_adamw(others, config)] if others else []
+    """Return Muon for the hidden matrices and AdamW for all other parameters, without an empty one."""
+    hidden = {name: parameter for name, parameter in named.items() if name in hidden_matrices}
+    others = {name: parameter for name, parameter in named.items() if name not in hidden_matrices}
+    optimizers: list[Optimizer] = [
+        Muon(
+            parameter_groups(hidden, config.weight_decay, no_decay),
+            lr=config.lr,
+            momentum=config.momentum,
+            adjust_lr_fn=config.muon_scale,
+        )
+    ]
+    if groups := parameter_groups(others, config.weight_decay, no_decay):
+        for group in groups:
+            group["lr_scale"] = config.adamw_lr_scale
+        optimizers.append(_adamw(groups, config))
     return optimizers
 
 

@@ -106,7 +106,7 @@ def test_from_text_to_export(train, shards, tmp_path):
 def test_experts_with_muon(train, tmp_path, capsys):
     assert train(model__ffn="qdmoa", **EXPERTS) == 0
     text = capsys.readouterr().out
-    assert "Muon: 14 tensors" in text and "StackedMuon: 6 tensors" in text
+    assert "Muon: 20 tensors" in text
     assert "2 of decay (1-sqrt) at the end" in text
     for row in rows(tmp_path / "run", "train"):
         assert row["loss"] < 6 and row["aux_loss"] >= 0.9 and row["z_loss"] > 0

@@ -1,4 +1,4 @@
-"""StackedMuon against torch's Muon, matrix by matrix."""
+"""Muon against torch's, matrix by matrix."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from moa_train import muon
 from moa_train.muon import (
     COEFFICIENTS,
     EPS,
     ITERATIONS,
     UPDATE_SCALES,
-    StackedMuon,
+    Muon,
     orthogonalize,
     orthogonalize_flops,
 )
@@ -33,7 +34,7 @@ def test_stack_steps_like_its_matrices(shape, scale):
     weights = 0.1 * torch.randn(shape)
     stack, matrices = nn.Parameter(weights.clone()), [nn.Parameter(weight.clone()) for weight in weights]
     settings = {"lr": 0.02, "weight_decay": 0.3, "momentum": 0.9, "adjust_lr_fn": scale}
-    ours, theirs = StackedMuon([stack], **settings), torch.optim.Muon(matrices, **settings)
+    ours, theirs = Muon([stack], **settings), torch.optim.Muon(matrices, **settings)
     for _ in range(4):
         stack.grad = torch.randn(shape)
         for matrix, gradient in zip(matrices, stack.grad, strict=True):
@@ -50,11 +51,37 @@ def test_stack_steps_like_its_matrices(shape, scale):
     assert torch.equal(ours.state[stack]["momentum_buffer"], buffers)
 
 
+@pytest.mark.parametrize("limit", [2**24, 2000])
+def test_matrices_of_one_shape_step_together(limit, monkeypatch):
+    """Of 24 x 40: two matrices and a stack of three, in batches of all five, or of two and the stack."""
+    monkeypatch.setattr(muon, "BATCH_ELEMENTS", limit)
+    torch.manual_seed(0)
+    shapes = [(24, 40), (40, 24), (3, 24, 40), (24, 40), (24, 40)]
+    ours = [nn.Parameter(0.1 * torch.randn(shape)) for shape in shapes]
+    ours[-1].requires_grad_(False)
+    theirs = [[nn.Parameter(w.clone()) for w in each.detach().view(-1, *each.shape[-2:])] for each in ours]
+    optimizer, reference = Muon(ours, lr=0.1), torch.optim.Muon([w for own in theirs for w in own], lr=0.1)
+    before = [each.detach().clone() for each in ours]
+    for each, own in zip(ours[:-1], theirs, strict=False):
+        each.grad = torch.randn(each.shape)
+        for w, gradient in zip(own, each.grad.view(-1, *each.shape[-2:]), strict=True):
+            w.grad = gradient.clone()
+    products = []
+    monkeypatch.setattr(muon, "orthogonalize", lambda x: products.append(len(x)) or orthogonalize(x))
+    optimizer.step()
+    reference.step()
+    for each, own, start in zip(ours[:-1], theirs, before, strict=False):
+        expected = torch.stack([w.detach() for w in own]).view(each.shape)
+        assert relative_error(each.detach() - start, expected - start) < ROUNDING
+    assert torch.equal(ours[-1], before[-1])
+    assert sorted(products) == ([1, 5] if limit == 2**24 else [1, 1, 1, 3])
+
+
 def test_defaults_match_torch():
     defaults = torch.optim.Muon([nn.Parameter(torch.zeros(2, 2))]).defaults
     names = ("ns_coefficients", "ns_steps", "eps", "nesterov")
     assert [defaults[name] for name in names] == [COEFFICIENTS, ITERATIONS, EPS, True]
-    ours = StackedMuon([nn.Parameter(torch.zeros(1, 2, 2))]).defaults
+    ours = Muon([nn.Parameter(torch.zeros(1, 2, 2))]).defaults
     assert ours == {name: defaults[name] or "original" for name in ours}
 
 
@@ -97,7 +124,7 @@ def test_flops_match_torch_counter(shape):
 def test_expert_without_gradient_follows_its_momentum():
     torch.manual_seed(0)
     stack = nn.Parameter(torch.ones(2, 4, 6))
-    optimizer = StackedMuon([stack], lr=0.1, weight_decay=0.5)
+    optimizer = Muon([stack], lr=0.1, weight_decay=0.5)
     stack.grad = torch.randn(2, 4, 6)
     stack.grad[1] = 0
     optimizer.step()

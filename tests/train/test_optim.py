@@ -8,7 +8,7 @@ from moa_train import checkpoint
 from moa_train.checkpoint import TrainState
 from moa_train.config import OptimConfig
 from moa_train.errors import ConfigError
-from moa_train.muon import StackedMuon
+from moa_train.muon import Muon
 from moa_train.optim import build_optimizer, set_rate
 
 
@@ -80,8 +80,7 @@ def test_muon_groups():
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [([names[p] for p in g["params"]], g["weight_decay"], g["lr"]) for g in muon(model).param_groups]
     assert groups == [
-        (["up.weight", "down.weight"], 0.1, 0.02),
-        (["experts"], 0.1, 0.02),
+        (["experts", "up.weight", "down.weight"], 0.1, 0.02),
         (["embedding.weight"], 0.1, 0.01),
         (["experts_bias", "up.bias", "norm.weight", "norm.bias"], 0.0, 0.01),
     ]
@@ -104,13 +103,12 @@ def test_combined_steps_like_its_parts(scale):
         )
     )
     optimizers = (
-        torch.optim.Muon([apart.up.weight, apart.down.weight], **settings),
-        StackedMuon([apart.experts], **settings),
+        Muon([apart.experts, apart.up.weight, apart.down.weight], **settings),
         torch.optim.AdamW([decay, none], betas=(0.9, 0.95), fused=True),
     )
     for step in range(4):
         apart(torch.randint(7, (11,), generator=torch.Generator().manual_seed(step))).backward()
-        for optimizer, factor in zip(optimizers, (1, 1, 0.5), strict=True):
+        for optimizer, factor in zip(optimizers, (1, 0.5), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = factor * 0.02 / (1 + step)
             optimizer.step()
