@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from moa_eval.zero_shot.likelihoods import measures
 from moa_train.evaluators import Evaluate
 
 
@@ -48,6 +47,8 @@ def lm_eval_evaluator(
 
 def _by_metric(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return {metric: {task: value}} of lm-eval's results in memory."""
+    from moa_eval.zero_shot.likelihoods import measures  # late: training without this evaluator needs no scipy
+
     found: dict[str, dict[str, float]] = {}
     for name, metrics in results.get("results", {}).items():
         for key, value in metrics.items():

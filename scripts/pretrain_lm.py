@@ -17,6 +17,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from moa_eval.evaluator import lm_eval_evaluator
 from moa_lm.pretrain import main
 
+EVALUATORS = {"lm_eval": lm_eval_evaluator}
+
 if __name__ == "__main__":
     default = Path(__file__).parents[1] / "configs/lm/tales_qdmoa.yaml"
-    sys.exit(record(main)(default=default, evaluators={"lm_eval": lm_eval_evaluator}))
+    sys.exit(record(main)(default=default, evaluators=EVALUATORS))

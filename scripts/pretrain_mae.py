@@ -17,6 +17,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from moa_vision.pretrain import main
 from moa_vision.probe.evaluator import knn_evaluator
 
+EVALUATORS = {"knn": knn_evaluator}
+
 if __name__ == "__main__":
     default = Path(__file__).parents[1] / "configs/mae/laptop_qdmoa.yaml"
-    sys.exit(record(main)(default=default, evaluators={"knn": knn_evaluator}))
+    sys.exit(record(main)(default=default, evaluators=EVALUATORS))

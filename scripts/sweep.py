@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from task_kind import HERE, LANGUAGE, training_script
@@ -25,14 +26,18 @@ def find_trainer(files: Sequence[Path]) -> Trainer:
     """Return the training script of config files."""
     script = training_script(files)
     if script == LANGUAGE:  # imported late, since either half may be absent
+        from pretrain_lm import EVALUATORS
+
         from moa_lm.pretrain import LM_RESUME_MUTABLE_KEYS
         from moa_lm.pretrain import main as train
 
-        return Trainer(script, train, RESUME_MUTABLE_KEYS | LM_RESUME_MUTABLE_KEYS)
+        return Trainer(script, partial(train, evaluators=EVALUATORS), RESUME_MUTABLE_KEYS | LM_RESUME_MUTABLE_KEYS)
+    from pretrain_mae import EVALUATORS
+
     from moa_vision.pretrain import DATA_RESUME_MUTABLE_KEYS
     from moa_vision.pretrain import main as train
 
-    return Trainer(script, train, RESUME_MUTABLE_KEYS | DATA_RESUME_MUTABLE_KEYS)
+    return Trainer(script, partial(train, evaluators=EVALUATORS), RESUME_MUTABLE_KEYS | DATA_RESUME_MUTABLE_KEYS)
 
 
 if __name__ == "__main__":
