@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from statistics import fmean
 from typing import Any
 
 from torch import nn
 
+from moa_train.errors import require
 from moa_train.evaluators import Evaluate
 
 
@@ -23,13 +25,16 @@ def lm_eval_evaluator(
         tasks: Names of tasks.
         limit: Items per task; None uses all.
         num_fewshot: Examples in the context; None takes the tasks' own number.
+
+    Raises ConfigError for an unknown task.
     """
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     from moa_eval.harness.model import MoALM
 
-    manager = TaskManager()
+    manager = _task_manager()
+    for name in tasks:
+        require("evaluators.lm_eval.tasks", name, bool(manager.match_tasks([name])), "tasks of lm-eval")
 
     def evaluate(model: nn.Module) -> Iterator[tuple[str, float]]:
         lm = MoALM(model, tokenizer=task.tokenizer)
@@ -43,6 +48,14 @@ def lm_eval_evaluator(
                 yield f"average/{metric}", fmean(by_task.values())
 
     return evaluate
+
+
+@cache
+def _task_manager() -> Any:
+    """Return lm-eval's index of tasks, which takes seconds to read; a sweep checks many runs in one process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _by_metric(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -26,9 +26,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from moa_eval import evaluator
 from moa_eval.evaluator import lm_eval_evaluator
 from moa_eval.harness import MoALM, ModelError
 from moa_eval.harness.prefix_tree import Request, truncated
+from moa_train.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval and datasets
 
@@ -334,7 +336,10 @@ def test_evaluator_gives_the_metrics_of_hf(checkpoints, tokenizer, offline, monk
     initialize = TaskManager.__init__
     folders = {"include_path": TASK_FOLDERS, "include_defaults": False}
     monkeypatch.setattr(TaskManager, "__init__", lambda self: initialize(self, **folders))
+    monkeypatch.setattr(evaluator, "_task_manager", TaskManager)
     task = SimpleNamespace(tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"evaluators.lm_eval.tasks is 'openbookqq'; it must be tasks of lm-eval"):
+        lm_eval_evaluator(task, tasks=["openbookqa", "openbookqq"])
     evaluate_model = lm_eval_evaluator(task, tasks=["openbookqa", "winogrande"], limit=5, num_fewshot=1)
     found = dict(evaluate_model(AutoModelForCausalLM.from_pretrained(checkpoints / "moa")))
     manager, hf = TaskManager(), HFLM(str(checkpoints / "moa"), device="cpu")
