@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -343,9 +344,13 @@ def task_kind(monkeypatch):
     ("content", "script"),
     [("model: {encoder: vit}", "pretrain_mae.py"), ("model: {size: dense-micro}", "pretrain_lm.py")],
 )
-def test_training_script_follows_from_the_model(tmp_path, task_kind, content, script):
-    (tmp_path / "some.yaml").write_text(content)
-    assert task_kind.training_script([tmp_path / "some.yaml"]) == ROOT / "scripts" / script
+def test_training_script_and_evaluators_follow_from_the_model(tmp_path, task_kind, content, script):
+    file = tmp_path / "some.yaml"
+    file.write_text(content)
+    assert task_kind.training_script([file]) == ROOT / "scripts" / script
+    checked: Any = importlib.import_module("sweep").find_trainer([file]).main
+    evaluators = importlib.import_module(script.removesuffix(".py")).EVALUATORS
+    assert evaluators and checked.keywords == {"evaluators": evaluators}
 
 
 @pytest.mark.slow
