@@ -10,7 +10,7 @@ import altair as alt
 import numpy as np
 
 from moa_eval.page import formatting
-from moa_eval.page.charts import Chart, colours, draw, shapes
+from moa_eval.page.charts import MUTED, Chart, colours, draw, shapes
 from moa_eval.training.comparison import Comparison, RunGroup
 from moa_eval.training.curves import CROSS, Axis, Line, Rows, Values, draw_curves, short, smooth
 from moa_eval.training.intervals import mean
@@ -32,6 +32,7 @@ def _charts(comparison: Comparison) -> Iterator[Chart | None]:
     flops = Axis("training FLOPs", lambda run, rows: rows[counter] * run.flops_per_unit)
     time = _time_axis(comparison.runs)
     main, *others = comparison.kind.losses
+    yield _intervals(comparison)
     yield _validation(comparison, "validation_loss", main, seen)
     yield _differences(comparison, main, seen)
     for loss in others:
@@ -99,6 +100,45 @@ def _baseline_means(group: RunGroup, loss: str) -> dict[float, float]:
     runs = [run for run in group.runs if run.diverged_at is None] or group.runs
     shared = set.intersection(*(set(run.validation[run.kind.counter]) for run in runs))
     return {seen: mean(run.loss_at(loss, seen) for run in runs) for seen in sorted(shared)}
+
+
+def _intervals(comparison: Comparison) -> Chart | None:
+    """Draw each alternative's final loss minus its baseline's: the mean, its interval and the paired seeds."""
+    contrasts = [c for c in comparison.contrasts(comparison.metric) if math.isfinite(c.interval.low)]
+    if len(contrasts) < 2:  # a single one is in the verdict
+        return None
+    contrasts.sort(key=lambda contrast: contrast.interval.mean)
+    means, seeds = [], []
+    for contrast in contrasts:
+        row = {"group": contrast.method.index, "ffn": contrast.method.label}
+        gap = contrast.interval
+        words = f"{formatting.signed(gap.mean)} ({formatting.signed(gap.low)} to {formatting.signed(gap.high)})"
+        means.append(row | {key: short(getattr(gap, key)) for key in ("mean", "low", "high")} | {"text": words})
+        pairs = contrast.losses.keys() & contrast.baseline_losses.keys() if gap.paired else ()
+        seeds += [
+            row | {"seed": seed, "value": short(contrast.losses[seed] - contrast.baseline_losses[seed])}
+            for seed in sorted(pairs)
+        ]
+    labels = [method.label for method in comparison.methods]
+    y = alt.Y("ffn:N").sort([row["ffn"] for row in means]).title(None).axis(labelLimit=220, grid=False)
+    low, x = (
+        alt.X(f"{key}:Q").title("difference to the baseline, 95 % interval").scale(zero=True).axis(grid=True)
+        for key in ("low", "mean")
+    )
+    place = {"y": y, "color": alt.Color("ffn:N").scale(colours(labels)).legend(None)}
+    tooltip = [alt.Tooltip("ffn:N"), alt.Tooltip("text:N").title("difference")]
+    data, points = (alt.Chart(alt.InlineData(values=rows)) for rows in (means, seeds))
+    zero = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 3], color=MUTED)
+    layers = [
+        zero.encode(x="zero:Q"),
+        data.mark_rule(strokeWidth=2.5, strokeCap="round").encode(**place, x=low, x2="high:Q", tooltip=tooltip),
+        points.mark_point(size=26, opacity=0.6).encode(
+            **place, x="value:Q", tooltip=[tooltip[0], "seed:N", alt.Tooltip("value:Q").title("difference")]
+        ),
+        data.mark_point(filled=True, size=70, opacity=1).encode(**place, x=x, tooltip=tooltip),
+    ]
+    title = f"Difference in final validation loss, {comparison.kind.losses[comparison.metric]}"
+    return draw("loss_difference", title, alt.layer(*layers), height=40 + 26 * len(means))
 
 
 def _rates(comparison: Comparison) -> Chart | None:

@@ -108,7 +108,9 @@ ABSENT = ("jsonargparse", "webdataset", "submitit", "datasets", "lm_eval", "torc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kernels", "tune", "overhead-lm", "overhead-mae", "recipe", "ffn", "infer", "experts"])
+@pytest.mark.parametrize(
+    "name", ["kernels", "tune", "overhead-lm", "overhead-mae", "recipe", "ffn", "infer", "experts"]
+)
 def test_measurements_need_no_packages_of_data_and_reports(name, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.machinery, sys\n"

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import vl_convert
+from scipy import stats
 
 from moa_eval.page.charts import PALETTE
 from moa_eval.training import figures
@@ -199,6 +200,32 @@ def test_smoothing_is_a_centred_moving_average(size):
     windows = [values[max(0, i - half) : i + half + 1] for i in range(size)]
     expected = [np.nan if np.isnan(value) else np.nanmean(own) for value, own in zip(values, windows, strict=True)]
     np.testing.assert_allclose(smooth(values), expected, atol=1e-12)
+
+
+def test_intervals_of_several_alternatives_have_a_figure(tmp_path, write_run_into):
+    finals = {"swiglu": (5.0, 5.1, 5.3), "qdmoa": (4.9, 5.2, 5.0), "bimoa": (4.8, 4.9, 5.0)}
+    folders = [
+        write_run_into(tmp_path, f"{ffn}{seed}", encoder=f"vit_tiny_patch4_{ffn}", seed=seed, final=final)
+        for ffn, own in finals.items()
+        for seed, final in enumerate(own)
+    ]
+    comparison, charts = draw(folders)
+    losses = {
+        label: [run.final("loss_norm") for run in method.runs]
+        for method in comparison.methods
+        for label in [method.label]
+    }
+    gaps = {label: np.subtract(losses[label], losses["SwiGLU"]) for label in ("qd-MoA", "bi-MoA")}
+    found = {row["ffn"]: (row["mean"], row["low"], row["high"]) for row in rows(charts["loss_difference"], "mean")}
+    assert list(found) == ["bi-MoA", "qd-MoA"]  # by rising loss
+    for label, gap in gaps.items():
+        limits = stats.ttest_1samp(gap, 0).confidence_interval(0.95)
+        assert found[label] == pytest.approx((gap.mean(), *limits), rel=1e-4)
+    points = [(row["ffn"], row["seed"], row["value"]) for row in rows(charts["loss_difference"], "value")]
+    assert sorted(points) == [
+        (label, seed, pytest.approx(gaps[label][seed], abs=1e-5)) for label in sorted(gaps) for seed in (0, 1, 2)
+    ]
+    assert "loss_difference" not in draw(folders[:6])[1]
 
 
 def test_evaluators_have_a_figure_and_a_table(tmp_path, write_run_into):
