@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import evaluation, ffn, infer, lm, loader, mae, options, overhead, recipe, saving, tune
-from moa_train.errors import ConfigError
+from moa_train.errors import ConfigError, DataError
 
 BENCHMARKS = {
     "ffn": ffn,
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         BENCHMARKS[args.name].run(args)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         parser.error(str(error))
 
 

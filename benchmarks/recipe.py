@@ -14,7 +14,7 @@ from dataclasses import is_dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -25,6 +25,7 @@ from benchmarks.tables import memory, note, rate, report, speed_ratio, times
 from benchmarks.timing import Case, measure, product_case
 from moa_train.config import read_config
 from moa_train.environment import cpu_cores
+from moa_train.errors import require
 from moa_train.optim import build_optimizer
 from moa_train.plan import TRAINING_FLOPS_PER_FORWARD
 from moa_vision.data import normalize
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
     bf16 = gpu and config.loop.precision == "bf16"
     batch = args.batch or (config.loop.micro_batch_size if gpu else CPU_BATCH)
     mae = build_mae(config.model).to(args.device).train()
-    optimizer, precision = build_optimizer(mae, config.optim, mae.no_weight_decay()), autocast(args.device, bf16)
+    optimizer = build_optimizer(mae, config.optim, mae.no_weight_decay(), mae.hidden_matrices())
+    precision = autocast(args.device, bf16)
     rows, columns = mae.grid_size
     image_size = (rows * mae.patch_size, columns * mae.patch_size)
     images = torch.randint(256, (batch, mae.in_chans, *image_size), dtype=torch.uint8, device=args.device)
@@ -94,11 +96,15 @@ def as_config(kind: type, tree: dict[str, Any]) -> Any:
     hints = get_type_hints(kind)
     values = {}
     for key, value in tree.items():
+        require(key, value, key in hints, f"a key of {kind.__name__}")
         hint = hints[key]
+        types = (hint, *get_args(hint))
         if is_dataclass(hint):
             value = as_config(cast(type, hint), value)
-        elif hint is float or isinstance(value, list):  # YAML reads 4e-3 as text
-            value = float(value) if hint is float else tuple(value)
+        elif float in types and isinstance(value, str | int):  # YAML reads 4e-3 as text
+            value = float(value)
+        elif tuple in (get_origin(each) for each in types) and isinstance(value, list):
+            value = tuple(value)
         values[key] = value
     return kind(**values)
 

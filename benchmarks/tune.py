@@ -62,10 +62,9 @@ def run(args: argparse.Namespace) -> None:
         remark = f"{args.tokens} tokens, width {args.dim}, {str(dtype)[6:]}; the first row of a variant is current"
         report(f"tune-{which}: kernels, {which}", cases, columns, args.device, args.out, remark)
         best = best._replace(**fastest(cases, settings))
-    print(f"\nfastest on {name}: {best._asdict()}")
-    write_blocks(args.out / "blocks.json", name, best)
-    if args.save:
-        write_blocks(build.TUNED_BLOCKS, name, best)
+        print(f"\nfastest on {name}: {best._asdict()}")
+        for path in (args.out / "blocks.json", *((build.TUNED_BLOCKS,) if args.save else ())):
+            write_blocks(path, name, best)
 
 
 def fastest(cases: Sequence[Case], settings: Sequence[dict[str, int]]) -> dict[str, int]:

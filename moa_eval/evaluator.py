@@ -44,7 +44,7 @@ def lm_eval_evaluator(
         found = _by_metric(results or {})
         for metric, by_task in found.items():
             yield from ((f"{name}/{metric}", value) for name, value in by_task.items())
-            if len(by_task) == len(tasks) > 1:
+            if len(tasks) > 1 and by_task.keys() == set(tasks):
                 yield f"average/{metric}", fmean(by_task.values())
 
     return evaluate

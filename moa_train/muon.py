@@ -21,7 +21,7 @@ EPS = 1e-7
 """Lower bound of the norm by which a matrix is divided."""
 
 BATCH_ELEMENTS = 2**24
-"""Most elements of matrices that are orthogonalized together, which bounds the memory of a step."""
+"""Most elements that several parameters have together when they are orthogonalized at once."""
 
 UPDATE_SCALES: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import cast
 
 import numpy as np
-import tifffile
 import torch
 import torchvision.io
 from numpy.lib import format as npy
@@ -224,6 +223,8 @@ def _read_npy(data: bytes, channels: int | None) -> np.ndarray:
 
 def _read_tiff(data: bytes, channels: int | None) -> np.ndarray:
     """Return the first image of a TIFF file, channels last."""
+    import tifffile  # late: training steps need no tifffile
+
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
         axes, shape = series.axes, series.shape

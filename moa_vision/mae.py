@@ -272,7 +272,8 @@ class MAE(nn.Module):
     def hidden_matrices(self) -> set[str]:
         """Return the names of the weights that Muon steps: the projections of attention and FFNs in all blocks.
 
-        Patch embedding, prediction head and the projections of mixing coefficients are left to AdamW.
+        The joint projection to queries, keys and values is one matrix. Everything else, such as patch embedding,
+        prediction head and the projections of mixing coefficients, is left to AdamW.
         """
         return {
             name

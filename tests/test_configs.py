@@ -21,7 +21,11 @@ from moa_vision.probe.config import PLAIN_ARGUMENTS, ProbeConfig
 
 ROOT = Path(__file__).parent.parent
 KINDS = {"lm": LMConfig, "mae": MAEConfig, "probe": ProbeConfig}
-FILES = [f"{folder}/{file.stem}" for folder in KINDS for file in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
+FILES = [
+    file.relative_to(ROOT / "configs").with_suffix("").as_posix()
+    for folder in KINDS
+    for file in sorted((ROOT / "configs" / folder).rglob("*.yaml"))
+]
 LM_FILES = [name for name in FILES if name.startswith("lm/")]
 
 

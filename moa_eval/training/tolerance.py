@@ -20,7 +20,7 @@ class GoodRange(NamedTuple):
 
     Attributes:
         low, high: Its ends.
-        open_low, open_high: Whether the loss is still good at the lowest or highest rate tried: a bound, not an end.
+        open_low, open_high: Whether the loss is still good at the lowest or highest rate tried, which is then the end.
     """
 
     low: float
@@ -34,8 +34,8 @@ def tolerance_rows(comparison: Comparison) -> list[Row]:
 
     "edge" says whether the best rate is the "lowest" or "highest" tried. Each seed that was trained at all rates has a
     `good_range`; "span" is the ratio of its ends, as the geometric mean over seeds with Student's t interval of the
-    logarithm. "open" names the ends ("low", "high", "low and high") that lie beyond the rates tried in any seed, so
-    that the span is a lower bound. NaN without such a seed, or with a single rate.
+    logarithm. "open" names the ends ("low", "high", "low and high") that lie beyond the rates tried in any seed: the
+    span is a lower bound and its upper limit NaN. NaN without such a seed, or with a single rate.
     """
     rows = []
     for method in comparison.methods:
@@ -43,6 +43,7 @@ def tolerance_rows(comparison: Comparison) -> list[Row]:
         widths = {seed: math.log(found.high / found.low) for seed, found in ranges.items()}
         interval = difference(widths, dict.fromkeys(widths, 0.0))
         ends = {"low": [found.open_low for found in ranges.values()], "high": [r.open_high for r in ranges.values()]}
+        open_ends = " and ".join(end for end, is_open in ends.items() if any(is_open))
         rows.append(
             {
                 "method": method.label,
@@ -55,9 +56,9 @@ def tolerance_rows(comparison: Comparison) -> list[Row]:
                 "high_good_rate": _geometric_mean([found.high for found in ranges.values()]),
                 "span": math.exp(interval.mean),
                 "span_low_95": math.exp(interval.low),
-                "span_high_95": math.exp(interval.high),
+                "span_high_95": math.nan if open_ends else math.exp(interval.high),
                 "span_seeds": len(ranges),
-                "open": " and ".join(end for end, is_open in ends.items() if any(is_open)),
+                "open": open_ends,
                 "diverged_rates": sum(bool(group.diverged) for group in method.groups),
             }
         )

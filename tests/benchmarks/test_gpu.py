@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, recipe
 from benchmarks.timing import Case
 from moa_ffn.backends.triton import build
+from moa_train.config import parse_config, read_config
+from moa_vision.pretrain import MAEConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,44 +43,47 @@ def test_jobs_end_with_the_time(tmp_path, monkeypatch):
     assert statuses == ["ran out of time", "no time left"]
 
 
-TABLES = {
-    "kernels": {"summary": "==== 120 passed in 61.2s ====", "tables": {}},
-    "overhead-lm": {
-        "tables": {
-            "overhead-lm": [
-                {"type": "II", "variant": "swiglu", "time ratio": "1.000", "memory ratio": "1.000",
-                 "paper ratio": "1.00", "paper memory ratio": "1.000"},
-                {"type": "II", "variant": "qdmoa", "time ratio": "1.019", "memory ratio": "1.001",
-                 "paper ratio": "1.13", "paper memory ratio": "1.004"},
-            ]
-        }
-    },
-    "eval": {"tables": {}},
-}  # fmt: skip
+def results(memory: str) -> dict[str, dict]:
+    """Results of three jobs, with qd-MoA's memory ratio."""
+    paper = {"paper ratio": "1.00", "paper memory ratio": "1.000"}
+    rows = [
+        {"type": "II", "variant": "swiglu", "time ratio": "1.000", "memory ratio": "1.000", **paper},
+        {"type": "II", "variant": "qdmoa", "time ratio": "1.019", "memory ratio": memory, "paper ratio": "1.13"}
+        | {"paper memory ratio": "1.004"},
+    ]
+    return {
+        "kernels": {"status": "finished", "summary": "==== 120 passed in 61.2s ====", "tables": {}},
+        "overhead-lm": {"status": "finished", "tables": {"overhead-lm": rows}},
+        "eval": {"status": "failed: ModuleNotFoundError", "tables": {}},
+    }
 
 
 def test_publishing_replaces_the_blocks_of_the_pages(tmp_path, monkeypatch):
-    pages = []
-    for page in gpu.PAGES:
+    pages, texts = [], [page.read_text() for page in gpu.PAGES]
+    for page, text in zip(gpu.PAGES, texts, strict=True):
         pages.append(tmp_path / page.relative_to(gpu.ROOT))
         pages[-1].parent.mkdir(exist_ok=True)
-        pages[-1].write_text(page.read_text())
+        pages[-1].write_text(text)
     monkeypatch.setattr(gpu, "PAGES", pages)
     out = tmp_path / "docs" / "gpu"
     out.mkdir()
     machine = {"GPU": "NVIDIA H200", "torch": "2.11.0", "commit": "abc"}
-    for round_, memory in ((1, "1.001"), (2, "0.998")):  # the second replaces the first
-        TABLES["overhead-lm"]["tables"]["overhead-lm"][1]["memory ratio"] = memory
-        gpu.write_results(out, machine, {name: {"status": "finished", **job} for name, job in TABLES.items()})
-        assert gpu.publish(out) == 0, round_
-        for page, link in zip(pages, ("docs/gpu/README.md", "gpu/README.md"), strict=True):
-            text = page.read_text()
-            block = text[text.index(gpu.BEGIN) : text.index(gpu.END)]
+    for memory in ("1.001", "0.998"):  # the second replaces the first
+        gpu.write_results(out, machine, results(memory))
+        assert gpu.publish(out) == 0
+        for page, before, link in zip(pages, texts, ("docs/gpu/README.md", "gpu/README.md"), strict=True):
+            (head, rest), (old_head, old_rest) = (text.split(gpu.BEGIN) for text in (page.read_text(), before))
+            block, tail = rest.split(gpu.END)
+            assert (head, tail) == (old_head, old_rest.split(gpu.END)[1])
             assert f"NVIDIA H200, torch 2.11.0, commit abc ([all tables]({link})):" in block
             assert f"qdmoa over its Type-II baseline: time, memory | 1.019, {memory} | 1.13, 1.004 |" in block
-            assert block.count("\n|") == 4 and "120 passed" in block
-            outside = text.replace(block, gpu.BEGIN)
-            assert outside.count(gpu.BEGIN) == 1 and outside.startswith("# ")
+            assert block.count("\n|") == 4 and "| 120 passed in 61.2s |" in block
+
+
+def test_an_unfinished_test_run_is_published_as_such():
+    jobs = {"kernels": {"status": "ran out of time", "summary": "....... [45%]", "tables": {}}}
+    machine = {"GPU": "NVIDIA H200", "torch": "2.11.0", "commit": "abc"}
+    assert gpu.summarize(machine, jobs, "x")[-1] == "| kernels against the float64 reference | ran out of time | |"
 
 
 def test_a_rehearsal_is_not_published(tmp_path, capsys):
@@ -102,6 +107,12 @@ def test_the_fastest_blocks_are_kept_by_gpu(tmp_path):
         tune.write_blocks(path, name, build.Blocks(forward_warps=warps))
     kept = json.loads(path.read_text())
     assert {name: build.Blocks(**blocks).forward_warps for name, blocks in kept.items()} == {"A": 8, "B": 2}
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/mae/*.yaml")), ids=lambda file: file.stem)
+def test_recipes_are_read_like_by_training(file):
+    expected = parse_config(MAEConfig, [f"--config={file}"], program="", summary="")
+    assert recipe.as_config(MAEConfig, read_config(file)) == expected
 
 
 ABSENT = ("jsonargparse", "webdataset", "submitit", "datasets", "lm_eval", "torchcodec", "tifffile", "altair")

@@ -127,6 +127,16 @@ def test_tolerance_is_the_span_of_rates_within_one_percent(sweep):
     assert (second["edge"], second["span_seeds"], second["diverged_rates"]) == ("", 2, 1)
 
 
+def test_tolerance_beyond_the_rates_tried_has_no_upper_limit(make_run):
+    folders = [
+        make_run(f"{rate}{seed}", lr=rate, seed=seed, final=final)
+        for rate, finals in ((1e-3, (4.2, 4.2)), (2e-3, (4.0, 4.01)))
+        for seed, final in enumerate(finals)
+    ]
+    (row,) = tabulate(folders)["tolerance"]
+    assert row["open"] == "high" and 1 < row["span_low_95"] < row["span"] < 2 and math.isnan(row["span_high_95"])
+
+
 def test_good_range_of_a_parabola_in_log_rate_is_its_width():
     rates = np.exp(np.linspace(-8, -4, 401))
     losses = 3 * (1 + 0.01 * (np.log(rates) + 6) ** 2)  # within 1 % from exp(-7) to exp(-5)

@@ -44,6 +44,18 @@ def test_block_shape(columns, elements, expected):
     assert build.block_shape(columns, elements, 4) == expected
 
 
+def test_blocks_are_those_of_the_device(monkeypatch):
+    launched = []
+    monkeypatch.setattr(build, "_launch", lambda text, grid, operands, *shape: launched.append(shape))
+    mixture, operands = Mixture.of(FFNSpec("qdmoa")), {"a": torch.zeros(2, 4096), "out": torch.zeros(2, 4096)}
+    for name in ("another GPU", "cpu"):
+        tuned = {name: build.Blocks(vector_bytes=4, forward_warps=2, backward_elements=2, backward_warps=8)}
+        monkeypatch.setattr(build, "tuned_blocks", lambda tuned=tuned: tuned)
+        build.forward(mixture, operands)
+        build.backward(mixture, operands)
+    assert launched == [(512, 4), (512, 4), (64, 2), (512, 8)]
+
+
 def compile_for_hopper(text: str, dtype: str, block: int, warps: int):
     from triton import compile
     from triton.backends.compiler import GPUTarget

@@ -53,7 +53,7 @@ def test_stack_steps_like_its_matrices(shape, scale):
 
 @pytest.mark.parametrize("limit", [2**24, 2000])
 def test_matrices_of_one_shape_step_together(limit, monkeypatch):
-    """Of 24 x 40: two matrices and a stack of three, in batches of all five, or of two and the stack."""
+    """Two matrices 24 x 40 and a stack of three such: all five at once, or one by one where they exceed the limit."""
     monkeypatch.setattr(muon, "BATCH_ELEMENTS", limit)
     torch.manual_seed(0)
     shapes = [(24, 40), (40, 24), (3, 24, 40), (24, 40), (24, 40)]
