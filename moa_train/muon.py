@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             scale = UPDATE_SCALES[group["adjust_lr_fn"]]
             for batch in _batches([parameter for parameter in group["params"] if parameter.grad is not None]):
-                blends = [_look_ahead(self.state[each], each.grad, group["momentum"]) for each in batch]
+                blends = [_look_ahead(self.state[each], each, group["momentum"]) for each in batch]
                 for parameter, update in zip(batch, _orthogonal(blends), strict=True):
                     own = local(parameter)
                     own.mul_(1 - group["lr"] * group["weight_decay"])
@@ -85,8 +85,10 @@ def _batches(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
     yield from by_shape.values()
 
 
-def _look_ahead(state: dict[str, Tensor], gradient: Tensor, momentum: float) -> Tensor:
+def _look_ahead(state: dict[str, Tensor], parameter: nn.Parameter, momentum: float) -> Tensor:
     """Update the momentum; return Nesterov's blend of it with the gradient, in the gradient's shape."""
+    gradient = parameter.grad
+    assert gradient is not None
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = torch.zeros_like(gradient)
     return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
