@@ -109,19 +109,19 @@ def duration(seconds: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Format a learning rate in its shortest form: 0.0012 is "1.2e-3"."""
+    """Format a learning rate: 0.0012 is "1.2e-3"; 0.1 and above without an exponent."""
     if not math.isfinite(value):
         return f"{value:g}"
     mantissa, exponent = f"{value:.6e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if 0 < value < 0.01 else f"{value:g}"
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if 0 < value < 0.1 else f"{value:g}"
 
 
 def show(value: Any) -> str:
-    """Format a config value; null is "none", floats are formatted as `rate`."""
+    """Format a config value; null is "none", floats below 0.01 are formatted as `rate`."""
     if value is None:
         return "none"
     if isinstance(value, float):
-        return rate(value)
+        return rate(value) if value < 0.01 else f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
