@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from moa_eval.page.formatting import show
+from moa_eval.page.formatting import rate, show
 from moa_eval.page.writing import Row
 from moa_eval.training.comparison import Comparison, Contrast, Method, RunGroup
 from moa_eval.training.configuration import role
@@ -262,8 +262,9 @@ def config_rows(comparison: Comparison) -> list[Row]:
     for key, values in comparison.differing.items():
         if key not in _UNSHOWN_KEYS:
             row: Row = {"key": key, "kind": role(key, values)}
+            text = rate if row["kind"] == "peak rate" else show
             for method in comparison.methods:
-                row[method.label] = ", ".join(dict.fromkeys(show(values[run.index]) for run in method.runs))
+                row[method.label] = ", ".join(dict.fromkeys(text(values[run.index]) for run in method.runs))
             rows.append(row)
     return rows
 

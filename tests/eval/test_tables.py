@@ -196,10 +196,10 @@ def test_curve_tables_have_all_recorded_rows(sweep, table, kind, keys):
 
 
 def test_config_differences_have_a_column_per_method(make_run):
-    folders = [make_run("a", lr=3e-4), make_run("b", encoder=MOA, lr=3e-4), make_run("c", encoder=MOA, lr=1.2e-3)]
+    folders = [make_run("a", lr=3e-4), make_run("b", encoder=MOA, lr=3e-4), make_run("c", encoder=MOA, lr=1.4e-2)]
     rows = tabulate(folders)["config"]
     assert [(row["key"], row["kind"]) for row in rows] == [("optim.lr", "peak rate"), ("model.encoder", "FFN")]
-    assert (rows[0]["SwiGLU"], rows[0]["qd-MoA"]) == ("3e-4", "3e-4, 1.2e-3")
+    assert (rows[0]["SwiGLU"], rows[0]["qd-MoA"]) == ("3e-4", "3e-4, 1.4e-2")
 
 
 def test_mixing_has_a_row_per_coefficient(make_run):
