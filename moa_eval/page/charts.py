@@ -103,8 +103,12 @@ def colour(index: int) -> str:
 
 
 def shapes(labels: Sequence[str]) -> alt.Scale:
-    """Return a scale from labels to marker shapes, so that colour is not the only cue."""
-    return alt.Scale(domain=list(labels), range=[MARKERS[index % len(MARKERS)] for index in range(len(labels))])
+    """Return a scale from labels to marker shapes, so that colour is not the only cue.
+
+    Labels that share a colour, since the palette is used up, have different shapes.
+    """
+    turns = [index + index // len(PALETTE) for index in range(len(labels))]
+    return alt.Scale(domain=list(labels), range=[MARKERS[turn % len(MARKERS)] for turn in turns])
 
 
 def live(chart: Chart) -> str:

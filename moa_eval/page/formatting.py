@@ -108,12 +108,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
-def rate(value: float) -> str:
-    """Format a learning rate: 0.0012 is "1.2e-3"; 0.1 and above without an exponent."""
+def rate(value: float, digits: int = 7) -> str:
+    """Format a learning rate to `digits` significant digits: 0.0012 is "1.2e-3"; 0.1 and above without an exponent."""
     if not math.isfinite(value):
         return f"{value:g}"
-    mantissa, exponent = f"{value:.6e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if 0 < value < 0.1 else f"{value:g}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if 0 < value < 0.1 else f"{value:.{digits}g}"
 
 
 def show(value: Any) -> str:

@@ -37,6 +37,12 @@ def test_png_shows_the_runs_that_are_on_at_first(chart):
         assert second[150:].any() == (not hidden)  # below the legend
 
 
+def test_more_labels_than_colours_differ_in_shape():
+    labels = [str(index) for index in range(20)]
+    looks = zip(charts.colours(labels).to_dict()["range"], charts.shapes(labels).to_dict()["range"], strict=True)
+    assert len(set(looks)) == 20
+
+
 def test_colours_in_the_page_are_css_variables(chart):
     text = charts.live(chart)
     assert not re.search(r"#[0-9a-f]{6}\b", text)

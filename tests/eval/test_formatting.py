@@ -24,6 +24,7 @@ from moa_eval.page import formatting
         (formatting.rate, 0.0012, "1.2e-3"),
         (formatting.rate, 0.014, "1.4e-2"),
         (formatting.rate, 0.1, "0.1"),
+        (lambda value: formatting.rate(value, 2), 0.0123456, "1.2e-2"),
         (formatting.show, 0.05, "0.05"),
         (formatting.show, None, "none"),
         (formatting.accuracy, 0.36519, "36.52"),

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from moa_eval.page import formatting
 from moa_eval.page.writing import write_page
 from moa_eval.training.reading import read_run
 from moa_eval.training.report import gallery, training_section
@@ -63,3 +64,23 @@ def test_a_baseline_has_no_difference_and_zero_has_no_sign(make_run, tmp_path):
     baseline, other = section.tables["runs"]
     assert other["final_loss_norm_difference"] == 0 and "0.0000 · 0.00 %" in page
     assert math.isnan(baseline["final_loss_norm_difference"]) and page.count("<small>baseline</small>") >= 4
+
+
+def test_the_summary_has_evaluators_and_learning_rate_tolerance(make_run, tmp_path):
+    folders = [
+        make_run(f"{rate}_{seed}", lr=rate, seed=seed, final=final + 1e-4 * seed)
+        for rate, final in ((1e-3, 0.51), (2e-3, 0.5), (4e-3, 0.52))
+        for seed in (0, 1)
+    ]
+    for seed, folder in enumerate(folders[2:4]):
+        row = {"kind": "eval", "step": 40, "samples": 2560, "epoch": 1, "wall_s": 1, "knn/accuracy": 0.5 + 0.02 * seed}
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    section = training_section(folders)
+    write_page([section], tmp_path / "out", title="One", command="")
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "| knn/accuracy | 0.5100 ± 0.0141 |" in summary
+    (row,) = section.tables["tolerance"]
+    good = f"{formatting.rate(row['low_good_rate'], 2)} to {formatting.rate(row['high_good_rate'], 2)}"
+    span, low, high = (formatting.ratio(row[key]) for key in ("span", "span_low_95", "span_high_95"))
+    assert f"| SwiGLU | 2e-3 | {good} | {span} | {low} to {high} | 2 |" in summary
