@@ -13,31 +13,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from benchmarks import evaluation, ffn, infer, lm, loader, mae, options, overhead, recipe, saving, tune
+from benchmarks import options
 from moa_train.errors import ConfigError, DataError
 
-BENCHMARKS = {
-    "ffn": ffn,
-    "overhead": overhead,
-    "infer": infer,
-    "lm": lm,
-    "mae": mae,
-    "recipe": recipe,
-    "loader": loader,
-    "saving": saving,
-    "tune": tune,
-    "eval": evaluation,
-}
+MODULES = ("ffn", "overhead", "infer", "lm", "mae", "recipe", "loader", "saving", "tune", "evaluation")
+BENCHMARKS = {module.replace("evaluation", "eval"): module for module in MODULES}
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(names: Sequence[str] = tuple(BENCHMARKS)) -> argparse.ArgumentParser:
     """Return a parser with a subcommand for each benchmark, described by its module's docstring, and `all`."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     common = options.common_parser()
-    for name, module in BENCHMARKS.items():
+    for name in names:
+        module = import_module(f"benchmarks.{BENCHMARKS[name]}")
         text = module.__doc__ or ""
         settings = {"help": text.splitlines()[0], "description": text, "formatter_class": formatter}
         module.add_arguments(commands.add_parser(name, parents=[common], **settings))
@@ -48,14 +40,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one benchmark, or all of them. Wrong options exit with code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = build_parser()
+    parser = build_parser(words[:1]) if words[:1] and words[0] in BENCHMARKS else build_parser()
     args = parser.parse_args(words)
     if args.name == "all":
         for name in BENCHMARKS:
             main([name, *words[1:]])
         return
     try:
-        BENCHMARKS[args.name].run(args)
+        import_module(f"benchmarks.{BENCHMARKS[args.name]}").run(args)
     except (ConfigError, DataError) as error:
         parser.error(str(error))
 

@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --publish --out docs/gpu           publish the results in README.md and docs/benchmarks.md
 
 Each job is a process of its own that ends with the time. Its result is written as soon as it is there: DIR/NAME.log,
-the CSV files of its tables, and DIR/results.json and DIR/README.md, which are renewed after every job. A job whose
-packages are missing is listed with the reason. The job "tune" also writes the fastest blocks into moa_ffn, and
-DIR/tune/blocks.json keeps them.
+the CSV files of its tables, and DIR/results.json and DIR/README.md, which are renewed after every job and keep the
+results of earlier commands on the same machine. A job whose package is missing is skipped. The job "tune" also writes
+the fastest blocks into moa_ffn, and DIR/tune/blocks.json keeps them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +32,13 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 """Pages with a block of results between `BEGIN` and `END`."""
 
 BEGIN, END = "<!-- GPU results, written by benchmarks/gpu.py --publish -->", "<!-- end of GPU results -->"
-PYTEST = "-m pytest -p no:cacheprovider"
+PYTEST = "-m pytest -p no:cacheprovider -W default::DeprecationWarning -W default::FutureWarning"
+GPU_TESTS = "tests/ffn/test_kernels.py tests/ffn/test_triton_layer.py"
+IN_PARALLEL = " -n 8 --dist worksteal -p no:benchmark" if find_spec("xdist") else ""
+"""Compilation of the kernels, on CPU cores, is most of the tests' time."""
+
 TINY_LM = "--size dense-micro --layers 1"
+TINY_STEP = f"overhead --models lm --modes uncompiled --variants qdmoa --rounds 1 {TINY_LM} --batch 1 --sequence 8"
 
 
 class Job(NamedTuple):
@@ -44,6 +50,7 @@ class Job(NamedTuple):
         words: Arguments of `python -m benchmarks`, or of python if they begin with "-m".
         tiny: The same for a rehearsal.
         minutes: The most that it may take, so that one slow job does not use up the time of all others.
+        needs: Optional package without which the job is skipped.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Job(NamedTuple):
     words: str
     tiny: str
     minutes: float
+    needs: str = "torch"
 
 
 JOBS = (
@@ -64,22 +72,36 @@ JOBS = (
     Job(
         "kernels",
         "Kernels equal the float64 reference",
-        f"{PYTEST} -m gpu tests/ffn",
-        f"{PYTEST} -m 'not gpu' tests/ffn/test_kernels.py -k test_shapes",
-        3,
+        f"{PYTEST}{IN_PARALLEL} -m gpu {GPU_TESTS}",
+        f"{PYTEST} -m 'not gpu' {GPU_TESTS} -k test_shapes",
+        4,
     ),
     Job(
-        "overhead-lm",
-        "The paper's overhead table, Dense-0.5B",
-        "overhead --models lm --modes compiled --variants relu2 moa swiglu qdmoa",
-        f"overhead --models lm --modes uncompiled --variants qdmoa --rounds 1 {TINY_LM} --batch 1 --sequence 8",
-        4,
+        "overhead-type-ii",
+        "The paper's overhead table, Dense-0.5B, Type-II",
+        "overhead --models lm --modes compiled --variants swiglu qdmoa",
+        TINY_STEP,
+        3,
     ),
     Job(
         "recipe",
         "MAE ViT-B/16 at the recipe's shapes",
         "recipe --modes compiled",
         "recipe --config configs/mae/laptop_qdmoa.yaml --batch 2 --product-size 16 --rounds 1 --batches 1",
+        3,
+    ),
+    Job(
+        "overhead-type-i",
+        "The paper's overhead table, Dense-0.5B, Type-I",
+        "overhead --models lm --modes compiled --variants relu2 moa",
+        TINY_STEP.replace("qdmoa", "moa"),
+        3,
+    ),
+    Job(
+        "overhead-plain",
+        "The same step with the layer in plain torch, compiled",
+        "overhead --models lm --modes compiled --backend eager --variants swiglu qdmoa",
+        TINY_STEP + " --backend eager",
         3,
     ),
     Job(
@@ -92,7 +114,7 @@ JOBS = (
     Job(
         "overhead-mae",
         "The overhead table of the masked autoencoder",
-        "overhead --models mae --modes compiled --variants gelu moa swiglu qdmoa",
+        "overhead --models mae --modes compiled --variants swiglu qdmoa",
         "overhead --models mae --modes uncompiled --variants qdmoa --rounds 1 --layers 1 --vit-size tiny"
         " --image-size 32 --images 1",
         3,
@@ -118,6 +140,7 @@ JOBS = (
         "eval --size dense-0.5b --dtype bfloat16 --limit 100 --rounds 2",
         "eval --size dense-micro --tasks openbookqa --limit 3 --shots 0 --rounds 1 --batch-sizes 4",
         3,
+        needs="lm_eval",
     ),
 )
 
@@ -137,11 +160,12 @@ def main() -> int:
         parser.error("there is no GPU; --rehearse runs every job in a tiny form")
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
-    machine, results = describe_machine(options.rehearse), {}
+    machine = describe_machine(options.rehearse)
+    results = earlier_results(options.out, machine)
     for job in (job for job in JOBS if options.only is None or job.name in options.only):
         left = end - time.monotonic()
         print(f"{job.name:<12} {left / 60:.1f} min left", flush=True)
-        results[job.name] = run_job(job, options, left) if left > 5 else {"status": "no time left", "tables": {}}
+        results[job.name] = run_job(job, options, left)
         print(f"{'':<12} {results[job.name]['status']}", flush=True)
         write_results(options.out, machine, results)
     print(options.out / "README.md")
@@ -150,12 +174,19 @@ def main() -> int:
 
 def run_job(job: Job, options: argparse.Namespace, left: float) -> dict[str, Any]:
     """Run a job; return its status, seconds, and tables as rows by name."""
+    if find_spec(job.needs) is None:
+        return {"status": f"skipped: {job.needs} is not installed", "tables": {}}
+    if left < 5:
+        return {"status": "no time left", "tables": {}}
     words = shlex.split(job.tiny if options.rehearse else job.words)
     folder = options.out / job.name
     if words[0] != "-m":
         device = "cpu" if options.rehearse else "cuda"
         words = ["-m", "benchmarks", *words, "--device", device, "--out", str(folder.absolute())]
+    for old in folder.glob("*.csv"):
+        old.unlink()
     begin, log = time.monotonic(), options.out / f"{job.name}.log"
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with log.open("w", encoding="utf-8") as file:
         try:
             process = subprocess.run(
@@ -164,7 +195,7 @@ def run_job(job: Job, options: argparse.Namespace, left: float) -> dict[str, Any
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 timeout=min(left, 60 * job.minutes),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+                env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
             )
             status = "finished" if process.returncode == 0 else f"failed: {_reason(log)}"
         except subprocess.TimeoutExpired:
@@ -210,6 +241,13 @@ def describe_machine(rehearsal: bool) -> dict[str, str]:
     }
 
 
+def earlier_results(out: Path, machine: dict[str, str]) -> dict[str, Any]:
+    """Return the results of earlier jobs in `out`, if they are of this machine, commit and day."""
+    path = out / "results.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content["jobs"] if content.get("machine") == machine else {}
+
+
 def write_results(out: Path, machine: dict[str, str], results: dict[str, Any]) -> None:
     """Write results.json and the page."""
     (out / "results.json").write_text(json.dumps({"machine": machine, "jobs": results}, indent=2) + "\n")
@@ -253,7 +291,7 @@ def summarize(machine: dict[str, str], jobs: dict[str, Any], link: str) -> list[
     if kernels := jobs.get("kernels"):
         tests = kernels["summary"].strip("= ") if kernels["status"] == "finished" else kernels["status"]
         lines += [f"| kernels against the float64 reference | {tests} | |"]
-    for row in rows("overhead-lm", "overhead-lm"):
+    for row in rows("overhead-type-ii", "overhead-lm") + rows("overhead-type-i", "overhead-lm"):
         if row["paper ratio"] not in ("", "1.00"):
             title = f"Dense-0.5B, compiled step, {row['variant']} over its Type-{row['type']} baseline: time, memory"
             paper = f"{row['paper ratio']}, {row['paper memory ratio']}"

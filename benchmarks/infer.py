@@ -93,12 +93,14 @@ def build(args: argparse.Namespace, task: str, variant: str, dtype: torch.dtype)
 
         depth = {"depth": args.layers} if args.layers else {}
         name = model_name(args.vit_size, variant)
-        model = timm.create_model(name, img_size=args.image_size, num_classes=0, **depth)
+        with args.device:
+            model = timm.create_model(name, img_size=args.image_size, num_classes=0, **depth)
     else:
-        model = language_model(args.size, variant, args.prompt + args.new_tokens, args.layers)
+        with args.device:
+            model = language_model(args.size, variant, args.prompt + args.new_tokens, args.layers)
     for weight in model.parameters():  # as in from_pretrained, buffers such as rotary frequencies stay float32
         weight.data = weight.data.to(dtype)
-    return nn.Module.to(model, args.device).eval()
+    return model.eval()
 
 
 def vit_case(model: nn.Module, call: Callable[..., Any], batch: int, args: argparse.Namespace) -> Case:

@@ -106,9 +106,10 @@ def step_cases(
 
 def language_step(args: argparse.Namespace, variant: str) -> tuple[nn.Module, Loss]:
     """Return the language model and its loss on random tokens."""
-    model = language_model(args.size, variant, args.sequence, args.layers, ffn_backend=args.backend)
+    with args.device:  # initialization on a CPU takes longer than the measurement
+        model = language_model(args.size, variant, args.sequence, args.layers, ffn_backend=args.backend)
     tokens = torch.randint(model.config.vocab_size, (args.batch, args.sequence), device=args.device)
-    return model.to(args.device).train(), lambda call: lm_loss(call, tokens)
+    return model.train(), lambda call: lm_loss(call, tokens)
 
 
 def autoencoder_step(args: argparse.Namespace, variant: str) -> tuple[nn.Module, Loss]:
@@ -118,9 +119,11 @@ def autoencoder_step(args: argparse.Namespace, variant: str) -> tuple[nn.Module,
 
     depth, decoder = ({"depth": args.layers}, {"decoder_depth": args.layers}) if args.layers else ({}, {})
     settings = {"ffn_backend": args.backend, **depth}
-    model = create_mae(model_name(args.vit_size, variant), img_size=args.image_size, encoder_args=settings, **decoder)
+    name = model_name(args.vit_size, variant)
+    with args.device:
+        model = create_mae(name, img_size=args.image_size, encoder_args=settings, **decoder)
     images = torch.randn(args.images, 3, args.image_size, args.image_size, device=args.device)
-    return model.to(args.device).train(), lambda call: call(images).loss
+    return model.train(), lambda call: call(images).loss
 
 
 def paper_notes(variant: str, baseline: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ COPY_MIB = {"cuda": 1024, "cpu": 256}
 
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 1024}
 """Rows and columns of a matrix product at full rate, by device type."""
+
+FIRST_RUN_S = 5.0
+"""Seconds above which a first run, with its compilation, is printed."""
 
 Clock = Callable[[Callable[[], object], torch.device], float]
 
@@ -98,6 +102,8 @@ def measure(
     for number in range(skipped + rounds):
         for case in cases:
             seconds = clock(case.call(), device)
+            if number == 0 and seconds > FIRST_RUN_S:
+                print(f"first run of {', '.join(case.labels.values())}: {seconds:.0f} s", file=sys.stderr, flush=True)
             if number >= skipped:
                 case.seconds.append(seconds)
     if not memory:

@@ -95,8 +95,10 @@ def tuned_case(args: argparse.Namespace, variant: str, which: str, blocks: build
     leaves = [None if t is None else t.requires_grad_() for t in tensors]
     inputs = [leaf for leaf in leaves if leaf is not None]
 
+    upstream = torch.ones_like(first)
+
     def backward(out: Tensor) -> object:
-        return using(lambda: torch.autograd.grad(out, inputs, torch.ones_like(out)))
+        return using(lambda: torch.autograd.grad(out, inputs, upstream))
 
     return Case({"variant": variant}, backward, 2 * size + first.nbytes, prepare=lambda: function(*leaves))
 

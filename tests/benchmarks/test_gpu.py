@@ -43,6 +43,21 @@ def test_jobs_end_with_the_time(tmp_path, monkeypatch):
     assert statuses == ["ran out of time", "no time left"]
 
 
+def test_later_commands_keep_earlier_results_and_skip_missing_packages(tmp_path, monkeypatch):
+    words = "-m timeit -n 1 -r 1 pass"
+    jobs = [
+        gpu.Job(name, name, words, words, minutes=1, needs=needs) for name, needs in (("a", "torch"), ("b", "no_such"))
+    ]
+    monkeypatch.setattr(gpu, "JOBS", jobs)
+    for name in ("a", "b"):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--only", name, "--out", str(tmp_path)])
+        assert gpu.main() == 0
+    statuses = {
+        name: job["status"] for name, job in json.loads((tmp_path / "results.json").read_text())["jobs"].items()
+    }
+    assert statuses == {"a": "finished", "b": "skipped: no_such is not installed"}
+
+
 def results(memory: str) -> dict[str, dict]:
     """Results of three jobs, with qd-MoA's memory ratio."""
     paper = {"paper ratio": "1.00", "paper memory ratio": "1.000"}
@@ -53,7 +68,7 @@ def results(memory: str) -> dict[str, dict]:
     ]
     return {
         "kernels": {"status": "finished", "summary": "==== 120 passed in 61.2s ====", "tables": {}},
-        "overhead-lm": {"status": "finished", "tables": {"overhead-lm": rows}},
+        "overhead-type-ii": {"status": "finished", "tables": {"overhead-lm": rows}},
         "eval": {"status": "failed: ModuleNotFoundError", "tables": {}},
     }
 
@@ -120,7 +135,7 @@ ABSENT = ("jsonargparse", "webdataset", "submitit", "datasets", "lm_eval", "torc
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["kernels", "tune", "overhead-lm", "overhead-mae", "recipe", "ffn", "infer", "experts"]
+    "name", ["kernels", "tune", "overhead-type-ii", "overhead-mae", "recipe", "ffn", "infer", "experts"]
 )
 def test_measurements_need_no_packages_of_data_and_reports(name, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(

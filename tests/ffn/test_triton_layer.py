@@ -11,6 +11,7 @@ from moa_ffn.backends.triton.layer import ALIGNMENT, project
 pytest.importorskip("triton")
 DIM, HIDDEN, TOKENS = 12, 18, 5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 
 @pytest.fixture(autouse=True)
