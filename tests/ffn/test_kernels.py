@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.testing import assert_close
 
 from moa_ffn import (
     ACTIVATIONS,
@@ -170,11 +171,11 @@ def test_activations_to_float32_rounding(name, device):
     value = kernels.mixture(a, None, one, spec, act)
     (slope,) = torch.autograd.grad(value.sum(), a)
     exact = a.detach().double()
-    torch.testing.assert_close(value.double(), entry.function(exact, *parameters), rtol=2e-6, atol=1e-6)
+    assert_close(value.double(), entry.function(exact, *parameters), rtol=2e-6, atol=1e-6)
     assert entry.derivative is not None
-    torch.testing.assert_close(slope.double(), entry.derivative(exact, *parameters), rtol=2e-6, atol=1e-6)
+    assert_close(slope.double(), entry.derivative(exact, *parameters), rtol=2e-6, atol=1e-6)
     small = a.detach().abs() < 0.1  # relative accuracy near 0
-    torch.testing.assert_close(value[small].double(), entry.function(exact, *parameters)[small], rtol=2e-6, atol=0)
+    assert_close(value[small].double(), entry.function(exact, *parameters)[small], rtol=2e-6, atol=0)
     assert kernels.mixture(torch.full((3,), math.nan, device=device), None, one, spec, act).isnan().all()
 
 
@@ -269,12 +270,13 @@ def test_packed_equals_unpacked(variant, device):
     product = torch.cat([*inside, torch.full((6, 4), math.nan, device=device)], -1)
     upstream, key = torch.randn(6, 9, device=device), Mixture.of(spec).key
     out, *gradients = output_and_gradients(fused(spec), tensors, upstream)
-    assert torch.equal(operators.packed_mixture(product, own, None, 9, key), out)
+    assert_close(operators.packed_mixture(product, own, None, 9, key), out)
     grad_product, grad_mix, _, again = operators.packed_mixture_backward(upstream, product, own, None, 9, True, key)
-    assert torch.equal(again, out)
-    assert torch.equal(grad_product[:, :-4], torch.cat(gradients[: len(inside)], -1))
+    assert_close(again, out)  # a GPU's compiler fuses multiplications and additions of the two kernels differently
+    assert_close(grad_product[:, :-4], torch.cat(gradients[: len(inside)], -1))
     assert not grad_product[:, -4:].any()
-    assert own is None or torch.equal(grad_mix, gradients[-1])
+    if own is not None:
+        assert_close(grad_mix, gradients[-1])
 
 
 @pytest.mark.parametrize("variant", ["la", "qdmoa"])
@@ -363,7 +365,7 @@ def step(function, layer: Layer, x: Tensor) -> list[Tensor]:
 
 def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
     for got, want in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, want)
+        assert_close(got, want)
 
 
 def test_compiles_without_graph_breaks(layer, device):
@@ -380,7 +382,7 @@ def test_exports_as_one_operator(layer, device, strict):
     exported = torch.export.export(layer, (torch.randn(3, 4, device=device),), dynamic_shapes=shapes, strict=strict)
     assert "moa_ffn.mixture.default" in {str(node.target) for node in exported.graph.nodes}
     x = torch.randn(2, 4, device=device)
-    torch.testing.assert_close(exported.module()(x), layer(x))
+    assert_close(exported.module()(x), layer(x))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
