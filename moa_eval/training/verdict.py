@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from moa_eval.page.writing import sentences
 from moa_eval.training.comparison import Comparison, Contrast, Method
 from moa_eval.training.configuration import config_difference, role
 from moa_eval.training.intervals import CONFIDENCE, mean, quotient
+from moa_eval.training.runs import Run
 from moa_eval.training.tables import cost_rows, probe_rows
 
 
@@ -63,7 +65,7 @@ def caveats(comparison: Comparison) -> list[str]:
         parameters=[(method, _parameters_ratio(method)) for method in comparison.alternatives],
         speed=cost_rows(comparison)[best.method.index]["units_per_s_ratio"] if best else math.nan,
         devices=_if_different(runs, [show(run.device) for run in runs]),
-        commits=_if_different(runs, [show(run.environment.get("git_commit")) for run in runs]),
+        commits=_if_different(runs, [_short_commit(run) for run in runs]),
     )
 
 
@@ -126,6 +128,11 @@ def _other_signs(comparison: Comparison) -> list[tuple[str, Contrast]]:
 def _parameters_ratio(method: Method) -> float:
     own, baseline = (side.runs[0].number("parameters", "total") for side in (method, method.reference))
     return quotient(own, baseline)
+
+
+def _short_commit(run: Run) -> str:
+    """Return nine digits of a run's commit, with "-dirty" after local changes."""
+    return re.sub(r"^([0-9a-f]{9})[0-9a-f]{31}", r"\1", show(run.environment.get("git_commit")))
 
 
 def _if_different(owners: Sequence[Any], values: Sequence[str]) -> str:

@@ -125,10 +125,10 @@ def test_a_lower_throughput_is_reported(make_run):
 
 def test_other_code_versions_and_devices_are_reported(make_run):
     folders = [make_run("a"), make_run("b", encoder=MOA)]
-    environment = {"git_commit": "4567def", "device": "an accelerator"}
+    environment = {"git_commit": "456789abc" + "0" * 31 + "-dirty", "device": "an accelerator"}
     (folders[1] / "env.json").write_text(json.dumps(environment))
     notes = report(folders)[1]
-    assert "Code versions differ: 0123abc (SwiGLU), 4567def (qd-MoA)." in notes
+    assert "Code versions differ: 0123abc (SwiGLU), 456789abc-dirty (qd-MoA)." in notes
     assert "Devices differ, so speed and memory are not comparable: a processor (SwiGLU), an accelerator" in notes
 
 
