@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from glob import glob, has_magic
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -271,7 +272,7 @@ def _shard_table(shard: Shard, shard_cache: ShardCache, image_key: str | None) -
     except OSError as error:
         raise DataError(f"cannot read shard {shard.url}: {error}") from error
     cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_name(f"{cached.name}.{os.getpid()}.tmp")
+    temporary = cached.with_name(f"{cached.name}.{os.getpid()}.{get_ident()}.tmp")
     temporary.write_bytes(table.to_bytes())
     temporary.replace(cached)
     return table
