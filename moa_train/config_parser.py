@@ -132,7 +132,7 @@ def _read_over_bases(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
     _check_renamed(flatten(tree), str(path))
     bases = tree.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+    if not isinstance(bases, list) or not all(isinstance(base, str) and base.isprintable() for base in bases):
         raise ConfigError(f"{path}: base={bases!r} must be a file name or a list of file names")
     merged: dict[str, Any] = {}
     for base in bases:

@@ -62,6 +62,13 @@ def test_base_files_are_merged(parse, write, tmp_path):
         read_config(tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize("base", ["3", "[a.yaml, {}]", '"\\0"', '"\\uD800"'])
+def test_a_base_is_a_file_name(write, tmp_path, base):
+    write(f"base: {base}\n", "a.yaml")
+    with pytest.raises(ConfigError, match="must be a file name or a list of file names"):
+        read_config(tmp_path / "a.yaml")
+
+
 def test_check_prints_the_resolved_config(parse, write, capsys):
     assert refused(parse, "--check", "--optim.lr=1e-5") == 0
     assert parse(write(capsys.readouterr().out)) == parse("--optim.lr=1e-5")
