@@ -18,11 +18,12 @@ from importlib import import_module
 from benchmarks import options
 from moa_train.errors import ConfigError, DataError
 
-MODULES = ("ffn", "overhead", "infer", "lm", "mae", "recipe", "loader", "saving", "tune", "evaluation")
-BENCHMARKS = {module.replace("evaluation", "eval"): module for module in MODULES}
+MODULES = ("ffn", "overhead", "infer", "lm", "mae", "recipe", "loader", "saving", "tune")
+BENCHMARKS = {module: module for module in MODULES} | {"eval": "evaluation"}
+"""Module of each benchmark. Only those that a command names are imported: others may need packages that are absent."""
 
 
-def build_parser(names: Sequence[str] = tuple(BENCHMARKS)) -> argparse.ArgumentParser:
+def build_parser(names: Sequence[str]) -> argparse.ArgumentParser:
     """Return a parser with a subcommand for each benchmark, described by its module's docstring, and `all`."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__, formatter_class=formatter)
@@ -40,7 +41,7 @@ def build_parser(names: Sequence[str] = tuple(BENCHMARKS)) -> argparse.ArgumentP
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one benchmark, or all of them. Wrong options exit with code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = build_parser(words[:1]) if words[:1] and words[0] in BENCHMARKS else build_parser()
+    parser = build_parser([word for word in words[:1] if word in BENCHMARKS] or [*BENCHMARKS])
     args = parser.parse_args(words)
     if args.name == "all":
         for name in BENCHMARKS:
