@@ -8,6 +8,7 @@ ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m lm_ev
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -85,6 +86,8 @@ class MoALM(HFLM):
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and accelerator.num_processes > 1:  # HFLM sets these on several GPUs only
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+            if accelerator.device.type == "cpu":  # gloo's threads abort a process that exits with its group alive
+                atexit.register(accelerator.end_training)
         check_finite(self.model, self._name)
         self._pair_tokenizer = PairTokenizer(self.tokenizer, self.prefix_token_id, self.add_bos_token)
         self._scorer = PrefixTreeScorer(
